@@ -1,0 +1,8 @@
+"""pytest bench/bench_cluster.py --benchmark-enable"""
+
+from .rivals import every, run
+
+
+@every("cluster")
+def test_cluster(benchmark, case, rival):
+    run(benchmark, case, rival)

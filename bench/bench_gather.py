@@ -1,0 +1,8 @@
+"""pytest bench/bench_gather.py --benchmark-enable"""
+
+from .rivals import every, run
+
+
+@every("gather")
+def test_gather(benchmark, case, rival):
+    run(benchmark, case, rival)

@@ -1,0 +1,8 @@
+"""pytest bench/bench_score.py --benchmark-enable"""
+
+from .rivals import every, run
+
+
+@every("score")
+def test_score(benchmark, case, rival):
+    run(benchmark, case, rival)

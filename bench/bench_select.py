@@ -1,0 +1,8 @@
+"""pytest bench/bench_select.py --benchmark-enable"""
+
+from .rivals import every, run
+
+
+@every("select")
+def test_select(benchmark, case, rival):
+    run(benchmark, case, rival)

@@ -1,0 +1,128 @@
+"""The one list of what is timed: per stem the operations, per operation the sizes, smallest first."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import python_ref
+from h2ot_kernels.comparison import Comparison
+from h2ot_kernels.demo import operations, recoveries
+from h2ot_kernels.demo.skeleton import walking_clip
+from python_ref import official
+
+JOINTS = 17
+
+STEMS = {
+    "score": ("score_tokens", "prune_cluster", "prune_and_assign"),
+    "select": ("prune_step", "prune_sample", "prune_motion", "prune_attention"),
+    "gather": ("gather_tokens",),
+    "cluster": ("assign_clusters", "merge_tokens"),
+    "recover_attention": ("recover_attention", "recover_pose"),
+    "recover_interpolation": ("recover_interpolate",),
+}
+
+# B, N, C, K, k: HoT at batch 1, 4, 32; MotionBERT; MHFormer; FTP-Pose; TCFormer; a long video.
+_DPC = [
+    (1, 243, 512, 81, 2),
+    (4, 243, 512, 81, 2),
+    (16, 243, 256, 81, 2),
+    (4, 576, 768, 288, 2),
+    (32, 243, 512, 81, 2),
+    (64, 351, 1536, 117, 2),
+    (1, 3136, 256, 784, 5),
+    (1, 8192, 256, 2048, 2),
+]
+_DPC_SIZES = [dict(zip("BNCKk", sizes, strict=True)) for sizes in _DPC]
+_FRAMES = [{"B": B, "F": 243, "C": 512, "K": 81} for B in (1, 4)]
+
+_SIZES: dict[str, list[dict[str, int]]] = {
+    "score_tokens": _DPC_SIZES[:2],
+    "prune_cluster": _DPC_SIZES[:2],
+    "prune_and_assign": _DPC_SIZES,
+    "prune_step": _FRAMES,
+    "prune_sample": [{"F": 243, "K": 81}],
+    "prune_motion": [{"B": B, "F": 243, "K": 81} for B in (1, 64)],
+    "prune_attention": _FRAMES,
+    "gather_tokens": [*_FRAMES, {"B": 32, "F": 243, "C": 512, "K": 81}],
+    "assign_clusters": _DPC_SIZES[:4],
+    "merge_tokens": _DPC_SIZES[:4],
+    "recover_attention": _FRAMES,
+    "recover_pose": _FRAMES,
+    "recover_interpolate": [{"B": B, "F": 243, "C": C, "K": 81} for B, C in ((1, 3), (4, 3), (1, 512))],
+}
+_KINDS = {"prune_and_assign": ("smooth", "random")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size, float32. kind: "smooth" (walks with a still stretch) or "random" tokens."""
+
+    op: str
+    kind: str = "smooth"
+    sizes: dict[str, int] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        sizes = "-".join(f"{name}{size}" for name, size in self.sizes.items())
+        return f"{self.op}-{sizes}-{self.kind}"
+
+
+def cases(ops: tuple[str, ...] | list[str], *, quick: bool = False) -> list[Case]:
+    """Every case of these operations, or only the first of each (quick)."""
+    found = []
+    for op in ops:
+        if op not in _SIZES:
+            raise ValueError(f"ops: got {op!r}, wanted some of {', '.join(_SIZES)}")
+        every = [Case(op, kind, sizes) for sizes in _SIZES[op] for kind in _KINDS.get(op, ("smooth",))]
+        found += every[:1] if quick else every
+    return found
+
+
+def all_ops() -> list[str]:
+    return [op for ops in STEMS.values() for op in ops]
+
+
+def _walks(B: int, N: int) -> Tensor:
+    """[B, N, J, 2]: another stretch of a walk for each sample."""
+    points = torch.from_numpy(walking_clip(N + 7 * B).normalised)
+    return torch.stack([points[7 * b : 7 * b + N] for b in range(B)])
+
+
+def _tokens(case: Case, B: int, N: int, C: int) -> Tensor:
+    if case.kind == "random":
+        return torch.randn(B, N, C, generator=torch.Generator().manual_seed(0))
+    return operations.motion_tokens(_walks(B, N).flatten(2), C)
+
+
+def build(case: Case, device: torch.device | str) -> Comparison:
+    """The case's comparison, its inputs on device."""
+    device, sizes = torch.device(device), dict(case.sizes)
+    K = sizes["K"]
+    if case.op in ("score_tokens", "prune_cluster", "prune_and_assign", "assign_clusters", "merge_tokens"):
+        B, N, C, _, k = sizes.values()
+        x = _tokens(case, B, N, C).to(device)
+        if case.op == "score_tokens":
+            return operations.score_tokens(x, k)
+        if case.op in ("prune_cluster", "prune_and_assign"):
+            return getattr(operations, case.op)(x, K, k)
+        return getattr(operations, case.op)(x, python_ref.prune_sample(N, K, device=device).repeat(B, 1))
+    if case.op == "prune_sample":
+        return operations.prune_sample(sizes["F"], K, device)
+
+    B, F = sizes["B"], sizes["F"]
+    pose = _walks(B, F)
+    if case.op == "prune_motion":
+        return operations.prune_motion(pose.to(device), K)
+    index = python_ref.prune_sample(F, K, device=device).repeat(B, 1)
+    if case.op == "recover_interpolate":
+        x = operations.motion_tokens(pose, sizes["C"]).to(device)
+        return recoveries.recover_interpolate(python_ref.gather_tokens(x, index), index, F)
+    frames = operations.joint_tokens(pose, sizes["C"]).to(device)
+    if case.op == "prune_attention":
+        return operations.prune_attention(frames, K)
+    rows = frames.transpose(1, 2).flatten(0, 1).contiguous()
+    if case.op == "prune_step":
+        return operations.prune_step(rows, JOINTS, K)
+    if case.op == "gather_tokens":
+        return operations.gather_tokens(rows, index, JOINTS)
+    return getattr(recoveries, case.op)(official.gather_frames(rows, index, JOINTS), F, JOINTS)

@@ -1,0 +1,83 @@
+// Run-time choice among the kernel tables that were compiled in.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "launch.h"
+
+namespace h2ot {
+
+namespace portable {
+extern const Kernels table;
+}
+#ifdef H2OT_X86
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+// The tables that this machine can run, best first.
+struct Runnable {
+  const Kernels* tables[3];
+  int count = 0;
+  char names[64] = "";
+
+  Runnable() {
+#ifdef H2OT_X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      add(&avx512::table);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      add(&avx2::table);
+    }
+#endif
+    add(&portable::table);
+  }
+
+  void add(const Kernels* table) {
+    if (count) strcat(names, ",");
+    strcat(names, table->name);
+    tables[count++] = table;
+  }
+
+  const Kernels* find(const char* name) const {
+    for (int i = 0; i < count; i++) {
+      if (strcmp(tables[i]->name, name) == 0) return tables[i];
+    }
+    return nullptr;
+  }
+};
+
+const Runnable& runnable() {
+  static const Runnable found;
+  return found;
+}
+
+std::atomic<const Kernels*>& active() {
+  static std::atomic<const Kernels*> table([] {
+    const char* name = getenv("H2OT_KERNELS_CAPABILITY");
+    const Kernels* wanted = name ? runnable().find(name) : nullptr;
+    return wanted ? wanted : runnable().tables[0];
+  }());
+  return table;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
+
+bool set_capability(const char* name) {
+  const Kernels* wanted = runnable().find(name);
+  if (wanted) active().store(wanted);
+  return wanted != nullptr;
+}
+
+const char* runnable_capabilities() { return runnable().names; }
+
+}  // namespace h2ot

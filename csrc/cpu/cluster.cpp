@@ -1,0 +1,204 @@
+// Labels and merging (launch.h: AssignArgs, MergeArgs).
+#include "kernels.h"
+#include "pack.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+namespace {
+
+thread_local Scratch sample_scratch, worker_scratch;
+
+constexpr int64_t kKeptBytes = int64_t(64) << 20;
+
+bool in_range(const int64_t* values, int64_t count, int64_t from, int64_t to) {
+  bool ok = true;
+  for (int64_t i = 0; i < count; i++) ok &= values[i] >= from && values[i] < to;
+  return ok;
+}
+
+// Labels of one sample.
+template <class T>
+struct Assigner {
+  typedef Accumulator<T> A;
+  const AssignArgs& args;
+  const Parallel& pool;
+  Sample<A> sample;
+  int64_t centres = 0, others = 0;
+  int32_t *centre, *position, *other;  // [K] tokens, [K] their positions in index, [N] tokens to label
+  float* panels;                       // the centres'
+  bool failed = false;
+
+  Assigner(const AssignArgs& a, const Parallel& p) : args(a), pool(p) {}
+
+  void carve(Carver& memory) {
+    sample.carve(memory, args.x.N, args.x.C, readable_in_place<T>(args.x));
+    centre = memory.take<int32_t>(args.K);
+    position = memory.take<int32_t>(args.K);
+    other = memory.take<int32_t>(args.x.N);
+    panels = memory.take<float>(ceil_div(args.K, kPanel) * kPanel * args.x.C);
+  }
+
+  int64_t worker_bytes() const {
+    return (args.x.C * kPanel + kPanel * ceil_div(args.K, kPanel) * kPanel) * int64_t(sizeof(float));
+  }
+
+  // Labels a panel of tokens: tile distances to all centres, then float64 among those within reach of the least.
+  void label(const int32_t* token, int64_t count, int64_t* labels, void* memory) {
+    const int64_t C = args.x.C, stride = ceil_div(centres, kPanel) * kPanel;
+    float* rows = static_cast<float*>(memory);
+    float* distances = rows + C * kPanel;  // [kPanel][stride]
+    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    sample.pack(token, count, rows);
+    for (int64_t q = 0; q < stride; q += kPanel) {
+      for (int64_t r = 0; r < count; r += kRows) {
+        sample.template tile<2>(rows + r, panels + q / kPanel * sample.panel_size(), tile);
+        for (int64_t i = 0; i < kRows; i++) {
+          memcpy(distances + (r + i) * stride + q, tile + i * kPanel, kPanel * sizeof(float));
+        }
+      }
+    }
+    for (int64_t r = 0; r < count; r++) {
+      const float* v = distances + r * stride;
+      const float least = least_of(v, stride);
+      const A* row = sample.rows[token[r]];
+      const float limit = sample.bound.reach(sample.bound.most(least));
+      int64_t best = -1;
+      double best_distance = 0;
+      for_each_within(v, centres, limit, [&](int64_t j) {
+        const double s = exact_distance(row, sample.rows[centre[j]], C);
+        if (best < 0 || s < best_distance) {
+          best_distance = s;
+          best = j;
+        }
+        return best_distance > 0;
+      });
+      for (int64_t j = 0; best < 0 && j < centres; j++) {  // float64 tokens whose squares overflow
+        if (exact_distance(row, sample.rows[centre[j]], C) <= __builtin_inf()) best = j;
+      }
+      labels[token[r]] = best < 0 ? -1 : position[best];
+    }
+  }
+
+  Status run(int64_t b) {
+    Carver sizes(nullptr);
+    carve(sizes);
+    void* memory = sample_scratch.reserve(sizes.bytes());
+    if (memory == nullptr) return Status::out_of_memory;
+    Carver carver(memory);
+    carve(carver);
+    const int64_t N = args.x.N, K = args.K;
+    const int64_t* index = args.index + (args.index_rows == 1 ? 0 : b * K);
+    int64_t* labels = args.labels + b * N;
+    read_sample<T>(args.x, b, args.mask, pool, sample);
+    for (int64_t t = 0; t < N; t++) labels[t] = -1;
+    for (int64_t j = 0; j < K; j++) {
+      const int64_t t = index[j];
+      if (!sample.valid[t]) continue;
+      labels[t] = j;
+      centre[centres] = int32_t(t);
+      position[centres++] = int32_t(j);
+    }
+    if (centres == 0) return Status::ok;
+    for (int64_t i = 0; i < sample.n; i++) {
+      if (labels[sample.token[i]] < 0) other[others++] = sample.token[i];
+    }
+    pack_panels(sample, centre, centres, pool, panels);
+    parallel_for(pool, ceil_div(others, kPanel), 1, [&](int64_t begin, int64_t end) {
+      void* scratch = worker_scratch.reserve(worker_bytes());
+      if (scratch == nullptr) {
+        __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+        return;
+      }
+      for (int64_t p = begin; p < end; p++) {
+        label(other + p * kPanel, smaller(kPanel, others - p * kPanel), labels, scratch);
+      }
+    });
+    return failed ? Status::out_of_memory : Status::ok;
+  }
+};
+
+template <class T>
+Status assign_samples(const AssignArgs& args, const Parallel& pool) {
+  const Parallel serial = {pool.run, 1};
+  const int64_t aside = pool.threads > 1 ? args.x.B / pool.threads * pool.threads : 0;
+  int32_t worst = int32_t(Status::ok);
+  const auto run = [&](int64_t b, const Parallel& inner) {
+    const Status status = Assigner<T>(args, inner).run(b);
+    if (status != Status::ok) __atomic_store_n(&worst, int32_t(status), __ATOMIC_RELAXED);
+  };
+  parallel_for(pool, aside, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++) run(b, serial);
+    sample_scratch.trim(kKeptBytes);
+  });
+  for (int64_t b = aside; b < args.x.B; b++) run(b, pool);
+  sample_scratch.trim(kKeptBytes);
+  return Status(worst);
+}
+
+// Channels [from, to) of every cluster of one sample.
+template <class T>
+void merge_channels(const MergeArgs& args, int64_t b, int64_t from, int64_t to, Accumulator<T>* sum) {
+  typedef Accumulator<T> A;
+  const int64_t width = to - from;
+  const T* x = static_cast<const T*>(args.x) + b * args.stride_b + from * args.stride_c;
+  const int64_t* labels = args.labels + b * args.N;
+  const A* weight = args.weight ? static_cast<const A*>(args.weight) + b * args.N : nullptr;
+  A* total = sum + args.K * width;
+  for (int64_t at = 0; at < args.K * (width + 1); at++) sum[at] = 0;
+  for (int64_t t = 0; t < args.N; t++) {
+    if (labels[t] < 0) continue;
+    A* into = sum + labels[t] * width;
+    const T* row = x + t * args.stride_n;
+    const A w = weight ? weight[t] : A(1);
+    total[labels[t]] += w;
+    if (args.stride_c == 1) {
+      for (int64_t c = 0; c < width; c++) into[c] += w * widen(row[c]);
+    } else {
+      for (int64_t c = 0; c < width; c++) into[c] += w * widen(row[c * args.stride_c]);
+    }
+  }
+  for (int64_t k = 0; k < args.K; k++) {
+    T* out = static_cast<T*>(args.out) + (b * args.K + k) * args.C + from;
+    for (int64_t c = 0; c < width; c++) narrow(total[k] == 0 ? A(0) : sum[k * width + c] / total[k], out[c]);
+    if (from == 0) static_cast<A*>(args.total)[b * args.K + k] = total[k];
+  }
+}
+
+template <class T>
+Status merge_samples(const MergeArgs& args, const Parallel& pool) {
+  typedef Accumulator<T> A;
+  constexpr int64_t kWidth = 64;  // channels per task
+  const int64_t blocks = larger(1, ceil_div(args.C, kWidth));
+  bool failed = false;
+  parallel_for(pool, args.B * blocks, larger(1, 32768 / (kWidth * larger(1, args.N))), [&](int64_t begin, int64_t end) {
+    A* sum = static_cast<A*>(worker_scratch.reserve(args.K * (kWidth + 1) * int64_t(sizeof(A))));
+    if (sum == nullptr) {
+      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t from = task % blocks * kWidth;
+      merge_channels<T>(args, task / blocks, from, smaller(from + kWidth, args.C), sum);
+    }
+  });
+  return failed ? Status::out_of_memory : Status::ok;
+}
+
+}  // namespace
+
+Status assign(const AssignArgs& args, const Parallel& pool) {
+  if (!in_range(args.index, args.index_rows * args.K, 0, args.x.N)) return Status::index_out_of_range;
+  Status status = Status::ok;
+  for_dtype(args.x.dtype, [&](auto element) { status = assign_samples<decltype(element)>(args, pool); });
+  return status;
+}
+
+Status merge(const MergeArgs& args, const Parallel& pool) {
+  if (!in_range(args.labels, args.B * args.N, -1, args.K)) return Status::index_out_of_range;
+  Status status = Status::ok;
+  for_dtype(args.dtype, [&](auto element) { status = merge_samples<decltype(element)>(args, pool); });
+  return status;
+}
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot

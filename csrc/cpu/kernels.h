@@ -1,0 +1,24 @@
+// The entry points that every instruction set defines; their contracts stand in launch.h.
+#pragma once
+
+#include "../launch.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+
+Status score(const ScoreArgs&, const Parallel&);
+Status select(const SelectArgs&, const Parallel&);
+Status motion(const MotionArgs&, const Parallel&);
+Status attention_score(const AttentionScoreArgs&, const Parallel&);
+Status gather(const GatherArgs&, const Parallel&);
+Status scatter(const ScatterArgs&, const Parallel&);
+Status assign(const AssignArgs&, const Parallel&);
+Status merge(const MergeArgs&, const Parallel&);
+Status recover_attention(const RecoverAttentionArgs&, const Parallel&);
+Status recover_attention_backward(const RecoverAttentionBackwardArgs&, const Parallel&);
+Status recover_tail(const RecoverTailArgs&, const Parallel&);
+Status interpolate(const InterpolateArgs&, const Parallel&);
+Status interpolate_backward(const InterpolateBackwardArgs&, const Parallel&);
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot

@@ -1,0 +1,143 @@
+// What scoring keeps per sample, and the decisions that both searches (score_stored.h, score_streamed.h) share.
+//
+// Slots 0 .. n - 1 are the valid tokens in ascending order. Neighbours of a slot exclude itself and are ordered by
+// (squared distance in float64, slot): this order decides every tie.
+#pragma once
+
+#include "pack.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+namespace {
+
+struct Neighbour {
+  double s;
+  int32_t slot;
+};
+
+H2OT_INLINE bool before(const Neighbour& a, const Neighbour& b) { return a.s < b.s || (a.s == b.s && a.slot < b.slot); }
+
+// Heapsort past a handful: ascending.
+inline void sort_neighbours(Neighbour* list, int64_t count) {
+  if (count <= 32) {
+    for (int64_t i = 1; i < count; i++) {
+      const Neighbour moved = list[i];
+      int64_t at = i;
+      for (; at > 0 && before(moved, list[at - 1]); at--) list[at] = list[at - 1];
+      list[at] = moved;
+    }
+    return;
+  }
+  const auto sift = [list](int64_t at, int64_t end) {
+    const Neighbour moved = list[at];
+    for (int64_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
+      if (child + 1 < end && before(list[child], list[child + 1])) child++;
+      if (!before(moved, list[child])) break;
+      list[at] = list[child];
+      at = child;
+    }
+    list[at] = moved;
+  };
+  for (int64_t at = count / 2; at-- > 0;) sift(at, count);
+  for (int64_t end = count; end-- > 1;) {
+    const Neighbour last = list[end];
+    list[end] = list[0];
+    list[0] = last;
+    sift(0, end);
+  }
+}
+
+constexpr int64_t kKept = 16;  // neighbours remembered per slot, at most: enough to find most denser ones
+
+template <class A>
+struct State {
+  Sample<A> sample;
+  int64_t k;            // of the call
+  int64_t wanted;       // neighbours that m averages besides the token itself: min(k, n) - 1
+  int64_t kept;         // capacity of each row of `near`
+  bool strict;          // noise given: denser is strictly larger rho; else ties go to the lower slot
+  double *m, *key;      // [n]; j is denser than i when key[j] < key[i] (or equal, j < i, unless strict)
+  double* delta;        // [n] squared distance to the parent
+  int32_t* parent;      // [n], -1: no denser token
+  Neighbour* near;      // [n][kept], the nearest ones in order
+  int32_t* near_count;  // [n] how many of them are proven to be the nearest
+  float* panels;        // [ceil(n / kPanel)][C][kPanel]
+  double largest;       // squared, over all valid pairs; only when asked for
+
+  void carve(Carver& memory, int64_t N, int64_t C, int64_t list) {
+    kept = list;
+    m = memory.take<double>(N);
+    key = memory.take<double>(N);
+    delta = memory.take<double>(N);
+    parent = memory.take<int32_t>(N);
+    near = memory.take<Neighbour>(N * kept);
+    near_count = memory.take<int32_t>(N);
+    panels = memory.take<float>(ceil_div(N, kPanel) * kPanel * C);
+  }
+  bool denser(int64_t j, int64_t i) const { return key[j] < key[i] || (!strict && key[j] == key[i] && j < i); }
+
+  // m of slot i from at least `wanted` sorted nearest neighbours, of which the first `kept` are remembered.
+  void set_nearest(int64_t i, const Neighbour* sorted, int64_t count) {
+    double total = 0;
+    for (int64_t r = 0; r < wanted; r++) total += sorted[r].s;
+    m[i] = total / double((wanted + 1) * sample.C);
+    near_count[i] = int32_t(smaller(count, kept));
+    for (int64_t r = 0; r < near_count[i]; r++) near[i * kept + r] = sorted[r];
+  }
+
+  // The same from all distances in float64. list: room for n.
+  void set_nearest_exactly(int64_t i, Neighbour* list) {
+    const int64_t needed = larger(wanted, kept);
+    int64_t count = 0;
+    for (int64_t j = 0; j < sample.n; j++) {
+      if (j == i) continue;
+      const Neighbour next = {sample.distance(i, j), int32_t(j)};
+      if (needed > 2 * kKept) {
+        list[count++] = next;
+      } else if (count < needed || before(next, list[count - 1])) {
+        int64_t at = count < needed ? count++ : count - 1;
+        for (; at > 0 && before(next, list[at - 1]); at--) list[at] = list[at - 1];
+        list[at] = next;
+      }
+    }
+    if (needed > 2 * kKept) sort_neighbours(list, count);
+    set_nearest(i, list, count);
+  }
+
+  bool all_equal() const {
+    for (int64_t i = 1; i < sample.n; i++) {
+      if (!sample.equal(0, i)) return false;
+    }
+    return true;
+  }
+
+  // Looks for the nearest denser token among the proven neighbours.
+  bool find_parent_nearby(int64_t i) {
+    const Neighbour* list = near + i * kept;
+    for (int64_t r = 0; r < near_count[i]; r++) {
+      if (denser(list[r].slot, i)) {
+        delta[i] = list[r].s;
+        parent[i] = list[r].slot;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // The same over all tokens in float64.
+  void find_parent_exactly(int64_t i) {
+    parent[i] = -1;
+    for (int64_t j = 0; j < sample.n; j++) {
+      if (!denser(j, i)) continue;
+      const double s = sample.distance(i, j);
+      if (parent[i] < 0 || s < delta[i]) {
+        delta[i] = s;
+        parent[i] = int32_t(j);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace H2OT_ISA
+}  // namespace h2ot

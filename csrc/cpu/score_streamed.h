@@ -1,0 +1,297 @@
+// Search without storing distances: every slot keeps its `kept` nearest by tile distance, row and column side of each
+// tile alike; memory O(N kept).
+#pragma once
+
+#include "score_state.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+namespace {
+
+constexpr int32_t kNoSlot = 0x7fffffff, kUnknownParent = -2;
+
+// Per row the `length` smallest tile distances, ordered by (distance, slot): which ones does not depend on the order of
+// the offers.
+struct Lists {
+  int64_t length;
+  float* v;          // [rows][length]
+  int32_t* slot;     // [rows][length], kNoSlot where there are fewer
+  float* threshold;  // [rows, rounded up to panels] the last v; -1 past the last row
+
+  void carve(Carver& memory, int64_t rows, int64_t list) {
+    length = list;
+    v = memory.take<float>(rows * length);
+    slot = memory.take<int32_t>(rows * length);
+    threshold = memory.take<float>(ceil_div(rows, kPanel) * kPanel);
+  }
+  void clear(int64_t rows) {
+    for (int64_t at = 0; at < rows * length; at++) {
+      v[at] = __builtin_inff();
+      slot[at] = kNoSlot;
+    }
+    for (int64_t row = 0; row < ceil_div(rows, kPanel) * kPanel; row++)
+      threshold[row] = row < rows ? __builtin_inff() : -1;
+  }
+  void offer(int64_t row, float value, int32_t from) {
+    float* values = v + row * length;
+    int32_t* slots = slot + row * length;
+    int64_t at = length - 1;
+    if (value > values[at] || (value == values[at] && from > slots[at])) return;
+    for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from < slots[at - 1])); at--) {
+      values[at] = values[at - 1];
+      slots[at] = slots[at - 1];
+    }
+    values[at] = value;
+    slots[at] = from;
+    threshold[row] = values[length - 1];
+  }
+};
+
+template <class A>
+struct Streamed {
+  State<A>* state;
+  Lists lists;
+  float* furthest;  // [n] the largest tile distance seen from the row side, or null
+
+  // Offers every pair of a tile (kRows slots from `row`, a panel of slots from `column`) to both its slots.
+  void offer_tile(const float* tile, int64_t row, int64_t column) {
+    const int64_t n = state->sample.n, rows = smaller(kRows, n - row);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t i = row + r;
+      for (int64_t p = 0; p < kPanel; p += kFloats) {
+        const Floats v = load(tile + r * kPanel + p);
+        uint32_t of_row = at_most(v, fill(lists.threshold[i])),
+                 of_column = at_most(v, load(lists.threshold + column + p));
+        if (column + p <= i) {  // a tile that touches the diagonal: pairs above it only
+          const int64_t below = i + 1 - column - p;
+          const uint32_t above = below >= 32 ? 0 : ~uint32_t(0) << below;
+          of_row &= above;
+          of_column &= above;
+        }
+        for (; of_row; of_row &= of_row - 1) {
+          const int64_t at = p + __builtin_ctz(of_row);
+          if (column + at < n) lists.offer(i, tile[r * kPanel + at], int32_t(column + at));
+        }
+        for (; of_column; of_column &= of_column - 1) {
+          const int64_t at = p + __builtin_ctz(of_column);
+          lists.offer(column + at, tile[r * kPanel + at], int32_t(i));
+        }
+      }
+      if (furthest) {
+        float most = furthest[i];
+        for (int64_t p = larger(0, i + 1 - column); p < smaller(kPanel, n - column); p++) {
+          most = tile[r * kPanel + p] > most ? tile[r * kPanel + p] : most;
+        }
+        furthest[i] = most;
+      }
+    }
+  }
+
+  // All pairs between the panels [row_begin, row_end) and [column_begin, column_end): the same range, or a later one.
+  void search(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
+    const int64_t n = state->sample.n, size = state->sample.panel_size();
+    const int64_t block = larger(1, 65536 / size);  // panels of rows that stay in the second-level cache
+    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    for (int64_t first = row_begin; first < row_end; first += block) {
+      const int64_t last = smaller(first + block, row_end);
+      for (int64_t q = larger(column_begin, row_begin == column_begin ? first : 0); q < column_end; q++) {
+        for (int64_t p = first; p < last && (row_begin != column_begin || p <= q); p++) {
+          for (int64_t r = 0; r < kPanel && p * kPanel + r < n; r += kRows) {
+            state->sample.template tile<2>(state->panels + p * size + r, state->panels + q * size, tile);
+            offer_tile(tile, p * kPanel + r, q * kPanel);
+          }
+        }
+      }
+    }
+  }
+
+  // Every pair once, in rounds whose tasks share no slot: no locks, and lists are written by one thread at a time.
+  void search_all(const Parallel& pool) {
+    const int64_t panels = ceil_div(state->sample.n, kPanel), pairs = smaller(pool.threads, panels / 2);
+    if (pairs < 2) {
+      search(0, panels, 0, panels);
+      return;
+    }
+    const int64_t parts = 2 * pairs;
+    const auto from = [=](int64_t part) { return part * panels / parts; };
+    parallel_for(pool, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; part++) search(from(part), from(part + 1), from(part), from(part + 1));
+    });
+    for (int64_t round = 0; round < parts - 1; round++) {  // the circle method of a round-robin tournament
+      parallel_for(pool, pairs, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; t++) {
+          const int64_t one = t == 0 ? parts - 1 : (round + t) % (parts - 1);
+          const int64_t other = (round + parts - 1 - t) % (parts - 1);
+          const int64_t a = smaller(one, other), b = larger(one, other);
+          search(from(a), from(a + 1), from(b), from(b + 1));
+        }
+      });
+    }
+  }
+
+  // Row `row` of `found` in float64 order: `list` gets the entries, and the result is how many of them are proven to be
+  // the nearest of the `among` slots that were offered.
+  int64_t prove(const Lists& found, int64_t row, int64_t i, int64_t among, Neighbour* list) const {
+    const float* v = found.v + row * found.length;
+    const int32_t* slot = found.slot + row * found.length;
+    int64_t count = 0;
+    for (; count < found.length && slot[count] != kNoSlot; count++) {
+      list[count] = {state->sample.distance(i, slot[count]), slot[count]};
+    }
+    sort_neighbours(list, count);
+    if (count == among) return count;
+    // What is not listed is no nearer than this, and equal tokens that are not listed have higher slots.
+    const double unlisted = count == found.length ? state->sample.bound.least(v[count - 1]) / state->sample.unit() : 0;
+    int64_t proven = 0;
+    while (proven < count && (list[proven].s == 0 || list[proven].s < unlisted)) proven++;
+    return proven;
+  }
+
+  void set_nearest(int64_t i, Neighbour* list) {
+    const int64_t proven = prove(lists, i, i, state->sample.n - 1, list);
+    if (proven >= state->wanted) {
+      state->set_nearest(i, list, proven);
+    } else {
+      state->set_nearest_exactly(i, list);
+    }
+  }
+
+  // Whether so many rows are unproven that a finer search is cheaper: near-duplicates, quantised.
+  bool too_coarse() const {
+    constexpr int64_t kSampled = 64, kUnproven = 4;
+    Neighbour list[2 * kKept];
+    int64_t unproven = 0;
+    const int64_t n = state->sample.n;
+    for (int64_t t = 0; t < kSampled && lists.length <= 2 * kKept; t++) {
+      const int64_t i = t * n / kSampled;
+      unproven += prove(lists, i, i, n - 1, list) < state->wanted;
+    }
+    return unproven > kUnproven;
+  }
+
+  // The largest squared distance: rows whose largest tile distance may be the largest of all, in float64.
+  double largest(const Parallel& pool, double* of_row) const {
+    const Sample<A>& sample = state->sample;
+    float most = 0;
+    for (int64_t i = 0; i < sample.n; i++) most = furthest[i] > most ? furthest[i] : most;
+    if (most == 0 && state->all_equal()) return 0;
+    const float from = sample.bound.floor_of(sample.bound.least(most));
+    parallel_for(pool, sample.n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        of_row[i] = 0;
+        for (int64_t j = i + 1; furthest[i] >= from && j < sample.n; j++) {
+          const double s = sample.distance(i, j);
+          of_row[i] = s > of_row[i] ? s : of_row[i];
+        }
+      }
+    });
+    double largest = 0;
+    for (int64_t i = 0; i < sample.n; i++) largest = of_row[i] > largest ? of_row[i] : largest;
+    return largest;
+  }
+};
+
+// The search for denser tokens of the slots that have none among their proven neighbours: tiles against panels in order
+// of density, so that the denser tokens of each slot are a prefix.
+template <class A>
+struct PeakSearch {
+  static constexpr int64_t kList = 4, kBlock = 4;  // candidates per slot, panels of slots per task
+
+  Streamed<A>* streamed;
+  Neighbour* order;  // [n] (key, slot) ascending: the densest first
+  int32_t* ordered;  // [n] its slots' tokens
+  int32_t* peak;     // [peaks] slots, ascending in density order
+  int32_t* denser;   // [peaks] how many tokens are denser
+  int64_t peaks;
+
+  void carve(Carver& memory, int64_t N) {
+    order = memory.take<Neighbour>(N);
+    ordered = memory.take<int32_t>(N);
+    peak = memory.take<int32_t>(N);
+    denser = memory.take<int32_t>(N);
+  }
+
+  static int64_t worker_bytes(int64_t C) {
+    Carver count(nullptr);
+    float* unused;
+    Lists lists;
+    carve_worker(count, C, unused, unused, lists);
+    return count.bytes();
+  }
+  static void carve_worker(Carver& memory, int64_t C, float*& rows, float*& columns, Lists& lists) {
+    rows = memory.take<float>(kBlock * kPanel * C);
+    columns = memory.take<float>(kPanel * C);
+    lists.carve(memory, kBlock * kPanel, kList);
+  }
+
+  // The slots to search for are those whose parent is kUnknownParent.
+  void collect() {
+    const State<A>& state = *streamed->state;
+    const int64_t n = state.sample.n;
+    for (int64_t i = 0; i < n; i++) order[i] = {state.key[i], int32_t(i)};
+    sort_neighbours(order, n);
+    peaks = 0;
+    int64_t equal_from = 0;
+    for (int64_t at = 0; at < n; at++) {
+      const int32_t slot = order[at].slot;
+      ordered[at] = state.sample.token[slot];
+      if (order[at].s != order[equal_from].s) equal_from = at;
+      if (state.parent[slot] != kUnknownParent) continue;
+      peak[peaks] = slot;
+      denser[peaks++] = int32_t(state.strict ? equal_from : at);
+    }
+  }
+
+  // Peaks [begin, end), at most kBlock panels of them. memory: worker_bytes.
+  void search(int64_t begin, int64_t end, void* memory) const {
+    State<A>& state = *streamed->state;
+    const Sample<A>& sample = state.sample;
+    const int64_t size = sample.panel_size();
+    float *rows, *columns;
+    Lists lists;
+    Carver carver(memory);
+    carve_worker(carver, sample.C, rows, columns, lists);
+    lists.clear(end - begin);
+    for (int64_t first = begin; first < end; first += kPanel) {
+      const int64_t count = smaller(kPanel, end - first);
+      int32_t token[kPanel];
+      for (int64_t p = 0; p < count; p++) token[p] = sample.token[peak[first + p]];
+      sample.pack(token, count, rows + (first - begin) / kPanel * size);
+    }
+    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    for (int64_t column = 0; column < denser[end - 1]; column += kPanel) {
+      const int64_t width = smaller(kPanel, sample.n - column);
+      sample.pack(ordered + column, width, columns);
+      for (int64_t row = begin; row < end; row += kRows) {
+        const int64_t last = smaller(row + kRows, end), panel = (row - begin) / kPanel;
+        if (denser[last - 1] <= column) continue;
+        sample.template tile<2>(rows + panel * size + (row - begin) % kPanel, columns, tile);
+        for (int64_t i = row; i < last; i++) {
+          for (int64_t p = 0; p < kPanel; p += kFloats) {
+            const float* v = tile + (i - row) * kPanel + p;
+            uint32_t bits = at_most(load(v), fill(lists.threshold[i - begin]));
+            for (; bits; bits &= bits - 1) {
+              const int64_t at = __builtin_ctz(bits);
+              if (column + p + at < denser[i]) lists.offer(i - begin, v[at], order[column + p + at].slot);
+            }
+          }
+        }
+      }
+    }
+    for (int64_t i = begin; i < end; i++) {
+      Neighbour list[kList];
+      if (denser[i] == 0) {
+        state.parent[peak[i]] = -1;
+      } else if (streamed->prove(lists, i - begin, peak[i], denser[i], list) > 0) {
+        state.delta[peak[i]] = list[0].s;
+        state.parent[peak[i]] = list[0].slot;
+      } else {
+        state.find_parent_exactly(peak[i]);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace H2OT_ISA
+}  // namespace h2ot

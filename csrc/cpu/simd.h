@@ -1,0 +1,157 @@
+// Vectors of the instruction set that this file is compiled for, and conversions of the four element types.
+//
+// Each csrc/cpu/*.cpp is compiled once per instruction set, with H2OT_ISA naming the namespace (portable, avx2, avx512)
+// and the compiler flags deciding the width. Only always-inline or static functions here, and no std:: templates in
+// the kernels: a weak symbol compiled with AVX-512 must never be the copy that the linker keeps for an older machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../launch.h"
+
+#define H2OT_INLINE static inline __attribute__((always_inline))
+
+namespace h2ot {
+namespace H2OT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int kFloats = kVectorBytes / 4;
+constexpr int kDoubles = kVectorBytes / 8;
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+
+H2OT_INLINE Floats load(const float* p) {
+  Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+H2OT_INLINE Doubles load(const double* p) {
+  Doubles v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+H2OT_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+H2OT_INLINE void store(double* p, Doubles v) { memcpy(p, &v, sizeof v); }
+
+// Storage types of the half formats; arithmetic is in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+H2OT_INLINE float widen(float v) { return v; }
+H2OT_INLINE double widen(double v) { return v; }
+H2OT_INLINE float widen(BFloat16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+H2OT_INLINE float widen(Half v) {
+  // The exponent is moved by a multiplication, which also makes subnormals exact; infinity and NaN stay as they are.
+  const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
+  uint32_t bits = rest << 13;
+  float f;
+  memcpy(&f, &bits, 4);
+  f *= 0x1p112f;
+  if (rest >= 0x7c00u) {
+    bits = 0x7f800000u | (rest & 0x3ffu) << 13;
+    memcpy(&f, &bits, 4);
+  }
+  memcpy(&bits, &f, 4);
+  bits |= sign;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+H2OT_INLINE void narrow(float v, float& out) { out = v; }
+H2OT_INLINE void narrow(double v, double& out) { out = v; }
+H2OT_INLINE void narrow(float v, BFloat16& out) {  // round to nearest even
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    out.bits = uint16_t(bits >> 16 | 0x40u);
+  } else {
+    out.bits = uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  }
+}
+H2OT_INLINE void narrow(float v, Half& out) {  // round to nearest even
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  bits &= 0x7fffffffu;
+  uint32_t half;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x47800000u) {  // 65536 and more
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {  // below the smallest normal: let an addition round
+    float f;
+    memcpy(&f, &bits, 4);
+    f += 0.5f;
+    uint32_t sum;
+    memcpy(&sum, &f, 4);
+    half = sum - 0x3f000000u;
+  } else {
+    bits += 0xfffu + (bits >> 13 & 1u);
+    half = (bits - 0x38000000u) >> 13;
+  }
+  out.bits = uint16_t(sign | half);
+}
+
+// The type that arithmetic on T accumulates in.
+template <class T>
+struct AccumulatorOf {
+  typedef float type;
+};
+template <>
+struct AccumulatorOf<double> {
+  typedef double type;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+// Calls f(T()) for the element type that dtype names.
+template <class F>
+H2OT_INLINE void for_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f32:
+      f(float());
+      break;
+    case Dtype::f64:
+      f(double());
+      break;
+    case Dtype::bf16:
+      f(BFloat16());
+      break;
+    case Dtype::f16:
+      f(Half());
+      break;
+  }
+}
+
+// Runs f(begin, end) over [0, tasks) on the caller's pool.
+template <class F>
+H2OT_INLINE void parallel_for(const Parallel& pool, int64_t tasks, int64_t grain, const F& f) {
+  if (tasks <= 0) return;
+  if (tasks <= grain || pool.threads == 1) {
+    f(int64_t(0), tasks);
+    return;
+  }
+  pool.run(
+      tasks, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot

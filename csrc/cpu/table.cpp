@@ -1,0 +1,29 @@
+// The kernels of one instruction set as a table. Compiled once per instruction set, like the kernels themselves.
+#include "kernels.h"
+
+#define H2OT_TEXT(name) #name
+#define H2OT_NAME(name) H2OT_TEXT(name)
+
+namespace h2ot {
+namespace H2OT_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    H2OT_NAME(H2OT_ISA),
+    score,
+    select,
+    motion,
+    attention_score,
+    gather,
+    scatter,
+    assign,
+    merge,
+    recover_attention,
+    recover_attention_backward,
+    recover_tail,
+    interpolate,
+    interpolate_backward,
+};
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot

@@ -1,0 +1,100 @@
+// Whole vectors of the four element types: loads that widen, stores that narrow, sums over the lanes.
+#pragma once
+
+#include "simd.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t LongWords __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+
+// The vector that arithmetic on T runs in, and the unsigned integers of the same lanes.
+template <class T>
+struct VectorOf {
+  typedef Floats type;
+  typedef Words bits;
+};
+template <>
+struct VectorOf<double> {
+  typedef Doubles type;
+  typedef LongWords bits;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(Accumulator<T>));
+
+template <class T>
+H2OT_INLINE Vector<T> splat(Accumulator<T> v) {
+  return v - Vector<T>{};  // exact for every v, so no subtraction is left
+}
+
+H2OT_INLINE Words load_halves(const void* p) {
+  HalfWords half;
+  memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, Words);
+}
+H2OT_INLINE void store_halves(void* p, Words v) {
+  const HalfWords half = __builtin_convertvector(v, HalfWords);
+  memcpy(p, &half, sizeof half);
+}
+H2OT_INLINE Floats as_floats(Words v) { return reinterpret_cast<Floats>(v); }
+H2OT_INLINE Words as_words(Floats v) { return reinterpret_cast<Words>(v); }
+
+H2OT_INLINE Floats load_wide(const float* p) { return load(p); }
+H2OT_INLINE Doubles load_wide(const double* p) { return load(p); }
+H2OT_INLINE Floats load_wide(const BFloat16* p) { return as_floats(load_halves(p) << 16); }
+H2OT_INLINE Floats load_wide(const Half* p) {  // the same steps as widen(Half)
+  const Words v = load_halves(p), sign = (v & 0x8000u) << 16, rest = v & 0x7fffu;
+  const Words finite = as_words(as_floats(rest << 13) * 0x1p112f), special = 0x7f800000u | (rest << 13);
+  return as_floats((rest >= 0x7c00u ? special : finite) | sign);
+}
+
+H2OT_INLINE void store_narrow(float* p, Floats v) { store(p, v); }
+H2OT_INLINE void store_narrow(double* p, Doubles v) { store(p, v); }
+H2OT_INLINE void store_narrow(BFloat16* p, Floats v) {  // the same steps as narrow(float, BFloat16&)
+  const Words bits = as_words(v);
+  const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, nan = bits >> 16 | 0x40u;
+  store_halves(p, (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+H2OT_INLINE void store_narrow(Half* p, Floats v) {  // the same steps as narrow(float, Half&)
+  const Words all = as_words(v), sign = all >> 16 & 0x8000u, bits = all & 0x7fffffffu;
+  const Words normal = (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13;
+  const Words small = as_words(as_floats(bits) + 0.5f) - 0x3f000000u;
+  Words half = bits < 0x38800000u ? small : normal;
+  half = bits >= 0x47800000u ? Words{} + 0x7c00u : half;
+  half = bits > 0x7f800000u ? Words{} + 0x7e00u : half;
+  store_halves(p, half | sign);
+}
+
+// The first `count` lanes only; the rest of a load is 0.
+template <class T>
+H2OT_INLINE Vector<T> load_part(const T* p, int64_t count) {
+  T lanes[kLanes<T>] = {};
+  memcpy(lanes, p, size_t(count) * sizeof(T));
+  return load_wide(lanes);
+}
+template <class T>
+H2OT_INLINE void store_part(T* p, Vector<T> v, int64_t count) {
+  T lanes[kLanes<T>];
+  store_narrow(lanes, v);
+  memcpy(p, lanes, size_t(count) * sizeof(T));
+}
+
+// The sum over the lanes, halves added to halves.
+template <class T>
+H2OT_INLINE Accumulator<T> sum_lanes(Vector<T> v) {
+#pragma GCC unroll 4
+  for (int step = kLanes<T> / 2; step > 0; step /= 2) {
+    typename VectorOf<T>::bits swapped = {};
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes<T>; lane++) swapped[lane] = unsigned(lane ^ step);
+    v += __builtin_shuffle(v, swapped);
+  }
+  return v[0];
+}
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot

@@ -1,0 +1,33 @@
+// Contract of the CUDA launchers, in the manner of launch.h. No torch here.
+//
+// All pointers in the arguments are device pointers; nothing is read on the host, nothing is allocated, and the host
+// never waits: a call only issues kernels on `stream`, so it can be captured in a CUDA graph. The same call gives the
+// same bits on every architecture, for every plan.
+#pragma once
+
+#include "../launch.h"
+#include "plan.h"
+
+namespace h2ot {
+namespace cuda {
+
+// Scoring as launch.h's ScoreArgs says (score may be null too), and in the same call, where index is given, the K first
+// by (kept, valid, score descending, index ascending). `valid` of the score arguments is not written.
+// A row of `keep` with a value outside [0, N), or with more than K different ones, makes that sample's index -1.
+struct CudaScoreArgs {
+  ScoreArgs score;
+  int64_t K;
+  const int64_t* keep;  // [keep_rows, M] contiguous, or null
+  int64_t keep_rows, M;
+  int64_t* index;  // [B, K] out, or null
+};
+
+// workspace: plan.at.bytes bytes, aligned to 16. Returns 0, or the cudaError_t of the launch that failed.
+int32_t launch_score(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream);
+
+// Facts of a device that plans need. Returns 0, or a cudaError_t.
+int32_t read_machine(int32_t device, Machine* machine);
+const char* error_name(int32_t error);
+
+}  // namespace cuda
+}  // namespace h2ot

@@ -1,0 +1,147 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace h2ot {
+namespace cuda {
+namespace {
+
+bool is_half(Dtype dtype) { return dtype == Dtype::bf16 || dtype == Dtype::f16; }
+
+// Multiply-adds of TF32 tensor products per clock and multiprocessor, as NVIDIA's peak figures count for mma.sync.
+int64_t tensor_rate(const Machine& machine) {
+  if (machine.major == 8) return machine.minor == 0 ? 512 : 128;
+  return machine.major == 9 || machine.major == 10 ? 512 : 128;
+}
+
+// Clocks of the busiest multiprocessor: tiles of rows x columns, `work` operations per pair and channel at `rate`.
+double clocks(int64_t tiles, int64_t pairs, int64_t C, double work, int64_t rate, const Machine& machine) {
+  return double(ceil_div(tiles, machine.multiprocessors)) * double(pairs * C) * work / double(rate);
+}
+
+int64_t upper_tiles(int64_t N, int64_t rows, int64_t columns) {
+  const int64_t ratio = columns / rows, last = ceil_div(N, columns) - 1;
+  return tiles_before(last, ratio) + std::min(ceil_div(N, rows), ratio * (last + 1));
+}
+
+Distance cheapest(const Problem& p, const Machine& machine, Search search) {
+  if (p.dtype == Dtype::f64) return Distance::direct;
+  const Distance products = is_half(p.dtype) && p.J == 1 ? Distance::exact_products : Distance::products;
+  const auto tiles = [&](int64_t rows, int64_t columns) {
+    return p.B *
+           (search == Search::stored ? upper_tiles(p.N, rows, columns) : ceil_div(p.N, rows) * ceil_div(p.N, columns));
+  };
+  constexpr int64_t kLanes = 128;
+  const double direct =
+      clocks(tiles(kDirectRows, kDirectColumns), kDirectRows * kDirectColumns, p.C, 2, kLanes, machine);
+  const double multiplied = clocks(tiles(kProductRows, kProductColumns), kProductRows * kProductColumns, p.C,
+                                   products == Distance::products ? 3 : 1, tensor_rate(machine), machine);
+  // Products must win clearly: more rows are then decided by several candidates in float64.
+  return 1.5 * multiplied < direct ? products : Distance::direct;
+}
+
+Distance allowed(const Problem& p, Distance distance) {
+  if (p.dtype == Dtype::f64) return Distance::direct;
+  if (distance == Distance::exact_products && !(is_half(p.dtype) && p.J == 1)) return Distance::direct;
+  return distance;
+}
+
+// Lays out the workspace; every part starts at a multiple of 256 bytes.
+Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
+  constexpr int64_t kAlignment = 256;
+  Workspace at;
+  int64_t used = 0;
+  const auto take = [&](bool needed, int64_t bytes) {
+    if (!needed) return int64_t(-1);
+    const int64_t offset = used;
+    used += ceil_div(bytes, kAlignment) * kAlignment + kGuardBytes;
+    return offset;
+  };
+  const int64_t tokens = samples * p.N, wide = p.dtype == Dtype::f64 ? 8 : 4;
+  const bool stored = plan.search == Search::stored;
+  at.rows = take(plan.pitch > 0, tokens * plan.pitch * wide);
+  at.valid = take(true, tokens);
+  at.exponent = take(true, samples * ceil_div(p.N, kTokensPerBlock) * 4);
+  at.norm = take(plan.distance != Distance::direct, tokens * wide);
+  at.matrix = take(stored, tokens * plan.matrix_pitch * wide);
+  const int64_t list = std::max(plan.list, kPeakList);
+  at.listed = take(!stored, tokens * plan.splits * list * wide);
+  at.listed_at = take(!stored, tokens * plan.splits * list * 4);
+  at.furthest = take(!stored, tokens * plan.splits * wide);
+  const bool kept = !stored || plan.near > kLongestList;  // else in shared memory
+  at.nearest = take(kept, tokens * plan.near * 8);
+  at.nearest_at = take(kept, tokens * plan.near * 4);
+  at.proven = take(!stored, tokens * 4);
+  at.peaks = take(!stored, tokens * 4);
+  at.peak_count = take(!stored, samples * 4);
+  at.m = take(true, tokens * 8);
+  at.key = take(true, tokens * 8);
+  at.squared = take(true, tokens * 8);
+  at.parent = take(true, tokens * 4);
+  at.largest = take(true, samples * 16);
+  at.score = take(true, tokens * 8);
+  at.order = take(true, tokens);
+  at.rank = take(true, tokens);
+  at.bytes = used;
+  return at;
+}
+
+}  // namespace
+
+Bound search_bound(const Problem& p, Distance distance) {
+  constexpr double kUnit = 0x1p-24;  // of float32 rounding
+  const double C = double(p.C), slabs = double(ceil_div(p.C, kSlabChannels));
+  // Direct: a rounding of each difference and square, the additions of a slab and of the slabs; sqrt halves it all.
+  const double roundings = std::min(C, double(kSlabChannels)) + slabs + 8;
+  if (p.dtype == Dtype::f64) return {0.6 * 0x1p-53 * (roundings + 16), std::sqrt(C) * 0x1p-510, 0};
+  Bound bound = {0.6 * kUnit * roundings, std::sqrt(C) * 0x1p-62, 0};
+  if (distance == Distance::direct) return bound;
+  // Products: each mma of a slab truncates its eight products and the sum, 10 units of 2^-23 at worst; the slabs and
+  // the norms add their roundings; float32 tokens lose 3 x 2^-22 in the split and a rounding where the first is taken
+  // off.
+  const double mma = (distance == Distance::products ? 3 : 1) * kSlabChannels / 8;
+  const double split = distance == Distance::products ? 3 * 4 + 4 : 0;
+  bound.spread = float((mma * 20 + split + 2 * slabs + kSlabChannels) * kUnit);
+  return bound;
+}
+
+bool readable_in_place(const Tokens& x) {
+  const int64_t vector = 16 / element_bytes(x.dtype);
+  return !is_half(x.dtype) && x.J == 1 && x.stride_c == 1 && x.C % 4 == 0 && x.stride_n % vector == 0 &&
+         x.stride_b % vector == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
+Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Distance distance, int64_t most) {
+  Plan plan = {};
+  plan.search = search;
+  plan.distance = allowed(p, distance);
+  const bool direct = plan.distance == Distance::direct;
+  plan.tile_rows = direct ? kDirectRows : kProductRows;
+  plan.tile_columns = direct ? kDirectColumns : kProductColumns;
+  plan.pitch = p.in_place ? 0 : ceil_div(p.C, 4) * 4;
+  plan.splits = 1;
+  if (search == Search::stored) {
+    plan.matrix_pitch = ceil_div(p.N, plan.tile_columns) * plan.tile_columns;
+    plan.tiles = upper_tiles(p.N, plan.tile_rows, plan.tile_columns);
+    plan.near = p.k - 1;
+  } else {
+    const int64_t blocks = std::max<int64_t>(p.B, 1) * ceil_div(p.N, plan.tile_rows);
+    const int64_t columns = ceil_div(p.N, plan.tile_columns);
+    plan.splits = std::max<int64_t>(1, std::min({int64_t(8), columns, 2 * machine.multiprocessors / blocks}));
+    plan.list = p.k - 1 + kSpare <= kLongestList ? p.k - 1 + kSpare : 0;
+    plan.near = p.k - 1 + kSpare;
+  }
+  const int64_t each = lay_out(p, plan, 1).bytes;
+  plan.samples = std::max<int64_t>(1, std::min({p.B, kGridLimit, most, kWorkspaceBytes / each}));
+  plan.at = lay_out(p, plan, plan.samples);
+  return plan;
+}
+
+Plan plan_score(const Problem& p, const Machine& machine) {
+  const Search search = p.N <= kStoredTokens ? Search::stored : Search::streamed;
+  return plan_score_as(p, machine, search, cheapest(p, machine, search));
+}
+
+}  // namespace cuda
+}  // namespace h2ot

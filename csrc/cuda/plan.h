@@ -1,0 +1,157 @@
+// The host side of the CUDA kernels: which search, which tiles, how much memory. Plain C++, no CUDA and no torch, so
+// that it is tested where neither is. Sizes and offsets are 64-bit; what fits a launch is checked here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../launch.h"
+
+#if defined(__CUDACC__)
+#define H2OT_HOST_DEVICE __host__ __device__
+#else
+#define H2OT_HOST_DEVICE
+#endif
+
+namespace h2ot {
+namespace cuda {
+
+// What a plan depends on, of a device: compute capability and the number of multiprocessors.
+struct Machine {
+  int32_t major, minor, multiprocessors;
+};
+
+// How approximate distances come about (float64 always decides in the end).
+enum class Distance : int32_t {
+  direct,          // sum of (a - b)^2 on the FFMA pipes: relative error only
+  products,        // |a|^2 + |b|^2 - 2 a b, 3 x TF32 on tensor cores, from tokens less the first one
+  exact_products,  // the same with one TF32 product: tokens are bfloat16 or float16, which TF32 holds exactly
+};
+
+// Where they go.
+enum class Search : int32_t {
+  stored,    // all of a sample, [N, N], in the workspace
+  streamed,  // the few nearest of each token, O(N k)
+};
+
+constexpr int32_t kDirectRows = 32, kDirectColumns = 64;
+constexpr int32_t kProductRows = 64, kProductColumns = 64;
+constexpr int32_t kSlabChannels = 32;           // summed before they are added to a total
+constexpr int32_t kTokensPerBlock = 8;          // of the kernels with a warp per token
+constexpr int64_t kStoredTokens = 2048;         // more tokens than this are streamed
+constexpr int64_t kLongestList = 32;            // a streamed list; for larger k rows are searched in float64
+constexpr int64_t kSpare = 4;                   // listed neighbours beyond those that m averages: they prove the others
+constexpr int64_t kPeakList = 4;                // listed denser tokens of one that has none among its neighbours
+constexpr int64_t kRankedInBlock = 2048;        // more tokens than this are ranked by many blocks
+constexpr int64_t kWorkspaceBytes = 256 << 20;  // passes over parts of the batch keep the workspace below it
+constexpr int64_t kGuardBytes = 256;            // after each part of the workspace: nothing may touch them
+constexpr int64_t kGridLimit = 65535;           // of a grid's second axis
+constexpr int64_t kMostTokens = int64_t(1) << 30;
+
+// Byte offsets into the workspace, for `samples` samples; -1: not there.
+struct Workspace {
+  int64_t rows;                 // [samples, N, pitch] pooled tokens
+  int64_t valid;                // [samples, N] uint8
+  int64_t exponent;             // [samples, groups] int32: the largest of kTokensPerBlock tokens
+  int64_t norm;                 // [samples, N] squared norms of the tokens as they enter products
+  int64_t matrix;               // [samples, N, matrix_pitch] stored search
+  int64_t listed;               // [samples, N, splits, list] streamed: lower bounds of the nearest
+  int64_t listed_at;            // the same shape, int32: which tokens
+  int64_t furthest;             // [samples, N, splits] upper bounds of the largest distance
+  int64_t nearest, nearest_at;  // [samples, N, near] float64 and int32: the nearest in order
+  int64_t proven;               // [samples, N] int32: how many of them are proven to be the nearest
+  int64_t peaks;                // [samples, N] int32: tokens whose parent is not among them
+  int64_t peak_count;           // [samples] int32
+  int64_t m, key;               // [samples, N] float64
+  int64_t squared;              // [samples, N] float64: to the parent
+  int64_t parent;               // [samples, N] int32
+  int64_t largest;              // [samples, 2] patterns of float64: over all pairs, a lower bound and the value
+  int64_t score;                // [samples, N] float64
+  int64_t order, rank;          // [samples, N] uint8: 2 kept + valid; selected
+  int64_t bytes;
+};
+
+struct Plan {
+  Distance distance;
+  Search search;
+  int32_t tile_rows, tile_columns;
+  int64_t pitch;         // of copied tokens, 0: read in place
+  int64_t matrix_pitch;  // of the stored matrix
+  int64_t tiles;         // grid of the stored search, per sample
+  int64_t splits;        // of the columns, streamed search
+  int64_t list;          // neighbours listed per token and split, streamed search; 0: rows are searched in float64
+  int64_t near;          // neighbours kept per token in float64
+  int64_t samples;       // per pass
+  Workspace at;
+};
+
+// |sqrt(s) - sqrt(v)| <= beta sqrt(v) + eta + what `spread` allows: v is the approximate squared distance of tokens
+// i and j, s the true one, scaled alike. Products add an error of spread (norm_i + norm_j) to v.
+struct Bound {
+  double beta, eta;
+  float spread;
+
+  // The least that s can be for v, v's spread taken off.
+  H2OT_HOST_DEVICE double least(double v) const {
+    const double r = sqrt(v) * (1 - beta) - eta;
+    return r > 0 ? r * r : 0;
+  }
+  // Of two pairs, one with v (its spread added): the other is farther apart if its v (its spread taken off) is above
+  // reach(v).
+  H2OT_HOST_DEVICE double reach(double v) const {
+    const double r = (sqrt(v) * (1 + beta) + 2 * eta) * (1 + 2 * beta);
+    return r * r * (1 + 0x1p-22);
+  }
+  // One with v (its spread taken off): the other is nearer if its v (its spread added) is below below(v).
+  H2OT_HOST_DEVICE double below(double v) const {
+    const double r = (sqrt(v) * (1 - beta) - 2 * eta) * (1 - beta);
+    return r > 0 ? r * r * (1 - 0x1p-22) : 0;
+  }
+};
+
+// What a plan is made for. in_place: tokens are float32 or float64 rows of whole 16-byte vectors already.
+struct Problem {
+  int64_t B, N, J, C, k;
+  Dtype dtype;
+  bool in_place;
+};
+
+// The plan for a problem by counted costs: until a device has been measured, arithmetic per multiprocessor and clock.
+Plan plan_score(const Problem& problem, const Machine& machine);
+// The same with the choice made by the caller (tests); a distance that the tokens do not allow becomes direct.
+// most: of the samples per pass.
+Plan plan_score_as(const Problem& problem, const Machine& machine, Search search, Distance distance,
+                   int64_t most = kGridLimit);
+// What the search's arithmetic can be off by.
+Bound search_bound(const Problem& problem, Distance distance);
+// Whether the tokens of x are such rows.
+bool readable_in_place(const Tokens& x);
+
+constexpr int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+H2OT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tiles over the upper triangle, `ratio` row tiles per column tile, numbered column by column from the diagonal up.
+struct Tile {
+  int64_t row, column;
+};
+
+H2OT_HOST_DEVICE constexpr int64_t tiles_before(int64_t column, int64_t ratio) {
+  return ratio * (column * (column + 1) / 2);
+}
+
+H2OT_HOST_DEVICE inline Tile tile_of(int64_t number, int64_t ratio) {
+  int64_t low = 0, high = int64_t(1) << 24;  // the column: tiles_before(low) <= number < tiles_before(high)
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (tiles_before(middle, ratio) <= number) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return {number - tiles_before(low, ratio), low};
+}
+
+}  // namespace cuda
+}  // namespace h2ot

@@ -1,0 +1,242 @@
+// What the scoring kernels share: their argument, warp-wide helpers, float64 distances, the bound that ties approximate
+// distances to true ones. "Squared distances" are sums of squares over C, not yet divided by C.
+#pragma once
+
+#include "device.cuh"
+#include "launch_cuda.h"
+
+namespace h2ot {
+namespace cuda {
+
+constexpr int kLanes = 32;
+constexpr int kWarps = kTokensPerBlock;  // per block of the kernels with a warp per token
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The four elements that are read at once.
+template <class T>
+struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) Quad {
+  T v[4];
+};
+
+template <class T>
+struct Accumulate {
+  typedef float type;
+};
+template <>
+struct Accumulate<double> {
+  typedef double type;
+};
+template <class T>
+using Accumulator = typename Accumulate<T>::type;
+
+H2OT_DEVICE float widen(float v) { return v; }
+H2OT_DEVICE double widen(double v) { return v; }
+H2OT_DEVICE float widen(BFloat16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float wide;
+  memcpy(&wide, &bits, 4);
+  return wide;
+}
+H2OT_DEVICE float widen(Float16 v) { return widen_half(v.bits); }
+
+H2OT_DEVICE float infinity_of(float) { return __builtin_inff(); }
+H2OT_DEVICE double infinity_of(double) { return __builtin_inf(); }
+
+// The pattern of |v|, which orders as |v| does with infinity, then NaN, last.
+H2OT_DEVICE uint32_t pattern(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return bits & 0x7fffffffu;
+}
+H2OT_DEVICE uint64_t pattern(double v) {
+  uint64_t bits;
+  memcpy(&bits, &v, 8);
+  return bits & 0x7fffffffffffffffu;
+}
+H2OT_DEVICE float value_of(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
+}
+H2OT_DEVICE double value_of(uint64_t bits) {
+  double v;
+  memcpy(&v, &bits, 8);
+  return v;
+}
+
+// The smallest e with |v| < 2^e, for the pattern of a finite v; kNoExponent for 0.
+constexpr int32_t kNoExponent = -4096;
+H2OT_DEVICE int32_t exponent_of(uint32_t bits) { return bits == 0 ? kNoExponent : int32_t(bits >> 23) - 126; }
+H2OT_DEVICE int32_t exponent_of(uint64_t bits) { return bits == 0 ? kNoExponent : int32_t(bits >> 52) - 1022; }
+
+// Everything the kernels of one pass read and write: samples first .. first + samples - 1 of the call.
+template <class A>
+struct Job {
+  Tokens x;      // data at the first sample of the pass
+  bool vectors;  // it can be read four channels at a time
+  const bool* mask;
+  const double* noise;
+  int64_t k;
+  bool wants_largest;
+
+  const A* rows;  // pooled tokens: x itself, or `copy`
+  A* copy;
+  int64_t row_stride_b, row_stride_n;
+  int64_t channels;  // of a row that can be read in quads: C, or C rounded up to 4 with zeros
+  uint8_t* valid;
+  int32_t* exponent;
+  int64_t groups;
+  A* norm;
+  Bound bound;
+  bool from_first;  // products of tokens less the first valid one
+
+  // Stored search: [N, matrix_pitch] per sample, infinity where there is no pair.
+  A* matrix;
+  int64_t matrix_pitch, tile_ratio;
+  // Streamed search, per token and split of the columns: the `list` nearest by (lower bound, token), and the largest
+  // upper bound.
+  A* listed;
+  int32_t* listed_at;
+  A* furthest;
+  int64_t splits, list;
+  bool for_peaks;  // the second search: rows are `peaks`, columns the tokens denser than they
+  double* nearest;
+  int32_t* nearest_at;
+  int64_t near;
+  int32_t* proven;
+  int32_t* peaks;
+  int32_t* peak_count;
+
+  double *m, *key, *squared;
+  int32_t* parent;
+  unsigned long long* largest;  // [samples, 2]: patterns of the largest lower bound (as scaled) and of the true one
+  uint8_t *order, *rank;        // 2 kept + valid; selected
+
+  double *density, *distance, *score;  // density and distance may be null
+  int64_t* parent_out;                 // may be null
+  int64_t K;
+  const int64_t* keep;
+  int64_t keep_stride, M;  // keep_stride 0: one row for all samples
+  int64_t* index;          // may be null
+  int32_t stages;          // of the finish kernel
+
+  H2OT_DEVICE const A* row(int64_t b, int64_t i) const { return rows + b * row_stride_b + i * row_stride_n; }
+};
+
+// ---- a warp together
+
+template <class T>
+H2OT_DEVICE T warp_sum(T v) {
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) v += __shfl_xor_sync(kAllLanes, v, lane);
+  return v;
+}
+template <class T>
+H2OT_DEVICE T warp_max(T v) {
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
+    const T other = __shfl_xor_sync(kAllLanes, v, lane);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+template <class T>
+H2OT_DEVICE T warp_min(T v) {
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
+    const T other = __shfl_xor_sync(kAllLanes, v, lane);
+    v = other < v ? other : v;
+  }
+  return v;
+}
+
+// The squared distance in float64, on all lanes. The same bits for (a, b) and (b, a), for any plan.
+template <class A>
+H2OT_DEVICE double exact_squared(const A* a, const A* b, int64_t channels, int lane) {
+  double sum = 0;
+  for (int64_t c = 4 * lane; c < channels; c += 4 * kLanes) {
+    const Quad<A> p = *reinterpret_cast<const Quad<A>*>(a + c), q = *reinterpret_cast<const Quad<A>*>(b + c);
+    for (int u = 0; u < 4; u++) {
+      const double d = double(p.v[u]) - double(q.v[u]);
+      sum = fma(d, d, sum);
+    }
+  }
+  return warp_sum(sum);
+}
+
+// The power of two that brings the largest magnitude of sample b into [1/2, 1), so that neither the squares of 1e30 nor
+// of 1e-30 leave float32; 1 for float64.
+H2OT_DEVICE float sample_scale(const Job<float>& job, int64_t b, int lane) {
+  int32_t most = kNoExponent;
+  for (int64_t g = lane; g < job.groups; g += kLanes) {
+    const int32_t e = job.exponent[b * job.groups + g];
+    most = e > most ? e : most;
+  }
+  most = warp_max(most);
+  const int32_t power = most == kNoExponent ? 0 : most < -126 ? 126 : most > 126 ? -126 : -most;
+  return value_of(uint32_t(power + 127) << 23);
+}
+H2OT_DEVICE double sample_scale(const Job<double>&, int64_t, int) { return 1; }
+H2OT_DEVICE double unscaled(float scale, double squared) { return squared / scale / scale; }
+H2OT_DEVICE double unscaled(double, double squared) { return squared; }
+
+// The first valid token of sample b, or -1.
+template <class A>
+H2OT_DEVICE int64_t first_valid(const Job<A>& job, int64_t b, int lane) {
+  for (int64_t from = 0; from < job.x.N; from += kLanes) {
+    const int64_t i = from + lane;
+    const uint32_t found = __ballot_sync(kAllLanes, i < job.x.N && job.valid[b * job.x.N + i]);
+    if (found) return from + __ffs(int(found)) - 1;
+  }
+  return -1;
+}
+
+// A sorted list in memory, ascending by (squared distance, token), owned by a warp.
+struct List {
+  double* squared;
+  int32_t* token;
+  int64_t count, room;
+
+  H2OT_DEVICE bool full() const { return count == room; }
+  H2OT_DEVICE double worst() const { return squared[count - 1]; }
+
+  H2OT_DEVICE void insert(double s, int32_t at, int lane) {
+    int64_t place = 0;
+    for (int64_t from = 0; from < count; from += kLanes) {
+      const int64_t r = from + lane;
+      const bool before = r < count && (squared[r] < s || (squared[r] == s && token[r] < at));
+      place += __popc(__ballot_sync(kAllLanes, before));
+    }
+    if (place == room) return;
+    const int64_t end = full() ? room - 1 : count;  // entries place .. end - 1 move up by one, from the top down
+    for (int64_t to = end; to > place; to -= kLanes) {
+      const int64_t r = to - lane;
+      const bool moves = r > place;
+      const double moved = moves ? squared[r - 1] : 0;
+      const int32_t moved_at = moves ? token[r - 1] : 0;
+      __syncwarp();
+      if (moves) {
+        squared[r] = moved;
+        token[r] = moved_at;
+      }
+      __syncwarp();
+    }
+    if (lane == 0) {
+      squared[place] = s;
+      token[place] = at;
+    }
+    __syncwarp();
+    count = end + 1;
+  }
+};
+
+// Whether token j is denser than i. Keys are m, or -rho where noise is given: then only strictly smaller ones are.
+H2OT_DEVICE bool is_denser(double key_j, int64_t j, double key_i, int64_t i, bool strict) {
+  return key_j < key_i || (!strict && key_j == key_i && j < i);
+}
+
+}  // namespace cuda
+}  // namespace h2ot

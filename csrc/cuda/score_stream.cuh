@@ -1,0 +1,277 @@
+// The streamed search, for samples whose matrix would be too large: tiles pass by, each token keeps a short list of its
+// nearest by (lower bound, token). What the list cannot prove in float64 is searched over all tokens in float64.
+#pragma once
+
+#include "score_finish.cuh"
+#include "score_rows.cuh"
+#include "score_tiles.cuh"
+
+namespace h2ot {
+namespace cuda {
+
+template <class Tiles>
+struct StreamShared {
+  typedef typename Tiles::A A;
+  TileTokens<Tiles::kRows, Tiles::kColumns> tokens;
+  int32_t count[Tiles::kRows];
+  A lowest_furthest[Tiles::kRows], furthest[Tiles::kRows];  // largest lower and upper bound
+  A low[Tiles::kRows][kLongestList];
+  int32_t at[Tiles::kRows][kLongestList];
+  union {
+    typename Tiles::Slab slab;
+    TileValues<A, Tiles::kRows, Tiles::kColumns> tile;
+  };
+};
+
+// Adds a pair to a sorted list of at most `room` (up to a warp's width). For a whole warp; returns the new count.
+template <class A>
+H2OT_DEVICE int32_t list_pair(A* low, int32_t* at, int32_t count, int32_t room, A value, int32_t token, int lane) {
+  const A mine = lane < count ? low[lane] : infinity_of(A());
+  const int32_t mine_at = lane < count ? at[lane] : -1;
+  const bool before = lane < count && (mine < value || (mine == value && mine_at < token));
+  const int32_t place = __popc(__ballot_sync(kAllLanes, before));
+  const A above = __shfl_up_sync(kAllLanes, mine, 1);
+  const int32_t above_at = __shfl_up_sync(kAllLanes, mine_at, 1);
+  const int32_t end = count < room ? count + 1 : room;
+  if (lane >= place && lane < end) {
+    low[lane] = lane == place ? value : above;
+    at[lane] = lane == place ? token : above_at;
+  }
+  __syncwarp();
+  return end;
+}
+
+// Grid: blocks of rows x splits of the columns, samples.
+template <class Tiles>
+__global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Tiles::A> job) {
+  typedef typename Tiles::A A;
+  StreamShared<Tiles>& shared = *reinterpret_cast<StreamShared<Tiles>*>(shared_memory());
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int64_t b = blockIdx.y, N = job.x.N, split = blockIdx.x % job.splits;
+  const int64_t rows = job.for_peaks ? job.peak_count[b] : N, first_row = blockIdx.x / job.splits * Tiles::kRows;
+  if (first_row >= rows) return;
+  const uint8_t* valid = job.valid + b * N;
+  const double* key = job.key + b * N;
+  for (int r = threadIdx.x; r < Tiles::kRows; r += kTileThreads) {
+    const int64_t at = first_row + r;
+    const int64_t i = at >= rows ? -1 : job.for_peaks ? job.peaks[b * N + at] : at;
+    shared.tokens.row[r] = i >= 0 && valid[i] ? int32_t(i) : -1;
+    shared.count[r] = 0;
+    shared.lowest_furthest[r] = -1;
+    shared.furthest[r] = -1;
+  }
+  const int64_t tiles = ceil_div(N, Tiles::kColumns);
+  const int32_t room = int32_t(job.list);
+  const bool wants_largest = job.wants_largest && !job.for_peaks;
+  const A spread = A(job.bound.spread);
+  for (int64_t t = tiles * split / job.splits; t < tiles * (split + 1) / job.splits; t++) {
+    __syncthreads();
+    for (int c = threadIdx.x; c < Tiles::kColumns; c += kTileThreads) {
+      const int64_t j = t * Tiles::kColumns + c;
+      shared.tokens.column[c] = j < N && valid[j] ? int32_t(j) : -1;
+    }
+    __syncthreads();
+    Tiles block;
+    block.compute(job, b, shared.tokens, shared.slab);
+    __syncthreads();
+    block.put(job, b, shared.tokens, shared.tile);
+    __syncthreads();
+    for (int r = warp; r < Tiles::kRows; r += kTileThreads / kLanes) {
+      const int32_t i = shared.tokens.row[r];
+      if (i < 0) continue;
+      int32_t count = shared.count[r];
+      for (int c = lane; c < Tiles::kColumns; c += kLanes) {
+        const int32_t j = shared.tokens.column[c];
+        const A v = shared.tile.value[r][c];
+        const bool pair = v < infinity_of(A());
+        const A slack = pair && job.norm ? spread * (job.norm[b * N + i] + job.norm[b * N + j]) : A(0);
+        const A low = v > slack ? v - slack : A(0), high = v + slack;
+        if (wants_largest) {
+          const bool further = pair && (high > shared.furthest[r] || low > shared.lowest_furthest[r]);
+          if (__ballot_sync(kAllLanes, further)) {
+            const A most = warp_max(pair ? high : A(-1)), least = warp_max(pair ? low : A(-1));
+            if (lane == 0) {
+              if (most > shared.furthest[r]) shared.furthest[r] = most;
+              if (least > shared.lowest_furthest[r]) shared.lowest_furthest[r] = least;
+            }
+            __syncwarp();
+          }
+        }
+        const bool eligible = pair && (!job.for_peaks || is_denser(key[j], j, key[i], i, job.noise != nullptr));
+        // Columns come in ascending order: an equal one later never displaces a listed one.
+        const bool wanted = eligible && (count < room || low < shared.low[r][room - 1]);
+        for (uint32_t bits = __ballot_sync(kAllLanes, wanted); bits; bits &= bits - 1) {
+          const int from = __ffs(int(bits)) - 1;
+          const A value = __shfl_sync(kAllLanes, low, from);
+          const int32_t token = __shfl_sync(kAllLanes, j, from);
+          if (count < room || value < shared.low[r][room - 1]) {
+            count = list_pair(shared.low[r], shared.at[r], count, room, value, token, lane);
+          }
+        }
+      }
+      __syncwarp();
+      if (lane == 0) shared.count[r] = count;
+    }
+  }
+  __syncthreads();
+  for (int r = warp; r < Tiles::kRows; r += kTileThreads / kLanes) {
+    const int32_t i = shared.tokens.row[r];
+    if (i < 0) continue;
+    const int64_t at = (b * N + i) * job.splits + split;
+    if (lane < room) {
+      const bool listed = lane < shared.count[r];
+      job.listed[at * room + lane] = listed ? shared.low[r][lane] : infinity_of(A());
+      job.listed_at[at * room + lane] = listed ? shared.at[r][lane] : -1;
+    }
+    if (wants_largest && lane == 0) {
+      job.furthest[at] = shared.furthest[r];
+      if (shared.lowest_furthest[r] > 0) offer_largest(job, b, shared.lowest_furthest[r]);
+    }
+  }
+}
+
+// What the lists of all splits say of a token: lists.at(e) for e < entries; tokens that are on no list are no nearer
+// than `limit` (a float64 squared distance). Where ties at zero could be on a list that is full, `complete` is false.
+template <class A>
+struct Lists {
+  const A* low;
+  const int32_t* token;
+  int64_t entries;
+  double limit;
+  bool one;
+
+  H2OT_DEVICE Lists(const Job<A>& job, int64_t b, int64_t i, int lane) {
+    const int64_t at = (b * job.x.N + i) * job.splits;
+    low = job.listed + at * job.list;
+    token = job.listed_at + at * job.list;
+    entries = job.splits * job.list;
+    one = job.splits == 1;
+    A least = infinity_of(A());
+    for (int64_t split = lane; split < job.splits; split += kLanes) {
+      const A last = low[(split + 1) * job.list - 1];
+      least = last < least ? last : least;
+    }
+    least = warp_min(least);
+    limit = least < infinity_of(A()) ? unscaled(sample_scale(job, b, lane), job.bound.least(least)) : infinity_of(0.0);
+  }
+  // Whether no unlisted token is nearer than s, or as near and of a lower number. A single list is in ascending order
+  // of (lower bound, token), and the bound of a distance of zero is zero: its ties at zero are in order too.
+  H2OT_DEVICE bool prove(double s) const { return s < limit || (s == 0 && one); }
+};
+
+// All tokens that test(j), in float64.
+template <class A, class Test>
+H2OT_DEVICE void search_exactly(const Job<A>& job, int64_t b, int64_t i, List& list, int lane, const Test& test) {
+  list.count = 0;
+  for_each(
+      job.x.N, lane, [&](int64_t j) { return j != i && is_valid(job, b, j) && test(j); },
+      [&](int64_t j) {
+        const double s = exact_squared(job.row(b, i), job.row(b, j), job.channels, lane);
+        if (!list.full() || s < list.worst()) list.insert(s, int32_t(j), lane);
+        return !(list.full() && list.worst() == 0);
+      });
+}
+
+// m of every token, and its nearest in order. A warp per token; grid: groups, samples.
+template <class A>
+__global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(Job<A> job) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kTokensPerBlock + warp;
+  if (i >= N || !is_valid(job, b, i)) return;
+  List list = {job.nearest + (b * N + i) * job.near, job.nearest_at + (b * N + i) * job.near, 0, job.near};
+  int64_t proven = 0;
+  bool settled = false;
+  if (job.list > 0) {
+    const Lists<A> lists(job, b, i, lane);
+    for (int64_t e = 0; e < lists.entries; e++) {
+      const int32_t j = lists.token[e];
+      if (j >= 0) list.insert(exact_squared(job.row(b, i), job.row(b, j), job.channels, lane), j, lane);
+    }
+    while (proven < list.count && lists.prove(list.squared[proven])) proven++;
+    // Values tie at the limit without harm to m; with fewer than k - 1 listed, all valid tokens are.
+    settled = list.count < job.k - 1 || job.k == 1 || list.squared[job.k - 2] <= lists.limit;
+  }
+  if (!settled) {
+    search_exactly(job, b, i, list, lane, [](int64_t) { return true; });
+    proven = list.count;
+  }
+  const int64_t wanted = job.k - 1 < list.count ? job.k - 1 : list.count;
+  set_density(job, b, i, list, wanted, lane);
+  if (lane == 0) job.proven[b * N + i] = int32_t(proven);
+}
+
+// The parents that are among the proven neighbours (nearly all); `rank` flags the tokens left. The sample's largest
+// distance. A warp per token; grid: groups, samples.
+template <class A>
+__global__ void __launch_bounds__(kWarps* kLanes, 2) parent_streamed_kernel(Job<A> job) {
+  const int lane = threadIdx.x % kLanes;
+  const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.x / kLanes;
+  if (i >= N) return;
+  const bool valid = is_valid(job, b, i);
+  bool found = false;
+  if (valid) {
+    const double* key = job.key + b * N;
+    const int64_t at = (b * N + i) * job.near;
+    for (int64_t r = 0; r < job.proven[b * N + i] && !found; r++) {
+      const int32_t j = job.nearest_at[at + r];
+      found = is_denser(key[j], j, key[i], i, job.noise != nullptr);
+      if (found && lane == 0) {
+        job.parent[b * N + i] = j;
+        job.squared[b * N + i] = job.nearest[at + r];
+      }
+    }
+  }
+  if (lane == 0) job.rank[b * N + i] = valid && !found;
+  if (!valid || !job.wants_largest) return;
+  const double threshold = largest_threshold(job, b);
+  bool furthest = job.list == 0;
+  for (int64_t split = 0; split < job.splits && !furthest; split++) {
+    furthest = double(job.furthest[(b * N + i) * job.splits + split]) >= threshold;
+  }
+  if (!furthest || equals_first(job, b, i, lane)) return;
+  double largest = 0;
+  for_each(
+      N, lane, [&](int64_t j) { return j != i && is_valid(job, b, j); },
+      [&](int64_t j) {
+        const double s = exact_squared(job.row(b, i), job.row(b, j), job.channels, lane);
+        largest = s > largest ? s : largest;
+        return true;
+      });
+  if (lane == 0) atomicMax(job.largest + 2 * b + 1, static_cast<unsigned long long>(pattern(largest)));
+}
+
+// The flagged tokens, as a list. Grid: 1, samples.
+template <class A>
+__global__ void __launch_bounds__(kFinishThreads) peaks_kernel(Job<A> job) {
+  FinishShared& shared = *reinterpret_cast<FinishShared*>(shared_memory());
+  const int64_t b = blockIdx.y, N = job.x.N;
+  const int64_t count = compact(job.rank + b * N, N, job.peaks + b * N, N, shared);
+  if (threadIdx.x == 0) job.peak_count[b] = int32_t(count);
+}
+
+// The parents of the listed tokens. A warp per token; grid: groups, samples.
+template <class A>
+__global__ void __launch_bounds__(kWarps* kLanes, 2) peak_parent_kernel(Job<A> job) {
+  const int lane = threadIdx.x % kLanes;
+  const int64_t b = blockIdx.y, N = job.x.N, at = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.x / kLanes;
+  if (at >= job.peak_count[b]) return;
+  const int64_t i = job.peaks[b * N + at];
+  const double* key = job.key + b * N;
+  List list = {job.nearest + (b * N + i) * job.near, job.nearest_at + (b * N + i) * job.near, 0, 1};
+  const Lists<A> lists(job, b, i, lane);
+  for (int64_t e = 0; e < lists.entries; e++) {
+    const int32_t j = lists.token[e];
+    if (j >= 0) list.insert(exact_squared(job.row(b, i), job.row(b, j), job.channels, lane), j, lane);
+  }
+  if (list.count > 0 && !lists.prove(list.squared[0])) {
+    search_exactly(job, b, i, list, lane,
+                   [&](int64_t j) { return is_denser(key[j], j, key[i], i, job.noise != nullptr); });
+  }
+  if (lane == 0) {
+    job.parent[b * N + i] = list.count > 0 ? list.token[0] : -1;
+    job.squared[b * N + i] = list.count > 0 ? list.squared[0] : 0;
+  }
+}
+
+}  // namespace cuda
+}  // namespace h2ot

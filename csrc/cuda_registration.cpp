@@ -1,0 +1,98 @@
+// The CUDA implementations of the operators, through PyTorch's stable ABI only: a library of its own, loaded where
+// torch has CUDA. Schemas, fakes and checks stand in the Python stems; kernels issue on torch's current stream and
+// never wait.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cuda/launch_cuda.h"
+#include "stable.h"
+
+namespace h2ot {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void check_cuda(int32_t error, const char* op) {
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + cuda::error_name(error));
+}
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// Facts of each device, asked once (a driver call each; the same answer from every thread).
+const cuda::Machine& machine_of(int32_t device) {
+  static thread_local std::vector<cuda::Machine> known;
+  if (static_cast<size_t>(device) >= known.size()) known.resize(static_cast<size_t>(device) + 1);
+  cuda::Machine& machine = known[static_cast<size_t>(device)];
+  if (machine.multiprocessors == 0) check_cuda(cuda::read_machine(device, &machine), "score_tokens");
+  return machine;
+}
+
+// Plans, allocates the workspace and launches; args.score.x and the pointers are set.
+void run(const Tensor& x, const cuda::CudaScoreArgs& args, const char* op) {
+  if (args.score.x.B == 0) return;
+  const Tokens& tokens = args.score.x;
+  if (tokens.N >= cuda::kMostTokens) throw std::invalid_argument(std::string(op) + ": more than 2^30 tokens");
+  const int32_t device = x.get_device_index();
+  const cuda::Problem problem = {
+      tokens.B, tokens.N, tokens.J, tokens.C, args.score.k, tokens.dtype, cuda::readable_in_place(tokens)};
+  const cuda::Plan plan = cuda::plan_score(problem, machine_of(device));
+  const Tensor workspace = make(x, {plan.at.bytes}, ScalarType::Byte);
+  check_cuda(cuda::launch_score(args, plan, workspace.mutable_data_ptr(), current_stream(device)), op);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_tokens(const Tensor& x, int64_t k, const MaybeTensor& mask,
+                                                        const MaybeTensor& noise) {
+  const DeviceGuard guard(x.get_device_index());
+  const std::vector<int64_t> size = {x.size(0), x.size(1)};
+  const Tensor density = make(x, size, ScalarType::Double), distance = make(x, size, ScalarType::Double);
+  const Tensor score = make(x, size, ScalarType::Double), parent = make(x, size, ScalarType::Long);
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
+  cuda::CudaScoreArgs args = {};
+  args.score = {tokens_of(x),
+                k,
+                read<bool>(dense_mask),
+                read<double>(dense_noise),
+                write<double>(density),
+                write<double>(distance),
+                write<double>(score),
+                write<int64_t>(parent),
+                nullptr};
+  run(x, args, "score_tokens");
+  return {density, distance, score, parent};
+}
+
+Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
+                     const MaybeTensor& noise) {
+  const DeviceGuard guard(x.get_device_index());
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
+  const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
+  const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);
+  cuda::CudaScoreArgs args = {};
+  args.score.x = tokens_of(x);
+  args.score.k = k;
+  args.score.mask = read<bool>(dense_mask);
+  args.score.noise = read<double>(dense_noise);
+  args.K = num_tokens;
+  args.keep = read<int64_t>(dense_keep);
+  args.keep_rows = keep ? keep->size(0) : 0;
+  args.M = keep ? keep->size(1) : 0;
+  args.index = write<int64_t>(index);
+  run(x, args, "prune_cluster");
+  return index;
+}
+
+}  // namespace
+}  // namespace h2ot
+
+STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CUDA, m) {
+  m.impl("score_tokens", TORCH_BOX(&h2ot::score_tokens));
+  m.impl("prune_cluster", TORCH_BOX(&h2ot::prune_cluster));
+}

@@ -1,0 +1,206 @@
+// Contracts between the torch-facing file (registration.cpp) and the kernels: shapes, units, sizes. No torch here.
+//
+// Every kernel reads its arguments through one struct, trusts it (the Python stem has checked shapes and dtypes),
+// allocates nothing but per-thread scratch, and returns a Status. A kernel that meets a wrong index value writes
+// nothing out of bounds and says so in its Status. Strides are in elements. Sizes are 64-bit.
+#pragma once
+
+#include <cstdint>
+
+namespace h2ot {
+
+enum class Dtype : int32_t { f32, f64, bf16, f16 };
+
+enum class Status : int32_t {
+  ok,
+  index_out_of_range,   // an index, label or keep value outside its range: IndexError
+  index_not_ascending,  // an index row that is not strictly ascending: ValueError
+  too_many_kept,        // more distinct keep values than tokens to select: ValueError
+  out_of_memory         // no memory for scratch: RuntimeError
+};
+
+// Runs body(context, begin, end) over [0, tasks) on the caller's thread pool, chunks of at least `grain` tasks.
+// `threads` is the size of that pool. The driver without torch passes a serial one.
+struct Parallel {
+  void (*run)(int64_t tasks, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  int32_t threads;
+};
+
+// Tokens [B, N, C], each the mean of J joints added in ascending order and divided once
+// (J = 1: the token itself), in float32, or float64 for f64.
+struct Tokens {
+  const void* data;
+  Dtype dtype;
+  int64_t B, N, J, C;
+  int64_t stride_b, stride_n, stride_j, stride_c;
+};
+
+// SPEC section 1. A token is valid when mask (if given) says so and all its channels are finite.
+// Deterministic mode (noise null): j is denser than i when (m_j, j) < (m_i, i).
+struct ScoreArgs {
+  Tokens x;
+  int64_t k;            // 1 .. N
+  const bool* mask;     // [B, N] contiguous, or null
+  const double* noise;  // [B, N] contiguous, or null
+  double* density;      // outputs, each [B, N] contiguous; density, distance and parent may be null, and then
+  double* distance;     // the work that only they need (the largest distance of a sample) is left out
+  double* score;
+  int64_t* parent;
+  bool* valid;  // [B, N] out, or null: which tokens were valid (selection needs it)
+};
+
+// The K first by (kept, valid, score descending, index ascending), ascending. NaN scores are not valid.
+struct SelectArgs {
+  const double* score;  // [B, N] contiguous
+  int64_t B, N, K;
+  const bool* mask;      // [B, N] contiguous, or null: all valid
+  const int64_t* keep;   // [keep_rows, M] contiguous, or null; values checked against N
+  int64_t keep_rows, M;  // keep_rows 1 or B
+  int64_t* index;        // [B, K] out
+};
+
+// score[b, 0] = 0; score[b, t] = sum of |pose[b, t] - pose[b, t - 1]| in float64, innermost axis last.
+struct MotionArgs {
+  const void* pose;  // [B, F, J, D], any strides
+  Dtype dtype;
+  int64_t B, F, J, D;
+  int64_t stride_b, stride_f, stride_j, stride_d;
+  double* score;  // [B, F] out
+};
+
+// score[b, t] = mean over P, H and queries of softmax_t(scale q k^T): [B, P, H, F, D] -> [B, F], float32 (float64 for
+// f64).
+struct AttentionScoreArgs {
+  const void *query, *key;
+  Dtype dtype;
+  int64_t B, P, H, F, D;
+  int64_t query_stride[5], key_stride[5];
+  double scale;
+  void* score;  // [B, F] contiguous, float, or double for f64
+};
+
+// out[b, ...] = x with its frame axis indexed, written contiguous in the order of `size`:
+// the axes of the output, axis 0 the batch, axis `frame_axis` the K kept frames. stride[frame_axis] is that of x's
+// frames. Each index row serves B / index_rows consecutive rows of the batch.
+constexpr int kMaxDims = 8;
+struct GatherArgs {
+  const void* x;
+  Dtype dtype;
+  int32_t dims, frame_axis;
+  int64_t size[kMaxDims], stride[kMaxDims];
+  int64_t F;
+  const int64_t* index;  // [index_rows, K] contiguous
+  int64_t index_rows;
+  const void* pos_embed;  // [K, C] contiguous in dtype, or null; C is the last axis, added in float32 (float64 for f64)
+  void* out;
+};
+
+// The reverse: out (contiguous, axes in the order of `size`, F frames on frame_axis) is zero but at the kept frames,
+// which hold grad. stride is that of grad, its frame axis holding K.
+struct ScatterArgs {
+  const void* grad;
+  Dtype dtype;
+  int32_t dims, frame_axis;
+  int64_t size[kMaxDims], stride[kMaxDims];
+  int64_t K;
+  const int64_t* index;  // [index_rows, K] contiguous, strictly ascending
+  int64_t index_rows;
+  void* out;
+};
+
+// labels[b, i] = position in index of the nearest valid selected token, the lowest on a tie; a selected token's own
+// position; -1 for tokens that are not valid or have no valid selected token.
+struct AssignArgs {
+  Tokens x;
+  const int64_t* index;  // [index_rows, K] contiguous
+  int64_t index_rows, K;
+  const bool* mask;  // [B, N] contiguous, or null
+  int64_t* labels;   // [B, N] out
+};
+
+// out[b, c] = sum_i w_i x_i / sum_i w_i over the tokens labelled c, added in ascending order of i; 0 where sum w is 0.
+struct MergeArgs {
+  const void* x;  // [B, N, C]
+  Dtype dtype;
+  int64_t B, N, C, K;
+  int64_t stride_b, stride_n, stride_c;
+  const int64_t* labels;  // [B, N] contiguous, -1 .. K - 1
+  const void* weight;     // [B, N] contiguous, float (double for f64), or null
+  void* out;              // [B, K, C] contiguous, dtype
+  void* total;            // [B, K] out, float (double for f64): the sums of weights
+};
+
+// out[b, f] = softmax(scale q_f k^T) v per head, heads side by side on C. Accumulated in float32 (float64 for f64).
+struct RecoverAttentionArgs {
+  const void *query, *key, *value;  // [query_rows, F, C], [B, K, C], [B, K, C]; contiguous; query_rows 1 or B
+  Dtype dtype;
+  int64_t B, F, K, C, H, query_rows;
+  double scale;
+  void* out;  // [B, F, C] contiguous, dtype
+};
+
+// Gradients of the same. grad_query is summed over B where query_rows is 1 (b ascending).
+struct RecoverAttentionBackwardArgs {
+  RecoverAttentionArgs forward;  // out unused
+  const void* grad;              // [B, F, C] contiguous, dtype
+  void *grad_query, *grad_key, *grad_value;
+};
+
+// out[r, f] = head(norm(token[f] + projected[r, f])): LayerNorm over C, then a linear layer with M outputs. All
+// contiguous and of one dtype; sums in float32 (float64 for f64). Gradients: none.
+struct RecoverTailArgs {
+  const void *token, *projected;        // [F, C], [R, F, C]
+  const void *norm_weight, *norm_bias;  // [C] each, or null: 1, 0
+  const void *head_weight, *head_bias;  // [M, C]; [M], or null: 0
+  Dtype dtype;
+  int64_t R, F, C, M;
+  double eps;
+  void* out;  // [R, F, M]
+};
+
+enum class Interpolation : int32_t { linear, nearest };
+
+// out[b, t] = (1 - w) x[b, i] + w x[b, i + 1]; index null: uniform (position t (K - 1) / (F - 1)).
+struct InterpolateArgs {
+  const void* x;  // [B, K, S] contiguous
+  Dtype dtype;
+  int64_t B, K, F, S;
+  const int64_t* index;  // [index_rows, K] contiguous strictly ascending in [0, F), or null
+  int64_t index_rows;
+  Interpolation mode;
+  void* out;  // [B, F, S] contiguous
+};
+
+// grad_x[b, i] = sum over the frames t that read x[b, i] of their weight times grad[b, t], t ascending.
+struct InterpolateBackwardArgs {
+  InterpolateArgs forward;  // x and out unused
+  const void* grad;         // [B, F, S] contiguous
+  void* grad_x;             // [B, K, S] contiguous
+};
+
+// One table per instruction set; capability.cpp picks one at run time.
+struct Kernels {
+  const char* name;  // "portable", "avx2", "avx512"
+  Status (*score)(const ScoreArgs&, const Parallel&);
+  Status (*select)(const SelectArgs&, const Parallel&);
+  Status (*motion)(const MotionArgs&, const Parallel&);
+  Status (*attention_score)(const AttentionScoreArgs&, const Parallel&);
+  Status (*gather)(const GatherArgs&, const Parallel&);
+  Status (*scatter)(const ScatterArgs&, const Parallel&);
+  Status (*assign)(const AssignArgs&, const Parallel&);
+  Status (*merge)(const MergeArgs&, const Parallel&);
+  Status (*recover_attention)(const RecoverAttentionArgs&, const Parallel&);
+  Status (*recover_attention_backward)(const RecoverAttentionBackwardArgs&, const Parallel&);
+  Status (*recover_tail)(const RecoverTailArgs&, const Parallel&);
+  Status (*interpolate)(const InterpolateArgs&, const Parallel&);
+  Status (*interpolate_backward)(const InterpolateBackwardArgs&, const Parallel&);
+};
+
+// The table in use. The environment variable H2OT_KERNELS_CAPABILITY (portable, avx2, avx512) overrides the choice
+// at load; set_capability overrides it later and returns false for a name that this machine cannot run.
+const Kernels& kernels();
+bool set_capability(const char* name);
+// The names that this machine can run, best first, comma-separated; "" ends the choice.
+const char* runnable_capabilities();
+
+}  // namespace h2ot

@@ -1,0 +1,115 @@
+// h2ot_kernels._C: what is not an operator. Tied to one Python version; the operator library is not.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+
+#include "cuda/plan.h"
+#include "launch.h"
+
+namespace {
+
+using h2ot::cuda::Plan;
+
+h2ot::Dtype dtype_named(const std::string& name) {
+  const std::string names[] = {"float32", "float64", "bfloat16", "float16"};
+  for (int32_t dtype = 0; dtype < 4; dtype++) {
+    if (names[dtype] == name) return h2ot::Dtype(dtype);
+  }
+  throw pybind11::value_error("dtype: got '" + name + "', wanted float32, float64, bfloat16 or float16");
+}
+
+pybind11::dict described(const Plan& plan) {
+  const char* distances[] = {"direct", "products", "exact_products"};
+  const char* searches[] = {"stored", "streamed"};
+  const h2ot::cuda::Workspace& at = plan.at;
+  const std::pair<const char*, int64_t> parts[] = {{"rows", at.rows},
+                                                   {"valid", at.valid},
+                                                   {"exponent", at.exponent},
+                                                   {"norm", at.norm},
+                                                   {"matrix", at.matrix},
+                                                   {"listed", at.listed},
+                                                   {"listed_at", at.listed_at},
+                                                   {"furthest", at.furthest},
+                                                   {"nearest", at.nearest},
+                                                   {"nearest_at", at.nearest_at},
+                                                   {"proven", at.proven},
+                                                   {"peaks", at.peaks},
+                                                   {"peak_count", at.peak_count},
+                                                   {"m", at.m},
+                                                   {"key", at.key},
+                                                   {"squared", at.squared},
+                                                   {"parent", at.parent},
+                                                   {"largest", at.largest},
+                                                   {"score", at.score},
+                                                   {"order", at.order},
+                                                   {"rank", at.rank}};
+  pybind11::dict offsets, result;
+  for (const auto& [name, offset] : parts) {
+    if (offset >= 0) offsets[name] = offset;
+  }
+  result["distance"] = distances[int32_t(plan.distance)];
+  result["search"] = searches[int32_t(plan.search)];
+  result["tile"] = pybind11::make_tuple(plan.tile_rows, plan.tile_columns);
+  result["pitch"] = plan.pitch;
+  result["matrix_pitch"] = plan.matrix_pitch;
+  result["tiles"] = plan.tiles;
+  result["splits"] = plan.splits;
+  result["list"] = plan.list;
+  result["near"] = plan.near;
+  result["samples"] = plan.samples;
+  result["workspace"] = at.bytes;
+  result["offsets"] = offsets;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and the CPU capability in use.";
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["version"] = H2OT_VERSION;
+        info["compiler"] = H2OT_COMPILER;
+        info["torch_target"] = "2.10 (stable ABI)";
+        info["cuda_architectures"] = H2OT_CUDA_ARCHITECTURES;
+        return info;
+      },
+      "Version, compiler, ABI target and the CUDA architectures that were compiled in ('' for none).");
+  m.def(
+      "capability", [] { return std::string(h2ot::kernels().name); },
+      "The instruction set whose CPU kernels run: 'portable', 'avx2' or 'avx512'.");
+  m.def(
+      "runnable_capabilities", [] { return std::string(h2ot::runnable_capabilities()); },
+      "The instruction sets that this machine can run, best first, comma-separated.");
+  m.def(
+      "set_capability",
+      [](const std::string& name) {
+        if (!h2ot::set_capability(name.c_str())) {
+          throw pybind11::value_error("capability '" + name +
+                                      "' cannot run here; one of: " + h2ot::runnable_capabilities());
+        }
+      },
+      pybind11::arg("name"), "Choose the instruction set for the whole process (for tests and comparisons).");
+  m.def(
+      "plan_score",
+      [](int64_t B, int64_t N, int64_t J, int64_t C, int64_t k, const std::string& dtype, bool in_place, int32_t major,
+         int32_t minor, int32_t multiprocessors) {
+        const h2ot::cuda::Problem problem = {B, N, J, C, k, dtype_named(dtype), in_place};
+        return described(plan_score(problem, {major, minor, multiprocessors}));
+      },
+      "What the CUDA kernels would do for x [B, N, J, C] on a device: search, tiles, samples per pass, workspace.",
+      pybind11::arg("B"), pybind11::arg("N"), pybind11::arg("J"), pybind11::arg("C"), pybind11::arg("k"),
+      pybind11::arg("dtype"), pybind11::arg("in_place") = false, pybind11::arg("major") = 9, pybind11::arg("minor") = 0,
+      pybind11::arg("multiprocessors") = 132);
+  m.def(
+      "plan_tile",
+      [](int64_t number, int64_t ratio) {
+        const h2ot::cuda::Tile tile = h2ot::cuda::tile_of(number, ratio);
+        return pybind11::make_tuple(tile.row, tile.column);
+      },
+      "(row, column) of a tile of the upper triangle, `ratio` row tiles per column tile.", pybind11::arg("number"),
+      pybind11::arg("ratio"));
+}

@@ -1,0 +1,338 @@
+// The torch-facing file: the CPU implementations of the operators, through PyTorch's stable ABI only.
+//
+// Schemas, fakes, gradients and argument checks stand in the Python stems (h2ot_kernels/<stem>.py). What only the
+// data can tell (an index out of range) is found by the kernels and raised here: std::out_of_range becomes IndexError
+// and std::invalid_argument ValueError in Python, in eager mode and under torch.compile alike.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "stable.h"
+
+namespace h2ot {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_tokens(const Tensor& x, int64_t k, const MaybeTensor& mask,
+                                                        const MaybeTensor& noise) {
+  const std::vector<int64_t> size = {x.size(0), x.size(1)};
+  const Tensor density = make(x, size, ScalarType::Double), distance = make(x, size, ScalarType::Double);
+  const Tensor score = make(x, size, ScalarType::Double), parent = make(x, size, ScalarType::Long);
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
+  const ScoreArgs args = {tokens_of(x),
+                          k,
+                          read<bool>(dense_mask),
+                          read<double>(dense_noise),
+                          write<double>(density),
+                          write<double>(distance),
+                          write<double>(score),
+                          write<int64_t>(parent),
+                          nullptr};
+  check(kernels().score(args, pool()), "score_tokens");
+  return {density, distance, score, parent};
+}
+
+Tensor select(const Tensor& score, int64_t K, const MaybeTensor& keep, const bool* mask, const char* op) {
+  const int64_t B = score.size(0), N = score.size(1);
+  const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
+  const Tensor index = make(score, {B, K}, ScalarType::Long);
+  const SelectArgs args = {static_cast<const double*>(score.const_data_ptr()),
+                           B,
+                           N,
+                           K,
+                           mask,
+                           read<int64_t>(dense_keep),
+                           keep ? keep->size(0) : 0,
+                           keep ? keep->size(1) : 0,
+                           write<int64_t>(index)};
+  check(kernels().select(args, pool()), op);
+  return index;
+}
+
+Tensor select_tokens(const Tensor& score, int64_t num_tokens, const MaybeTensor& keep, const MaybeTensor& mask) {
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool);
+  return select(dense(score, ScalarType::Double), num_tokens, keep, read<bool>(dense_mask), "select_tokens");
+}
+
+Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
+                     const MaybeTensor& noise) {
+  const std::vector<int64_t> size = {x.size(0), x.size(1)};
+  const Tensor score = make(x, size, ScalarType::Double), valid = make(x, size, ScalarType::Bool);
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
+  const ScoreArgs args = {tokens_of(x),      k,       read<bool>(dense_mask), read<double>(dense_noise),
+                          nullptr,           nullptr, write<double>(score),   nullptr,
+                          write<bool>(valid)};
+  check(kernels().score(args, pool()), "prune_cluster");
+  return select(score, num_tokens, keep, write<bool>(valid), "prune_cluster");
+}
+
+Tensor prune_motion(const Tensor& pose, int64_t num_tokens, const MaybeTensor& keep) {
+  const Tensor score = make(pose, {pose.size(0), pose.size(1)}, ScalarType::Double);
+  const MotionArgs args = {pose.const_data_ptr(), dtype_of(pose), pose.size(0),        pose.size(1),
+                           pose.size(2),          pose.size(3),   pose.stride(0),      pose.stride(1),
+                           pose.stride(2),        pose.stride(3), write<double>(score)};
+  check(kernels().motion(args, pool()), "prune_motion");
+  return select(score, num_tokens, keep, nullptr, "prune_motion");
+}
+
+Tensor attention_scores(const Tensor& query, const Tensor& key, double scale) {
+  const bool joints = query.dim() == 5;
+  const int64_t B = query.size(0), F = query.size(-2);
+  const Tensor score = make(query, {B, F}, precision_of(query));
+  AttentionScoreArgs args = {query.const_data_ptr(),
+                             key.const_data_ptr(),
+                             dtype_of(query),
+                             B,
+                             joints ? query.size(1) : 1,
+                             query.size(-3),
+                             F,
+                             query.size(-1),
+                             {},
+                             {},
+                             scale,
+                             score.mutable_data_ptr()};
+  for (int axis = 0; axis < 5; axis++) {
+    const int from = joints ? axis : axis - (axis > 0);
+    args.query_stride[axis] = !joints && axis == 1 ? 0 : query.stride(from);
+    args.key_stride[axis] = !joints && axis == 1 ? 0 : key.stride(from);
+  }
+  check(kernels().attention_score(args, pool()), "prune_attention");
+  return score;
+}
+
+Tensor prune_attention(const Tensor& query, const Tensor& key, int64_t num_tokens, const MaybeTensor& keep,
+                       double scale) {
+  const Tensor score = dense(attention_scores(query, key, scale), ScalarType::Double);
+  return select(score, num_tokens, keep, nullptr, "prune_attention");
+}
+
+// Sizes and strides of x with axis `from` moved to `to`.
+struct Moved {
+  int64_t size[kMaxDims], stride[kMaxDims];
+
+  Moved(const Tensor& x, int64_t from, int64_t to) {
+    for (int64_t axis = 0, source = 0; axis < x.dim(); axis++) {
+      if (source == from) source++;
+      const int64_t taken = axis == to ? from : source++;
+      size[axis] = x.size(taken);
+      stride[axis] = x.stride(taken);
+    }
+  }
+};
+
+Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim) {
+  const Tensor dense_index = dense(index);
+  const MaybeTensor embed = dense(pos_embed, x.scalar_type());
+  const Moved moved(x, dim, out_dim);
+  GatherArgs args = {x.const_data_ptr(),
+                     dtype_of(x),
+                     static_cast<int32_t>(x.dim()),
+                     static_cast<int32_t>(out_dim),
+                     {},
+                     {},
+                     x.size(dim),
+                     static_cast<const int64_t*>(dense_index.const_data_ptr()),
+                     index.size(0),
+                     read<void>(embed),
+                     nullptr};
+  std::vector<int64_t> size(moved.size, moved.size + x.dim());
+  size[out_dim] = index.size(1);
+  for (int64_t axis = 0; axis < x.dim(); axis++) {
+    args.size[axis] = size[axis];
+    args.stride[axis] = moved.stride[axis];
+  }
+  const Tensor out = make(x, size);
+  args.out = out.mutable_data_ptr();
+  check(kernels().gather(args, pool()), "gather_tokens");
+  return out;
+}
+
+Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frames, int64_t dim, int64_t out_dim) {
+  const Tensor dense_index = dense(index);
+  if (grad.size(out_dim) != index.size(1)) throw std::invalid_argument("scatter_tokens: grad and index differ in K");
+  const Moved moved(grad, out_dim, dim);
+  ScatterArgs args = {grad.const_data_ptr(),
+                      dtype_of(grad),
+                      static_cast<int32_t>(grad.dim()),
+                      static_cast<int32_t>(dim),
+                      {},
+                      {},
+                      index.size(1),
+                      static_cast<const int64_t*>(dense_index.const_data_ptr()),
+                      index.size(0),
+                      nullptr};
+  std::vector<int64_t> size(moved.size, moved.size + grad.dim());
+  size[dim] = num_frames;
+  for (int64_t axis = 0; axis < grad.dim(); axis++) {
+    args.size[axis] = size[axis];
+    args.stride[axis] = moved.stride[axis];
+  }
+  const Tensor out = make(grad, size);
+  args.out = out.mutable_data_ptr();
+  check(kernels().scatter(args, pool()), "gather_tokens");
+  return out;
+}
+
+Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& mask) {
+  const Tensor dense_index = dense(index);
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool);
+  const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
+  const AssignArgs args = {tokens_of(x),           static_cast<const int64_t*>(dense_index.const_data_ptr()),
+                           index.size(0),          index.size(1),
+                           read<bool>(dense_mask), write<int64_t>(labels)};
+  check(kernels().assign(args, pool()), "assign_clusters");
+  return labels;
+}
+
+std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, int64_t num_clusters,
+                                        const MaybeTensor& weight) {
+  const Tensor dense_labels = dense(labels);
+  const MaybeTensor dense_weight = dense(weight, precision_of(x));
+  const Tensor merged = make(x, {x.size(0), num_clusters, x.size(2)});
+  const Tensor total = make(x, {x.size(0), num_clusters}, precision_of(x));
+  const MergeArgs args = {x.const_data_ptr(),
+                          dtype_of(x),
+                          x.size(0),
+                          x.size(1),
+                          x.size(2),
+                          num_clusters,
+                          x.stride(0),
+                          x.stride(1),
+                          x.stride(2),
+                          static_cast<const int64_t*>(dense_labels.const_data_ptr()),
+                          read<void>(dense_weight),
+                          merged.mutable_data_ptr(),
+                          total.mutable_data_ptr()};
+  check(kernels().merge(args, pool()), "merge_tokens");
+  return {merged, total};
+}
+
+// Dense views of query, key and value, and the arguments that point at them.
+struct RecoverInputs {
+  Tensor query, key, value;
+  RecoverAttentionArgs args;
+
+  RecoverInputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads, double scale)
+      : query(dense(q)), key(dense(k)), value(dense(v)) {
+    args = {query.const_data_ptr(),
+            key.const_data_ptr(),
+            value.const_data_ptr(),
+            dtype_of(v),
+            key.size(0),
+            query.size(-2),
+            key.size(1),
+            key.size(2),
+            num_heads,
+            query.dim() == 3 ? query.size(0) : 1,
+            scale,
+            nullptr};
+  }
+};
+
+Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale) {
+  RecoverInputs in(query, key, value, num_heads, scale);
+  const Tensor out = make(value, {in.args.B, in.args.F, in.args.C});
+  in.args.out = out.mutable_data_ptr();
+  check(kernels().recover_attention(in.args, pool()), "recover_attention");
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> recover_attention_backward(const Tensor& grad, const Tensor& query,
+                                                              const Tensor& key, const Tensor& value, int64_t num_heads,
+                                                              double scale) {
+  const RecoverInputs in(query, key, value, num_heads, scale);
+  const Tensor dense_grad = dense(grad);
+  const Tensor grad_query = torch::stable::empty_like(in.query), grad_key = torch::stable::empty_like(in.key);
+  const Tensor grad_value = torch::stable::empty_like(in.value);
+  const RecoverAttentionBackwardArgs args = {in.args, dense_grad.const_data_ptr(), grad_query.mutable_data_ptr(),
+                                             grad_key.mutable_data_ptr(), grad_value.mutable_data_ptr()};
+  check(kernels().recover_attention_backward(args, pool()), "recover_attention");
+  return {grad_query, grad_key, grad_value};
+}
+
+Tensor recover_tail(const Tensor& token, const Tensor& projected, const MaybeTensor& norm_weight,
+                    const MaybeTensor& norm_bias, const Tensor& head_weight, const MaybeTensor& head_bias, double eps) {
+  const ScalarType dtype = projected.scalar_type();
+  const Tensor dense_token = dense(token), dense_projected = dense(projected), dense_head = dense(head_weight);
+  const MaybeTensor weight = dense(norm_weight, dtype), bias = dense(norm_bias, dtype), shift = dense(head_bias, dtype);
+  const int64_t R = projected.size(0), F = projected.size(1), C = projected.size(2), M = head_weight.size(0);
+  const Tensor out = make(projected, {R, F, M});
+  const RecoverTailArgs args = {dense_token.const_data_ptr(),
+                                dense_projected.const_data_ptr(),
+                                read<void>(weight),
+                                read<void>(bias),
+                                dense_head.const_data_ptr(),
+                                read<void>(shift),
+                                dtype_of(projected),
+                                R,
+                                F,
+                                C,
+                                M,
+                                eps,
+                                out.mutable_data_ptr()};
+  check(kernels().recover_tail(args, pool()), "recover_pose");
+  return out;
+}
+
+InterpolateArgs interpolate_args(const Tensor& x, const MaybeTensor& index, int64_t num_kept, int64_t num_frames,
+                                 bool nearest) {
+  int64_t S = 1;
+  for (int64_t axis = 2; axis < x.dim(); axis++) S *= x.size(axis);
+  return {x.const_data_ptr(),
+          dtype_of(x),
+          x.size(0),
+          num_kept,
+          num_frames,
+          S,
+          read<int64_t>(index),
+          index ? index->size(0) : 0,
+          nearest ? Interpolation::nearest : Interpolation::linear,
+          nullptr};
+}
+
+std::vector<int64_t> with_frames(const Tensor& x, int64_t frames) {
+  std::vector<int64_t> size;
+  for (int64_t axis = 0; axis < x.dim(); axis++) size.push_back(axis == 1 ? frames : x.size(axis));
+  return size;
+}
+
+Tensor recover_interpolate(const Tensor& x, const MaybeTensor& index, int64_t num_frames, bool nearest) {
+  const Tensor dense_x = dense(x);
+  const MaybeTensor dense_index = dense(index, ScalarType::Long);
+  InterpolateArgs args = interpolate_args(dense_x, dense_index, x.size(1), num_frames, nearest);
+  const Tensor out = make(x, with_frames(x, num_frames));
+  args.out = out.mutable_data_ptr();
+  check(kernels().interpolate(args, pool()), "recover_interpolate");
+  return out;
+}
+
+Tensor recover_interpolate_backward(const Tensor& grad, const MaybeTensor& index, int64_t num_kept, bool nearest) {
+  const Tensor dense_grad = dense(grad);
+  const MaybeTensor dense_index = dense(index, ScalarType::Long);
+  const Tensor grad_x = make(grad, with_frames(grad, num_kept));
+  const InterpolateBackwardArgs args = {interpolate_args(dense_grad, dense_index, num_kept, grad.size(1), nearest),
+                                        dense_grad.const_data_ptr(), grad_x.mutable_data_ptr()};
+  check(kernels().interpolate_backward(args, pool()), "recover_interpolate");
+  return grad_x;
+}
+
+}  // namespace
+}  // namespace h2ot
+
+STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
+  m.impl("score_tokens", TORCH_BOX(&h2ot::score_tokens));
+  m.impl("prune_cluster", TORCH_BOX(&h2ot::prune_cluster));
+  m.impl("select_tokens", TORCH_BOX(&h2ot::select_tokens));
+  m.impl("prune_motion", TORCH_BOX(&h2ot::prune_motion));
+  m.impl("prune_attention", TORCH_BOX(&h2ot::prune_attention));
+  m.impl("attention_scores", TORCH_BOX(&h2ot::attention_scores));
+  m.impl("gather_tokens", TORCH_BOX(&h2ot::gather_tokens));
+  m.impl("scatter_tokens", TORCH_BOX(&h2ot::scatter_tokens));
+  m.impl("assign_clusters", TORCH_BOX(&h2ot::assign_clusters));
+  m.impl("merge_tokens", TORCH_BOX(&h2ot::merge_tokens));
+  m.impl("recover_attention", TORCH_BOX(&h2ot::recover_attention));
+  m.impl("recover_attention_backward", TORCH_BOX(&h2ot::recover_attention_backward));
+  m.impl("recover_tail", TORCH_BOX(&h2ot::recover_tail));
+  m.impl("recover_interpolate", TORCH_BOX(&h2ot::recover_interpolate));
+  m.impl("recover_interpolate_backward", TORCH_BOX(&h2ot::recover_interpolate_backward));
+}

@@ -1,0 +1,106 @@
+// Small helpers over PyTorch's stable ABI, for the registration files: dtypes, dense views, outputs, the thread pool,
+// errors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+
+namespace h2ot {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline const Parallel& pool() {
+  static thread_local Parallel p = {
+      [](int64_t tasks, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+        torch::stable::parallel_for(0, tasks, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+      },
+      1};
+  p.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  return p;
+}
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      throw std::invalid_argument("h2ot_kernels: dtype is not float32, float64, bfloat16 or float16");
+  }
+}
+
+inline Tokens tokens_of(const Tensor& x) {
+  const bool pooled = x.dim() == 4;
+  return {x.const_data_ptr(),
+          dtype_of(x),
+          x.size(0),
+          x.size(1),
+          pooled ? x.size(2) : 1,
+          x.size(pooled ? 3 : 2),
+          x.stride(0),
+          x.stride(1),
+          pooled ? x.stride(2) : 0,
+          x.stride(pooled ? 3 : 2)};
+}
+
+// float32, or float64 for float64: the dtype of weights and sums beside x.
+inline ScalarType precision_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor make(const Tensor& like, const std::vector<int64_t>& size) {
+  return torch::stable::new_empty(like, size);
+}
+inline Tensor make(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+inline Tensor dense(const Tensor& x, ScalarType dtype) {
+  return dense(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+}
+inline MaybeTensor dense(const MaybeTensor& x, ScalarType dtype) {
+  return x ? MaybeTensor(dense(*x, dtype)) : std::nullopt;
+}
+
+template <class T>
+const T* read(const MaybeTensor& x) {
+  return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+template <class T>
+T* write(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+inline void check(Status status, const char* op) {
+  const std::string name = op;
+  switch (status) {
+    case Status::ok:
+      return;
+    case Status::index_out_of_range:
+      throw std::out_of_range(name + ": index holds a value outside its range");
+    case Status::index_not_ascending:
+      throw std::invalid_argument(name + ": index is not strictly ascending in every row");
+    case Status::too_many_kept:
+      throw std::invalid_argument(name + ": keep names more tokens than num_tokens");
+    case Status::out_of_memory:
+      throw std::runtime_error(name + ": no memory for the kernel's scratch");
+  }
+}
+
+}  // namespace
+}  // namespace h2ot

@@ -1,0 +1,45 @@
+"""Exact, fast token pruning and recovery for transformers that read video. In the order of the data path:
+
+score_tokens -> select_tokens (prune_cluster, prune_sample, prune_motion, prune_attention) -> gather_tokens
+-> the transformer's blocks -> recover_attention / recover_interpolate; assign_clusters and merge_tokens beside them.
+"""
+
+from .score import TokenScores, score_tokens  # isort: skip
+from .select import prune_attention, prune_cluster, prune_motion, prune_sample, select_tokens  # isort: skip
+from .gather import gather_tokens  # isort: skip
+from .cluster import assign_clusters, merge_tokens  # isort: skip
+from .recover_attention import recover_attention, recover_pose  # isort: skip
+from .recover_interpolation import recover_interpolate  # isort: skip
+from . import nn  # isort: skip
+from .hourglass import Hourglass  # isort: skip
+from . import hosts  # isort: skip
+from . import backend as _backend
+from .backend import can_run, env_report, explain, use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "Hourglass",
+    "TokenScores",
+    "assign_clusters",
+    "can_run",
+    "env_report",
+    "explain",
+    "gather_tokens",
+    "hosts",
+    "merge_tokens",
+    "nn",
+    "prune_attention",
+    "prune_cluster",
+    "prune_motion",
+    "prune_sample",
+    "recover_attention",
+    "recover_interpolate",
+    "recover_pose",
+    "score_tokens",
+    "select_tokens",
+    "use_backend",
+]
+
+if _backend.interpreting() or _backend.torch.version.cuda:
+    _backend.why_no_triton()
+_backend.resolve_all()

@@ -1,0 +1,96 @@
+"""python -m h2ot_kernels demo | env | explain"""
+
+import argparse
+import json
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. 0: done; 1: the demo found a wrong result; 2: bad input, said in one line on standard error."""
+    parser = argparse.ArgumentParser(prog="h2ot_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_demo(commands.add_parser("demo", help="2D keypoints in; what is right and how fast on this machine out"))
+    env = commands.add_parser("env", help="what a bug report needs, as JSON")
+    env.set_defaults(run=_env)
+    _add_explain(commands.add_parser("explain", help="which backend would run an operation, and why not the others"))
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", metavar="FILE", help=".npz, .npy or COCO-style .json keypoints; default: a made-up walker"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", nargs="+", action="extend", help="hosts to run; default: MixSTE's four"
+    )
+    parser.add_argument("--out", metavar="DIR", default="demo_out", help="where the report, poses and pictures go")
+    parser.add_argument("--checkpoint", metavar="FILE", help="official checkpoint of the one model named")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the official formulation")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long the timing may take (default: 60)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        from .demo.job import is_right, run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("matplotlib", "rich"):
+            raise
+        return _refuse(f"the demo needs {error.name}: pip install matplotlib rich")
+    from .hosts import HOSTS
+
+    names = options.model or []
+    unknown = [name for name in names if name not in HOSTS]
+    if unknown:
+        return _refuse(f"--model: unknown {', '.join(unknown)}; wanted some of {', '.join(HOSTS)}")
+    try:
+        report = run(
+            options.input,
+            names,
+            options.out,
+            options.checkpoint,
+            with_compile=options.compile,
+            device=options.device,
+            seconds=options.seconds,
+        )
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    return 0 if is_right(report) else 1
+
+
+def _env(options: argparse.Namespace) -> int:
+    from . import env_report
+
+    print(json.dumps(env_report(), indent=1))
+    return 0
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", help="an operation, such as prune_cluster")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors would be")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from . import explain
+
+    try:
+        with FakeTensorMode():  # a tensor on a GPU that need not be there
+            print(explain(options.op, torch.empty(0, device=options.device)))
+    except (ValueError, RuntimeError) as error:
+        return _refuse(str(error).splitlines()[0])
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"h2ot_kernels: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

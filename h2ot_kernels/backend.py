@@ -1,0 +1,257 @@
+"""Which implementation of an operation runs: a pure predicate with reasons, a default order per device, an override.
+
+Every stem registers its implementations here with `implement(op, backend, function)`; all functions of one operation
+take the same arguments. A public function calls `dispatch(op, tensor, backend)(...)`.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpp", "cuda", "triton", "reference")
+# In order of preference. "reference" stands last where a device has kernels for some operations only.
+_DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("cuda", "triton", "reference")}
+_implementations: dict[str, dict[str, Callable]] = {}
+# (op, device, named backend, whether Triton is asked before CUDA C++) -> what runs
+_resolved: dict[tuple[str, str, str | None, bool], Callable] = {}
+_override: str | None = None  # a plain global: torch.compile guards it, and does not see thread-local values
+
+
+def implement(op: str, backend: str, function: Callable) -> None:
+    """Register `function` as what `backend` runs for `op`."""
+    _implementations.setdefault(op, {})[backend] = function
+
+
+def load_library(stem: str) -> str | None:
+    """Load the operator library lib<stem>.so of this package. Returns None, or why it cannot be loaded."""
+    path = Path(__file__).parent / f"lib{stem}.so"
+    if not path.exists():
+        return f"{path.name} is not built (pip install --no-build-isolation .)"
+    torch.ops.load_library(path)
+    return None
+
+
+@functools.cache
+def why_no_cpp() -> str | None:
+    """None when the C++ library is loaded, else the reason."""
+    return load_library("h2ot_kernels_cpu")
+
+
+@functools.cache
+def why_no_cuda() -> str | None:
+    """None when the CUDA library is loaded, else the reason."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    return load_library("h2ot_kernels_cuda")
+
+
+@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile looks through the cache and cannot trace an import
+def why_no_triton() -> str | None:
+    """None when the Triton kernels are imported, else the reason."""
+    try:
+        importlib.import_module("h2ot_kernels.triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return "the package triton is not installed"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 at import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, str]:
+    """Whether `backend` can run `op` on tensors of `device` ("cpu", "cuda", ...), and why (not).
+
+    >>> can_run("gather_tokens", "cuda", "cpu")
+    (False, 'tensors are on cpu, not cuda')
+    """
+    device = torch.device(device).type
+    if op not in _implementations:
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(sorted(_implementations))}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return True, "plain PyTorch runs everywhere"
+    if backend == "cpp":
+        wanted, missing = "cpu", why_no_cpp
+    elif backend == "cuda":
+        wanted, missing = "cuda", why_no_cuda
+    else:
+        wanted, missing = "cpu" if interpreting() else "cuda", why_no_triton
+    if device != wanted:
+        hint = "; TRITON_INTERPRET=1 interprets on the CPU" if (backend, device) == ("triton", "cpu") else ""
+        return False, f"tensors are on {device}, not {wanted}{hint}"
+    reason = missing()
+    if reason:
+        return False, reason
+    if backend not in _implementations[op]:
+        return False, f"{op} has no {backend} kernel"
+    return True, f"{backend} kernel on {device}"
+
+
+_STORED_TOKENS = 2048  # up to here the CUDA kernel keeps all distances of a sample (csrc/cuda/plan.h: kStoredTokens)
+_HALVES = (torch.bfloat16, torch.float16)
+_CHOOSES_ON_CUDA = ("score_tokens", "prune_cluster")  # operations with a kernel in CUDA C++ and one in Triton
+
+
+def triton_first(N: int, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether scoring N tokens of dtype on a CUDA device asks Triton before CUDA C++, and why.
+
+    Counted, not measured: the operations that each issues per pair of tokens and channel, and at which rate.
+
+    >>> triton_first(243, torch.float32)
+    (False, 'counted: up to 2048 tokens CUDA C++ computes half of the pairs only, in few launches')
+    """
+    if N <= _STORED_TOKENS:
+        return (
+            False,
+            f"counted: up to {_STORED_TOKENS} tokens CUDA C++ computes half of the pairs only, in few launches",
+        )
+    if dtype in _HALVES:
+        return True, "counted: Triton multiplies 16-bit tokens at their own rate, CUDA C++ at that of TF32"
+    return False, "counted: as many products on both, and CUDA C++ decides in float64 in the same kernels"
+
+
+def _asks_triton_first(op: str, tensor: Tensor) -> bool:
+    return tensor.is_cuda and op in _CHOOSES_ON_CUDA and triton_first(tensor.shape[1], tensor.dtype)[0]
+
+
+def _order(device: str, named: str | None, later_cuda: bool) -> tuple[str, ...]:
+    if named:
+        return (named,)
+    order = _DEFAULT_ORDER.get(device, ("reference",))
+    return tuple(sorted(order, key=lambda name: name != "triton")) if later_cuda else order
+
+
+def _resolve(op: str, device: str, named: str | None, later_cuda: bool = False) -> Callable:
+    reasons = []
+    for backend in _order(device, named, later_cuda):
+        ok, reason = can_run(op, backend, device)
+        if ok:
+            _resolved[op, device, named, later_cuda] = _implementations[op][backend]
+            return _implementations[op][backend]
+        reasons.append(f"{backend}: {reason}")
+    raise RuntimeError(f"{op} cannot run on {device} ({'; '.join(reasons)}); backend='reference' runs everywhere")
+
+
+def chosen_backend(op: str, device: str | torch.device, tensor: Tensor | None = None) -> str:
+    """The backend that `op` uses on `device` (for `tensor`) when none is named in the call."""
+    named = _override or _from_environment
+    later_cuda = tensor is not None and named is None and _asks_triton_first(op, tensor)
+    function = _resolve(op, torch.device(device).type, named, later_cuda)
+    return next(name for name, candidate in _implementations[op].items() if candidate is function)
+
+
+def dispatch(op: str, tensor: Tensor, backend: str | None) -> Callable:
+    """The implementation of `op` for `tensor`: the named backend, else `use_backend`, the environment, the device."""
+    named = backend or _override or _from_environment
+    choice = op, tensor.device.type, named, named is None and _asks_triton_first(op, tensor)
+    return _resolved.get(choice) or _resolve(*choice)
+
+
+def resolve_all() -> None:
+    """Fill the table of choices for the devices of this torch, so that no call, compilation or capture pays for it."""
+    for op in _implementations:
+        for device in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
+            for named in (None, *BACKENDS):
+                for later_cuda in (False, True) if device == "cuda" and named is None else (False,):
+                    if any(can_run(op, backend, device)[0] for backend in _order(device, named, later_cuda)):
+                        _resolve(op, device, named, later_cuda)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block every call that names no backend uses this one, in the whole process.
+
+    Raises ValueError for an unknown name; the call raises RuntimeError where the backend cannot run.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> with h2ot.use_backend("reference"):
+    ...     h2ot.select_tokens(torch.tensor([[0.1, 0.9, 0.5]]), 2)
+    tensor([[1, 2]])
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
+    global _override
+    before, _override = _override, backend
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def explain(op: str, *tensors: Tensor) -> str:
+    """Which backend `op` would use for these tensors (none: the CPU), and why not the others: one line each.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> print(h2ot.explain("gather_tokens", torch.zeros(1, 9, 4)).splitlines()[0])
+    gather_tokens on cpu: cpp
+    """
+    device = tensors[0].device if tensors else torch.device("cpu")
+    first = tensors[0] if tensors else None
+    lines = [f"{op} on {device.type}: {chosen_backend(op, device, first)}"]
+    if first is not None and first.is_cuda and op in _CHOOSES_ON_CUDA:
+        lines[0] += f" ({triton_first(first.shape[1], first.dtype)[1]})"
+    for backend in BACKENDS:
+        ok, reason = can_run(op, backend, device)
+        lines.append(f"  {backend:9} {'can run' if ok else 'cannot run'}: {reason}")
+    return "\n".join(lines)
+
+
+def env_report() -> dict:
+    """What a bug report needs: versions, device, backends built or why not, CPU capability, threads.
+
+    >>> sorted(env_report()["backends"])
+    ['cpp', 'cuda', 'reference', 'triton']
+    """
+    import platform
+
+    report = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("H2OT_KERNELS_")},
+        "backends": {
+            "cpp": why_no_cpp() or "built",
+            "cuda": why_no_cuda() or "built",
+            "triton": why_no_triton() or ("interpreted on the CPU" if interpreting() else "importable"),
+            "reference": "built",
+        },
+    }
+    if why_no_cpp() is None:
+        from . import _C
+
+        report["build"] = _C.build_info()
+        report["cpu_capability"] = _C.capability()
+        report["cpu_capabilities"] = _C.runnable_capabilities().split(",")
+    return report
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else "unknown"
+
+
+def _check_environment() -> str | None:
+    name = os.environ.get("H2OT_KERNELS_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"H2OT_KERNELS_BACKEND: got {name!r}, wanted one of {', '.join(BACKENDS)}")
+    return name
+
+
+_from_environment = _check_environment()

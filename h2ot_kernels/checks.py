@@ -1,0 +1,124 @@
+"""Argument checks of the public functions. Every message names the argument, what came and what was wanted."""
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape(x: Tensor) -> str:
+    return f"[{', '.join(map(str, x.shape))}]"
+
+
+def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
+    """x is a tensor of one of these ranks and dtypes; `wanted` describes its shape in the message."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor {wanted}")
+    if x.dim() not in dims:
+        raise ValueError(f"{name}: got shape {shape(x)}, wanted {wanted}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {str(x.dtype).removeprefix('torch.')}, wanted {names}")
+
+
+def has_shape(name: str, x: Tensor, size: Sequence[int], wanted: str) -> None:
+    if tuple(x.shape) != tuple(size):
+        raise ValueError(f"{name}: got shape {shape(x)}, wanted {wanted} = [{', '.join(map(str, size))}]")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name}: got device {x.device}, wanted {other.device}, that of {other_name}")
+
+
+def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: got dtype {x.dtype}, wanted {other.dtype}, that of {other_name}")
+
+
+def integer(name: str, value: int, low: int, high: int | None = None, high_name: str = "") -> None:
+    """value is an integer in low .. high (high_name says what high is)."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt))):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted an integer")
+    if value < low or (high is not None and value > high):
+        upper = "" if high is None else f" to {high}" + (f" ({high_name})" if high_name else "")
+        raise ValueError(f"{name}: got {value}, wanted {low}{upper or ' or more'}")
+
+
+def choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")
+
+
+def tokens(x: Tensor) -> None:
+    """x is [B, N, C] or [B, F, J, C] with at least one token, joint and channel."""
+    tensor("x", x, (3, 4), "[B, N, C] or [B, F, J, C]")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x: got shape {shape(x)}, wanted at least one token, joint and channel")
+
+
+def index(name: str, value: Tensor, x: Tensor) -> None:
+    """value is an int64 index [B, K] or [1, K] on x's device whose rows divide x's batch; K at least 1."""
+    tensor(name, value, (2,), "[B, K] or [1, K]", (torch.int64,))
+    same_device(name, value, "x", x)
+    rows, B = value.shape[0], x.shape[0]
+    if value.shape[1] == 0 or (rows != B and (rows == 0 or B % rows)):
+        raise ValueError(f"{name}: got shape {shape(value)}, wanted [1, K] or [B, K], K at least 1, B dividing {B}")
+
+
+def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+    """The mask [B, N] that mask and lengths make together, or None."""
+    B, N = x.shape[:2]
+    if mask is not None:
+        tensor("mask", mask, (2,), "[B, N]", (torch.bool,))
+        has_shape("mask", mask, (B, N), "[B, N]")
+        same_device("mask", mask, "x", x)
+    if lengths is None:
+        return mask
+    lengths = torch.as_tensor(lengths, device=x.device) if not isinstance(lengths, Tensor) else lengths
+    tensor("lengths", lengths, (1,), "[B]", (torch.int64, torch.int32))
+    has_shape("lengths", lengths, (B,), "[B]")
+    same_device("lengths", lengths, "x", x)
+    inside = torch.arange(N, device=x.device) < lengths[:, None]
+    return inside if mask is None else inside & mask
+
+
+def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
+    """`keep` (None, an int, a list, [M] or [B, M]) as an int64 tensor [1, M] or [B, M].
+
+    Values given as Python integers are checked here; those in a tensor by the kernel, which knows them.
+    """
+    if keep is None:
+        return None
+    if isinstance(keep, Tensor):
+        tensor("keep", keep, (0, 1, 2), "[M] or [B, M]", (torch.int64,))
+        keep = keep.reshape(1, -1) if keep.dim() < 2 else keep
+        if keep.shape[0] not in (1, B):
+            raise ValueError(f"keep: got shape {shape(keep)}, wanted [M] or [B, M] with B = {B}")
+        if keep.device != device:
+            raise ValueError(f"keep: got device {keep.device}, wanted {device}")
+        return keep if keep.shape[1] else None
+    values = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else [keep]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"keep: got {type(value).__name__}, wanted integers or an int64 tensor")
+        if not 0 <= value < N:
+            raise IndexError(f"keep: got {value}, wanted 0 to {N - 1}")
+    if len(set(values)) > K:
+        raise ValueError(f"keep: got {len(set(values))} tokens to keep, wanted at most num_tokens = {K}")
+    if len(values) == 1:  # full: no copy from the host, safe under CUDA-graph capture
+        return torch.full((1, 1), values[0], dtype=torch.int64, device=device)
+    return torch.tensor([values], dtype=torch.int64, device=device) if values else None
+
+
+def no_tangent(op: str, *inputs: Tensor | None) -> None:
+    """Forward-mode AD would silently give zero tangents for operators with registered gradients: raise instead."""
+    if forward_ad._current_level < 0:
+        return
+    for x in inputs:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{op} has no forward-mode derivative; backend='reference' has one")

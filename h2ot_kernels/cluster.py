@@ -1,0 +1,132 @@
+"""Clusters around the kept tokens, and their means (TCFormer)."""
+
+import torch
+from torch import Tensor
+
+import python_ref
+
+from . import checks
+from .backend import dispatch, implement
+from .library import declare
+
+
+def assign_clusters(x: Tensor, index: Tensor, *, mask: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """labels [B, N]: which selected token each token is nearest to, as a position in index; the lowest on a tie.
+
+    x: [B, N, C] or [B, F, J, C] (pooled over J as in `score_tokens`). index: int64 [B, K] or [1, K], ascending.
+    mask: bool [B, N], True = valid. A selected token is labelled with itself. Tokens that are masked or hold NaN or
+    infinity get -1 and attract nobody; so do all tokens of a sample with no valid selected token.
+    Returns int64 [B, N]. Raises TypeError or ValueError that name the argument, IndexError for an index outside
+    0 .. N - 1. Cost: B N K C differences, memory O(N); decided as in float64. Source: SPEC section 4.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> h2ot.assign_clusters(torch.tensor([[[0.0], [1.0], [8.0], [9.0]]]), torch.tensor([[0, 3]]))
+    tensor([[0, 0, 1, 1]])
+    """
+    checks.tokens(x)
+    checks.index("index", index, x)
+    if index.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"index: got shape {checks.shape(index)}, wanted [1, K] or [B, K] with B = {x.shape[0]}")
+    mask = checks.validity(x, mask, None)
+    return dispatch("assign_clusters", x, backend)(x.detach(), index, mask)
+
+
+def merge_tokens(
+    x: Tensor, labels: Tensor, num_clusters: int, weight: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """The mean, or weighted mean, of each cluster: out[b, c] = sum_i w_i x_i / sum_i w_i over labels[b, i] = c.
+
+    x: [B, N, C], float32, float64, bfloat16 or float16, any strides. labels: int64 [B, N] in 0 .. num_clusters - 1, or
+    -1 for tokens of no cluster. weight: float [B, N] or [B, N, 1].
+    Returns [B, num_clusters, C] of x's dtype, summed in float32 (float64 for float64) in ascending token order; 0 for
+    an empty cluster or one whose weights sum to 0. Gradients to x and weight, first and second order.
+    Raises TypeError or ValueError that name the argument, IndexError for a label outside its range.
+    Cost: one read of x. Source: TCFormer section 3, SPEC section 4.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> h2ot.merge_tokens(torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([[0, 0, 1]]), 2)
+    tensor([[[2.],
+             [7.]]])
+    """
+    checks.tensor("x", x, (3,), "[B, N, C]")
+    B, N = x.shape[:2]
+    checks.tensor("labels", labels, (2,), "[B, N]", (torch.int64,))
+    checks.has_shape("labels", labels, (B, N), "[B, N]")
+    checks.same_device("labels", labels, "x", x)
+    checks.integer("num_clusters", num_clusters, 1)
+    if weight is not None:
+        checks.tensor("weight", weight, (2, 3), "[B, N] or [B, N, 1]")
+        checks.has_shape("weight", weight, (B, N, 1)[: weight.dim()], "[B, N] or [B, N, 1]")
+        checks.same_device("weight", weight, "x", x)
+        weight = weight.reshape(B, N).to(torch.promote_types(x.dtype, torch.float32))
+    if backend != "reference":
+        checks.no_tangent("merge_tokens", x, weight)
+    return dispatch("merge_tokens", x, backend)(x, labels, num_clusters, weight)
+
+
+def _assign_fake(x, index, mask):
+    return x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
+def _merge_fake(x, labels, num_clusters, weight):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    B, _, C = x.shape
+    return x.new_empty(B, num_clusters, C), x.new_empty(B, num_clusters, dtype=wide)
+
+
+def _merge_setup(ctx, inputs, output):
+    x, labels, _, weight = inputs
+    ctx.save_for_backward(x, labels, weight, *output)
+
+
+def _merge_backward(ctx, grad, grad_total):
+    """d out_c / d x_i = w_i / total_c, d out_c / d w_i = (x_i - out_c) / total_c: gathers by label, differentiable."""
+    x, labels, weight, merged, total = ctx.saved_tensors
+    wide = total.dtype
+    member = labels.clamp(min=0)
+    total_of = total.gather(1, member)
+    inside = (labels >= 0) & (total_of != 0)
+    grad_of = grad.to(wide).gather(1, member[..., None].expand(-1, -1, grad.shape[2]))
+    per_token = torch.where(inside, 1 / torch.where(inside, total_of, 1.0), 0.0)
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        share = per_token if weight is None else per_token * weight
+        grad_x = (grad_of * share[..., None]).to(x.dtype)
+    if ctx.needs_input_grad[3]:
+        centre = merged.to(wide).gather(1, member[..., None].expand(-1, -1, grad.shape[2]))
+        centred = torch.where(inside[..., None], x.to(wide) - centre, 0.0)
+        grad_weight = (grad_of * centred).sum(-1) * per_token
+        if grad_total is not None:
+            grad_weight = grad_weight + torch.where(labels >= 0, grad_total.gather(1, member), 0.0)
+    return grad_x, None, None, grad_weight
+
+
+ASSIGN = {"schema": "(Tensor x, Tensor index, Tensor? mask) -> Tensor", "fake": _assign_fake}
+MERGE = {
+    "schema": "(Tensor x, Tensor labels, SymInt num_clusters, Tensor? weight) -> (Tensor, Tensor)",
+    "fake": _merge_fake,
+    "backward": _merge_backward,
+    "setup_context": _merge_setup,
+}
+
+
+def _reference_assign(x, index, mask):
+    if not torch.compiler.is_compiling() and ((index < 0) | (index >= x.shape[1])).any():
+        raise IndexError("assign_clusters: index holds a value outside its range")
+    return python_ref.assign_clusters(x, index, mask=mask)
+
+
+def _reference_merge(x, labels, num_clusters, weight):
+    if not torch.compiler.is_compiling() and ((labels < -1) | (labels >= num_clusters)).any():
+        raise IndexError("merge_tokens: labels hold a value outside their range")
+    return python_ref.merge_tokens(x, labels, num_clusters, weight)
+
+
+def _merged(op):
+    return lambda *args: op(*args)[0]
+
+
+implement("assign_clusters", "cpp", declare("assign_clusters", **ASSIGN))
+implement("assign_clusters", "reference", _reference_assign)
+implement("merge_tokens", "cpp", _merged(declare("merge_tokens", **MERGE)))
+implement("merge_tokens", "reference", _reference_merge)

@@ -1,0 +1,81 @@
+"""FLOPs of a host at batch 1, in the two conventions that papers use."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import checks
+from ..backend import use_backend
+from ..nn import TokenRecoveringAttention
+
+
+def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool = False) -> int:
+    """FLOPs (2 a multiply-add) of one forward pass in eval mode at batch 1. Runs on shapes: no arithmetic, no data.
+
+    model: a host: it has `in_shape`, the shape of its input without the batch, and a `hourglass`.
+    convention: "linear": Linear and Conv1d modules only, as HoT's table; "total": every matrix product that
+    `torch.utils.flop_counter` knows, and attention. Neither counts the choice of tokens or interpolation.
+    executed: False counts the published formulation, in which TRA projects the recovery token once a sample and joint;
+    True what is run here: once.
+
+    >>> from h2ot_kernels import hosts
+    >>> round(hosts.count_flops(hosts.build("h2ot_mixste")) / 1e9, 2)
+    121.23
+    """
+    checks.choice("convention", convention, ("linear", "total"))
+    counted = {"linear": 0, "repeated query": 0}
+
+    def count_layer(layer: nn.Linear | nn.Conv1d, inputs, output: Tensor) -> None:
+        counted["linear"] += 2 * output.numel() * math.prod(layer.weight.shape[1:])
+
+    def count_query(layer: TokenRecoveringAttention, inputs, output: Tensor) -> None:
+        token, x = inputs
+        repeats = x.numel() // (x.shape[1] * x.shape[-1]) - 1
+        counted["repeated query"] += repeats * 2 * token.numel() * layer.linear_q.out_features
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            handles.append(module.register_forward_hook(count_layer))
+        elif isinstance(module, TokenRecoveringAttention):
+            handles.append(module.register_forward_hook(count_query))
+    training = model.training
+    try:
+        total = _run_on_shapes(model.eval())
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    flops = total if convention == "total" else counted["linear"]
+    return flops if executed else flops + counted["repeated query"]
+
+
+def _run_on_shapes(model: nn.Module) -> int:
+    """Every matrix product of one pass, by PyTorch's counter. Gradients on: fused tails have no modules to count."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    like = next(iter(tensors.values()))
+    counter = FlopCounterMode(display=False, custom_mapping=_OURS)
+    # "cpp": its operators say their shapes without data. MATH: attention as the products that the counter knows.
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        counter,
+        sdpa_kernel(SDPBackend.MATH),
+        use_backend("cpp"),
+        torch.enable_grad(),
+    ):
+        shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+        x = torch.empty(1, *model.in_shape, dtype=like.dtype)
+        index = tuple(torch.arange(tokens)[None] for tokens in model.hourglass.stages.values())
+        torch.func.functional_call(model, shapes, (x, index))
+    return counter.get_total_flops()
+
+
+def _attention_flops(query, key, value, num_heads, scale, *, out_shape=None) -> int:
+    return 2 * 2 * math.prod(value) * query[-2]
+
+
+_OURS = {torch.ops.h2ot_kernels.recover_attention: _attention_flops}

@@ -1,0 +1,175 @@
+"""Recovery by cross-attention (TRA): every frame asks the kept ones."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import python_ref
+
+from . import checks
+from .backend import dispatch, implement
+from .library import declare, no_second_order
+
+
+def recover_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """softmax(Q K^T scale) V per head, heads side by side on C; without storing the weights.
+
+    query: [F, C] or [1, F, C] (shared by every sample and joint: the recovery token, projected once), or [B, F, C].
+    key, value: [B, K, C], projected; B is the batch times the joints. All float32, float64, bfloat16 or float16.
+    num_heads = H divides C. scale: default (C / H) ** -0.5.
+    Returns [B, F, C], accumulated in float32 (float64 for float64). Gradients to query, key and value, first order
+    (a second derivative raises; backend="reference" has one).
+    Raises TypeError or ValueError that name the argument. Cost: 4 B F K C FLOPs.
+    Source: HoT section 3.3, SPEC section 5.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> value = torch.tensor([[[1.0], [3.0]]])
+    >>> h2ot.recover_attention(torch.zeros(3, 1), torch.zeros(1, 2, 1), value, num_heads=1)
+    tensor([[[2.],
+             [2.],
+             [2.]]])
+    """
+    checks.tensor("key", key, (3,), "[B, K, C]")
+    B, K, C = key.shape
+    checks.tensor("value", value, (3,), "[B, K, C]")
+    checks.has_shape("value", value, key.shape, "the shape of key")
+    checks.tensor("query", query, (2, 3), "[F, C], [1, F, C] or [B, F, C]")
+    for name, x in (("query", query), ("value", value)):
+        checks.same_dtype(name, x, "key", key)
+        checks.same_device(name, x, "key", key)
+    if query.shape[-1] != C or (query.dim() == 3 and query.shape[0] not in (1, B)):
+        raise ValueError(f"query: got shape {checks.shape(query)}, wanted [F, {C}], [1, F, {C}] or [{B}, F, {C}]")
+    if 0 in (K, C, query.shape[-2]):
+        raise ValueError(f"key: got shape {checks.shape(key)}, wanted at least one frame, kept frame and channel")
+    checks.integer("num_heads", num_heads, 1, C, "the number of channels")
+    if C % num_heads:
+        raise ValueError(f"num_heads: got {num_heads}, wanted a divisor of C = {C}")
+    if backend != "reference":
+        checks.no_tangent("recover_attention", query, key, value)
+    scale = (C // num_heads) ** -0.5 if scale is None else float(scale)
+    return dispatch("recover_attention", value, backend)(query, key, value, num_heads, scale)
+
+
+def recover_pose(
+    token: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj: nn.Linear,
+    norm: nn.LayerNorm,
+    head: nn.Linear,
+    num_heads: int,
+    *,
+    num_joints: int = 17,
+    backend: str | None = None,
+) -> Tensor:
+    """The fused inference tail of HoT: head(norm(token + proj(recover_attention(query, key, value)))).
+
+    token: [F, C] or [1, F, C], the recovery token; query: the same, projected; key, value: [B * J, K, C] with
+    J = num_joints; proj: Linear(C, C); norm: LayerNorm(C); head: Linear(C, 3). [B, J, F, C] is never written after the
+    projection. Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
+    Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
+    argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: SPEC section 5.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> from torch import nn
+    >>> token, kept = torch.zeros(9, 8), torch.randn(2 * 17, 3, 8)
+    >>> with torch.no_grad():
+    ...     pose = h2ot.recover_pose(token, token, kept, kept, nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3), 2)
+    >>> pose.shape
+    torch.Size([2, 17, 9, 3])
+    """
+    for name, module, kind in (("proj", proj, nn.Linear), ("norm", norm, nn.LayerNorm), ("head", head, nn.Linear)):
+        if not isinstance(module, kind):
+            raise TypeError(f"{name}: got {type(module).__name__}, wanted {kind.__name__}")
+    inputs = (token, query, key, value, proj.weight, norm.weight, head.weight)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise RuntimeError("recover_pose is for inference: call it under torch.no_grad() or torch.inference_mode()")
+    checks.integer("num_joints", num_joints, 1)
+    if key.shape[0] % num_joints:
+        raise ValueError(f"num_joints: got {num_joints}, wanted a divisor of key's first axis, {key.shape[0]}")
+    attended = recover_attention(query, key, value, num_heads, backend=backend)
+    F, C = attended.shape[1:]
+    checks.tensor("token", token, (2, 3), "[F, C] or [1, F, C]")
+    checks.has_shape("token", token, (1, F, C)[3 - token.dim() :], "that of query")
+    for name, width in (("proj.in_features", proj.in_features), ("head.in_features", head.in_features)):
+        if width != C:
+            raise ValueError(f"{name}: got {width}, wanted C = {C}")
+    if tuple(norm.normalized_shape) != (C,):
+        raise ValueError(f"norm.normalized_shape: got {tuple(norm.normalized_shape)}, wanted ({C},)")
+    projected = proj(attended)
+    tail = dispatch("recover_tail", projected, backend)
+    same = [x if x is None else x.to(projected.dtype) for x in (norm.weight, norm.bias, head.weight, head.bias)]
+    pose = tail(token.reshape(F, C).to(projected.dtype), projected, *same, norm.eps)
+    return pose.unflatten(0, (key.shape[0] // num_joints, num_joints))
+
+
+def _fake(query, key, value, num_heads, scale):
+    return value.new_empty(value.shape[0], query.shape[-2], value.shape[2])
+
+
+def _setup(ctx, inputs, output):
+    query, key, value, ctx.num_heads, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value)
+
+
+def attention_gradient(op):
+    """The gradient of a recovery operator, by the operator `op` that makes all three."""
+
+    def backward(ctx, grad):
+        return *op(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None
+
+    return backward
+
+
+def _backward_fake(grad, query, key, value, num_heads, scale):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _tail_fake(token, projected, norm_weight, norm_bias, head_weight, head_bias, eps):
+    return projected.new_empty(*projected.shape[:2], head_weight.shape[0])
+
+
+FORWARD = {
+    "schema": "(Tensor query, Tensor key, Tensor value, int num_heads, float scale) -> Tensor",
+    "fake": _fake,
+    "setup_context": _setup,
+}
+BACKWARD = {
+    "schema": "(Tensor grad, Tensor query, Tensor key, Tensor value, int num_heads, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    "fake": _backward_fake,
+    "backward": no_second_order("recover_attention"),
+}
+TAIL = {
+    "schema": "(Tensor token, Tensor projected, Tensor? norm_weight, Tensor? norm_bias, Tensor head_weight, "
+    "Tensor? head_bias, float eps) -> Tensor",
+    "fake": _tail_fake,
+}
+
+
+def _reference(query, key, value, num_heads, scale):
+    return python_ref.recover_attention(query, key, value, num_heads, scale=scale)
+
+
+def _reference_tail(token, projected, norm_weight, norm_bias, head_weight, head_bias, eps):
+    normed = functional.layer_norm(token + projected, token.shape[-1:], norm_weight, norm_bias, eps)
+    return functional.linear(normed, head_weight, head_bias)
+
+
+_ops = torch.ops.h2ot_kernels
+implement(
+    "recover_attention",
+    "cpp",
+    declare(
+        "recover_attention",
+        **FORWARD,
+        backward=attention_gradient(lambda *args: _ops.recover_attention_backward(*args)),
+    ),
+)
+declare("recover_attention_backward", **BACKWARD)
+implement("recover_attention", "reference", _reference)
+implement("recover_tail", "cpp", declare("recover_tail", **TAIL))
+implement("recover_tail", "reference", _reference_tail)

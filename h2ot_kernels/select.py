@@ -1,0 +1,211 @@
+"""Where a kept frame is decided: the K largest scores, and the four pruners that make scores."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+import python_ref
+
+from . import checks
+from .backend import dispatch, implement
+from .library import declare
+from .score import check_scoring
+
+
+def select_tokens(
+    score: Tensor, num_tokens: int, *, keep=None, mask: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """The num_tokens = K largest scores of each sample, ties to the lowest index, as ascending index.
+
+    score: [B, N], any float dtype (a caller's own scores, too); NaN counts as masked.
+    keep: tokens that are always kept, masked ones too, and count towards K: an int, a list, or int64 [M] or [B, M].
+    mask: bool [B, N], True = valid. Others are taken only when fewer than K are valid, lowest index first.
+    Returns int64 [B, K]. Raises TypeError or ValueError that name the argument, IndexError for keep outside 0 .. N - 1.
+    Cost: O(N) memory per sample. Source: SPEC section 2.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> h2ot.select_tokens(torch.tensor([[0.1, 0.9, 0.5, 0.2]]), 2, keep=0)
+    tensor([[0, 1]])
+    """
+    checks.tensor("score", score, (2,), "[B, N]")
+    B, N = score.shape
+    checks.integer("num_tokens", num_tokens, 1, N, "the number of tokens")
+    keep = checks.kept(keep, B, N, num_tokens, score.device)
+    if mask is not None:
+        mask = checks.validity(score, mask, None)
+    return dispatch("select_tokens", score, backend)(score.detach(), num_tokens, keep, mask)
+
+
+def prune_cluster(
+    x: Tensor,
+    num_tokens: int,
+    k: int = 2,
+    *,
+    keep=None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    noise: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """TPC: the num_tokens = K tokens with the largest DPC-kNN scores, as ascending int64 index [B, K].
+
+    Arguments as in `score_tokens` and `select_tokens`; equal to
+    `select_tokens(score_tokens(x, k).score, K)` with the same mask given to both (tokens that hold NaN or infinity
+    count as masked here; select_tokens sees only their score of -inf).
+    Raises as they do. Cost: that of scoring; nothing else is written. Source: HoT section 3.2, SPEC sections 1 and 2.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> x = torch.tensor([[[0.0], [1.0], [2.0], [50.0], [51.0], [52.0]]])
+    >>> h2ot.prune_cluster(x, 2)
+    tensor([[0, 3]])
+    """
+    mask, noise = check_scoring(x, k, mask, lengths, noise)
+    B, N = x.shape[:2]
+    checks.integer("num_tokens", num_tokens, 1, N, "the number of tokens")
+    keep = checks.kept(keep, B, N, num_tokens, x.device)
+    return dispatch("prune_cluster", x, backend)(x.detach(), num_tokens, k, keep, mask, noise)
+
+
+def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) -> Tensor:
+    """TPS: num_tokens = K evenly spaced frames of num_frames = F: frame i (F - 1) // (K - 1); K = 1: (F - 1) // 2.
+
+    keep: an int or a list of frames that are always kept; one that is not sampled replaces the nearest sampled frame
+    that is not kept itself, the lower on a tie. device: where the index is made.
+    Returns ascending int64 [1, K], which every sample shares. Raises TypeError, ValueError or IndexError that name the
+    argument. Cost: computed once per (F, K, keep, device). Source: H2OT section 3, SPEC section 2.
+
+    >>> import h2ot_kernels as h2ot
+    >>> h2ot.prune_sample(9, 3)
+    tensor([[0, 4, 8]])
+    """
+    checks.integer("num_frames", num_frames, 1)
+    checks.integer("num_tokens", num_tokens, 1, num_frames, "num_frames")
+    if isinstance(keep, Tensor):
+        keep = keep.tolist()
+    checks.kept(keep, 1, num_frames, num_tokens, torch.device("cpu"))
+    frames = () if keep is None else (keep,) if not isinstance(keep, (list, tuple)) else tuple(keep)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a tensor of a tracer must not be cached
+        return python_ref.prune_sample(num_frames, num_tokens, keep=frames, device=device)
+    return _sampled(num_frames, num_tokens, frames, device).clone()
+
+
+@functools.lru_cache(maxsize=256)
+def _sampled(num_frames, num_tokens, keep, device):
+    return python_ref.prune_sample(num_frames, num_tokens, keep=keep, device=device)
+
+
+def prune_motion(pose: Tensor, num_tokens: int, *, keep=None, backend: str | None = None) -> Tensor:
+    """TPMo: the num_tokens = K frames that moved most: score_t = sum over joints and coordinates of |p_t - p_(t-1)|.
+
+    pose: [B, F, J, D] (D = 2 for 2D keypoints, pixels or normalised), any float dtype and strides; score_0 = 0.
+    A frame whose motion is NaN is taken last. keep: as in `select_tokens`.
+    Returns ascending int64 [B, K]. Raises as `select_tokens`. Cost: one read of pose. Source: H2OT section 3, SPEC
+    section 2.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> pose = torch.tensor([0.0, 0.0, 3.0, 3.0, 4.0]).reshape(1, 5, 1, 1)
+    >>> h2ot.prune_motion(pose, 2)
+    tensor([[2, 4]])
+    """
+    checks.tensor("pose", pose, (4,), "[B, F, J, 2]")
+    B, F = pose.shape[:2]
+    checks.integer("num_tokens", num_tokens, 1, F, "the number of frames")
+    keep = checks.kept(keep, B, F, num_tokens, pose.device)
+    return dispatch("prune_motion", pose, backend)(pose.detach(), num_tokens, keep)
+
+
+def prune_attention(
+    query: Tensor, key: Tensor, num_tokens: int, *, keep=None, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """TPA: the num_tokens = K frames that receive the largest mean softmax weight from all queries, heads and joints.
+
+    query, key: [B, H, F, D] or [B, J, H, F, D], one float dtype, any strides. scale: default D ** -0.5.
+    keep: as in `select_tokens`. Returns ascending int64 [B, K]. Raises as `select_tokens`.
+    Cost: B J H F^2 D multiply-adds; no F x F matrix is stored. Source: H2OT section 3, SPEC section 2.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> key = torch.tensor([0.0, 2.0, 1.0]).reshape(1, 1, 3, 1)
+    >>> h2ot.prune_attention(torch.ones(1, 1, 3, 1), key, 2)
+    tensor([[1, 2]])
+    """
+    checks.tensor("query", query, (4, 5), "[B, H, F, D] or [B, J, H, F, D]")
+    checks.tensor("key", key, (query.dim(),), "the shape of query")
+    checks.has_shape("key", key, query.shape, "the shape of query")
+    checks.same_dtype("key", key, "query", query)
+    checks.same_device("key", key, "query", query)
+    B, F, D = query.shape[0], query.shape[-2], query.shape[-1]
+    if 0 in query.shape[1:]:
+        raise ValueError(f"query: got shape {checks.shape(query)}, wanted at least one joint, head, frame and channel")
+    checks.integer("num_tokens", num_tokens, 1, F, "the number of frames")
+    keep = checks.kept(keep, B, F, num_tokens, query.device)
+    scale = D**-0.5 if scale is None else float(scale)
+    return dispatch("prune_attention", query, backend)(query.detach(), key.detach(), num_tokens, keep, scale)
+
+
+def _index_fake(x, num_tokens, *rest):
+    return x.new_empty(x.shape[0], num_tokens, dtype=torch.int64)
+
+
+def _attention_fake(query, key, num_tokens, keep, scale):
+    return _index_fake(query, num_tokens)
+
+
+def _scores_fake(query, key, scale):
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape[0], query.shape[-2], dtype=wide)
+
+
+SELECT = {
+    "schema": "(Tensor score, SymInt num_tokens, Tensor? keep, Tensor? mask) -> Tensor",
+    "fake": _index_fake,
+}
+CLUSTER = {
+    "schema": "(Tensor x, SymInt num_tokens, int k, Tensor? keep, Tensor? mask, Tensor? noise) -> Tensor",
+    "fake": _index_fake,
+}
+MOTION = {"schema": "(Tensor pose, SymInt num_tokens, Tensor? keep) -> Tensor", "fake": _index_fake}
+ATTENTION = {
+    "schema": "(Tensor query, Tensor key, SymInt num_tokens, Tensor? keep, float scale) -> Tensor",
+    "fake": _attention_fake,
+}
+
+
+def _check_kept(keep, N, K):
+    if keep is not None and not torch.compiler.is_compiling():
+        if ((keep < 0) | (keep >= N)).any():
+            raise IndexError("select_tokens: keep holds a value outside its range")
+        if max(row.unique().numel() for row in keep) > K:
+            raise ValueError("select_tokens: keep names more tokens than num_tokens")
+
+
+def _reference_select(score, num_tokens, keep, mask):
+    _check_kept(keep, score.shape[1], num_tokens)
+    return python_ref.select_tokens(score, num_tokens, keep=keep, mask=mask)
+
+
+def _reference_cluster(x, num_tokens, k, keep, mask, noise):
+    _check_kept(keep, x.shape[1], num_tokens)
+    return python_ref.prune_cluster(x, num_tokens, k, keep=keep, mask=mask, noise=noise)
+
+
+def _reference_motion(pose, num_tokens, keep):
+    return _reference_select(python_ref.motion_scores(pose), num_tokens, keep, None)
+
+
+def _reference_attention(query, key, num_tokens, keep, scale):
+    return _reference_select(python_ref.attention_scores(query, key, scale), num_tokens, keep, None)
+
+
+implement("select_tokens", "cpp", declare("select_tokens", **SELECT))
+implement("select_tokens", "reference", _reference_select)
+PRUNE_CLUSTER = declare("prune_cluster", **CLUSTER)
+implement("prune_cluster", "cpp", PRUNE_CLUSTER)
+implement("prune_cluster", "cuda", PRUNE_CLUSTER)
+implement("prune_cluster", "reference", _reference_cluster)
+implement("prune_motion", "cpp", declare("prune_motion", **MOTION))
+implement("prune_motion", "reference", _reference_motion)
+implement("prune_attention", "cpp", declare("prune_attention", **ATTENTION))
+implement("prune_attention", "reference", _reference_attention)
+declare("attention_scores", "(Tensor query, Tensor key, float scale) -> Tensor", _scores_fake)

@@ -1,0 +1,140 @@
+"""Timing rivals fairly: interleaved in one process, medians with quantiles, and what this machine can do at best."""
+
+import functools
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.nn import functional
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over `calls` timed calls; `first`: the very first call, None where it came before the timing."""
+
+    p10: float
+    p50: float
+    p90: float
+    p99: float
+    first: float | None
+    calls: int
+
+
+def _once(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; on a GPU between two events, the queue empty before."""
+    if device.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def interleave(
+    rivals: Mapping[Name, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    *,
+    seconds: float = 1.0,
+    min_calls: int = 3,
+    max_calls: int = 200,
+    warm_up: int = 2,
+    on_round: Callable[[float], None] | None = None,
+) -> dict[Name, Timing]:
+    """Time the rivals in turn, A B C B C A C A B ..., until about `seconds` are spent; at least min_calls calls each.
+
+    warm_up calls of each, the first among them, are not part of the quantiles; 0 where the caller has warmed them up.
+    on_round is called between rounds with the share of the time that is spent.
+
+    >>> timings = interleave({"sum": lambda: sum(range(100))}, seconds=0.01)
+    >>> timings["sum"].p10 <= timings["sum"].p50 <= timings["sum"].p99
+    True
+    """
+    device = torch.device(device)
+    first = {name: _once(function, device) if warm_up else None for name, function in rivals.items()}
+    for _ in range(warm_up - 1):
+        for function in rivals.values():
+            _once(function, device)
+    names = list(rivals)
+    samples: dict[Name, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for calls in range(max_calls):
+        spent = time.perf_counter() - begin
+        if calls >= min_calls and spent > seconds:
+            break
+        if on_round is not None:
+            on_round(min(spent / seconds, 1.0) if seconds else 1.0)
+        for position in range(len(names)):
+            name = names[(position + calls) % len(names)]
+            samples[name].append(_once(rivals[name], device))
+    return {name: _summary(samples[name], first[name]) for name in names}
+
+
+def _summary(samples: list[float], first: float | None) -> Timing:
+    quantiles = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
+    )
+    return Timing(*quantiles.tolist(), first, len(samples))
+
+
+def _best(function: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Shortest seconds of a call among those that fit into `seconds`, after three calls of warm-up."""
+    for _ in range(3):
+        function()
+    deadline = time.perf_counter() + seconds
+    best = _once(function, device)
+    while time.perf_counter() < deadline:
+        best = min(best, _once(function, device))
+    return best
+
+
+class Machine:
+    """What this machine reached in this process, as the measure for "share of the peak".
+
+    flops(): the best float32 rate (FLOP/s, an FMA counts 2) among the library products tried: `torch.mm` and, on a
+    CPU with oneDNN, its packed linear layer: a proxy for the FMA peak, not the data sheet's figure.
+    copy_rate(n): bytes read plus bytes written per second of a warm `Tensor.copy_` that moves n bytes in all.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", seconds: float = 0.25):
+        self.device = torch.device(device)
+        self.seconds = seconds
+        self.copy_rates: dict[int, float] = {}
+
+    @functools.cached_property
+    def products(self) -> dict[str, float]:
+        """FLOP/s of each product that was tried, size 1536 on a CPU and 8192 on a GPU."""
+        size = 8192 if self.device.type == "cuda" else 1536
+        x = torch.randn(size, size, device=self.device)
+        out = torch.empty_like(x)
+        rates = {"torch.mm": 2 * size**3 / _best(lambda: torch.mm(x, x, out=out), self.device, self.seconds)}
+        if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            packed, weight = x.to_mkldnn(), torch.randn(size, size).to_mkldnn()
+            with torch.inference_mode():
+                seconds = _best(lambda: functional.linear(packed, weight), self.device, self.seconds)
+            rates["oneDNN linear"] = 2 * size**3 / seconds
+        return rates
+
+    def flops(self) -> float:
+        return max(self.products.values())
+
+    def copy_rate(self, num_bytes: int) -> float:
+        """Of the power of two at or above num_bytes, from 4 KiB to 256 MiB; measured once per size."""
+        size = 1 << (min(max(num_bytes, 4096), 1 << 28) - 1).bit_length()
+        if size not in self.copy_rates:
+            source = torch.ones(size // 8, device=self.device)
+            target = torch.empty_like(source)
+            self.copy_rates[size] = size / _best(lambda: target.copy_(source), self.device, self.seconds / 4)
+        return self.copy_rates[size]
+
+    def floor(self, flops: float, num_bytes: int) -> float:
+        """Seconds that this much work takes at those rates, whichever bound is higher."""
+        return max(flops / self.flops(), num_bytes / self.copy_rate(num_bytes))

@@ -1,0 +1,40 @@
+"""Drives CMake (the one build description is CMakeLists.txt). Metadata stands in pyproject.toml.
+
+H2OT_KERNELS_CUDA=1 also builds the CUDA library: it needs nvcc, not a GPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        import torch
+
+        package = Path(self.get_ext_fullpath("h2ot_kernels._C")).resolve().parent
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        options = {
+            "TORCH_DIR": Path(torch.__file__).parent,
+            "Python_EXECUTABLE": sys.executable,
+            "H2OT_VERSION": self.distribution.get_version(),
+            "H2OT_CUDA": "ON" if os.environ.get("H2OT_KERNELS_CUDA") == "1" else "OFF",
+            "CMAKE_INSTALL_PREFIX": package,
+        }
+        configure = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+        subprocess.run(["cmake", "--install", build], check=True)
+
+    def get_outputs(self):
+        package = Path(self.get_ext_fullpath("h2ot_kernels._C")).parent
+        return [str(path) for path in package.glob("*.so")]
+
+
+setup(ext_modules=[Extension("h2ot_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,210 @@
+"""The compile-only gate of the Triton kernels: `python -m tests.aot [--arch 90 ...] [--kernel NAME ...]`.
+
+Every stem is called on meta tensors of the shapes in tests/aot_samples.py; the launches that it would make are compiled
+for every architecture, as Triton would for a GPU that need not be here. A row per kernel, configuration and
+architecture; fails when one does not compile, spills, needs more shared memory than the device has, or when a kernel
+that is launched anywhere has no row.
+"""
+
+import argparse
+import ast
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("tests.aot compiles: run it without TRITON_INTERPRET")
+
+from triton import knobs
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend, CUDAOptions
+from triton.compiler import ASTSource, compile
+from triton.runtime.jit import JITFunction, native_specialize_impl
+
+from h2ot_kernels.triton import common
+
+# Shared memory of one thread block in KiB, by compute capability.
+ARCHITECTURES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+PACKAGE = Path(common.__file__).parent
+_OPTIONS = CUDAOptions.__dataclass_fields__
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    configuration: str
+    arch: int
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    products: str = "-"
+    load_bytes: int = 0
+    error: str = ""
+
+    @property
+    def problem(self) -> str:
+        if self.error:
+            return self.error
+        if self.spills:
+            return f"spills {self.spills} bytes"
+        if self.shared > ARCHITECTURES[self.arch] * 1024:
+            return f"needs {self.shared} bytes of shared memory"
+        return ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:28} sm_{self.arch:<4} {self.registers:4} regs {self.spills:4} spill {self.shared:7} smem "
+            f"{self.products:14} ld {self.load_bytes:2} B  {self.configuration}  {self.problem}".rstrip()
+        )
+
+
+@dataclass(frozen=True)
+class Build:
+    """What decides the machine code of one launch: types, alignments and ones of the arguments, and the constants."""
+
+    kernel: str
+    stem: str
+    signature: tuple
+    constants: tuple
+    attributes: tuple
+    options: tuple
+
+    def __str__(self) -> str:
+        types = [kind[1:] for name, kind in self.signature if isinstance(kind, str) and kind.startswith("*")]
+        named = [f"{name}={value}" for name, value in (*self.constants, *self.options) if isinstance(name, str)]
+        return f"{','.join(dict.fromkeys(types))} {' '.join(named)}"
+
+
+def function(stem: str, name: str) -> JITFunction:
+    module = __import__(f"h2ot_kernels.triton.{stem}", fromlist=[name])
+    return getattr(module, name)
+
+
+def _walk(value, path=()):
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _walk(item, (*path, i))
+    else:
+        yield path, value
+
+
+def build_of(launch: common.Launch) -> Build:
+    kernel: JITFunction = launch.kernel
+    options = {name: value for name, value in launch.constants.items() if name in _OPTIONS}
+    given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+    signature, constants, attributes = [], [], []
+    for position, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr:
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+            continue
+        kind, key = native_specialize_impl(BaseBackend, value, False, True, True)
+        signature.append((parameter.name, kind))
+        parts = dict(_walk(value, (position,)))
+        constants += [(path, parts[path]) for path, name in _walk(kind, (position,)) if name == "constexpr"]
+        attributes += [(path, letters) for path, letters in _walk(key, (position,)) if isinstance(letters, str)]
+    stem = kernel.fn.__module__.rsplit(".", 1)[1]
+    return Build(
+        kernel.__name__, stem, tuple(signature), tuple(constants), tuple(attributes), tuple(sorted(options.items()))
+    )
+
+
+def _products(ptx: str) -> str:
+    kinds = [("wgmma", r"wgmma\.mma_async"), ("tcgen05", r"tcgen05\.mma"), ("mma", r"\bmma\.sync")]
+    counts = [f"{name} {len(re.findall(pattern, ptx))}" for name, pattern in kinds if re.search(pattern, ptx)]
+    return " ".join(counts) or "-"
+
+
+def _widest_load(ptx: str) -> int:
+    """Bytes of the widest global load or asynchronous copy of one thread."""
+    widths = [0]
+    for vector, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+        widths.append(int(vector or 1) * int(bits) // 8)
+    widths += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;]", ptx)]
+    return max(widths)
+
+
+def compile_build(task: tuple[Build, int]) -> Row:
+    build, arch = task
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    attributes = {path: CUDABackend.parse_attr(letters) for path, letters in build.attributes}
+    source = ASTSource(function(build.stem, build.kernel), dict(build.signature), dict(build.constants), attributes)
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            built = compile(source, target=GPUTarget("cuda", arch, 32), options=dict(build.options))
+    except Exception as error:  # any failure of the compiler is this row's result
+        message = " ".join(str(error).split())[-600:]
+        return Row(build.kernel, str(build), arch, error=f"{type(error).__name__}: {message}")
+    text = log.getvalue()
+    numbers = {name: sum(map(int, re.findall(rf"(\d+) {name}", text))) for name in ("registers", "bytes spill stores")}
+    assert numbers["registers"], f"ptxas said nothing of {build.kernel}: {text}"
+    ptx = built.asm["ptx"]
+    return Row(
+        build.kernel,
+        str(build),
+        arch,
+        numbers["registers"],
+        numbers["bytes spill stores"],
+        built.metadata.shared,
+        _products(ptx),
+        _widest_load(ptx),
+    )
+
+
+def launched_kernels() -> set[str]:
+    """The names of all kernels that some stem passes to `launch`."""
+    names = set()
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch":
+                names.add(node.args[0].id)
+    return names
+
+
+def builds() -> list[Build]:
+    from .aot_samples import calls
+
+    with common.record() as launches:
+        for call in calls():
+            call()
+    return list(dict.fromkeys(build_of(launch) for launch in launches))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--kernel", nargs="*", help="only these kernels")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args(argv)
+    started = time.monotonic()
+    wanted = [build for build in builds() if not given.kernel or build.kernel in given.kernel]
+    tasks = [(build, arch) for build in wanted for arch in given.arch]
+    with multiprocessing.Pool(given.jobs) as pool:
+        rows = []
+        for row in pool.imap(compile_build, tasks, chunksize=4):
+            print(row, flush=True)
+            rows.append(row)
+    missing = set() if given.kernel else launched_kernels() - {row.kernel for row in rows}
+    problems = [row for row in rows if row.problem]
+    for row in problems:
+        print(f"FAILED {row}")
+    for name in sorted(missing):
+        print(f"FAILED {name} is launched but was not compiled: add a call to tests/aot_samples.py")
+    print(
+        f"{len(rows)} rows, {len(wanted)} builds of {len({row.kernel for row in rows})} kernels, "
+        f"{len(problems) + len(missing)} failed, {time.monotonic() - started:.0f} s"
+    )
+    return 1 if problems or missing or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

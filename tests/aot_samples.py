@@ -1,0 +1,114 @@
+"""Calls on meta tensors that between them make every launch configuration that the choosers can produce."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from h2ot_kernels.triton import (
+    attention_scores,
+    cluster,
+    gather,
+    recover_attention,
+    recover_interpolation,
+    score,
+    select,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(*shape, dtype=torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def index(rows: int, K: int) -> torch.Tensor:
+    return tensor(rows, K, dtype=torch.int64)
+
+
+def gather_calls() -> Iterator[Callable]:
+    for dtype in DTYPES:
+        for C in (3, 16, 64, 512) if dtype != torch.float16 else (512,):
+            x = tensor(4, 243, 17, C, dtype=dtype)
+            yield partial(gather.gather_tokens, x, index(4, 81), tensor(81, C, dtype=dtype), 1, 2)
+    wide, narrow = tensor(4, 243, 17, 512), tensor(4, 243, 51)
+    eight = tensor(2, 3, 4, 5, 6, 7, 8, 9).permute(0, 7, 6, 5, 4, 3, 2, 1)
+    for x, dim, out_dim in ((wide, 1, 2), (narrow, 1, 2), (eight, 4, 4)):
+        yield partial(gather.gather_tokens, x, index(1, 2), None, dim, out_dim)
+        yield partial(gather.scatter_tokens, x, index(1, x.shape[out_dim]), 243, dim, out_dim)
+
+
+def score_calls() -> Iterator[Callable]:
+    """Widths 32 .. 512; k to 16; pooled and plain; with and without noise, mask and keep; N above 512 streams."""
+    noise, mask, keep = tensor(4, 243, dtype=torch.float64), tensor(4, 243, dtype=torch.bool), index(1, 1)
+    for dtype in DTYPES:
+        yield partial(score.prune_cluster, tensor(4, 243, 512, dtype=dtype), 81, 2, None, None, None)
+        yield partial(score.prune_cluster, tensor(1, 4000, 1024, dtype=dtype), 1000, 2, None, None, None)
+        yield partial(score.prune_cluster, tensor(1, 16384, 1024, dtype=dtype), 1000, 5, None, None, None)
+    yield partial(score.prune_cluster, tensor(4, 243, 17, 512), 81, 2, keep, mask, None)
+    yield partial(score.score_tokens, tensor(4, 243, 512), 5, mask, noise)
+    for N, k in ((27, 1), (27, 16), (60, 4), (123, 8), (351, 2), (500, 16)):
+        yield partial(score.score_tokens, tensor(2, N, 64), k, None, None)
+    for k in (1, 8, 16):
+        yield partial(score.score_tokens, tensor(2, 600, 64), k, None, tensor(2, 600, dtype=torch.float64))
+    yield partial(score.score_tokens, tensor(2, 5000, 64), 2, None, None)
+    yield partial(score.score_tokens, tensor(4, 500, 64, dtype=torch.float64), 16, None, None)
+
+
+def select_calls() -> Iterator[Callable]:
+    for N in (50, 100, 243, 351, 1000, 4000):
+        yield partial(select.select_tokens, tensor(4, N, dtype=torch.float64), 20, None, None)
+    for dtype in DTYPES:
+        scores, mask = tensor(4, 243, dtype=dtype), tensor(4, 243, dtype=torch.bool)
+        yield partial(select.select_tokens, scores, 81, index(4, 3), mask)
+        yield partial(select.prune_motion, tensor(4, 243, 17, 2, dtype=dtype), 81, None)
+
+
+def attention_calls() -> Iterator[Callable]:
+    for dtype in DTYPES:
+        for F, D in ((243, 64), (9, 16), (243, 16), (9, 64)) if dtype == torch.float32 else ((243, 64),):
+            heads = tensor(2, 17, 8, F, D, dtype=dtype)
+            yield partial(attention_scores.prune_attention, heads, heads, 9, None, 0.125)
+
+
+def cluster_calls() -> Iterator[Callable]:
+    for dtype in DTYPES:
+        x = tensor(2, 243, 512, dtype=dtype)
+        yield partial(cluster.assign_clusters, x, index(2, 81), tensor(2, 243, dtype=torch.bool))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        yield partial(cluster.merge_tokens, x, tensor(2, 243, dtype=torch.int64), 81, tensor(2, 243, dtype=wide))
+    yield partial(cluster.merge_tokens, tensor(2, 243, 64), tensor(2, 243, dtype=torch.int64), 81, None)
+
+
+def recovery_calls() -> Iterator[Callable]:
+    for dtype in DTYPES:
+        for K, C in ((81, 512), (9, 128), (81, 128), (9, 512)) if dtype == torch.float32 else ((81, 512),):
+            key, query = tensor(34, K, C, dtype=dtype), tensor(243, C, dtype=dtype)
+            yield partial(recover_attention.recover_attention, query, key, key, 8, 0.125)
+            grad = tensor(34, 243, C, dtype=dtype)
+            yield partial(recover_attention.recover_attention_backward, grad, query, key, key, 8, 0.125)
+        rows = [tensor(512, dtype=dtype) for _ in range(2)]
+        head = tensor(3, 512, dtype=dtype), tensor(3, dtype=dtype)
+        projected = tensor(34, 243, 512, dtype=dtype)
+        yield partial(recover_attention.recover_tail, tensor(243, 512, dtype=dtype), projected, *rows, *head, 1e-5)
+        for S in (3, 51, 512) if dtype == torch.float32 else (51,):
+            x = tensor(2, 81, S, dtype=dtype)
+            yield partial(recover_interpolation.recover_interpolate, x, index(2, 81), 243, False)
+            if S == 51:
+                grad = tensor(2, 243, S, dtype=dtype)
+                yield partial(recover_interpolation.recover_interpolate_backward, grad, index(2, 81), 81, False)
+    for C in (64, 100, 200, 1024, 2048, 4096, 5120):
+        args = tensor(27, C), tensor(17, 27, C), None, None, tensor(3, C), None, 1e-5
+        yield partial(recover_attention.recover_tail, *args)
+    for S in (3, 51, 512):
+        yield partial(recover_interpolation.recover_interpolate, tensor(2, 81, S), None, 243, True)
+        yield partial(recover_interpolation.recover_interpolate_backward, tensor(2, 243, S), None, 81, True)
+
+
+def calls() -> Iterator[Callable]:
+    yield from gather_calls()
+    yield from score_calls()
+    yield from select_calls()
+    yield from attention_calls()
+    yield from cluster_calls()
+    yield from recovery_calls()

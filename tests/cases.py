@@ -1,0 +1,198 @@
+"""The one list of shapes and inputs that every backend is held to."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import python_ref
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class TokenCase:
+    """Tokens [B, N, C], or [B, N, J, C] for J > 0, of one kind; k neighbours, K kept, and what else is passed."""
+
+    kind: str
+    B: int = 2
+    N: int = 27
+    C: int = 16
+    J: int = 0
+    k: int = 2
+    K: int = 9
+    dtype: torch.dtype = torch.float32
+    masked: bool = False
+    ragged: bool = False
+    noisy: bool = False
+    keep: int | None = None
+
+    def __str__(self) -> str:
+        flags = [name for name in ("masked", "ragged", "noisy") if getattr(self, name)]
+        joints = f"x{self.J}" if self.J else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return "-".join([self.kind, f"{self.B}x{self.N}{joints}x{self.C}", f"k{self.k}K{self.K}", dtype, *flags])
+
+    @property
+    def large(self) -> bool:
+        """Too large for Triton's interpreter (0.4 ms per program)."""
+        return self.N > 130 or self.C > 128
+
+    def tokens(self) -> Tensor:
+        shape = (self.B, self.N, self.J, self.C) if self.J else (self.B, self.N, self.C)
+        return _KINDS[self.kind](shape, generator(str(self))).to(self.dtype)
+
+    def arguments(self) -> dict:
+        """mask, lengths and noise for score_tokens and prune_cluster."""
+        g = generator(str(self))
+        given = {}
+        if self.masked:
+            given["mask"] = torch.rand(self.B, self.N, generator=g) > 0.3
+        if self.ragged:
+            given["lengths"] = torch.randint(0, self.N + 1, (self.B,), generator=g)
+        if self.noisy:
+            given["noise"] = torch.rand(self.B, self.N, generator=g) * 1e-6
+        return given
+
+
+def generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(map(ord, name)))
+
+
+def _random(shape, g):
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def _smooth(shape, g):
+    """Motion-like: a few slow sines per channel."""
+    t = torch.arange(shape[1], dtype=torch.float64)
+    total = torch.zeros(shape, dtype=torch.float64)
+    for _ in range(3):
+        rate, phase, gain = (torch.rand(shape[:1] + shape[2:], generator=g, dtype=torch.float64) for _ in range(3))
+        angle = rate[:, None] * 0.1 * t.reshape(-1, *[1] * (len(shape) - 2)) + phase[:, None] * 2 * math.pi
+        total += gain[:, None] * torch.sin(angle)
+    return total
+
+
+def _still(shape, g):
+    """Motion with a still third, whose frames differ by 1e-5."""
+    x = _smooth(shape, g)
+    third = shape[1] // 3
+    x[:, third : 2 * third] = x[:, third : third + 1] + 1e-5 * _random(x[:, third : 2 * third].shape, g)
+    return x
+
+
+def _static(shape, g):
+    return _random((*shape[:1], 1, *shape[2:]), g).expand(shape).contiguous()
+
+
+def _duplicates(shape, g):
+    """Every token stands about three times, at random places."""
+    x = _random(shape, g)
+    return x[:, torch.randint(0, max(shape[1] // 3, 1), (shape[1],), generator=g)]
+
+
+def _integers(shape, g):
+    return torch.randint(-3, 4, shape, generator=g).double()
+
+
+def _nonfinite(shape, g):
+    x = _random(shape, g)
+    x[0, shape[1] // 2, ..., 0] = float("nan")
+    x[-1, 0, ..., -1] = float("inf")
+    return x
+
+
+_KINDS = {
+    "random": _random,
+    "smooth": _smooth,
+    "still": _still,
+    "static": _static,
+    "duplicates": _duplicates,
+    "integers": _integers,
+    "nonfinite": _nonfinite,
+    "small": lambda shape, g: _smooth(shape, g) * 1e-6,
+    "large": lambda shape, g: _smooth(shape, g) * 1e6,
+    "tiny": lambda shape, g: _smooth(shape, g) * 1e-30,
+    "huge": lambda shape, g: _smooth(shape, g) * 1e30,
+    "offset": lambda shape, g: _smooth(shape, g) + 1e4,
+}
+
+_BASE = TokenCase("random")
+TOKEN_CASES = [
+    *(replace(_BASE, kind=kind) for kind in _KINDS),
+    *(replace(_BASE, kind=kind, noisy=True) for kind in ("random", "smooth", "still", "duplicates", "integers")),
+    *(replace(_BASE, kind=kind, masked=True, ragged=True) for kind in ("random", "static", "integers", "nonfinite")),
+    *(replace(_BASE, kind="smooth", dtype=dtype) for dtype in DTYPES[1:]),
+    *(replace(_BASE, kind=kind, J=J) for kind, J in (("smooth", 17), ("integers", 4), ("random", 1), ("nonfinite", 3))),
+    *(replace(_BASE, kind="smooth", J=5, dtype=dtype, keep=13) for dtype in DTYPES),
+    *(replace(_BASE, k=k, K=K, keep=3) for k, K in ((1, 1), (5, 27), (16, 9), (27, 26))),
+    *(replace(_BASE, N=N, k=1, K=1) for N in (1, 2, 5)),
+    *(replace(_BASE, N=N, C=C, K=2) for N, C in ((2, 1), (5, 3), (33, 100), (64, 64), (123, 7), (65, 128))),
+    replace(_BASE, B=0),
+    *(
+        replace(_BASE, kind=kind, N=243, C=512, K=81)
+        for kind in ("random", "smooth", "still", "duplicates", "integers")
+    ),
+    *(replace(_BASE, kind="smooth", N=243, C=512, K=81, noisy=noisy, k=k) for noisy, k in ((True, 2), (False, 5))),
+    replace(_BASE, kind="smooth", N=243, C=512, K=81, J=17, keep=121, masked=True),
+    replace(_BASE, kind="smooth", B=1, N=351, C=1536, K=117),
+    replace(_BASE, kind="smooth", B=1, N=243, C=5120, K=81),
+    *(
+        replace(_BASE, kind=kind, B=1, N=1601, C=20, K=300, k=5, masked=True)
+        for kind in ("random", "still", "integers")
+    ),
+    *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, noisy=True) for kind in ("smooth", "duplicates")),
+    *(replace(_BASE, kind="still", B=1, N=1601, C=40, K=300, dtype=dtype) for dtype in DTYPES),
+    *(replace(_BASE, kind=kind, N=100, C=64, K=33) for kind in ("still", "offset", "tiny", "huge", "duplicates")),
+]
+
+
+def oracle_tokens(x: Tensor) -> Tensor:
+    """What the float64 oracle scores: the pooled tokens (float32 accumulation defines them), widened."""
+    return python_ref.pool_joints(x).double()
+
+
+@functools.cache
+def oracle_scores(case: TokenCase) -> python_ref.TokenScores:
+    """The float64 scores of a case, computed once for all backends."""
+    return python_ref.score_tokens(oracle_tokens(case.tokens()), case.k, **case.arguments())
+
+
+@functools.cache
+def oracle_index(case: TokenCase) -> Tensor:
+    """The tokens that the float64 oracle keeps."""
+    given = case.arguments()
+    valid = python_ref.score.valid_tokens(oracle_tokens(case.tokens()), given.get("mask"), given.get("lengths"))
+    return python_ref.select_tokens(oracle_scores(case).score, case.K, keep=case.keep, mask=valid)
+
+
+@functools.cache
+def oracle_labels(case: TokenCase) -> Tensor:
+    """The labels of all tokens by the oracle's kept ones."""
+    return python_ref.assign_clusters(
+        oracle_tokens(case.tokens()), oracle_index(case), mask=case.arguments().get("mask")
+    )
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Windows of a real clip as tokens [B, 243, C]: its normalised 2D poses through a fixed random linear map."""
+
+    name: str
+
+    def tokens(self, C: int = 512, window: int = 243, stride: int = 81) -> Tensor:
+        with np.load(CLIPS / f"{self.name}.npz", allow_pickle=False) as clip:
+            key = "keypoints_2d_norm" if "keypoints_2d_norm" in clip.files else "keypoints_2d"
+            pose = torch.from_numpy(clip[key]).flatten(1)
+        windows = pose.unfold(0, window, stride).transpose(1, 2)
+        lift = torch.randn(pose.shape[1], C, generator=generator("lift")) / math.sqrt(pose.shape[1])
+        return windows @ lift
+
+
+CLIP_NAMES = ("cmu_12_01_60fps", "cmu_13_30_60fps", "cmu_14_31_60fps", "cmu_14_31_60fps_pxround")

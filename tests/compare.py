@@ -1,0 +1,40 @@
+"""Tolerances, each with its reason."""
+
+import torch
+from torch import Tensor
+
+# Density, distance and score are sums of float64 squares, whichever way they are ordered: C eps64 relative, with room.
+SCORE_RTOL = 1e-11
+SCORE_ATOL = 1e-11
+
+
+def assert_scores(ours, exact) -> None:
+    """TokenScores against the float64 oracle: values to float64 rounding, parents exactly."""
+    for name in ("density", "distance", "score"):
+        torch.testing.assert_close(
+            getattr(ours, name), getattr(exact, name), rtol=SCORE_RTOL, atol=SCORE_ATOL, msg=lambda m: f"{name}: {m}"
+        )
+    assert torch.equal(ours.parent, exact.parent), f"parent differs at {(ours.parent != exact.parent).nonzero()}"
+
+
+def bound(exact: Tensor, same_precision: Tensor, dtype: torch.dtype, terms: int) -> float:
+    """max(4 x PyTorch's own error at this precision, 2 eps sqrt(terms) of the scale).
+
+    4: two correctly implemented sums of the same terms differ by more than 2x on long rows; sqrt(terms): the random
+    walk of rounding errors in one accumulation.
+    """
+    if exact.numel() == 0:
+        return 0.0
+    own = (same_precision.double() - exact).abs().max().item()
+    return max(4 * own, 2 * torch.finfo(dtype).eps * max(terms, 1) ** 0.5 * exact.abs().max().item())
+
+
+def assert_within(ours: Tensor, exact: Tensor, same_precision: Tensor, terms: int) -> None:
+    """ours is as near to the float64 result as PyTorch at the same precision is (see `bound`)."""
+    assert ours.shape == exact.shape
+    assert ours.dtype == same_precision.dtype
+    if exact.numel() == 0:
+        return
+    error = (ours.double() - exact).abs().max().item()
+    limit = bound(exact, same_precision, ours.dtype, terms)
+    assert error <= limit, f"error {error:.3g} above the bound {limit:.3g}"

@@ -1,0 +1,195 @@
+"""The compile-only gate of the CUDA library: `python -m tests.cuda_gate [--arch 90 ...]`.
+
+nvcc compiles the kernels for every architecture with warnings as errors, and the two torch-facing files once. A row per
+kernel and architecture; fails on a spill, on more shared memory than every device has, or where the disassembly lacks
+the instructions that a kernel is written for. Needs nvcc, not a GPU; says so and passes where there is none.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import simt
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
+SHARED_LIMIT = 48 << 10  # what a launch may ask for on any device without opting in
+REGISTER_LIMIT = 255
+FLAGS = ("-std=c++20", "-O3", "--resource-usage", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Icsrc")
+
+# What the disassembly of a kernel must hold: (part of its name, instruction, at least so often).
+WANTED = (
+    ("pool_kernel<float>", r"LDG\.E\.128", 1),
+    ("pool_kernel<h2ot::cuda::BFloat16>", r"LDG\.E\.64", 1),
+    ("stored_kernel<h2ot::cuda::DirectTile<float>", r"LDG\.E\.128", 6),
+    ("stored_kernel<h2ot::cuda::DirectTile<float>", r"LDS\.128", 2),
+    ("stored_kernel<h2ot::cuda::DirectTile<float>", r"FFMA", 16),
+    ("stored_kernel<h2ot::cuda::DirectTile<double>", r"DFMA", 16),
+    ("stored_kernel<h2ot::cuda::ProductTile<3>", r"HMMA\.1688\.F32\.TF32", 3 * 8 * 4),
+    ("stored_kernel<h2ot::cuda::ProductTile<1>", r"HMMA\.1688\.F32\.TF32", 8 * 4),
+    ("stream_kernel<h2ot::cuda::ProductTile<3>", r"HMMA\.1688\.F32\.TF32", 3 * 8 * 4),
+    ("stored_kernel<h2ot::cuda::ProductTile<3>", r"LDG\.E\.128", 8),
+    ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2),
+)
+
+
+@dataclass
+class Compiled:
+    architecture: int
+    seconds: float
+    kernels: dict[str, dict] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def disassembler() -> Path | None:
+    """cuobjdump: the toolkit's, else the one that the package triton carries."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return Path(found)
+    triton = find_spec("triton")
+    carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else None
+    return carried if carried and carried.exists() else None
+
+
+def demangled(names: list[str]) -> list[str]:
+    if shutil.which("c++filt") is None:
+        return names
+    return subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )[: len(names)]
+
+
+def short(name: str) -> str:
+    """void h2ot::cuda::pool_kernel<float>(h2ot::...) -> pool_kernel<float>"""
+    return re.sub(r"^(?:void )?h2ot::cuda::", "", name).split("(")[0]
+
+
+def resources(report: str) -> dict[str, dict]:
+    """Registers, spills and static shared memory per kernel, from what ptxas prints."""
+    blocks = re.split(r"Compiling entry function '", report)[1:]
+    names = demangled([block.split("'")[0] for block in blocks])
+    kernels = {}
+    for name, block in zip(names, blocks, strict=True):
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        ).groups()
+        shared = re.search(r"(\d+) bytes smem", block)
+        kernels[short(name)] = {
+            "registers": int(re.search(r"Used (\d+) registers", block)[1]),
+            "spills": int(stores) + int(loads),
+            "stack": int(stack),
+            "static": int(shared[1]) if shared else 0,
+        }
+    return kernels
+
+
+def instructions(sass: str) -> dict[str, str]:
+    """The disassembly of each kernel."""
+    functions = re.split(r"Function : ", sass)[1:]
+    names = demangled([function.split("\n")[0].strip() for function in functions])
+    return {name.replace("void h2ot::cuda::", ""): text for name, text in zip(names, functions, strict=True)}
+
+
+def compile_for(architecture: int, folder: Path, cuobjdump: Path | None) -> Compiled:
+    start, out = time.monotonic(), folder / f"score_{architecture}.o"
+    command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", "-c", "csrc/cuda/score.cu", "-o", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = Compiled(architecture, 0.0)
+    if done.returncode:
+        result.faults.append(f"nvcc failed:\n{done.stdout}{done.stderr}")
+        return result
+    result.kernels = resources(done.stdout + done.stderr)
+    for name, kernel in result.kernels.items():
+        if kernel["spills"] or kernel["stack"]:
+            result.faults.append(f"{name}: {kernel['spills']} bytes spilled, stack {kernel['stack']} bytes")
+        if kernel["registers"] > REGISTER_LIMIT:
+            result.faults.append(f"{name}: {kernel['registers']} registers")
+    if cuobjdump:
+        dump = subprocess.run([cuobjdump, "-sass", out], capture_output=True, text=True, check=True).stdout
+        code = instructions(dump)
+        for part, pattern, least in WANTED:
+            texts = [text for name, text in code.items() if name.startswith(part)]
+            count = max((len(re.findall(rf"\b{pattern}", text)) for text in texts), default=0)
+            if count < least:
+                result.faults.append(f"{part}: {count} x {pattern}, wanted at least {least}")
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def compile_torch_facing(folder: Path) -> list[str]:
+    """The files that need torch's and CUDA's headers, once."""
+    include = Path(torch.__file__).parent / "include"
+    flags = (
+        "-std=c++20",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-Xcompiler",
+        "-Wall,-Wextra,-Werror",
+    )
+    faults = []
+    for source in ("cuda_registration.cpp", "cuda/machine.cpp"):
+        out = folder / (Path(source).stem + ".o")
+        command = ["nvcc", *flags, "-isystem", include, "-Icsrc", "-c", f"csrc/{source}", "-o", out]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            faults.append(f"{source}:\n{done.stdout}{done.stderr}")
+        elif shutil.which("nm"):
+            names = subprocess.run(["nm", "-C", "--undefined-only", out], capture_output=True, text=True, check=True)
+            unstable = [line.strip() for line in names.stdout.splitlines() if re.search(r"\b(at|c10)::", line)]
+            faults += [f"{source}: not of the stable ABI: {name}" for name in unstable]
+    return faults
+
+
+def dynamic_shared() -> dict[str, int]:
+    """Shared memory that the launches ask for, as the host side computes it: kernel -> bytes."""
+    listed = subprocess.run([simt.build(simt.QUICK), "shared"], capture_output=True, text=True, check=True).stdout
+    return {name: int(size) for name, size in (line.rsplit(" ", 1) for line in listed.splitlines())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    architectures = parser.parse_args().arch
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if shutil.which("nvcc") is None:
+        console.print("cuda gate: not run, nvcc is not on the PATH")
+        return 0
+    cuobjdump = disassembler()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        folder = Path(name)
+        torch_facing = pool.submit(compile_torch_facing, folder)
+        results = list(pool.map(lambda architecture: compile_for(architecture, folder, cuobjdump), architectures))
+        faults = [f"sm_{result.architecture}: {fault}" for result in results for fault in result.faults]
+        faults += torch_facing.result()
+    shared = dynamic_shared() if simt.why_not() is None else {}
+    faults += [f"{kernel}: {size} bytes of shared memory" for kernel, size in shared.items() if size > SHARED_LIMIT]
+
+    table = Table("kernel", "shared", *(f"sm_{architecture}" for architecture in architectures))
+    for kernel in sorted({kernel for result in results for kernel in result.kernels}):
+        row = [str(result.kernels[kernel]["registers"]) if kernel in result.kernels else "-" for result in results]
+        size = next((str(size) for part, size in shared.items() if kernel.startswith(part)), "0")
+        table.add_row(kernel.replace("h2ot::cuda::", ""), size, *row)
+    console.print(table)
+    seconds = ", ".join(f"sm_{result.architecture} {result.seconds:.0f}" for result in results)
+    console.print(f"Registers per thread and bytes of shared memory per block; spills: 0 wanted. Seconds: {seconds}")
+    console.print(f"Disassembly: {'checked' if cuobjdump else 'not checked, no cuobjdump (CUDA toolkit, or triton)'}")
+    for fault in faults:
+        console.print(f"FAILED {fault}", markup=False)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What runs an operation in a test: a backend, and for the C++ backend an instruction set."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+from h2ot_kernels import _C, backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Runner:
+    backend: str
+    device: str
+    capability: str | None = None
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and self.device == "cpu"
+
+    def __str__(self) -> str:
+        return self.capability or self.backend
+
+    def __call__(self, function, *args, **kwargs):
+        """function(*args, backend=...) with tensors moved to the runner's device and results back to the CPU."""
+        if self.capability:
+            _C.set_capability(self.capability)
+
+        def there(x):
+            return x.to(self.device) if isinstance(x, torch.Tensor) else x
+
+        args = [there(x) for x in args]
+        result = function(*args, backend=self.backend, **{name: there(x) for name, x in kwargs.items()})
+        if isinstance(result, h2ot.TokenScores):
+            return h2ot.TokenScores(*(x.cpu() for x in result))
+        return result.cpu()
+
+
+def _candidates():
+    for capability in _C.runnable_capabilities().split(","):
+        yield Runner("cpp", "cpu", capability)
+    yield Runner("triton", DEVICE)
+    yield Runner("cuda", "cuda")
+    yield Runner("reference", "cpu")
+
+
+def runners(op: str) -> list:
+    """pytest parameters: every runner that can run op here."""
+    ready = [runner for runner in _candidates() if backend.can_run(op, runner.backend, runner.device)[0]]
+    return [pytest.param(runner, id=str(runner)) for runner in ready]
+
+
+def available() -> list[str]:
+    """One line per backend: how it runs here, or why not."""
+    lines = []
+    for name, device in (("cpp", "cpu"), ("triton", DEVICE), ("cuda", DEVICE)):
+        ok, reason = backend.can_run("gather_tokens", name, device)
+        lines.append(f"{name}: {'interpreted' if name == 'triton' and DEVICE == 'cpu' and ok else reason}")
+    if DEVICE == "cpu":
+        lines.append("tests marked gpu are deselected: this machine has no CUDA device")
+    return lines

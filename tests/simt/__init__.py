@@ -1,0 +1,127 @@
+"""Runs csrc/cuda/score.cu on the CPU: g++ compiles it against simt.h, under AddressSanitizer and UBSan."""
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from python_ref import TokenScores
+
+ROOT = Path(__file__).resolve().parents[2]
+_HERE = Path(__file__).resolve().parent
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+SEARCHES = {"stored": 0, "streamed": 1}
+DISTANCES = {"direct": 0, "products": 1, "exact_products": 2}
+SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FAST = ("-O2",)
+QUICK = ("-O0",)  # to build
+
+
+def why_not() -> str | None:
+    """None where the simulator can be built, else the reason."""
+    if os.uname().machine != "x86_64" or os.uname().sysname != "Linux":
+        return f"the simulator is written for Linux on x86-64, not {os.uname().sysname} on {os.uname().machine}"
+    return None if shutil.which("g++") else "g++ is not installed"
+
+
+def build(flags=SANITIZED, sources: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "simt") -> Path:
+    """The driver under `folder`, built from `sources` once per content and flags."""
+    files = sorted([*(sources / "cuda").iterdir(), sources / "launch.h", *_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
+    state = hashlib.sha256("\0".join([*flags, *(file.read_text() for file in files)]).encode())
+    driver = folder / state.hexdigest()[:16] / "driver"
+    if driver.exists():
+        return driver
+    driver.parent.mkdir(parents=True, exist_ok=True)
+    made = driver.with_name(f"driver-{os.getpid()}")
+    command = ["g++", "-std=c++20", *flags, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{_HERE}",
+               f"-I{sources}", _HERE / "driver.cpp", sources / "cuda" / "plan.cpp", "-o", made]  # fmt: skip
+    subprocess.run(command, check=True)
+    made.rename(driver)
+    return driver
+
+
+@dataclass
+class Call:
+    """One call of launch_score: tokens x with any strides; plan: (search, distance), None for the counted one."""
+
+    x: Tensor
+    k: int = 2
+    num_tokens: int = 0
+    mask: Tensor | None = None
+    noise: Tensor | None = None
+    keep: Tensor | None = None
+    plan: tuple[str, str] | None = None
+    samples: int = 65535
+    multiprocessors: int = 132
+    seed: int = 1
+    only_index: bool = False
+    scores: TokenScores | None = field(default=None, init=False)
+    index: Tensor | None = field(default=None, init=False)
+    error: int | None = field(default=None, init=False)
+
+    def record(self) -> bytes:
+        x = self.x.detach()
+        B, N, C = x.shape[0], x.shape[1], x.shape[-1]
+        J = x.shape[2] if x.dim() == 4 else 1
+        strides = [x.stride(0), x.stride(1), x.stride(2) if x.dim() == 4 else 0, x.stride(-1)]
+        size = x.element_size()
+        last = sum((n - 1) * s for n, s in zip((B, N, J, C), strides, strict=True)) if B else -1
+        raw = x.as_strided((last + 1,), (1,)).contiguous().view(torch.uint8).numpy().tobytes() if B else b""
+        keep = self.keep if self.keep is not None else torch.zeros(0, 0, dtype=torch.int64)
+        search, distance = (-1, 0) if self.plan is None else (SEARCHES[self.plan[0]], DISTANCES[self.plan[1]])
+        header = [
+            *(self.seed, _DTYPES[x.dtype], B, N, J, C, *strides, (last + 1) * size, 0),
+            *(self.k, self.mask is not None, self.noise is not None, self.num_tokens, *keep.shape),
+            *(search, distance, self.multiprocessors, self.samples, self.only_index),
+        ]
+        parts = [struct.pack(f"<{len(header)}q", *header), raw]
+        if self.mask is not None:
+            parts.append(self.mask.numpy().tobytes())
+        if self.noise is not None:
+            parts.append(self.noise.double().contiguous().numpy().tobytes())
+        return b"".join([*parts, keep.contiguous().numpy().tobytes()])
+
+    def take(self, data: memoryview) -> memoryview:
+        B, N = self.x.shape[:2]
+
+        def read(shape, dtype):
+            nonlocal data
+            count = int(np.prod(shape))
+            value = torch.from_numpy(np.frombuffer(data[: count * 8], dtype).copy()).reshape(shape)
+            data = data[count * 8 :]
+            return value
+
+        self.error = int(read((1,), np.int64))
+        if not self.only_index:
+            values = [read((B, N), np.float64) for _ in range(3)]
+            self.scores = TokenScores(*values, read((B, N), np.int64))
+        self.index = read((B, self.num_tokens), np.int64)
+        return data
+
+
+def run(calls: list[Call], driver: Path, folder: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs the calls in one process and fills in their results; on failure leaves them empty."""
+    given, results = folder / "in.bin", folder / "out.bin"
+    given.write_bytes(b"".join(call.record() for call in calls))
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run(
+        [driver, given, results],
+        env={**os.environ, **options},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+    if done.returncode == 0:
+        data = memoryview(results.read_bytes())
+        for call in calls:
+            data = call.take(data)
+        assert len(data) == 0
+    return done

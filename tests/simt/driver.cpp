@@ -1,0 +1,152 @@
+// Runs launch_score in the simulator for every record of a file: driver IN OUT. tests/simt/__init__.py writes IN and
+// reads OUT. `driver shared` lists the shared memory of each kernel.
+//
+// A record: kHeader int64 (below), then the bytes of x (a whole buffer, strided as the header says), mask, noise, keep.
+// Its result: one int64 error, then density, distance, score (float64), parent (int64), index (int64).
+#include <fstream>
+#include <iostream>
+#include <string>
+#include <utility>
+
+#include "cuda/score.cu"
+
+namespace {
+
+using h2ot::cuda::Plan;
+
+enum Field {
+  kSeed,
+  kDtype,
+  kB,
+  kN,
+  kJ,
+  kC,
+  kStrideB,
+  kStrideN,
+  kStrideJ,
+  kStrideC,
+  kBytes,
+  kOffset,
+  kNeighbours,
+  kMasked,
+  kNoisy,
+  kKept,
+  kKeepRows,
+  kM,
+  kSearch,
+  kDistance,
+  kMultiprocessors,
+  kSamples,
+  kOnlyIndex,
+  kHeader
+};
+
+// A heap block of exactly `bytes`, so that the sanitizer sees every access outside of it.
+struct Buffer {
+  unsigned char* data;
+  size_t bytes;
+  explicit Buffer(int64_t n) : data(nullptr), bytes(size_t(n)) {
+    if (bytes == 0) return;
+    data = static_cast<unsigned char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+    std::memset(data, simt::kPoison, (bytes + 255) / 256 * 256);
+    ASAN_POISON_MEMORY_REGION(data + bytes, (bytes + 255) / 256 * 256 - bytes);
+  }
+  ~Buffer() {
+    if (data) ASAN_UNPOISON_MEMORY_REGION(data, (bytes + 255) / 256 * 256);
+    std::free(data);
+  }
+  Buffer(const Buffer&) = delete;
+  template <class T>
+  T* as() {
+    return reinterpret_cast<T*>(data);
+  }
+  void read(std::istream& in) { in.read(reinterpret_cast<char*>(data), std::streamsize(bytes)); }
+  void write(std::ostream& out) const { out.write(reinterpret_cast<const char*>(data), std::streamsize(bytes)); }
+};
+
+// Makes the sanitizer see what touches the bytes between the parts of the workspace.
+void guard(const h2ot::cuda::Workspace& at, unsigned char* workspace) {
+  int64_t offsets[sizeof at / sizeof(int64_t)];
+  std::memcpy(offsets, &at, sizeof at);
+  for (const int64_t end : offsets) {
+    if (end > 0) ASAN_POISON_MEMORY_REGION(workspace + end - h2ot::cuda::kGuardBytes, h2ot::cuda::kGuardBytes);
+  }
+}
+
+// Kernels and the shared memory that they are launched with.
+void print_shared() {
+  using namespace h2ot::cuda;
+  const std::pair<const char*, size_t> sizes[] = {
+      {"pool_kernel", kWarps * sizeof(int32_t)},
+      {"stored_kernel<h2ot::cuda::DirectTile<float>", sizeof(StoredShared<DirectTile<float>>)},
+      {"stored_kernel<h2ot::cuda::DirectTile<double>", sizeof(StoredShared<DirectTile<double>>)},
+      {"stored_kernel<h2ot::cuda::ProductTile", sizeof(StoredShared<ProductTile<3>>)},
+      {"stream_kernel<h2ot::cuda::DirectTile<float>", sizeof(StreamShared<DirectTile<float>>)},
+      {"stream_kernel<h2ot::cuda::DirectTile<double>", sizeof(StreamShared<DirectTile<double>>)},
+      {"stream_kernel<h2ot::cuda::ProductTile", sizeof(StreamShared<ProductTile<3>>)},
+      {"nearest_stored_kernel", sizeof(ListShared)},
+      {"peaks_kernel", sizeof(FinishShared)},
+      {"finish_kernel", sizeof(FinishShared)},
+  };
+  for (const auto& [name, bytes] : sizes) std::cout << name << " " << bytes << "\n";
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2 && argv[1] == std::string("shared")) {
+    print_shared();
+    return 0;
+  }
+  if (argc != 3) {
+    std::cerr << "driver IN OUT | driver shared\n";
+    return 2;
+  }
+  std::ifstream in(argv[1], std::ios::binary);
+  std::ofstream out(argv[2], std::ios::binary);
+  int64_t h[kHeader];
+  while (in.read(reinterpret_cast<char*>(h), sizeof h)) {
+    const int64_t B = h[kB], N = h[kN], tokens = B * N;
+    Buffer x(h[kBytes]), mask(h[kMasked] ? tokens : 0), noise(h[kNoisy] ? tokens * 8 : 0),
+        keep(h[kKeepRows] * h[kM] * 8);
+    for (Buffer* buffer : {&x, &mask, &noise, &keep}) buffer->read(in);
+    if (!in) {
+      std::cerr << "driver: " << argv[1] << " ends within a record\n";
+      return 2;
+    }
+    const bool scores = !h[kOnlyIndex];
+    Buffer density(scores ? tokens * 8 : 0), distance(scores ? tokens * 8 : 0), score(scores ? tokens * 8 : 0);
+    Buffer parent(scores ? tokens * 8 : 0), index(B * h[kKept] * 8);
+
+    h2ot::cuda::CudaScoreArgs args = {};
+    args.score.x = {
+        x.data + h[kOffset], h2ot::Dtype(h[kDtype]), B, N, h[kJ], h[kC], h[kStrideB], h[kStrideN], h[kStrideJ],
+        h[kStrideC]};
+    args.score.k = h[kNeighbours];
+    args.score.mask = mask.as<bool>();
+    args.score.noise = noise.as<double>();
+    args.score.density = density.as<double>();
+    args.score.distance = distance.as<double>();
+    args.score.score = score.as<double>();
+    args.score.parent = parent.as<int64_t>();
+    args.K = h[kKept];
+    args.keep = keep.as<int64_t>();
+    args.keep_rows = h[kKeepRows];
+    args.M = h[kM];
+    args.index = index.as<int64_t>();
+
+    const h2ot::cuda::Problem problem = {
+        B, N, h[kJ], h[kC], h[kNeighbours], h2ot::Dtype(h[kDtype]), h2ot::cuda::readable_in_place(args.score.x)};
+    const h2ot::cuda::Machine device = {9, 0, int32_t(h[kMultiprocessors])};
+    const Plan plan = h[kSearch] < 0 ? plan_score(problem, device)
+                                     : plan_score_as(problem, device, h2ot::cuda::Search(h[kSearch]),
+                                                     h2ot::cuda::Distance(h[kDistance]), h[kSamples]);
+    Buffer workspace(plan.at.bytes);
+    guard(plan.at, workspace.data);
+    simt::machine.random = uint64_t(h[kSeed]) * 0x9e3779b97f4a7c15u + 1;
+    const int64_t error = launch_score(args, plan, workspace.data, nullptr);
+    out.write(reinterpret_cast<const char*>(&error), sizeof error);
+    for (const Buffer* buffer : {&density, &distance, &score, &parent, &index}) buffer->write(out);
+  }
+  return 0;
+}

@@ -1,0 +1,73 @@
+"""The choice of a backend: a pure predicate with reasons, named backends that raise, no silent fallback."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+from h2ot_kernels import _C, backend
+
+
+def test_predicate_gives_reasons():
+    assert h2ot.can_run("gather_tokens", "cpp", "cpu") == (True, "cpp kernel on cpu")
+    ok, reason = h2ot.can_run("gather_tokens", "cpp", "cuda")
+    assert not ok
+    assert reason == "tensors are on cuda, not cpu"
+    assert h2ot.can_run("gather_tokens", "reference", "mps")[0]
+    if torch.version.cuda is None:
+        ok, reason = h2ot.can_run("score_tokens", "cuda", "cuda")
+        assert not ok
+        assert "has no CUDA" in reason
+    with pytest.raises(ValueError, match="op: got 'nothing'"):
+        h2ot.can_run("nothing", "cpp", "cpu")
+
+
+def test_every_operation_has_a_cpp_kernel_and_a_reference():
+    for op, implementations in backend._implementations.items():
+        assert {"cpp", "reference"} <= set(implementations), op
+
+
+def test_override_order():
+    assert backend.chosen_backend("gather_tokens", "cpu") == "cpp"
+    with h2ot.use_backend("reference"):
+        assert backend.chosen_backend("gather_tokens", "cpu") == "reference"
+        with h2ot.use_backend("cpp"):
+            assert backend.chosen_backend("gather_tokens", "cpu") == "cpp"
+        with pytest.raises(RuntimeError, match="cuda: tensors are on cpu"):
+            h2ot.gather_tokens(torch.zeros(1, 2, 1), torch.tensor([[0]]), backend="cuda")
+    assert backend.chosen_backend("gather_tokens", "cpu") == "cpp"
+    with pytest.raises(ValueError, match="backend"), h2ot.use_backend("fast"):
+        pass
+
+
+@pytest.mark.parametrize(("name", "outcome"), [("reference", "reference"), ("", "cpp"), ("fast", "got 'fast'")])
+def test_environment_variable(name, outcome):
+    code = "from h2ot_kernels import backend; print(backend.chosen_backend('select_tokens', 'cpu'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**__import__("os").environ, "H2OT_KERNELS_BACKEND": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome in run.stdout + run.stderr
+
+
+def test_explain_and_report():
+    text = h2ot.explain("prune_cluster", torch.zeros(1))
+    assert text.splitlines()[0] == "prune_cluster on cpu: cpp"
+    assert len(text.splitlines()) == 1 + len(backend.BACKENDS)
+    report = h2ot.env_report()
+    assert report["torch"] == torch.__version__
+    assert report["cpu_capability"] in report["cpu_capabilities"]
+    assert "portable" in report["cpu_capabilities"]
+
+
+def test_capability_override():
+    _C.set_capability("portable")
+    assert _C.capability() == "portable"
+    with pytest.raises(ValueError, match="capability 'sse9' cannot run here"):
+        _C.set_capability("sse9")
+    assert _C.capability() == "portable"

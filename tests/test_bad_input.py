@@ -1,0 +1,147 @@
+"""Wrong input: one table of (call, exception, message); the same in eager mode and under torch.compile."""
+
+import pytest
+import torch
+from torch import nn
+
+import h2ot_kernels as h2ot
+
+X = torch.randn(2, 9, 4)
+INDEX = torch.tensor([[0, 4, 8]])
+KEPT = torch.randn(2, 3, 4)
+LINEAR, NORM, HEAD = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+BAD = {
+    "score rank": (lambda: h2ot.score_tokens(X[0]), ValueError, r"x: got shape \[9, 4\], wanted \[B, N, C\]"),
+    "score type": (lambda: h2ot.score_tokens([1.0]), TypeError, "x: got list"),
+    "score dtype": (lambda: h2ot.score_tokens(X.long()), TypeError, "x: got dtype int64, wanted float32"),
+    "no tokens": (lambda: h2ot.score_tokens(X[:, :0]), ValueError, "x: got shape .* at least one token"),
+    "no channels": (lambda: h2ot.score_tokens(X[..., :0]), ValueError, "x: got shape .* channel"),
+    "k 0": (lambda: h2ot.score_tokens(X, 0), ValueError, "k: got 0, wanted 1 to 9"),
+    "k above N": (lambda: h2ot.score_tokens(X, 10), ValueError, "k: got 10, wanted 1 to 9"),
+    "k type": (lambda: h2ot.score_tokens(X, 2.0), TypeError, "k: got float, wanted an integer"),
+    "k bool": (lambda: h2ot.score_tokens(X, True), TypeError, "k: got bool"),
+    "mask shape": (lambda: h2ot.score_tokens(X, mask=torch.ones(2, 8) > 0), ValueError, r"mask: got shape \[2, 8\]"),
+    "mask dtype": (lambda: h2ot.score_tokens(X, mask=torch.ones(2, 9)), TypeError, "mask: got dtype float32"),
+    "lengths shape": (lambda: h2ot.score_tokens(X, lengths=torch.tensor([3])), ValueError, "lengths: got shape"),
+    "noise shape": (lambda: h2ot.score_tokens(X, noise=torch.rand(9)), ValueError, "noise: got shape"),
+    "K above N": (lambda: h2ot.prune_cluster(X, 10), ValueError, "num_tokens: got 10, wanted 1 to 9"),
+    "K 0": (lambda: h2ot.prune_cluster(X, 0), ValueError, "num_tokens: got 0"),
+    "keep outside": (lambda: h2ot.prune_cluster(X, 3, keep=9), IndexError, "keep: got 9, wanted 0 to 8"),
+    "keep negative": (lambda: h2ot.select_tokens(X[..., 0], 3, keep=[-1]), IndexError, "keep: got -1"),
+    "keep too many": (lambda: h2ot.select_tokens(X[..., 0], 2, keep=[1, 2, 3]), ValueError, "keep: got 3 tokens"),
+    "keep tensor outside": (
+        lambda: h2ot.select_tokens(X[..., 0], 3, keep=torch.tensor([0, 9])),
+        IndexError,
+        "select_tokens: index holds|keep holds",
+    ),
+    "keep tensor too many": (
+        lambda: h2ot.select_tokens(X[..., 0], 1, keep=torch.tensor([0, 1])),
+        ValueError,
+        "keep names more",
+    ),
+    "keep type": (lambda: h2ot.select_tokens(X[..., 0], 3, keep="centre"), TypeError, "keep: got str"),
+    "score of rank 3": (lambda: h2ot.select_tokens(X, 3), ValueError, "score: got shape"),
+    "sample K": (lambda: h2ot.prune_sample(9, 10), ValueError, "num_tokens: got 10"),
+    "sample keep": (lambda: h2ot.prune_sample(9, 3, keep=9), IndexError, "keep: got 9"),
+    "pose rank": (lambda: h2ot.prune_motion(X, 3), ValueError, "pose: got shape"),
+    "key shape": (
+        lambda: h2ot.prune_attention(X[None], X[None, :, :8], 3),
+        ValueError,
+        r"key: got shape \[1, 2, 8, 4\], wanted the shape of query",
+    ),
+    "index outside": (
+        lambda: h2ot.gather_tokens(X, INDEX + 1),
+        IndexError,
+        "gather_tokens: index holds a value outside",
+    ),
+    "index dtype": (lambda: h2ot.gather_tokens(X, INDEX.int()), TypeError, "index: got dtype int32, wanted int64"),
+    "index rows": (lambda: h2ot.gather_tokens(X, INDEX.expand(3, -1)), ValueError, "index: got shape"),
+    "index empty": (lambda: h2ot.gather_tokens(X, INDEX[:, :0]), ValueError, "index: got shape"),
+    "dim batch": (lambda: h2ot.gather_tokens(X, INDEX, dim=0), ValueError, "dim: got 0, the batch axis"),
+    "dim outside": (lambda: h2ot.gather_tokens(X, INDEX, dim=3), ValueError, "dim: got 3"),
+    "embed shape": (lambda: h2ot.gather_tokens(X, INDEX, X[:1]), ValueError, "pos_embed: got shape"),
+    "labels shape": (lambda: h2ot.merge_tokens(X, INDEX, 3), ValueError, "labels: got shape"),
+    "label outside": (
+        lambda: h2ot.merge_tokens(X, torch.full((2, 9), 3), 3),
+        IndexError,
+        "merge_tokens: index holds a value outside|labels hold",
+    ),
+    "clusters 0": (lambda: h2ot.merge_tokens(X, torch.zeros(2, 9).long(), 0), ValueError, "num_clusters: got 0"),
+    "weight shape": (
+        lambda: h2ot.merge_tokens(X, torch.zeros(2, 9).long(), 3, torch.ones(9)),
+        ValueError,
+        "weight: got shape",
+    ),
+    "heads": (
+        lambda: h2ot.recover_attention(X[0], KEPT, KEPT, 3),
+        ValueError,
+        "num_heads: got 3, wanted a divisor of C",
+    ),
+    "query width": (lambda: h2ot.recover_attention(X[0, :, :2], KEPT, KEPT, 1), ValueError, "query: got shape"),
+    "value shape": (lambda: h2ot.recover_attention(X[0], KEPT, X, 2), ValueError, "value: got shape"),
+    "mixed dtypes": (lambda: h2ot.recover_attention(X[0].double(), KEPT, KEPT, 2), TypeError, "query: got dtype"),
+    "joints": (
+        lambda: h2ot.recover_pose(X[0], X[0], KEPT, KEPT, LINEAR, NORM, HEAD, 2),
+        (ValueError, RuntimeError),
+        "num_joints: got 17|inference",
+    ),
+    "not a module": (lambda: h2ot.recover_pose(X[0], X[0], KEPT, KEPT, 1, NORM, HEAD, 2), TypeError, "proj: got int"),
+    "mode": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 9, mode="cubic"), ValueError, "mode: got 'cubic'"),
+    "align": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 9, align="left"), ValueError, "align: got 'left'"),
+    "frames": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 2), ValueError, "num_frames: got 2, wanted 3 or more"),
+    "no index": (lambda: h2ot.recover_interpolate(KEPT, None, 9), TypeError, "index: got NoneType"),
+    "frame outside": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 8), IndexError, "recover_interpolate: index holds"),
+    "not ascending": (
+        lambda: h2ot.recover_interpolate(KEPT, INDEX.flip(1), 9),
+        ValueError,
+        "recover_interpolate: index is not strictly ascending",
+    ),
+    "device mix": (lambda: h2ot.gather_tokens(X, INDEX.to("meta")), ValueError, "index: got device meta, wanted cpu"),
+    "backend": (lambda: h2ot.gather_tokens(X, INDEX, backend="fast"), ValueError, "backend: got 'fast'"),
+    "backend elsewhere": (lambda: h2ot.gather_tokens(X, INDEX, backend="cuda"), RuntimeError, "tensors are on cpu"),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("name", BAD)
+def test_eager(name, backend):
+    call, error, message = BAD[name]
+    with h2ot.use_backend(backend), pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_compiled(name):
+    call, error, message = BAD[name]
+    torch._dynamo.reset()
+    with pytest.raises(error, match=message):
+        torch.compile(call, backend="eager")()
+
+
+def test_documented_results():
+    """What is not an error: an empty batch, tokens that are not finite, fewer valid tokens than K."""
+    assert h2ot.prune_cluster(X[:0], 3).shape == (0, 3)
+    assert h2ot.score_tokens(X[:0]).score.shape == (0, 9)
+    x = X.clone()
+    x[0, 2, 1] = float("nan")
+    scores = h2ot.score_tokens(x)
+    assert (scores.density[0, 2], scores.distance[0, 2], scores.parent[0, 2]) == (0, 0, -1)
+    assert scores.score[0, 2] == float("-inf")
+    assert 2 not in scores.parent[0]
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 5] = True
+    assert h2ot.prune_cluster(X, 3, mask=mask).tolist() == [[0, 1, 5], [0, 1, 2]]
+
+
+def test_forward_mode_raises_instead_of_giving_zeros():
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(KEPT, torch.ones_like(KEPT))
+        for call in (
+            lambda: h2ot.gather_tokens(x, torch.tensor([[0, 2]])),
+            lambda: h2ot.recover_interpolate(x, INDEX, 9),
+            lambda: h2ot.merge_tokens(x, torch.zeros(2, 3).long(), 1),
+            lambda: h2ot.recover_attention(X[0], x, KEPT, 2),
+        ):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                call()

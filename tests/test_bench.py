@@ -1,0 +1,153 @@
+"""The benchmarks at tiny sizes: rows are written, what is wrong is not timed, timing is what it says."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from bench import run, shapes
+from h2ot_kernels.comparison import Comparison, Verdict, compare, same_index, same_labels, same_values
+from h2ot_kernels.timing import Machine, interleave
+
+TINY = {
+    "score_tokens": {"B": 3, "N": 27, "C": 32, "K": 9, "k": 2},
+    "prune_cluster": {"B": 3, "N": 27, "C": 32, "K": 9, "k": 2},
+    "prune_and_assign": {"B": 3, "N": 27, "C": 32, "K": 9, "k": 5},
+    "prune_step": {"B": 2, "F": 27, "C": 32, "K": 9},
+    "prune_sample": {"F": 27, "K": 9},
+    "prune_motion": {"B": 2, "F": 27, "K": 9},
+    "prune_attention": {"B": 2, "F": 27, "C": 32, "K": 9},
+    "gather_tokens": {"B": 2, "F": 27, "C": 32, "K": 9},
+    "assign_clusters": {"B": 2, "N": 27, "C": 32, "K": 9, "k": 2},
+    "merge_tokens": {"B": 2, "N": 27, "C": 32, "K": 9, "k": 2},
+    "recover_attention": {"B": 2, "F": 27, "C": 32, "K": 9},
+    "recover_pose": {"B": 2, "F": 27, "C": 32, "K": 9},
+    "recover_interpolate": {"B": 2, "F": 27, "C": 3, "K": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def machine():
+    machine = Machine("cpu", seconds=0.01)
+    machine.products = {"torch.mm": 1e11}
+    return machine
+
+
+def test_every_operation_has_shapes_and_a_stem():
+    assert set(TINY) == set(shapes.all_ops())
+    for op in shapes.all_ops():
+        assert len(shapes.cases([op], quick=True)) == 1
+        assert len({str(case) for case in shapes.cases([op])}) == len(shapes.cases([op]))
+    with pytest.raises(ValueError, match="'sort', wanted some of score_tokens"):
+        shapes.cases(["sort"])
+
+
+@pytest.mark.parametrize("op", TINY)
+@pytest.mark.parametrize("kind", ["smooth", "random"])
+def test_every_operation_is_right_and_timed(machine, op, kind):
+    case = shapes.Case(op, kind, TINY[op])
+    result = run.measure(case, machine, seconds=0.01)
+    assert result.verdict.is_right, result.verdict
+    assert result.verdict.agreement_ours >= result.verdict.agreement_official
+    assert set(result.timings) == {"official", "ours"}
+    row = json.loads(json.dumps(run.row(case, result, machine, run.environment_row("cpu")), allow_nan=False))
+    assert row["op"] == op
+    assert row["timings"]["ours"]["p10"] <= row["timings"]["ours"]["p50"] <= row["timings"]["ours"]["p99"]
+    assert row["speed_up"] == pytest.approx(row["timings"]["official"]["p50"] / row["timings"]["ours"]["p50"])
+    assert (row["share_of_peak"] is None) == (op == "prune_sample")
+    assert row["torch"] == torch.__version__
+
+
+def test_the_command_appends_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shapes, "_SIZES", {op: [sizes] for op, sizes in TINY.items()})
+    out = tmp_path / "results" / "cpu.jsonl"
+    arguments = ["--ops", "gather_tokens", "recover_interpolate", "--quick", "--seconds", "0.01", "--out", str(out)]
+    assert run.main(arguments) == 0
+    assert run.main(arguments) == 0
+    assert [json.loads(line)["op"] for line in out.read_text().splitlines()] == arguments[1:3] * 2
+    assert "2 of 2 cases right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [["--ops", "sort"], ["--threads", "0"], ["--device", "tpu"]])
+def test_bad_arguments(bad, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(bad)
+    assert caught.value.code == 2
+    assert bad[0].strip("-") in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_not_timed(machine, tmp_path, monkeypatch, capsys):
+    case = shapes.Case("gather_tokens", "random", TINY["gather_tokens"])
+    right = shapes.build(case, "cpu")
+    calls = []
+    wrong = dataclasses.replace(right, check=lambda: Verdict(1.0, 0.5, 1.0, 0.0), ours=lambda: calls.append(1))
+    result = compare(wrong, machine, seconds=0.01)
+    assert result.timings == {}
+    assert result.speed_up is None
+    assert not calls
+    monkeypatch.setattr(run, "build", lambda *_: wrong)
+    assert run.main(["--ops", "gather_tokens", "--quick", "--out", str(tmp_path / "rows.jsonl")]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    assert json.loads((tmp_path / "rows.jsonl").read_text())["timings"] == {}
+
+
+def test_a_wrong_implementation_fails_the_check(monkeypatch):
+    import h2ot_kernels as h2ot
+
+    genuine = h2ot.gather_tokens
+    case = shapes.Case("gather_tokens", "random", TINY["gather_tokens"])
+    monkeypatch.setattr(h2ot, "gather_tokens", lambda x, index: genuine(x, (index + 1).clamp(max=x.shape[1] - 1)))
+    assert not shapes.build(case, "cpu").check().is_right
+
+
+def test_verdicts():
+    oracle = torch.tensor([[0, 2, 4, 6]])
+    index = same_index(torch.tensor([[6, 0, 1, 4]]), torch.tensor([[0, 2, 4, 6]]), oracle)
+    assert (index.agreement_official, index.agreement_ours, index.error) == (0.75, 1.0, 0)
+    assert same_index(oracle, torch.tensor([[0, 2, 4, 7]]), oracle).error == 1
+    assert same_index(oracle, oracle, oracle, (torch.tensor([[1, 3]]), torch.tensor([[1, 2]]))).agreement_ours == 0.5
+    labels = same_labels(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 1, 0, 2]), torch.tensor([1, 1, 0, 0]))
+    assert (labels.agreement_official, labels.error, labels.is_right) == (1.0, 1, False)
+    exact = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    assert same_values(exact.float(), exact.float(), exact, 4).is_right
+    assert not same_values(exact.float(), exact.float() + 1e-4, exact, 4).is_right
+    assert not same_values(exact, exact + 1e-12, exact, 4, moved=True).is_right
+
+
+def test_the_compiled_official_formulation_is_a_third_rival(machine):
+    case = shapes.Case("prune_motion", "smooth", TINY["prune_motion"])
+    result = run.measure(case, machine, seconds=0.01, with_compile=True)
+    assert set(result.timings) == {"official", "compile", "ours"}
+    assert result.timings["compile"].first > result.timings["compile"].p50
+
+
+def test_interleaving_takes_turns_and_counts_calls():
+    order = []
+    timings = interleave(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0, min_calls=3, warm_up=2
+    )
+    assert order == ["a", "b"] * 2 + ["a", "b", "b", "a", "a", "b"]
+    assert timings["a"].calls == timings["b"].calls == 3
+    assert timings["a"].first > 0
+    assert interleave({}, seconds=0) == {}
+    limited = interleave({"a": lambda: None}, seconds=60, max_calls=5, warm_up=0)["a"]
+    assert (limited.calls, limited.first) == (5, None)
+
+
+def test_the_machine_rates_are_positive_and_the_floor_is_the_higher_bound():
+    machine = Machine("cpu", seconds=0.01)
+    assert machine.flops() == max(machine.products.values()) > 1e8
+    copied = machine.copy_rate(1 << 20)
+    assert copied > 1e7
+    assert machine.copy_rate((1 << 20) - 5) == copied  # the same power of two, measured once
+    assert machine.floor(0, 1 << 20) == pytest.approx((1 << 20) / copied)
+    assert machine.floor(10**12, 1) == pytest.approx(10**12 / machine.flops())
+
+
+def test_a_comparison_names_the_backend_that_ran():
+    case = shapes.Case("prune_sample", "smooth", TINY["prune_sample"])
+    assert shapes.build(case, "cpu").backend(torch.device("cpu")) == "none"
+    gather = shapes.build(shapes.Case("gather_tokens", "random", TINY["gather_tokens"]), "cpu")
+    assert isinstance(gather, Comparison)
+    assert gather.backend(torch.device("cpu")) in ("cpp", "reference")

@@ -1,0 +1,69 @@
+"""What the built libraries must not contain, and that documentation runs."""
+
+import doctest
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import h2ot_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+STEMS = ("backend", "score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
+
+
+def symbols(path, *options):
+    return subprocess.run(["nm", "-C", *options, path], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@needs_nm
+def test_operator_library_uses_the_stable_abi_only():
+    library = Path(h2ot_kernels.__file__).parent / "libh2ot_kernels_cpu.so"
+    undefined = [line.split(maxsplit=1)[1] for line in symbols(library, "-D", "--undefined-only")]
+    assert any("torch" in name for name in undefined)
+    assert not [name for name in undefined if re.search(r"\b(at|c10|torch)::", name)]
+    assert not [name for name in undefined if name.startswith("Py")]
+
+
+@needs_nm
+def test_no_kernel_symbol_can_cross_instruction_sets():
+    """A weak function compiled for AVX-512 could be the copy that the linker keeps for every instruction set."""
+    objects = [path for path in (ROOT / "build").glob("*/CMakeFiles/cpu_*.dir/**/*.o")]
+    assert objects, "no kernel objects under build/: run ./dev setup"
+    weak = {f"{path.name}: {line}" for path in objects for line in symbols(path) if re.search(r"^\S* [Wu] ", line)}
+    assert not weak
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_docstring_examples_run(stem):
+    result = doctest.testmod(importlib.import_module(f"h2ot_kernels.{stem}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_every_public_function_is_documented():
+    for name in h2ot_kernels.__all__:
+        assert (getattr(h2ot_kernels, name).__doc__ or "").strip(), name
+
+
+def test_readme_examples_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], check=True, cwd=tmp_path, timeout=120)
+
+
+def test_import_needs_little_beyond_torch():
+    code = (
+        "import time, torch; t = time.process_time(); import h2ot_kernels; print(time.process_time() - t);"
+        "import sys; assert 'matplotlib' not in sys.modules and 'rich' not in sys.modules"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 1.0

@@ -1,0 +1,78 @@
+"""Labels exactly, merged tokens within bound, gradients against finite differences."""
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+import python_ref
+
+from .cases import DTYPES, oracle_index, oracle_labels
+from .compare import assert_within
+from .runners import runners
+from .test_score import pairs
+
+
+@pytest.mark.parametrize(("case", "runner"), [p for p in pairs("assign_clusters") if p.values[0].B])
+def test_labels_equal_the_oracle(case, runner):
+    mask = case.arguments().get("mask")
+    ours = runner(h2ot.assign_clusters, case.tokens(), oracle_index(case), mask=mask)
+    assert torch.equal(ours, oracle_labels(case))
+
+
+@pytest.mark.parametrize("runner", runners("assign_clusters"))
+def test_labels_share_one_index_row_and_skip_masked_centres(runner):
+    x, index = torch.randn(3, 12, 4), torch.tensor([[1, 5, 9]])
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[0, 5] = mask[1, [1, 5, 9]] = False
+    ours = runner(h2ot.assign_clusters, x, index, mask=mask)
+    assert torch.equal(ours, python_ref.assign_clusters(x.double(), index, mask=mask))
+    assert (ours[1] == -1).all()
+    assert 1 not in ours[0]
+
+
+@pytest.mark.parametrize("runner", runners("merge_tokens"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_merging_within_bound(weighted, dtype, runner):
+    x, labels = torch.randn(3, 60, 33).to(dtype), torch.randint(-1, 7, (3, 60))
+    labels[labels == 4] = 2
+    weight = torch.rand(3, 60, 1) if weighted else None
+    for view in (x, x.mT.contiguous().mT):
+        ours = runner(h2ot.merge_tokens, view, labels, 7, weight)
+        exact = python_ref.merge_tokens(x.double(), labels, 7, weight)
+        assert_within(ours, exact, python_ref.merge_tokens(x, labels, 7, weight), 60)
+        assert (ours[:, 4] == 0).all()
+
+
+@pytest.mark.parametrize("runner", runners("merge_tokens"))
+def test_integer_means_are_exact(runner):
+    x, labels = torch.tensor([[[1.0], [3.0], [5.0], [100.0]]]), torch.tensor([[0, 0, 2, -1]])
+    assert runner(h2ot.merge_tokens, x, labels, 3).tolist() == [[[2.0], [0.0], [5.0]]]
+    weight = torch.tensor([[3.0, 1.0, 0.0, 7.0]])
+    assert runner(h2ot.merge_tokens, x, labels, 3, weight).tolist() == [[[1.5], [0.0], [0.0]]]
+
+
+@pytest.mark.parametrize("runner", runners("merge_tokens"))
+def test_gradcheck_first_and_second_order(runner):
+    x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(2, 9, dtype=torch.float64).add(0.1).requires_grad_()
+    labels = torch.tensor([[0, 1, 1, -1, 2, 2, 0, 1, 2], [0, 0, 0, 0, 1, 1, -1, -1, 1]])
+    for function, inputs in (
+        (lambda x: runner(h2ot.merge_tokens, x, labels, 4), (x,)),
+        (lambda x, weight: runner(h2ot.merge_tokens, x, labels, 4, weight), (x, weight)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("runner", runners("merge_tokens"))
+def test_labels_and_index_out_of_range(runner):
+    if runner.device == "cuda" or runner.backend == "triton":
+        pytest.skip("a Triton kernel cannot raise for a wrong index, and what it gives has no test yet")
+    x = torch.randn(1, 5, 2)
+    for label in (-2, 3):
+        with pytest.raises(IndexError, match="labels|index"):
+            runner(h2ot.merge_tokens, x, torch.tensor([[0, 1, 2, 0, label]]), 3)
+    for position in (-1, 5):
+        with pytest.raises(IndexError, match="index"):
+            runner(h2ot.assign_clusters, x, torch.tensor([[0, position]]))

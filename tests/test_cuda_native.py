@@ -1,0 +1,108 @@
+"""The CUDA library on a device: what the simulator cannot show. Values are held to the oracle by the other tests, whose
+runners include this backend where it runs."""
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+import python_ref
+from h2ot_kernels import backend
+
+from .cases import TokenCase, oracle_tokens
+from .compare import assert_scores
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _library():
+    ok, reason = backend.can_run("score_tokens", "cuda", "cuda")
+    if not ok:
+        pytest.skip(reason)
+
+
+def score(x, **given):
+    return h2ot.score_tokens(x, backend="cuda", **given)
+
+
+def prune(x, K, **given):
+    return h2ot.prune_cluster(x, K, backend="cuda", **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("B", "N", "C"), [(4, 243, 512), (96, 243, 128), (1, 3000, 40), (300, 27, 16)])
+def test_every_regime_equals_the_oracle(B, N, C, dtype):
+    case = TokenCase("still", B=B, N=N, C=C, K=N // 3, dtype=dtype)
+    x = case.tokens()
+    exact = python_ref.score_tokens(oracle_tokens(x[:2]))
+    assert_scores(h2ot.TokenScores(*(value[:2].cpu() for value in score(x.cuda()))), exact)
+    kept = prune(x.cuda(), case.K)[:2].cpu()
+    assert torch.equal(kept, python_ref.prune_cluster(oracle_tokens(x[:2]), case.K))
+
+
+@pytest.mark.parametrize("N", [243, 3000])
+def test_graph_capture_and_replay(N):
+    x = torch.randn(2, N, 64, device="cuda")
+    prune(x, N // 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        index = prune(x, N // 3, keep=5)
+        scores = score(x)
+    for seed in range(3):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert torch.equal(index, prune(x, N // 3, keep=5))
+        assert all(map(torch.equal, scores, score(x)))
+
+
+def test_streams_do_not_disturb_each_other():
+    inputs = [torch.randn(4, 243, 128, device="cuda") for _ in range(4)]
+    expected = [prune(x, 81) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        results = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(prune(x, 81))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, results, expected))
+
+
+def test_the_host_does_not_wait():
+    x = torch.randn(4, 243, 128, device="cuda")
+    prune(x, 81)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        prune(x, 81, keep=3)
+        score(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_same_bits_over_runs_and_batches():
+    x = TokenCase("still", B=64, N=243, C=64).tokens().cuda()
+    first = score(x)
+    for _ in range(20):
+        assert all(map(torch.equal, score(x), first))
+    assert all(map(torch.equal, score(x[7:8]), (value[7:8] for value in first)))
+
+
+def test_a_wrong_keep_spoils_its_sample_only():
+    x = torch.randn(3, 27, 16, device="cuda")
+    keep = torch.tensor([[1, 2], [3, 27], [-1, 0]], device="cuda")
+    index = prune(x, 4, keep=keep).cpu()
+    assert torch.equal(index[0], prune(x[:1], 4, keep=keep[:1])[0].cpu())
+    assert (index[1:] == -1).all()
+
+
+def test_more_than_2_to_the_31_elements():
+    N, C = 243, 512
+    B = 2**31 // (N * C) + 2
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 * B * N * C * 2:
+        pytest.skip(f"needs {3 * B * N * C * 2 >> 30} GiB of device memory, {free >> 30} are free")
+    x = torch.randn(B, N, C, device="cuda", dtype=torch.bfloat16)
+    kept = prune(x, 81)
+    assert torch.equal(kept[-2:], prune(x[-2:].clone(), 81))
+    assert torch.equal(kept[-1:].cpu(), python_ref.prune_cluster(oracle_tokens(x[-1:].cpu()), 81))

@@ -1,0 +1,160 @@
+"""The host side of the CUDA kernels: choice of search and tiles, grids, workspace. No GPU needed."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from h2ot_kernels import _C, backend
+
+H200 = {"major": 9, "minor": 0, "multiprocessors": 132}
+ORIN = {"major": 8, "minor": 7, "multiprocessors": 16}
+ALIGNMENT = 256  # of the parts of the workspace
+GUARD = 256  # bytes after each that nothing touches
+LIMIT = 256 << 20
+
+
+def plan(B=4, N=243, J=1, C=512, k=2, dtype="float32", **rest):
+    return _C.plan_score(B, N, J, C, k, dtype, **rest)
+
+
+def sizes(made, N, k, wide):
+    """Bytes that each part must have, written out from its shape alone."""
+    tokens, list_ = made["samples"] * N, max(made["list"], 4)
+    lists = tokens * made["splits"] * list_
+    return {
+        "rows": tokens * made["pitch"] * wide,
+        "valid": tokens,
+        "exponent": made["samples"] * math.ceil(N / 8) * 4,
+        "norm": tokens * wide,
+        "matrix": tokens * made["matrix_pitch"] * wide,
+        "listed": lists * wide,
+        "listed_at": lists * 4,
+        "furthest": tokens * made["splits"] * wide,
+        "nearest": tokens * made["near"] * 8,
+        "nearest_at": tokens * made["near"] * 4,
+        "proven": tokens * 4,
+        "peaks": tokens * 4,
+        "peak_count": made["samples"] * 4,
+        "largest": made["samples"] * 16,
+        "parent": tokens * 4,
+        "order": tokens,
+        "rank": tokens,
+        **{name: tokens * 8 for name in ("m", "key", "squared", "score")},
+    }
+
+
+SHAPES = [
+    {"B": B, "N": N, "C": C, "k": k, "dtype": dtype, "J": J}
+    for (B, N, C, k, J), dtype in itertools.product(
+        [(1, 1, 1, 1, 1), (4, 243, 512, 2, 17), (256, 351, 1536, 2, 1), (3, 2048, 7, 40, 1), (1, 2049, 64, 5, 1),
+         (2, 16384, 512, 2, 1), (1, 1_000_000, 64, 30, 1), (70_000, 27, 16, 2, 1)],
+        ["float32", "float64", "bfloat16", "float16"],
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+def test_parts_of_the_workspace_fit_and_do_not_overlap(shape):
+    made = plan(**shape)
+    wide = 8 if shape["dtype"] == "float64" else 4
+    needed = sizes(made, shape["N"], shape["k"], wide)
+    places = sorted(made["offsets"].items(), key=lambda item: (item[1], needed[item[0]]))
+    for (name, offset), (_, after) in zip(places, [*places[1:], ("end", made["workspace"])], strict=True):
+        assert offset % ALIGNMENT == 0
+        assert offset + needed[name] + GUARD <= after, name
+    assert {"valid", "m", "key", "squared", "parent", "score", "rank"} <= set(made["offsets"])
+    assert ("matrix" in made["offsets"]) == (made["search"] == "stored")
+    assert ("listed" in made["offsets"]) == (made["search"] == "streamed")
+    assert ("norm" in made["offsets"]) == (made["distance"] != "direct")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+def test_launches_fit_a_grid(shape):
+    made = plan(**shape)
+    rows, columns = made["tile"]
+    blocks = made["tiles"] if made["search"] == "stored" else math.ceil(shape["N"] / rows) * made["splits"]
+    assert 1 <= blocks < 2**31
+    assert 1 <= made["samples"] <= min(shape["B"], 65535)
+    assert made["workspace"] <= LIMIT or made["samples"] == 1
+    assert columns % rows == 0
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize("columns", [1, 2, 3, 17, 40])
+def test_tiles_cover_the_upper_triangle_once(columns, ratio):
+    count = ratio * columns * (columns + 1) // 2
+    tiles = [_C.plan_tile(number, ratio) for number in range(count)]
+    assert len(set(tiles)) == count
+    assert set(tiles) == {(row, column) for column in range(columns) for row in range(ratio * (column + 1))}
+
+
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 64, 65, 96, 97, 243, 2048])
+def test_the_last_tile_is_that_of_the_last_token(N):
+    for dtype, B in (("float32", 1), ("bfloat16", 4096)):
+        made = plan(B=B, N=N, k=1, dtype=dtype)
+        rows, columns = made["tile"]
+        row, column = _C.plan_tile(made["tiles"] - 1, columns // rows)
+        assert (row, column) == ((N - 1) // rows, (N - 1) // columns)
+        assert made["matrix_pitch"] == (column + 1) * columns
+
+
+def test_tile_numbers_beyond_2_to_the_31():
+    columns = 1 << 22
+    number = 2 * (columns * (columns + 1) // 2)
+    assert number > 2**42
+    assert _C.plan_tile(number - 1, 2) == (2 * columns - 1, columns - 1)
+    assert _C.plan_tile(number, 2) == (0, columns)
+
+
+def test_workspace_beyond_2_to_the_31():
+    made = plan(B=1, N=1 << 22, C=512, k=20)
+    assert made["search"] == "streamed"
+    assert made["workspace"] > 2**33
+    assert max(made["offsets"].values()) > 2**32
+
+
+def test_memory_is_linear_in_the_tokens_when_streamed():
+    one, two = (plan(B=1, N=N, C=64, in_place=True)["workspace"] for N in (100_000, 200_000))
+    assert two < 2.05 * one
+
+
+def test_the_counted_choice():
+    assert plan(B=4, N=243)["distance"] == "direct"
+    assert plan(B=4, N=243)["tile"] == (32, 64)
+    assert plan(B=256, N=351, C=1536)["distance"] == "products"
+    assert plan(B=256, N=351, C=1536)["tile"] == (64, 64)
+    assert plan(B=256, N=351, C=1536, **ORIN)["distance"] == "direct"
+    assert plan(B=256, dtype="bfloat16")["distance"] == "exact_products"
+    assert plan(B=256, dtype="bfloat16", J=17)["distance"] == "products"
+    assert plan(B=256, dtype="float64")["distance"] == "direct"
+    assert plan(N=2048)["search"] == "stored"
+    assert plan(N=2049)["search"] == "streamed"
+    assert plan(B=1, N=2049, **H200)["splits"] > 1
+    assert plan(B=64, N=16384)["splits"] == 1
+    assert plan(N=2049, k=100)["list"] == 0
+    with pytest.raises(ValueError, match="dtype: got 'int8'"):
+        plan(dtype="int8")
+
+
+def test_tokens_read_in_place_are_not_copied():
+    assert "rows" not in plan(in_place=True)["offsets"]
+    assert plan(C=5)["pitch"] == 8
+
+
+def test_triton_or_cuda_first():
+    assert backend.triton_first(243, torch.bfloat16)[0] is False
+    assert backend.triton_first(16384, torch.float32)[0] is False
+    assert backend.triton_first(16384, torch.bfloat16)[0] is True
+    for N, dtype in ((243, torch.float32), (16384, torch.float16), (16384, torch.float64)):
+        assert backend.triton_first(N, dtype)[1].startswith("counted: ")
+    limit = backend._STORED_TOKENS
+    assert [plan(N=N)["search"] for N in (limit, limit + 1)] == ["stored", "streamed"]
+
+
+def test_the_order_that_the_rule_gives():
+    assert backend._order("cuda", None, False) == ("cuda", "triton", "reference")
+    assert backend._order("cuda", None, True) == ("triton", "cuda", "reference")
+    assert backend._order("cuda", "reference", True) == ("reference",)
+    assert not backend._asks_triton_first("score_tokens", torch.zeros(1, 4096, 1, dtype=torch.float16))

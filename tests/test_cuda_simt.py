@@ -1,0 +1,244 @@
+"""The CUDA scoring source, run on the CPU (tests/simt), held to the float64 oracle under every search and distance."""
+
+import functools
+import itertools
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import python_ref
+
+from . import simt
+from .cases import TOKEN_CASES, TokenCase, oracle_tokens
+from .compare import assert_scores
+
+needs_simulator = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
+pytestmark = needs_simulator
+
+PLANS = [None, *itertools.product(simt.SEARCHES, simt.DISTANCES)]
+HALVES = (torch.bfloat16, torch.float16)
+CASES = [
+    *(case for case in TOKEN_CASES if not case.large),
+    TokenCase("smooth", N=70, C=8, k=60, K=30),  # lists that do not fit shared memory; streamed: rows in float64
+    TokenCase("duplicates", N=300, C=12, k=5, K=100),  # streamed: several splits
+    TokenCase("still", N=300, C=12, k=3, K=100, masked=True, noisy=True),
+    TokenCase("huge", C=5, dtype=torch.bfloat16),
+    TokenCase("tiny", C=5, dtype=torch.bfloat16),
+]
+LARGE = [
+    TokenCase("smooth", B=1, N=243, C=512, K=81),
+    TokenCase("still", B=1, N=2100, C=3, K=700, masked=True),  # ranked by several blocks; streamed by choice
+]
+
+
+def name_of(plan) -> str:
+    return "counted" if plan is None else "-".join(plan)
+
+
+def call_of(case: TokenCase, **options) -> simt.Call:
+    given = case.arguments()
+    mask = given.get("mask")
+    if "lengths" in given:
+        inside = torch.arange(case.N) < given["lengths"][:, None]
+        mask = inside if mask is None else mask & inside
+    keep = None if case.keep is None else torch.tensor([[case.keep]])
+    return simt.Call(case.tokens(), case.k, case.K, mask, given.get("noise"), keep, **options)
+
+
+def run(calls, flags=simt.SANITIZED, driver=None):
+    with tempfile.TemporaryDirectory() as folder:
+        done = simt.run(calls, driver or simt.build(flags), Path(folder))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return calls
+
+
+def allows(plan, case) -> bool:
+    """Whether the plan is one of its own for this case: one TF32 product is for tokens that it holds exactly."""
+    return plan is None or plan[1] != "exact_products" or (case.dtype in HALVES and not case.J)
+
+
+@functools.cache
+def results(plan) -> dict:
+    """Every case under one plan, one sample per pass where a plan is named, in one process."""
+    cases = [case for case in CASES if allows(plan, case)]
+    calls = [call_of(case, plan=plan, samples=1 if plan else 65535, seed=n) for n, case in enumerate(cases)]
+    return dict(zip(cases, run(calls), strict=True))
+
+
+def check(case: TokenCase, call: simt.Call) -> None:
+    x, given = oracle_tokens(case.tokens()), case.arguments()
+    assert call.error == 0
+    assert_scores(call.scores, python_ref.score_tokens(x, case.k, **given))
+    exact = python_ref.prune_cluster(x, case.K, case.k, keep=case.keep, **given)
+    assert torch.equal(call.index, exact)
+
+
+PAIRS = [
+    pytest.param(case, plan, id=f"{case}-{name_of(plan)}") for plan in PLANS for case in CASES if allows(plan, case)
+]
+
+
+@pytest.mark.parametrize(("case", "plan"), PAIRS)
+def test_scores_and_kept_tokens_equal_the_oracle(case, plan):
+    check(case, results(plan)[case])
+
+
+@pytest.mark.parametrize("plan", PLANS[1:], ids=name_of)
+def test_every_plan_gives_the_same_bits(plan):
+    for case, ours in results(plan).items():
+        counted = results(None)[case]
+        assert all(map(torch.equal, ours.scores, counted.scores)), case
+
+
+def test_large_samples():
+    for case, call in zip(LARGE, run([call_of(case) for case in LARGE], simt.FAST), strict=True):
+        check(case, call)
+
+
+def test_any_order_of_threads_gives_the_same_bits():
+    case = TokenCase("still", N=65, C=40, J=2, K=9, noisy=True)
+    for plan in (("stored", "products"), ("streamed", "direct")):
+        first, *others = run([call_of(case, plan=plan, seed=seed) for seed in range(6)])
+        check(case, first)
+        for other in others:
+            assert all(map(torch.equal, first.scores, other.scores))
+            assert torch.equal(first.index, other.index)
+
+
+def test_any_strides_give_the_same_bits():
+    x = torch.randn(2, 21, 5, 8)
+    views = [
+        x,
+        x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2),
+        x.movedim(1, 3).contiguous().movedim(3, 1),
+        torch.cat([x, x], -1)[..., :8],
+        x.repeat_interleave(2, 1)[:, ::2],
+        x[:, :, :1].expand(-1, -1, 5, -1),
+    ]
+    calls = run([simt.Call(view) for view in views])
+    for view, call in zip(views, calls, strict=True):
+        assert_scores(call.scores, python_ref.score_tokens(oracle_tokens(view)))
+    for call in calls[:-1]:
+        assert torch.equal(call.scores.score, calls[0].scores.score)
+
+
+def test_index_alone_is_the_same_index():
+    for noisy in (False, True):
+        case = TokenCase("smooth", N=65, C=12, K=20, keep=3, masked=True, noisy=noisy)
+        calls = run([call_of(case, only_index=only, plan=plan) for plan in PLANS for only in (False, True)])
+        for call in calls:
+            assert torch.equal(call.index, calls[0].index)
+
+
+def test_keep_rows_and_wrong_keep():
+    x = TokenCase("smooth", B=3).tokens()
+    keeps = [
+        torch.tensor([[5, 20]]),
+        torch.tensor([[1, 2], [3, 3], [26, 0]]),
+        torch.tensor([[1, 2], [3, 27], [-1, 0]]),
+        torch.tensor([[0, 1, 2, 3, 4], [0, 0, 1, 1, 2], [7, 7, 7, 7, 7]]),
+    ]
+    calls = run([simt.Call(x, num_tokens=4, keep=keep) for keep in keeps])
+    for call, keep in zip(calls[:2], keeps, strict=False):
+        assert torch.equal(call.index, python_ref.prune_cluster(x.double(), 4, keep=keep))
+    wrong = torch.full((4,), -1)
+    expected = python_ref.prune_cluster(x.double(), 4, keep=torch.tensor([[1, 2], [0, 0], [0, 0]]))
+    assert torch.equal(calls[2].index, torch.stack([expected[0], wrong, wrong]))
+    expected = python_ref.prune_cluster(x.double(), 4, keep=torch.tensor([[0, 0, 0], [0, 1, 2], [7, 7, 7]]))
+    assert torch.equal(calls[3].index, torch.stack([wrong, expected[1], expected[2]]))
+
+
+# What must not survive: (file, text, replacement). Each is caught by the comparison below or by the simulator itself.
+MUTANTS = {
+    "no barrier before a slab is read": (
+        "score_tiles.cuh",
+        "slab.column[channel + u][token] = quad.v[u];\n      });\n      __syncthreads();",
+        "slab.column[channel + u][token] = quad.v[u];\n      });",
+    ),
+    "no barrier before the tile is written out": (
+        "score_tiles.cuh",
+        "tiles.put(job, b, shared.tokens, shared.tile);\n  __syncthreads();",
+        "tiles.put(job, b, shared.tokens, shared.tile);",
+    ),
+    "no warp barrier in an insertion": (
+        "score_device.cuh",
+        "const int32_t moved_at = moves ? token[r - 1] : 0;\n      __syncwarp();",
+        "const int32_t moved_at = moves ? token[r - 1] : 0;",
+    ),
+    "fragment rows and channels swapped": (
+        "score_tiles.cuh",
+        "{slab.row[r][k + t], slab.row[r + 8][k + t], slab.row[r][k + t + 4],",
+        "{slab.row[r][k + t], slab.row[r][k + t + 4], slab.row[r + 8][k + t],",
+    ),
+    "fragment column of the sums": (
+        "score_tiles.cuh",
+        "threadIdx.x % 4 * 2 + e % 2",
+        "threadIdx.x % 4 + e % 2 * 4",
+    ),
+    "a tile edge one too early": ("score_tiles.cuh", "if (j < N && j > i)", "if (j < N - 1 && j > i)"),
+    "the mirrored edge one too far": ("score_tiles.cuh", "if (j < N && j > i)", "if (j <= N && j > i)"),
+    "a token past the last is read": (
+        "score_tiles.cuh",
+        "const int32_t token = i < N && job.valid[b * N + i]",
+        "const int32_t token = i <= N && job.valid[b * N + i]",
+    ),
+    "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
+    "one column split less": (
+        "score_stream.cuh",
+        "t < tiles * (split + 1) / job.splits",
+        "t < tiles * (split + 1) / job.splits - (split > 0)",
+    ),
+    "ties to the higher index": ("score_finish.cuh", "(s == own && j < i)", "(s == own && j > i)"),
+}
+HUNTED = [
+    TokenCase("smooth"),
+    TokenCase("offset", C=40),
+    TokenCase("integers", N=33, C=20, K=11),
+    TokenCase("random", N=70, C=40, k=5, K=40),
+    TokenCase("still", N=65),
+    TokenCase("static"),
+]
+HUNTED_PLANS = [plan for plan in PLANS[1:] if plan[1] != "exact_products"]
+
+
+def survives(driver: Path) -> bool:
+    calls = [call_of(case, plan=plan) for case in HUNTED for plan in HUNTED_PLANS]
+    with tempfile.TemporaryDirectory() as folder:
+        done = simt.run(calls, driver, Path(folder))
+    if done.returncode:
+        return False
+    try:
+        for case, call in zip([case for case in HUNTED for _ in HUNTED_PLANS], calls, strict=True):
+            check(case, call)
+    except AssertionError:
+        return False
+    return True
+
+
+def build_mutant(name: str, folder: Path, flags=simt.QUICK) -> Path:
+    file, text, replacement = MUTANTS[name]
+    folder = folder / f"mutant{list(MUTANTS).index(name)}"
+    shutil.copytree(simt.ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
+    path = folder / "csrc" / "cuda" / file
+    source = path.read_text()
+    assert source.count(text) == 1, f"{name}: found {source.count(text)} times"
+    path.write_text(source.replace(text, replacement))
+    return simt.build(flags, folder / "csrc", folder)
+
+
+def test_mutants_are_caught(tmp_path):
+    assert survives(simt.build(simt.QUICK))
+    with ThreadPoolExecutor(2) as pool:
+        alive = pool.map(lambda name: survives(build_mutant(name, tmp_path)), MUTANTS)
+        assert not [name for name, survived in zip(MUTANTS, alive, strict=True) if survived]
+
+
+def test_the_sanitizer_sees_what_leaves_its_part_of_the_workspace(tmp_path):
+    driver = build_mutant("the mirrored edge one too far", tmp_path, simt.SANITIZED)
+    done = simt.run([call_of(HUNTED[0], plan=("stored", "direct"), samples=1)], driver, tmp_path)
+    assert done.returncode != 0
+    assert "AddressSanitizer: use-after-poison" in done.stderr

@@ -1,0 +1,102 @@
+"""The same bits: over runs, thread counts, poisoned memory, alone or in any batch."""
+
+import contextlib
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+
+from .cases import TokenCase
+
+X = TokenCase("still", B=3, N=243, C=64, J=3, K=81).tokens()
+INDEX = h2ot.prune_cluster(X, 81)
+POSE = torch.randn(3, 81, 17, 3)
+QUERY, KEY, VALUE = torch.randn(243, 64), torch.randn(3, 81, 64), torch.randn(3, 81, 64)
+LABELS = h2ot.assign_clusters(X, INDEX)
+
+
+def gradients(function, *inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+
+# Each call on samples [rows] of a batch; results have the batch first, but those named shared.
+CALLS = {
+    "score_tokens": lambda rows: h2ot.score_tokens(X[rows]),
+    "prune_cluster": lambda rows: [h2ot.prune_cluster(X[rows], 81)],
+    "prune_motion": lambda rows: [h2ot.prune_motion(X[rows], 81)],
+    "prune_attention": lambda rows: [h2ot.prune_attention(X[rows].mT, X[rows].mT.flip(1), 31)],
+    "attention_scores": lambda rows: [
+        torch.ops.h2ot_kernels.attention_scores(X[rows].movedim(2, 1), X[rows].movedim(2, 1), 1.0)
+    ],
+    "gather_tokens": lambda rows: [h2ot.gather_tokens(X[rows], INDEX[rows], out_dim=2)],
+    "gather gradient": lambda rows: gradients(lambda x: h2ot.gather_tokens(x, INDEX[rows]), X[rows]),
+    "assign_clusters": lambda rows: [h2ot.assign_clusters(X[rows], INDEX[rows])],
+    "merge_tokens": lambda rows: [h2ot.merge_tokens(X[rows, :, 0], LABELS[rows], 81)],
+    "merge gradient": lambda rows: gradients(lambda x: h2ot.merge_tokens(x, LABELS[rows], 81), X[rows, :, 0]),
+    "recover_attention": lambda rows: [h2ot.recover_attention(QUERY, KEY[rows], VALUE[rows], 8)],
+    "recover_attention gradient": lambda rows: gradients(
+        lambda k, v: h2ot.recover_attention(QUERY, k, v, 8), KEY[rows], VALUE[rows]
+    ),
+    "recover_interpolate": lambda rows: [h2ot.recover_interpolate(POSE[rows], INDEX[rows], 243)],
+    "interpolate gradient": lambda rows: gradients(lambda x: h2ot.recover_interpolate(x, INDEX[rows], 243), POSE[rows]),
+}
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_same_bits_over_runs_threads_and_batches(name):
+    call, whole = CALLS[name], slice(0, 3)
+    first = call(whole)
+    for _ in range(20):
+        assert same(call(whole), first)
+    for count in (1, 2, 5):
+        with threads(count):
+            assert same(call(whole), first), f"{count} threads"
+    for b in range(3):
+        assert same(call(slice(b, b + 1)), [x[b : b + 1] for x in first]), f"sample {b} alone"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_output_byte_is_written(name):
+    """Fresh tensors filled with NaN (and the largest integer) must not show through."""
+    expected = CALLS[name](slice(0, 3))
+    deterministic = torch.utils.deterministic
+    before = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        assert same(CALLS[name](slice(0, 3)), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        deterministic.fill_uninitialized_memory = before
+
+
+def test_the_shared_query_gradient_is_summed_in_order():
+    def gradient():
+        return gradients(lambda q: h2ot.recover_attention(q, KEY, VALUE, 8), QUERY)
+
+    with threads(1):
+        first = gradient()
+    for count in (1, 2, 3):
+        with threads(count):
+            assert same(gradient(), first)
+
+
+def test_inputs_are_not_modified():
+    before = [x.clone() for x in (X, INDEX, POSE, QUERY, KEY, VALUE, LABELS)]
+    for call in CALLS.values():
+        call(slice(0, 3))
+    assert same(before, [X, INDEX, POSE, QUERY, KEY, VALUE, LABELS])

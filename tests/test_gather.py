@@ -1,0 +1,103 @@
+"""Gathering moves data: the bound is zero, the embedding one rounding."""
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+import python_ref
+
+from .cases import DTYPES
+from .runners import runners
+
+
+def some_index(rows, F, K):
+    return torch.stack([torch.randperm(F)[:K].sort().values for _ in range(rows)])
+
+
+# shape, dim, out_dim, rows of the index, K
+LAYOUTS = [
+    ((2, 9, 5, 8), 1, 1, 2, 4),
+    ((2, 9, 5, 8), 1, 2, 1, 4),
+    ((2, 5, 9, 8), 2, 1, 2, 9),
+    ((6, 9, 8), 1, 1, 2, 3),
+    ((6, 9, 8), 1, 1, 6, 1),
+    ((2, 9), 1, 1, 2, 4),
+    ((2, 3, 4, 9, 5), 3, 1, 1, 4),
+    ((2, 9, 8), 1, 2, 2, 4),
+    ((1, 243, 17, 64), 1, 2, 1, 81),
+    ((0, 9, 8), 1, 1, 1, 4),
+]
+
+
+@pytest.mark.parametrize("runner", runners("gather_tokens"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dim", "out_dim", "rows", "K"), LAYOUTS)
+def test_gather_is_exact(shape, dim, out_dim, rows, K, dtype, runner):
+    x, index = torch.randn(shape).to(dtype), some_index(rows, shape[dim], K)
+    given = {"dim": dim, "out_dim": out_dim}
+    assert torch.equal(runner(h2ot.gather_tokens, x, index, **given), python_ref.gather_tokens(x, index, **given))
+    if out_dim < len(shape) - 1:
+        embed = torch.randn(1, K, shape[-1]).to(dtype)
+        ours = runner(h2ot.gather_tokens, x, index, embed, **given)
+        assert torch.equal(ours, python_ref.gather_tokens(x, index, embed, **given))
+
+
+@pytest.mark.parametrize("runner", runners("gather_tokens"))
+def test_gather_reads_any_strides(runner):
+    x, index = torch.randn(2, 9, 5, 8), some_index(2, 9, 4)
+    expected = runner(h2ot.gather_tokens, x, index, out_dim=2)
+    for view in (x.mT.contiguous().mT, x.movedim(1, 3).contiguous().movedim(3, 1), torch.cat([x, x], -1)[..., :8]):
+        assert torch.equal(runner(h2ot.gather_tokens, view, index, out_dim=2), expected)
+    wide = x[:1].expand(3, -1, -1, -1)
+    assert torch.equal(runner(h2ot.gather_tokens, wide, index[:1])[2], runner(h2ot.gather_tokens, x[:1], index[:1])[0])
+
+
+@pytest.mark.parametrize("runner", runners("gather_tokens"))
+def test_gradients_equal_the_reference(runner):
+    index = some_index(2, 9, 4)
+
+    def gradients(function, **kwargs):
+        x, embed = torch.ones(6, 9, 8, requires_grad=True), torch.ones(1, 4, 8, requires_grad=True)
+        out = function(x * 1, index, embed * 1, **kwargs)
+        weight = torch.arange(out.numel(), dtype=torch.float32).reshape(out.shape)
+        return torch.autograd.grad((out * weight).sum(), (x, embed))
+
+    for ours, exact in zip(
+        gradients(lambda *args: runner(h2ot.gather_tokens, *args)), gradients(python_ref.gather_tokens), strict=True
+    ):
+        torch.testing.assert_close(ours, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("runner", runners("gather_tokens"))
+@pytest.mark.parametrize(("dim", "out_dim"), [(1, 1), (1, 2), (2, 1)])
+def test_gradcheck_first_and_second_order(dim, out_dim, runner):
+    x = torch.randn(4, 5, 5, 3, dtype=torch.float64, requires_grad=True)
+    embed = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
+    index = some_index(2, 5, 3)
+
+    def function(x, embed):
+        return runner(h2ot.gather_tokens, x, index, embed, dim=dim, out_dim=out_dim)
+
+    assert torch.autograd.gradcheck(function, (x, embed), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x, embed), fast_mode=True)
+
+
+@pytest.mark.parametrize("runner", runners("gather_tokens"))
+@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+def test_a_wrong_index_touches_nothing(bad, runner):
+    x, index = torch.randn(2, 9, 8), torch.tensor([[0, 3, 5], [0, 3, bad]])
+    if bad < 0:
+        index = torch.tensor([[0, 3, 5], [bad, 3, 5]])
+    if runner.backend in ("cpp", "reference"):
+        with pytest.raises(IndexError, match="index"):
+            runner(h2ot.gather_tokens, x, index)
+    else:
+        out = runner(h2ot.gather_tokens, x, index)
+        assert torch.equal(out[0], x[0, [0, 3, 5]])
+        assert out[1, (index[1] == bad).nonzero()[0, 0]].isnan().all()
+
+
+def test_backward_refuses_an_index_that_is_not_ascending():
+    x = torch.randn(1, 9, 8, requires_grad=True)
+    with pytest.raises(ValueError, match="ascending"):
+        h2ot.gather_tokens(x, torch.tensor([[5, 5]])).sum().backward()

@@ -1,0 +1,344 @@
+"""The hosts: parameters and FLOPs of the published table, equality with the official formulation, checkpoints."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import h2ot_kernels as h2ot
+from h2ot_kernels import hosts
+from h2ot_kernels.hosts.blocks import Block, attend, drop_path
+from python_ref import official_mixste
+
+B, F, J = 2, 27, 17
+SMALL = {"num_frames": F, "channels": 32, "depth": 5, "num_heads": 4}
+STAGES = {
+    "mixste": {},
+    "hot_mixste": {"stages": {3: 9}},
+    "tpc_mixste": {"stages": {4: 7}},
+    "h2ot_mixste": {"stages": {1: 13, 2: 9}},
+}
+
+# SPEC section 6: parameters (M), FLOPs (G) of Linear and Conv1d layers, and with attention.
+TABLE = {
+    "mixste": ("33.784", "277.25", "294.85"),
+    "hot_mixste": ("35.000", "167.51", "176.18"),
+    "tpc_mixste": ("33.784", "251.28", "266.85"),
+    "h2ot_mixste": ("33.784", "121.23", "125.67"),
+}
+
+
+def small(name, **overrides):
+    """A small host in float64, every parameter random (the embeddings and the recovery token start at zero)."""
+    torch.manual_seed(3)
+    model = hosts.build(name, **{**SMALL, **STAGES[name], **overrides}).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def official(name, model, **overrides):
+    partner = official_mixste.build(name, **{**SMALL, **STAGES[name], **overrides}).double()
+    partner.load_state_dict(model.state_dict())
+    return partner.train(model.training)
+
+
+def inputs(dtype=torch.float64):
+    g = torch.Generator().manual_seed(11)
+    x = torch.randn(B, F, J, 2, generator=g, dtype=dtype)
+    return x, torch.rand(B, F, generator=g, dtype=dtype) * 1e-6
+
+
+def poses(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+def assert_near(ours, theirs, tolerance, scale=None):
+    scale = theirs.abs().max().item() if scale is None else scale
+    error = (ours.double() - theirs.double()).abs().max().item()
+    assert error <= tolerance * scale, f"error {error:.3g} of scale {scale:.3g}"
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_parameters_and_flops_are_those_of_the_papers(name):
+    with torch.device("meta"):
+        model = hosts.build(name)
+    parameters, linear, total = TABLE[name]
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}" == parameters
+    assert f"{hosts.count_flops(model) / 1e9:.2f}" == linear
+    assert f"{hosts.count_flops(model, 'total') / 1e9:.2f}" == total
+
+
+def test_executed_flops_leave_out_the_repeated_query():
+    with torch.device("meta"):
+        model, plain = hosts.build("hot_mixste"), hosts.build("mixste")
+    saved = 2 * (J - 1) * 243 * 512 * 512
+    for convention in ("linear", "total"):
+        published, executed = (hosts.count_flops(model, convention, executed=flag) for flag in (False, True))
+        assert published - executed == saved
+    assert hosts.count_flops(plain, executed=True) == hosts.count_flops(plain)
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = small("hot_mixste")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hosts.count_flops(model, "total")
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="convention: got 'all'"):
+        hosts.count_flops(model, "all")
+
+
+def test_flops_do_not_depend_on_the_pruner():
+    with torch.device("meta"):
+        models = [hosts.build("h2ot_mixste", pruner=pruner) for pruner in ("sampler", "attention", "scores")]
+    assert len({hosts.count_flops(model, "total") for model in models}) == 1
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("training", [False, True])
+def test_equals_the_official_formulation_with_all_gradients(name, training):
+    model = small(name, drop_path_rate=0.0).train(training)
+    partner = official(name, model, drop_path_rate=0.0)
+    x, noise = inputs()
+    ours, index = model(x, noise=noise, return_index=True)
+    theirs = partner(x, noise=noise)
+    if name == "tpc_mixste":
+        assert torch.equal(index, theirs[1])
+        assert (index == (F - 1) // 2).any(1).all()
+    theirs = poses(theirs)
+    assert_near(ours, theirs, 1e-9)
+
+    cotangent = torch.randn_like(ours)
+    (ours * cotangent).sum().backward()
+    (theirs * cotangent).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in partner.named_parameters()}
+    scale = max(grad.abs().max().item() for grad in gradients.values())
+    assert all(grad.abs().max() > 0 for grad in gradients.values())
+    for parameter, grad in model.named_parameters():
+        assert_near(grad.grad, gradients[parameter], 1e-9, scale)
+
+    if not training:
+        with torch.inference_mode():
+            assert_near(poses(model(x, noise=noise)), theirs.detach(), 1e-9)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_one_sample_alone_as_in_a_batch(name):
+    model = small(name).eval()
+    x, noise = inputs()
+    together = poses(model(x, noise=noise))
+    alone = torch.cat([poses(model(x[i : i + 1], noise=noise[i : i + 1])) for i in range(B)])
+    assert_near(alone, together, 1e-12)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_precisions(name):
+    model = small(name).eval()
+    x, _ = inputs()
+    exact, index = model(x, return_index=True)
+    index = index if len(index) else None
+    model.float()
+    with torch.no_grad():
+        assert_near(poses(model(x.float(), index)), exact, 1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_near(poses(model(x.float(), index)), exact, 0.1)
+        ours = poses(model.bfloat16()(x.bfloat16(), index))
+    assert ours.dtype == torch.bfloat16
+    assert_near(ours, exact, 0.1)
+
+
+@pytest.mark.parametrize("name", ["hot_mixste", "tpc_mixste", "h2ot_mixste"])
+def test_what_comes_back(name):
+    x, _ = inputs()
+    model = small(name).eval()
+    kept = list(STAGES[name]["stages"].values())
+    result, index = model(x, return_index=True)
+    assert [frames.shape[1] for frames in (index if isinstance(index, tuple) else [index])] == kept
+    assert isinstance(index, torch.Tensor) == (len(kept) == 1)
+    assert result.shape == (B, kept[-1] if name == "tpc_mixste" else F, J, 3)
+    assert isinstance(model(x), tuple) == (name == "tpc_mixste")
+
+    flipped = model(-x, index=index, return_index=True)
+    assert_near(flipped[0], poses(official(name, model)(-x, index=index)), 1e-9)
+
+    centre = small(name, pipeline="seq2frame", keep="centre").eval()(x)
+    assert centre.shape == (B, 1, J, 3)
+    full = small(name, keep="centre").eval()(x)
+    full, index = full if isinstance(full, tuple) else (full, torch.arange(F).expand(B, F))
+    assert_near(centre[:, 0], full[index == (F - 1) // 2], 1e-9)
+
+
+@pytest.mark.parametrize("pruner", ["cluster", "sampler", "motion", "attention", "scores"])
+@pytest.mark.parametrize("recover", ["attention", "interpolation"])
+def test_any_pruner_and_recovery(pruner, recover):
+    model = small("h2ot_mixste", pruner=pruner, recover=recover).eval()
+    x, _ = inputs()
+    scores = torch.randn(B, F, generator=torch.Generator().manual_seed(2))
+    pose, kept = model(x, scores=scores, return_index=True)
+    assert pose.shape == (B, F, J, 3)
+    if pruner == "motion":
+        assert torch.equal(kept[0], h2ot.prune_motion(x, 13))
+    if pruner == "scores":
+        assert torch.equal(kept[0], h2ot.select_tokens(scores, 13))
+    with torch.inference_mode():
+        assert_near(model(x, kept), pose.detach(), 1e-9)
+        assert_near(model(x, scores=scores), pose.detach(), 1e-9)
+
+
+def test_attention_pruner_reads_the_temporal_block_before_the_cut():
+    model = small("h2ot_mixste", pruner="attention", stages={2: 9}).eval()
+    partner = official("mixste", model)
+    seen = []
+    partner.TTEblocks[1].attn.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    x, _ = inputs()
+    partner(x)
+    query, key, _ = seen[0].unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+    weights = (query @ key.mT * 8**-0.5).softmax(-1).unflatten(0, (B, J))
+    received = weights.mean((1, 2, 3))
+    assert torch.equal(model(x, return_index=True)[1], received.topk(9).indices.sort().values)
+
+
+def test_a_stage_before_the_first_block_takes_its_frames_embeddings():
+    """Equal to a model that is given only those frames."""
+    index = torch.arange(0, F, 3)[None]
+    pruned = small("h2ot_mixste", stages={0: 9}, recover=None).eval()
+    short = small("mixste", num_frames=9).eval()
+    state = pruned.state_dict()
+    state["Temporal_pos_embed"] = state["Temporal_pos_embed"][:, index[0]]
+    short.load_state_dict(state)
+    x, _ = inputs()
+    pose, same = pruned(x, index=index)
+    assert torch.equal(same, index)
+    assert_near(pose, short(x[:, index[0]]), 1e-12)
+
+
+def test_drop_path_drops_whole_sequences():
+    x = torch.ones(40, 6, 50, 4)
+    dropped = drop_path(x, 0.25, dim=1)
+    sequences = dropped.transpose(1, 2).flatten(0, 1)
+    assert (sequences == sequences[:, :1, :1]).all()
+    kept = sequences[:, 0, 0] != 0
+    assert torch.equal(sequences[kept], torch.full_like(sequences[kept], 1 / 0.75))
+    assert 0.70 < kept.double().mean() < 0.80
+
+    block = Block(8, 2, 2.0, drop_path_rate=0.5).eval()
+    x = torch.randn(2, 5, 3, 8)
+    assert torch.equal(block(x, 1)[0], block(x, 1)[0])
+    assert not torch.equal(block.train()(x, 1)[0], block(x, 1)[0])
+    rates = [block.drop_path_rate for block in hosts.build("mixste", **SMALL).TTEblocks]
+    assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_attend_along_any_axis(dim, samples):
+    query, key, value = torch.randn(3, samples, 6, 5, 2, 4, dtype=torch.float64)
+    query, key, value = (x.movedim(dim, -2) for x in (query, key, value))
+    expected = ((query @ key.mT * 0.5).softmax(-1) @ value).transpose(-2, -3).flatten(-2)
+    torch.testing.assert_close(attend(query, key, value), expected)
+
+
+def test_compiles_without_a_break():
+    torch._dynamo.reset()
+    model = small("hot_mixste", depth=4).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, _ = inputs()
+    with torch.no_grad():
+        (ours, index), (traced, same) = model(x, return_index=True), compiled(x, return_index=True)
+    assert torch.equal(index, same)
+    assert_near(traced, ours, 1e-12)
+
+
+WRONG = {
+    "name": (
+        lambda: hosts.build("hot_transformer"),
+        ValueError,
+        "name: got 'hot_transformer', wanted one of mixste, hot",
+    ),
+    "stage": (
+        lambda: hosts.build("hot_mixste", **SMALL, stages={5: 9}),
+        ValueError,
+        "stages: got a stage before block 5",
+    ),
+    "pos_embed": (
+        lambda: hosts.build("h2ot_mixste", **SMALL, stages={1: 9, 2: 5}, pos_embed=True),
+        ValueError,
+        "pos_embed: needs exactly one stage, got 2",
+    ),
+    "frames": (
+        lambda: small("hot_mixste")(torch.zeros(1, 26, J, 2)),
+        ValueError,
+        r"x: got shape \[1, 26, 17, 2\], wanted \[B, F, J, in_channels\] = \[1, 27, 17, 2\]",
+    ),
+    "rank": (lambda: small("mixste")(torch.zeros(27, J, 2)), ValueError, r"x: got shape \[27, 17, 2\]"),
+    "type": (lambda: small("mixste")(np.zeros((1, F, J, 2))), TypeError, "x: got ndarray"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_input(name):
+    call, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrap", [None, "model", "model_pos", "state_dict"])
+def test_checkpoint_round_trip(tmp_path, prefix, wrap):
+    source, target = small("hot_mixste"), hosts.build("hot_mixste", **SMALL, **STAGES["hot_mixste"]).double()
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    if wrap:
+        state = {wrap: state, "epoch": 3, "lr": 1e-4, "min_loss": np.float64(40.9), "optimizer": {"state": {}}}
+    torch.save(state, tmp_path / "model.pth")
+    assert hosts.load_checkpoint(target, tmp_path / "model.pth") is target
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+
+
+def test_checkpoint_that_does_not_fit_names_every_key(tmp_path):
+    state = small("hot_mixste").state_dict()
+    del state["x_token"], state["head.1.bias"]
+    state["cross_attention.linear_v.bias"] = torch.zeros(5)
+    state["extra.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "model.pth")
+    target = small("hot_mixste")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit MixSTE") as caught:
+        hosts.load_checkpoint(target, tmp_path / "model.pth")
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing: x_token",
+        "  missing: head.1.bias",
+        "  unexpected: extra.weight",
+        "  shape: cross_attention.linear_v.bias is [5], wanted [32]",
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+class NotData:
+    """An object that only an unsafe load would make."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (NotData(), "is not a checkpoint of plain tensors"),
+        ([1, 2], "holds no state_dict"),
+        ({}, "holds no state_dict"),
+        ({"weight": 3}, "holds no state_dict"),
+    ],
+)
+def test_checkpoint_without_weights(tmp_path, content, message):
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=message):
+        hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "model.pth")
+
+
+def test_checkpoint_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "none.pth")
+    for content in (b"", b"not a checkpoint at all"):
+        (tmp_path / "bad.pth").write_bytes(content)
+        with pytest.raises(ValueError, match="is not a checkpoint"):
+            hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "bad.pth")

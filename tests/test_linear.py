@@ -1,0 +1,89 @@
+"""The packed linear layer: the numbers of nn.Linear, in every mode; packed weights follow the weights."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from h2ot_kernels.linear import Linear
+
+from .compare import assert_within
+
+
+def pair(bias=True):
+    ours = Linear(48, 40, bias=bias).eval()
+    plain = nn.Linear(48, 40, bias=bias).eval()
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_inference_within_bound(dtype, bias, activation):
+    ours, plain = pair(bias)
+    apply = functional.gelu if activation == "gelu" else nn.Identity()
+    x = torch.randn(3, 5, 48).to(dtype)
+    ours, plain = ours.to(dtype), plain.to(dtype)
+    with torch.inference_mode():
+        mine, same = ours(x, activation), apply(plain(x))
+        exact = apply(plain.double()(x.double()))
+    assert_within(mine, exact, same, 48)
+    assert (ours._packed is not None) == (dtype in (torch.float32, torch.bfloat16))
+
+
+def test_packed_weights_follow_the_weights():
+    ours, plain = pair()
+    x = torch.randn(4, 48)
+    with torch.no_grad():
+        before = ours(x)
+        for layer in (ours, plain):
+            layer.weight.mul_(2)
+            layer.bias.add_(1)
+        torch.testing.assert_close(ours(x), plain(x))
+        assert not torch.equal(ours(x), before)
+        ours.load_state_dict({"weight": torch.ones(40, 48), "bias": torch.zeros(40)})
+        torch.testing.assert_close(ours(x), x.sum(1, keepdim=True).expand(-1, 40))
+
+
+def test_training_and_gradients_are_those_of_linear():
+    ours, plain = pair()
+    x = torch.randn(4, 48)
+    with torch.inference_mode():
+        ours(x)
+    for layer in (ours, plain):
+        layer.train()
+        layer(x).square().sum().backward()
+    assert ours._packed is None
+    assert torch.equal(ours.weight.grad, plain.weight.grad)
+
+
+def test_autocast_gives_its_dtype():
+    ours, plain = pair()
+    x = torch.randn(4, 48)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(x).dtype == plain(x).dtype == torch.bfloat16
+        torch.testing.assert_close(ours(x), plain(x), rtol=2e-2, atol=2e-2)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_copies_and_pickles_without_the_packed_weight():
+    ours, _ = pair()
+    x = torch.randn(4, 48)
+    with torch.inference_mode():
+        expected = ours(x)
+        for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert twin._packed is None
+            assert torch.equal(twin(x), expected)
+    assert set(ours.state_dict()) == {"weight", "bias"}
+
+
+def test_compiles_without_a_break():
+    ours, plain = pair()
+    x = torch.randn(4, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(ours, fullgraph=True)(x), plain(x))

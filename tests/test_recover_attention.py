@@ -1,0 +1,117 @@
+"""Cross-attention recovery and its fused inference tail: within max(4 x PyTorch's own error, 2 eps sqrt(terms))."""
+
+import pytest
+import torch
+from torch import nn
+
+import h2ot_kernels as h2ot
+import python_ref
+
+from .cases import DTYPES
+from .compare import assert_within
+from .runners import runners
+
+# B, F, K, C, H, shared query
+SHAPES = [
+    (3, 27, 9, 64, 8, True),
+    (2, 27, 9, 64, 8, False),
+    (1, 243, 81, 64, 4, True),
+    (2, 5, 3, 6, 2, True),
+    (1, 1, 1, 1, 1, False),
+    (2, 13, 117, 100, 4, True),
+    (0, 9, 3, 8, 2, True),
+]
+
+
+def inputs(B, F, K, C, shared, dtype):
+    return torch.randn(F if shared else B * F, C).reshape(-1, F, C).to(dtype), *torch.randn(2, B, K, C).to(dtype)
+
+
+@pytest.mark.parametrize("runner", runners("recover_attention"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "F", "K", "C", "H", "shared"), SHAPES)
+def test_attention_within_bound(B, F, K, C, H, shared, dtype, runner):
+    tensors = inputs(B, F, K, C, shared, dtype)
+    exact = python_ref.recover_attention(*(x.double() for x in tensors), H)
+    same = python_ref.recover_attention(*tensors, H)
+    assert_within(runner(h2ot.recover_attention, *tensors, H), exact, same, K + C // H)
+
+
+@pytest.mark.parametrize("runner", runners("recover_attention"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "F", "K", "C", "H", "shared"), [s for s in SHAPES if s[0]])
+def test_gradients_within_bound(B, F, K, C, H, shared, dtype, runner):
+    tensors = inputs(B, F, K, C, shared, dtype)
+    weight = torch.randn(B, F, C)
+
+    def gradients(function, to):
+        leaves = [x.to(to).requires_grad_() for x in tensors]
+        out = function(*leaves, H)
+        return torch.autograd.grad((out * weight.to(out)).sum(), leaves)
+
+    ours = gradients(lambda *args: runner(h2ot.recover_attention, *args), dtype)
+    exact, same = (gradients(python_ref.recover_attention, to) for to in (torch.float64, dtype))
+    for name, mine, oracle, own in zip(("query", "key", "value"), ours, exact, same, strict=True):
+        terms = max(F, K) * (B if shared and name == "query" else 1) + C // H
+        assert_within(mine, oracle, own, terms)
+
+
+@pytest.mark.parametrize("runner", runners("recover_attention"))
+def test_large_logits_stay_finite(runner):
+    query, key, value = torch.randn(4, 8) * 1e4, torch.randn(1, 5, 8) * 1e4, torch.randn(1, 5, 8)
+    ours = runner(h2ot.recover_attention, query, key, value, 2)
+    exact = python_ref.recover_attention(query.double(), key.double(), value.double(), 2)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("runner", runners("recover_attention"))
+def test_scale_and_query_shapes_agree(runner):
+    query, (key, value) = torch.randn(6, 8), torch.randn(2, 3, 5, 8)
+    one = runner(h2ot.recover_attention, query, key, value, 2, scale=0.7)
+    assert torch.equal(one, runner(h2ot.recover_attention, query[None], key, value, 2, scale=0.7))
+    each = runner(h2ot.recover_attention, query.expand(3, -1, -1), key, value, 2, scale=0.7)
+    torch.testing.assert_close(one, each, rtol=1e-6, atol=1e-6)
+    uniform = runner(h2ot.recover_attention, query, key, value, 2, scale=0.0)
+    torch.testing.assert_close(uniform, value.mean(1, keepdim=True).expand(-1, 6, -1))
+
+
+def test_gradcheck():
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (2, 3, 6), (2, 3, 6))]
+    assert torch.autograd.gradcheck(lambda *args: h2ot.recover_attention(*args, 2), tensors)
+
+
+def test_second_order_raises():
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((4, 6), (2, 3, 6), (2, 3, 6))]
+    grads = torch.autograd.grad(h2ot.recover_attention(*tensors, 2).square().sum(), tensors, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grads[0].sum().backward()
+
+
+@pytest.mark.parametrize("runner", runners("recover_tail"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("joints", "F", "K", "C", "H"), [(17, 27, 9, 64, 8), (3, 5, 2, 12, 2), (1, 1, 1, 8, 1)])
+def test_fused_tail_within_bound(joints, F, K, C, H, dtype, runner):
+    proj, norm, head = nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 3)
+    nn.init.normal_(norm.weight)
+    token, query, (key, value) = torch.randn(1, F, C), torch.randn(1, F, C), torch.randn(2, 2 * joints, K, C)
+    tensors = [x.to(dtype) for x in (token, query, key, value)]
+
+    @torch.no_grad()
+    def run(function, to):
+        modules = [module.to(to) for module in (proj, norm, head)]
+        return function(*(x.to(to) for x in tensors), *modules, H, num_joints=joints)
+
+    for module in (proj, norm, head):
+        module.to(dtype)  # the weights that the backend sees
+    same = run(python_ref.recover_pose, dtype)
+    ours = run(lambda *args, **kwargs: runner(h2ot.recover_pose, *args, **kwargs), dtype)
+    exact = run(python_ref.recover_pose, torch.float64)
+    assert ours.shape == (2, joints, F, 3)
+    assert_within(ours, exact, same, C)
+
+
+def test_fused_tail_refuses_gradients():
+    C, kept = 8, torch.randn(17, 3, 8)
+    modules = nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 3)
+    with pytest.raises(RuntimeError, match="inference"):
+        h2ot.recover_pose(torch.zeros(9, C), torch.zeros(9, C), kept, kept, *modules, 2)

@@ -1,0 +1,94 @@
+"""Interpolation: the kept frames exactly, the others to a rounding of the two terms."""
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+import python_ref
+
+from .cases import DTYPES
+from .compare import assert_within
+from .runners import runners
+from .test_gather import some_index
+
+# B, K, F, trailing shape, rows of the index
+SHAPES = [
+    (2, 81, 243, (17, 3), 2),
+    (2, 9, 27, (512,), 1),
+    (3, 1, 5, (4,), 3),
+    (1, 5, 5, (), 1),
+    (2, 2, 100, (3,), 2),
+    (0, 3, 9, (3,), 1),
+    (2, 3, 9, (0,), 1),
+]
+OPTIONS = [{"mode": mode, "align": align} for mode in ("linear", "nearest") for align in ("index", "uniform")]
+
+
+@pytest.mark.parametrize("runner", runners("recover_interpolate"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize(("B", "K", "F", "trailing", "rows"), SHAPES)
+def test_interpolation_within_bound(B, K, F, trailing, rows, options, dtype, runner):
+    x, index = torch.randn(B, K, *trailing).to(dtype), some_index(rows, F, K)
+    ours = runner(h2ot.recover_interpolate, x, index, F, **options)
+    exact = python_ref.recover_interpolate(x.double(), index, F, **options)
+    assert_within(ours, exact, python_ref.recover_interpolate(x, index, F, **options), 2)
+    if options["align"] == "index":
+        for b in range(B):
+            assert torch.equal(ours[b, index[b % rows]], x[b])
+
+
+@pytest.mark.parametrize("runner", runners("recover_interpolate"))
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+def test_gradcheck_first_and_second_order(options, runner):
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([[1, 2, 5, 8], [0, 3, 4, 9]])
+
+    def function(x):
+        return runner(h2ot.recover_interpolate, x, index, 11, **options)
+
+    assert torch.autograd.gradcheck(function, (x,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("runner", runners("recover_interpolate"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+def test_gradients_within_bound(options, dtype, runner):
+    x, index = torch.randn(2, 9, 17, 3).to(dtype), some_index(2, 100, 9)
+    weight = torch.randn(2, 100, 17, 3)
+
+    def gradient(function, to):
+        leaf = x.to(to).requires_grad_()
+        out = function(leaf, index, 100, **options)
+        return torch.autograd.grad((out * weight.to(out)).sum(), leaf)[0]
+
+    ours = gradient(lambda *args, **kwargs: runner(h2ot.recover_interpolate, *args, **kwargs), dtype)
+    exact, same = (gradient(python_ref.recover_interpolate, to) for to in (torch.float64, dtype))
+    assert_within(ours, exact, same, 100)
+
+
+def test_a_straight_line_is_recovered():
+    line = torch.arange(243.0)[None, :, None] * torch.tensor([1.0, -2.0, 0.5])
+    index = h2ot.prune_sample(243, 81)
+    torch.testing.assert_close(h2ot.recover_interpolate(line[:, index[0]], index, 243), line)
+    uniform = h2ot.recover_interpolate(line[:, [0, 121, 242]], None, 243, align="uniform")
+    torch.testing.assert_close(uniform, line)
+
+
+def test_nearest_takes_the_earlier_on_a_tie():
+    x = torch.tensor([[0.0, 1.0]])
+    ours = h2ot.recover_interpolate(x, torch.tensor([[0, 4]]), 5, mode="nearest")
+    assert ours.tolist() == [[0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("runner", runners("recover_interpolate"))
+def test_a_wrong_index_is_refused(runner):
+    if runner.backend not in ("cpp", "reference"):
+        pytest.skip("a Triton kernel cannot raise for a wrong index, and what it gives has no test yet")
+    x = torch.randn(1, 3, 2)
+    for bad in ([0, 1, 9], [-1, 1, 2]):
+        with pytest.raises(IndexError, match="index"):
+            runner(h2ot.recover_interpolate, x, torch.tensor([bad]), 9)
+    with pytest.raises(ValueError, match="ascending"):
+        runner(h2ot.recover_interpolate, x, torch.tensor([[0, 4, 4]]), 9)

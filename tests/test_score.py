@@ -1,0 +1,83 @@
+"""Scoring against the float64 oracle: values to float64 rounding, parents and kept tokens exactly."""
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+import python_ref
+
+from .cases import TOKEN_CASES, oracle_index, oracle_scores
+from .compare import assert_scores
+from .runners import runners
+
+
+def affordable(case, runner):
+    """Not: large cases in Triton's interpreter, or in the reference, which the oracle runs already."""
+    return not (case.large and (runner.interpreted or runner.backend == "reference"))
+
+
+def pairs(op):
+    """Every affordable case with every runner of op."""
+    return [
+        pytest.param(case, runner.values[0], id=f"{case}-{runner.id}")
+        for runner in runners(op)
+        for case in TOKEN_CASES
+        if affordable(case, runner.values[0])
+    ]
+
+
+@pytest.mark.parametrize(("case", "runner"), pairs("score_tokens"))
+def test_scores_equal_the_oracle(case, runner):
+    assert_scores(runner(h2ot.score_tokens, case.tokens(), case.k, **case.arguments()), oracle_scores(case))
+
+
+@pytest.mark.parametrize(("case", "runner"), pairs("prune_cluster"))
+def test_kept_tokens_equal_the_oracle(case, runner):
+    ours = runner(h2ot.prune_cluster, case.tokens(), case.K, case.k, keep=case.keep, **case.arguments())
+    assert torch.equal(ours, oracle_index(case))
+
+
+@pytest.mark.parametrize("runner", runners("score_tokens"))
+@pytest.mark.parametrize("kind", ["smooth", "duplicates", "static"])
+def test_selecting_on_the_score_is_pruning(kind, runner):
+    case = next(case for case in TOKEN_CASES if case.kind == kind)
+    x, given = case.tokens(), {"mask": torch.rand(case.B, case.N) > 0.2}
+    score = runner(h2ot.score_tokens, x, case.k, **given).score
+    assert torch.equal(
+        runner(h2ot.select_tokens, score, case.K, **given), runner(h2ot.prune_cluster, x, case.K, case.k, **given)
+    )
+
+
+@pytest.mark.parametrize("runner", runners("score_tokens"))
+def test_any_strides_give_the_same_bits(runner):
+    x = torch.randn(3, 21, 5, 8)
+    views = {
+        "joints last": x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2),
+        "frames last": x.movedim(1, 3).contiguous().movedim(3, 1),
+        "sliced": torch.cat([x, x], -1)[..., :8],
+        "every second": x.repeat_interleave(2, 1)[:, ::2],
+    }
+    expected = runner(h2ot.score_tokens, x)
+    for name, view in views.items():
+        assert torch.equal(runner(h2ot.score_tokens, view).score, expected.score), name
+    row = x[:, :, 0].mean(0, keepdim=True)
+    expanded = runner(h2ot.score_tokens, row.expand(3, -1, -1)).score
+    assert torch.equal(expanded, runner(h2ot.score_tokens, row).score.expand(3, -1))
+
+
+@pytest.mark.parametrize("runner", runners("score_tokens"))
+def test_largest_distance_belongs_to_the_densest(runner):
+    x = torch.tensor([[[0.0], [1.0], [3.0], [11.0]]])
+    scores = runner(h2ot.score_tokens, x)
+    assert scores.parent.tolist() == [[-1, 0, 1, 2]]
+    torch.testing.assert_close(scores.distance, torch.tensor([[11.0, 1, 2, 8]], dtype=torch.float64))
+    assert scores.score[0, 0] == float("inf")
+
+
+def test_a_tf32_product_would_be_caught():
+    """Negative control: distances from products rounded as TF32 does fail the comparison that every backend passes."""
+    x = next(case for case in TOKEN_CASES if case.kind == "offset").tokens()
+    rounded = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    exact = python_ref.score_tokens(x.double())
+    with pytest.raises(AssertionError):
+        assert_scores(python_ref.score_tokens(rounded.double()), exact)

@@ -1,0 +1,99 @@
+"""Selection: exact on every input, ties included; and the pruners that make scores."""
+
+import pytest
+import torch
+
+import h2ot_kernels as h2ot
+import python_ref
+
+from .cases import DTYPES
+from .compare import assert_within
+from .runners import runners
+
+SCORES = {
+    "random": lambda B, N: torch.randn(B, N),
+    "ties": lambda B, N: torch.randint(0, 3, (B, N)).double(),
+    "equal": lambda B, N: torch.zeros(B, N),
+    "signed zeros": lambda B, N: torch.where(torch.rand(B, N) > 0.5, 0.0, -0.0),
+    "infinities": lambda B, N: torch.randn(B, N).masked_fill(torch.rand(B, N) > 0.6, float("-inf")),
+    "nan": lambda B, N: torch.randn(B, N).masked_fill(torch.rand(B, N) > 0.6, float("nan")),
+}
+
+
+@pytest.mark.parametrize("runner", runners("select_tokens"))
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (5, 5), (243, 81), (351, 117), (2048, 3)])
+def test_selection_is_exact(kind, N, K, runner):
+    score, mask = SCORES[kind](3, N), torch.rand(3, N) > 0.4
+    keep = torch.randint(0, N, (3, min(K, 4)))
+    for given in ({}, {"mask": mask}, {"keep": N // 2}, {"keep": keep, "mask": mask}, {"keep": keep[0]}):
+        ours = runner(h2ot.select_tokens, score, K, **given)
+        assert torch.equal(ours, python_ref.select_tokens(score, K, **given)), given
+
+
+@pytest.mark.parametrize("runner", runners("select_tokens"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_every_dtype(dtype, runner):
+    score = torch.randn(2, 50).to(dtype)
+    assert torch.equal(runner(h2ot.select_tokens, score, 7), python_ref.select_tokens(score, 7))
+
+
+@pytest.mark.parametrize("runner", runners("prune_motion"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_motion_is_exact(dtype, runner):
+    pose = torch.randn(2, 243, 17, 2).to(dtype)
+    pose[0, 40:60] = pose[0, 40]
+    pose[1, 7, 3, 0] = float("nan")
+    for x in (pose, pose.transpose(2, 3).contiguous().transpose(2, 3), pose[:, ::2]):
+        ours = runner(h2ot.prune_motion, x, 81, keep=[0, 50])
+        assert torch.equal(ours, python_ref.prune_motion(x, 81, keep=[0, 50]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 8, 27, 64), (2, 3, 4, 51, 20), (1, 1, 1, 1, 1), (0, 2, 9, 8)])
+def test_attention_scores_within_bound(shape, dtype):
+    query, key = (torch.randn(shape).to(dtype) for _ in range(2))
+    scale = shape[-1] ** -0.5
+    ours = torch.ops.h2ot_kernels.attention_scores(query, key, scale)
+    exact = python_ref.attention_scores(query.double(), key.double())
+    assert_within(ours, exact, python_ref.attention_scores(query, key), shape[-1])
+
+
+@pytest.mark.parametrize("runner", runners("prune_attention"))
+@pytest.mark.parametrize("shape", [(2, 8, 27, 64), (2, 3, 4, 27, 20)])
+def test_attention_pruning(shape, runner):
+    query, key = torch.randn(shape), torch.randn(shape)
+    ours = runner(h2ot.prune_attention, query, key, 9, keep=13)
+    assert torch.equal(ours, python_ref.prune_attention(query.double(), key.double(), 9, keep=13))
+    strided = runner(
+        h2ot.prune_attention, query.mT.contiguous().mT, torch.cat([key, key], -1)[..., : shape[-1]], 9, keep=13
+    )
+    assert torch.equal(ours, strided)
+
+
+def test_sampler_follows_the_integer_rule():
+    for F, K in ((243, 81), (243, 1), (9, 9), (351, 117), (2, 1), (1, 1)):
+        expected = [(F - 1) // 2] if K == 1 else [i * (F - 1) // (K - 1) for i in range(K)]
+        assert h2ot.prune_sample(F, K).tolist() == [expected]
+
+
+def test_sampler_composed_over_stages_keeps_the_centre():
+    first = h2ot.prune_sample(243, 121, keep=121)
+    centre = first[0].tolist().index(121)
+    second = first[0][h2ot.prune_sample(121, 81, keep=centre)[0]]
+    plain = h2ot.prune_sample(243, 121)[0][h2ot.prune_sample(121, 81)[0]]
+    assert plain[:6].tolist() == [0, 2, 6, 8, 12, 14]
+    assert plain[-2:].tolist() == [237, 242]
+    assert 121 in second
+    assert len(set(second.tolist())) == 81
+
+
+def test_sampler_keep_replaces_the_nearest_lower_on_a_tie():
+    assert h2ot.prune_sample(9, 3, keep=2).tolist() == [[2, 4, 8]]
+    assert h2ot.prune_sample(9, 3, keep=[4, 5]).tolist() == [[0, 4, 5]]
+    assert h2ot.prune_sample(9, 3, keep=[0, 1, 2]).tolist() == [[0, 1, 2]]
+
+
+def test_sampler_result_is_the_callers_own():
+    h2ot.prune_sample(9, 3).zero_()
+    assert h2ot.prune_sample(9, 3).tolist() == [[0, 4, 8]]
