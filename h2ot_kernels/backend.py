@@ -52,7 +52,6 @@ def why_no_cuda() -> str | None:
 
 
 @functools.cache
-@torch.compiler.assume_constant_result  # torch.compile looks through the cache and cannot trace an import
 def why_no_triton() -> str | None:
     """None when the Triton kernels are imported, else the reason."""
     try:

@@ -61,9 +61,10 @@ def test_readme_examples_run(tmp_path):
 
 def test_import_needs_little_beyond_torch():
     code = (
-        "import time, torch; t = time.process_time(); import h2ot_kernels; print(time.process_time() - t);"
-        "import sys; assert 'matplotlib' not in sys.modules and 'rich' not in sys.modules"
+        "import sys, torch; before = set(sys.modules); import h2ot_kernels;"
+        "print(*sorted(set(sys.modules) - before))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 1.0
+    assert "h2ot_kernels" in run.stdout.split()
+    assert not {"matplotlib", "rich", "sympy", "scipy", "torch._dynamo", "h2ot_kernels.demo"} & set(run.stdout.split())
