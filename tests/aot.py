@@ -161,13 +161,15 @@ def compile_build(task: tuple[Build, int]) -> Row:
 
 
 def launched_kernels() -> set[str]:
-    """The names of all kernels that some stem passes to `launch`."""
-    names = set()
+    """The names of all `@triton.jit` functions that host code refers to: what it passes on to `launch`."""
+    compiled, used = set(), set()
     for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch":
-                names.add(node.args[0].id)
-    return names
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+                compiled.add(node.name)
+            elif isinstance(node, ast.FunctionDef):
+                used |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return compiled & used
 
 
 def builds() -> list[Build]:

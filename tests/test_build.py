@@ -61,8 +61,7 @@ def test_readme_examples_run(tmp_path):
 
 def test_import_needs_little_beyond_torch():
     code = (
-        "import sys, torch; before = set(sys.modules); import h2ot_kernels;"
-        "print(*sorted(set(sys.modules) - before))"
+        "import sys, torch; before = set(sys.modules); import h2ot_kernels; print(*sorted(set(sys.modules) - before))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
