@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PACKABLE = (torch.float32, torch.bfloat16)
+ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
 
 class Linear(nn.Linear):
@@ -24,14 +25,21 @@ class Linear(nn.Linear):
 
     _packed: tuple | None = None  # (what the weight was, the packed weight, the bias in its dtype)
 
-    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        """x [..., in_features] -> [..., out_features]; activation: "none", or "gelu" (exact), in the same pass."""
+    def forward(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
+        """x [..., in_features] -> [..., out_features], in one pass with the activation or the addition.
+
+        activation: "none", "gelu" (exact), "tanh" or "relu"; residual [..., out_features]: added to the product.
+        """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if not self._can_pack(x, dtype):
-            y = super().forward(x)
-            return functional.gelu(y) if activation == "gelu" else y
+            y = ACTIVATIONS[activation](super().forward(x))
+            return y if residual is None else residual + y
         weight, bias = self._pack(x, dtype)
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, activation, [], "none")
+        x = x.to(dtype)
+        if residual is None or activation != "none" or residual.dtype != dtype:
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+            return y if residual is None else residual + y
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
     def _can_pack(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (
