@@ -6,7 +6,7 @@ import torch
 
 import h2ot_kernels as h2ot
 from h2ot_kernels import hosts
-from h2ot_kernels.hosts.blocks import Block, attend, drop_path
+from h2ot_kernels.hosts.blocks import Attention, Block, drop_path
 
 from .host_cases import (
     NAMES,
@@ -215,11 +215,15 @@ def test_drop_path_drops_whole_sequences():
 
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_attend_along_any_axis(dim, samples):
-    query, key, value = torch.randn(3, samples, 6, 5, 2, 4, dtype=torch.float64)
-    query, key, value = (x.movedim(dim, -2) for x in (query, key, value))
-    expected = ((query @ key.mT * 0.5).softmax(-1) @ value).transpose(-2, -3).flatten(-2)
-    torch.testing.assert_close(attend(query, key, value), expected)
+def test_attention_along_any_axis(dim, samples):
+    layer = Attention(8, 2).double()
+    x = torch.randn(samples, 6, 5, 8, dtype=torch.float64)
+    query, key, value = layer.qkv(x).unflatten(-1, (3, 2, 4)).movedim(dim, -2).unbind(-4)
+    expected = ((query @ key.mT * 0.5).softmax(-1) @ value).transpose(-2, -3).flatten(-2).movedim(-2, dim)
+    ours, (same_query, same_key) = layer(x, dim, residual=x)
+    torch.testing.assert_close(ours, x + layer.proj(expected))
+    torch.testing.assert_close(same_query, query)
+    torch.testing.assert_close(same_key, key)
 
 
 def test_compiles_without_a_break():

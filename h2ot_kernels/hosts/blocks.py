@@ -13,13 +13,8 @@ QueryKey = tuple[Tensor, Tensor]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention over T of [B, ..., H, T, D] -> [B, ..., T, H * D]. No N x N weights are stored.
-
-    The axes before H are viewed as one: always possible for B = 1, where strided inputs are then read in place.
-    """
-    sequences = (x.flatten(0, -4) for x in (query, key, value))
-    attended = functional.scaled_dot_product_attention(*sequences)
-    return attended.transpose(1, 2).flatten(-2).unflatten(0, query.shape[:-3])
+    """Softmax attention over T of [B, H, T, D] -> [B, T, H * D]. No T x T weights are stored."""
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
 
 
 def drop_path(x: Tensor, rate: float, dim: int) -> Tensor:
@@ -51,17 +46,29 @@ class Attention(nn.Module):
         if not proj_first:
             self.proj = Linear(channels, channels)
 
-    def forward(self, x: Tensor, dim: int) -> tuple[Tensor, QueryKey]:
-        """x [B, ..., C] -> attention along axis dim, and (query, key) [B, ..., H, T, D] with dim moved to T."""
-        last = x.dim() - 2
-        if dim != last and x.shape[0] > 1:
-            # Of several samples the sequences along an outer axis cannot be read in place: one copy, of x alone.
-            attended, query_key = self.forward(x.movedim(dim, last).contiguous(), last)
-            return attended.movedim(last, dim), query_key
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).movedim(dim, -2)
-        query, key, value = qkv.unbind(-4)
-        attended = self.proj(attend(query, key, value).movedim(-2, dim))
-        return functional.dropout(attended, self.dropout, self.training), (query, key)
+    def forward(self, x: Tensor, dim: int, **update) -> tuple[Tensor, QueryKey]:
+        """x [B, T, C], or [B, F, J, C] with dim 1 or 2 -> attention along axis dim, (query, key) [B, (J, F), H, T, D].
+
+        update: residual, scale as `Linear` takes them.
+        """
+        if dim == x.dim() - 2:
+            heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+            query, key, value = (y.transpose(-2, -3) for y in heads)
+            attended = attend(*(y.flatten(0, -4) for y in (query, key, value))).view_as(x)
+        else:
+            # The joints stand beside the heads: one view of every sample, read and written in place.
+            heads = [y.unflatten(-1, (self.num_heads, -1)) for y in self.qkv(x, chunks=3)]
+            query, key, value = (y.movedim(1, 3) for y in heads)
+            attended = attend(*(y.flatten(2, 3).transpose(1, 2) for y in heads)).view_as(x)
+        return project(self.proj, attended, self.dropout if self.training else 0.0, **update), (query, key)
+
+
+def project(layer: Linear, x: Tensor, dropout: float, residual: Tensor | None = None, **scale) -> Tensor:
+    """residual + dropout(layer(x)), in one pass where nothing is dropped."""
+    if dropout == 0:
+        return layer(x, residual=residual, **scale)
+    y = functional.dropout(layer(x, **scale), dropout)
+    return y if residual is None else residual + y
 
 
 class Mlp(nn.Module):
@@ -73,9 +80,10 @@ class Mlp(nn.Module):
         self.fc1 = Linear(channels, hidden)
         self.fc2 = Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **update) -> Tensor:
+        """update: residual, scale as `Linear` takes them."""
         hidden = functional.dropout(self.fc1(x, activation="gelu"), self.dropout, self.training)
-        return functional.dropout(self.fc2(hidden), self.dropout, self.training)
+        return project(self.fc2, hidden, self.dropout if self.training else 0.0, **update)
 
 
 class Block(nn.Module):
@@ -98,14 +106,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, dim: int) -> tuple[Tensor, QueryKey]:
         """x [B, ..., C] -> the block's output along axis dim, and its attention's (query, key)."""
-        attended, query_key = self.attn(self.norm1(x), dim)
-        x = x + self._dropped(attended, dim)
-        return x + self._dropped(self.mlp(self.norm2(x)), dim), query_key
-
-    def _dropped(self, branch: Tensor, dim: int) -> Tensor:
         if not self.training or self.drop_path_rate == 0:
-            return branch
-        return drop_path(branch, self.drop_path_rate, dim)
+            x, query_key = self.attn(self.norm1(x), dim, residual=x)
+            return self.mlp(self.norm2(x), residual=x), query_key
+        attended, query_key = self.attn(self.norm1(x), dim)
+        x = x + drop_path(attended, self.drop_path_rate, dim)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, dim), query_key
 
 
 class Fusion(nn.Linear):

@@ -30,8 +30,9 @@ def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool 
     checks.choice("convention", convention, ("linear", "total"))
     counted = {"linear": 0, "repeated query": 0, "dense scaling": 0}
 
-    def count_layer(layer: nn.Linear | nn.Conv1d, inputs, output: Tensor) -> None:
-        counted["linear"] += 2 * output.numel() * math.prod(layer.weight.shape[1:])
+    def count_layer(layer: nn.Linear | nn.Conv1d, inputs, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs = [output] if isinstance(output, Tensor) else output
+        counted["linear"] += 2 * sum(y.numel() for y in outputs) * math.prod(layer.weight.shape[1:])
 
     def count_query(layer: TokenRecoveringAttention, inputs, output: Tensor) -> None:
         token, x = inputs

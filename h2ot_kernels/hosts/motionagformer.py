@@ -113,19 +113,22 @@ class Mixing(nn.Module):
 
     def forward(self, x: Tensor, dim: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """x [B, F, J, C] mixed along axis dim -> (x, what the mixer says beside)."""
-        mixed, beside = self.mixer(self.norm1(x), dim)
-        x = torch.addcmul(x, mixed, self.layer_scale_1)
-        return torch.addcmul(x, self.mlp(self.norm2(x)), self.layer_scale_2), beside
+        x, beside = self.mixer(self.norm1(x), dim, residual=x, scale=self.layer_scale_1)
+        return self.mlp(self.norm2(x), residual=x, scale=self.layer_scale_2), beside
 
 
 class Graph(nn.Module):
-    """relu(x + batch_norm(A' V(x) + U(x))) over the nodes on one axis, A' = D^(-1/2) A D^(-1/2), see `by_degree`."""
+    """residual + scale * relu(x + batch_norm(A' V(x) + U(x))) over the nodes on one axis, A' of `by_degree`."""
 
     def __init__(self, channels: int, nodes: int):
         super().__init__()
         self.U = Linear(channels, channels)
         self.V = Linear(channels, channels)
         self.batch_norm = nn.BatchNorm1d(nodes)
+
+    def finish(self, x: Tensor, y: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+        """x, residual [B, F, J, C], y = A' V(x) + U(x) with the nodes on axis 1."""
+        return torch.addcmul(residual, torch.relu(x + self.batch_norm(y).view_as(x)), scale)
 
     def unexecuted_flops(self, x: Tensor, dim: int) -> int:
         """The published formulation multiplies by D^(-1/2) as two dense products of [T, T] matrices."""
@@ -142,10 +145,10 @@ class SpatialGraph(Graph):
         adjacency = torch.tensor([[other in neighbours for other in range(len(joints))] for neighbours in joints])
         self.register_buffer("adjacency", adjacency, persistent=False)
 
-    def forward(self, x: Tensor, dim: int) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, dim: int, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
         """x [B, F, J, C], dim 2."""
         y = by_degree(self.adjacency, x.dtype) @ self.V(x) + self.U(x)
-        return torch.relu(x + self.batch_norm(y.flatten(0, 1)).view_as(x)), None
+        return self.finish(x, y.flatten(0, 1), residual, scale), None
 
 
 class TemporalGraph(Graph):
@@ -155,11 +158,11 @@ class TemporalGraph(Graph):
         super().__init__(channels, nodes)
         self.num_neighbours = min(num_neighbours, nodes)
 
-    def forward(self, x: Tensor, dim: int) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, dim: int, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
         """x [B, F, J, C], dim 1."""
         weights = by_degree(self.adjacency(x.transpose(1, 2)), x.dtype)
         y = (weights @ self.V(x).transpose(1, 2)).transpose(1, 2) + self.U(x)
-        return torch.relu(x + self.batch_norm(y.flatten(2)).view_as(x)), None
+        return self.finish(x, y.flatten(2), residual, scale), None
 
     def adjacency(self, rows: Tensor) -> Tensor:
         """rows [B, J, F, C] -> bool [B, J, F, F]: where the product of two frames reaches the row's n-th largest."""

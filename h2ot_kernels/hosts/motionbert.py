@@ -27,12 +27,11 @@ class DualBlock(nn.Module):
         """x [B, F, J, C] -> the block's output and its temporal (query, key)."""
         for axis in self.order:
             if axis == "s":
-                x = x + self.attn_s(self.norm1_s(x), dim=2)[0]
-                x = x + self.mlp_s(self.norm2_s(x))
+                x, _ = self.attn_s(self.norm1_s(x), dim=2, residual=x)
+                x = self.mlp_s(self.norm2_s(x), residual=x)
             else:
-                attended, query_key = self.attn_t(self.norm1_t(x), dim=1)
-                x = x + attended
-                x = x + self.mlp_t(self.norm2_t(x))
+                x, query_key = self.attn_t(self.norm1_t(x), dim=1, residual=x)
+                x = self.mlp_t(self.norm2_t(x), residual=x)
         return x, query_key
 
 
