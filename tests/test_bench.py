@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import run, shapes
+from bench import bench_large, run, shapes
 from h2ot_kernels.comparison import Comparison, Verdict, compare, same_index, same_labels, same_values
 from h2ot_kernels.timing import Machine, interleave
 
@@ -67,6 +67,21 @@ def test_the_command_appends_rows(tmp_path, monkeypatch, capsys):
     assert run.main(arguments) == 0
     assert [json.loads(line)["op"] for line in out.read_text().splitlines()] == arguments[1:3] * 2
     assert "2 of 2 cases right" in capsys.readouterr().out
+
+
+def test_many_tokens_are_checked_and_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_large, "extra_memory", lambda name, N, threads: 3 << 20)
+    threads, out = torch.get_num_threads(), tmp_path / "large.jsonl"
+    arguments = ["--sizes", "1700", "--seconds", "0.01", "--without-scikit-learn", "--threads", str(threads)]
+    assert bench_large.main([*arguments, "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert set(row["timings"]) == {"ours", "official"}
+    assert row["shape"]["K"] == 425
+    assert "3.0 MB" in capsys.readouterr().out
+    genuine = bench_large.h2ot.score_tokens
+    monkeypatch.setattr(bench_large.h2ot, "score_tokens", lambda x, k: genuine(x + 1e-3 * torch.randn_like(x), k))
+    assert bench_large.main([*arguments, "--out", str(out)]) == 1
+    assert json.loads(out.read_text().splitlines()[-1])["timings"] == {}
 
 
 @pytest.mark.parametrize("bad", [["--ops", "sort"], ["--threads", "0"], ["--device", "tpu"]])

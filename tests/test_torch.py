@@ -20,6 +20,7 @@ def samples():
         C = x.shape[2]
         mask = torch.rand(2, 9) > 0.2
         yield OPS.score_tokens, (x.detach(), 2, mask, torch.rand(2, 9, dtype=torch.float64))
+        yield OPS.score_variant, (x.detach(), 2, mask, None, 0.5, True, 0.3)
         yield OPS.prune_cluster, (x.detach(), 3, 2, torch.tensor([[4]]), mask, None)
         yield OPS.select_tokens, (x.detach()[..., 0], 3, None, mask)
         yield OPS.prune_motion, (x.detach()[..., None], 3, None)
@@ -27,6 +28,7 @@ def samples():
         yield OPS.gather_tokens, (x, INDEX, None, 1, 2)
         yield OPS.scatter_tokens, (x, torch.arange(9)[None], 12, 2, 1)
         yield OPS.assign_clusters, (x.detach(), INDEX, mask)
+        yield OPS.assign_by_parent, (x.detach(), INDEX, torch.arange(-1, 8).expand(2, -1), mask)
         yield OPS.merge_tokens, (x, torch.randint(-1, 3, (2, 9)), 3, torch.rand(2, 9).requires_grad_())
         yield OPS.recover_interpolate, (x, None, 20, False)
         yield OPS.recover_interpolate_backward, (x, INDEX, 3, True)
@@ -58,6 +60,8 @@ def whole_path(x, query, embed):
     moved = h2ot.prune_motion(x, 4)
     attended = h2ot.prune_attention(x.movedim(2, 1), x.movedim(2, 1), 4)
     sampled = h2ot.prune_sample(9, 4, device=x.device)
+    gaussian = h2ot.prune_cluster(x, 4, metric="cosine", density="gaussian", cutoff=0.1, exclude_self=True)
+    moved = moved + gaussian
     indices = (moved + attended + sampled).sum()
     return h2ot.recover_interpolate(merged, index, 9).sum() + recovered.square().sum() + indices
 
