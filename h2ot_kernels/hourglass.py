@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .gather import gather_tokens
+from .library import ranged
 from .nn import PRUNERS, TokenRecoveringAttention, TokenRecoveringInterpolation
 from .select import prune_sample
 
@@ -82,6 +83,7 @@ class Hourglass(nn.Module):
             self.x_token = nn.Parameter(torch.zeros(1, num_frames, channels))
             self.cross_attention = TokenRecoveringAttention(channels, num_heads)
 
+    @ranged("Hourglass.prune")
     def prune(
         self,
         block: int,
@@ -124,6 +126,7 @@ class Hourglass(nn.Module):
             position = find_frames(kept[-1], frames) if kept else frames
         return gather_tokens(x, position, pos_embed, dim=self.frame_dim), (*kept, frames)
 
+    @ranged("Hourglass.recover")
     def recover(
         self,
         x: Tensor,
