@@ -163,15 +163,13 @@ def _tokens(generator: torch.Generator) -> Tensor:
 
 def _token_dict(generator: torch.Generator) -> dict:
     x = _tokens(generator)
-    return {
-        "x": x, "token_num": 12, "map_size": [3, 4], "init_grid_size": [3, 4], "mask": None,
-        "idx_token": torch.arange(12).repeat(2, 1), "agg_weight": x.new_ones(2, 12, 1),
-    }  # fmt: skip
+    return {"x": x, "token_num": 12, "idx_token": torch.arange(12).repeat(2, 1), "agg_weight": x.new_ones(2, 12, 1)}
 
 
-def _merge_arguments(generator: torch.Generator) -> tuple:
+def _merge_arguments(generator: torch.Generator, **beside) -> tuple:
     labels = torch.arange(12).remainder(5).repeat(2, 1)
-    return _token_dict(generator), labels, 5, torch.rand(2, 12, 1, generator=generator, dtype=torch.float64)
+    weight = torch.rand(2, 12, 1, generator=generator, dtype=torch.float64)
+    return _token_dict(generator) | beside, labels, 5, weight
 
 
 def _points(generator: torch.Generator) -> tuple:
@@ -189,7 +187,13 @@ FUNCTIONS = {
         ),
     ),
     "cluster_dpc_knn_center": ("cluster", ((hot.cluster_dpc_knn_center, lambda g: (_tokens(g), 5, 2, 6)),)),
-    "merge_tokens": ("merge", ((tcformer.merge_tokens, _merge_arguments),)),
+    "merge_tokens": (
+        "merge",
+        (
+            (tcformer.merge_tokens, lambda g: _merge_arguments(g, map_size=[3, 4], init_grid_size=[3, 4])),
+            (tcformer.merge_tokens, lambda g: _merge_arguments(g, mask=None)),
+        ),
+    ),
     "index_points": ("gather", ((hot.index_points, _points),)),
 }
 
