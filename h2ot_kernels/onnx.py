@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import python_ref
+from python_ref.score import GAUSSIAN_STEPS
 
 from .backend import use_backend
 
@@ -72,6 +73,7 @@ def decompositions() -> dict[Callable, Callable]:
     ops = torch.ops.h2ot_kernels
     return {
         ops.score_tokens.default: _score_tokens,
+        ops.score_variant.default: _score_tokens,
         ops.select_tokens.default: _select_tokens,
         ops.prune_cluster.default: _prune_cluster,
         ops.prune_motion.default: _prune_motion,
@@ -79,6 +81,7 @@ def decompositions() -> dict[Callable, Callable]:
         ops.attention_scores.default: python_ref.attention_scores,
         ops.gather_tokens.default: _gather_tokens,
         ops.assign_clusters.default: _assign_clusters,
+        ops.assign_by_parent.default: _assign_by_parent,
         ops.merge_tokens.default: _merge_tokens,
         ops.recover_attention.default: _recover_attention,
         ops.recover_tail.default: _recover_tail,
@@ -99,19 +102,26 @@ def _tokens(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return tokens.masked_fill(~valid[..., None], 0.0), valid
 
 
-def _scores(tokens: Tensor, valid: Tensor, k: int, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scores(tokens, valid, k, noise, scale=0.0, exclude_self=False, cutoff=0.0) -> tuple[Tensor, ...]:
     N, C = tokens.shape[1:]
+    area = scale * scale or C
     position = torch.arange(N, device=tokens.device)
     pair = valid[:, :, None] & valid[:, None, :]
+    near = pair & (position[None, :] != position[:, None]) if exclude_self else pair
     squared = _squared(tokens, tokens)
-    nearest = squared.masked_fill(~pair, float("inf")).topk(k, largest=False).values
-    count = valid.sum(-1, keepdim=True).clamp(1, k)
-    total = sum(torch.where(rank < count, nearest[..., rank], 0.0) for rank in range(k))
-    m = total / (count * C)
-    density = torch.exp(-m)
+    if cutoff:
+        terms = torch.exp(-squared / (area * cutoff * cutoff)).mul(GAUSSIAN_STEPS).round().masked_fill(~near, 0.0)
+        density = terms.to(torch.int64).sum(-1).double() / GAUSSIAN_STEPS
+        key, log_density = -density, density.log()
+    else:
+        nearest = squared.masked_fill(~near, float("inf")).topk(k, largest=False).values
+        count = (valid.sum(-1, keepdim=True) - int(exclude_self)).clamp(0, k)
+        total = sum(torch.where(rank < count, nearest[..., rank], 0.0) for rank in range(k))
+        key = total / (count.clamp(min=1) * area)
+        density, log_density = torch.exp(-key), -key
     if noise is None:
         earlier = position[None, :] < position[:, None]
-        denser = (m[:, None, :] < m[:, :, None]) | ((m[:, None, :] == m[:, :, None]) & earlier)
+        denser = (key[:, None, :] < key[:, :, None]) | ((key[:, None, :] == key[:, :, None]) & earlier)
     else:
         density = density + noise
         denser = density[:, None, :] > density[:, :, None]
@@ -121,8 +131,8 @@ def _scores(tokens: Tensor, valid: Tensor, k: int, noise: Tensor | None) -> tupl
     is_peak = valid & ~denser.any(-1)
     parent = torch.where(to_denser == least[..., None], position, N).amin(-1)
     largest = squared.masked_fill(~pair, 0.0).amax((-2, -1))
-    distance = torch.where(is_peak, largest[:, None], least.masked_fill(~valid, 0.0)).div(C).sqrt()
-    score = (distance.log() - m).masked_fill(is_peak, float("inf")) if noise is None else density * distance
+    distance = torch.where(is_peak, largest[:, None], least.masked_fill(~valid, 0.0)).div(area).sqrt()
+    score = (distance.log() + log_density).masked_fill(is_peak, float("inf")) if noise is None else density * distance
     return (
         density.masked_fill(~valid, 0.0),
         distance,
@@ -131,8 +141,8 @@ def _scores(tokens: Tensor, valid: Tensor, k: int, noise: Tensor | None) -> tupl
     )
 
 
-def _score_tokens(x, k, mask, noise):
-    return _scores(*_tokens(x, mask), k, noise)
+def _score_tokens(x, k, mask, noise, *options):
+    return _scores(*_tokens(x, mask), k, noise, *options)
 
 
 def _select_tokens(score, num_tokens, keep, mask):
@@ -170,11 +180,13 @@ def _gather_tokens(x, index, pos_embed, dim, out_dim):
     frames = x.movedim(dim, 1)
     B, F = frames.shape[:2]
     if index.shape[0] == 1:
-        kept = frames.index_select(1, index[0])
+        kept = frames.index_select(1, index[0].clamp(min=0))
     else:
         index = index[:, None].expand(-1, B // index.shape[0], -1).reshape(B, -1)
-        rows = (index + F * torch.arange(B, device=x.device)[:, None]).flatten()
+        at = index.clamp(min=0)
+        rows = (at + F * torch.arange(B, device=x.device)[:, None]).flatten()
         kept = frames.flatten(0, 1).index_select(0, rows).unflatten(0, (B, index.shape[1]))
+    kept = kept.masked_fill((index < 0).reshape(*index.shape, *[1] * (x.dim() - 2)), 0.0)
     if pos_embed is not None:
         embed = pos_embed.reshape(pos_embed.shape[-2], *[1] * (x.dim() - 3), pos_embed.shape[-1])
         kept = (kept.to(torch.promote_types(x.dtype, torch.float32)) + embed).to(x.dtype)
@@ -184,13 +196,19 @@ def _gather_tokens(x, index, pos_embed, dim, out_dim):
 def _assign_clusters(x, index, mask):
     tokens, valid = _tokens(x, mask)
     index = index.expand(tokens.shape[0], -1)
-    position = torch.arange(index.shape[1], device=x.device)
-    centres = _gather_tokens(tokens, index, None, 1, 1)
-    squared = _squared(tokens, centres).masked_fill(~valid.gather(1, index)[:, None, :], float("inf"))
+    position, at = torch.arange(index.shape[1], device=x.device), index.clamp(min=0)
+    centres = _gather_tokens(tokens, at, None, 1, 1)
+    is_centre = valid.gather(1, at) & (index >= 0)
+    squared = _squared(tokens, centres).masked_fill(~is_centre[:, None, :], float("inf"))
     least = squared.amin(-1, keepdim=True)
     labels = torch.where(squared == least, position, index.shape[1]).amin(-1)
-    labels = labels.scatter(1, index, position.expand(tokens.shape[0], -1))
+    own = python_ref.cluster.own_labels(index, tokens.shape[1])
+    labels = torch.where(own >= 0, own, labels)
     return labels.masked_fill(~valid | least[..., 0].isinf(), -1)
+
+
+def _assign_by_parent(x, index, parent, mask):
+    return python_ref.assign_clusters(x, index, mask=mask, parent=parent)
 
 
 def _merge_tokens(x, labels, num_clusters, weight):

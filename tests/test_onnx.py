@@ -44,7 +44,7 @@ def test_scoring_decides_as_the_oracle(case):
     keep = None if case.keep is None else torch.tensor([[case.keep]])
     index = TABLE[OPS.prune_cluster.default](x, case.K, case.k, keep, valid, noise)
     assert torch.equal(index, cases.oracle_index(case))
-    labels = TABLE[OPS.assign_clusters.default](x, index, given.get("mask"))
+    labels = TABLE[OPS.assign_clusters.default](x, index, valid)
     assert torch.equal(labels, cases.oracle_labels(case))
     for ours, oracle in zip(
         TABLE[OPS.score_tokens.default](x, case.k, valid, noise), cases.oracle_scores(case), strict=True
