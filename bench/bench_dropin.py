@@ -2,9 +2,9 @@
 
 dtype: float32, or bfloat16 for float32 weights under autocast; default both. B 1, eval, CPU. Checked first: in float64
 the patched model gives the unpatched one's poses to 1e-9 of their scale, in float32 to 1e-4 (given the same kept
-frames), under autocast it is as near to float32 as the unpatched one. Then both are timed in turn in this process and a
-row is appended to FILE (default bench/results/cpu.jsonl). linear_share: of the patched time, what its linear layers took
-(torch.profiler): they run at what the machine's products can, so the rest is all that could still be won.
+frames), under autocast it is as near to float32 as the unpatched one. Then both are timed in turn in this process; a
+row is appended to FILE (default bench/results/cpu.jsonl). linear_share: of the patched time, what its linear layers
+took (torch.profiler): they run at what the machine's products can, so the rest is all that could still be won.
 """
 
 import argparse
@@ -62,7 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
             for names, own in zip(namespaces, after if of == "patched" else before, strict=True):
                 names.update(own)
             torch.manual_seed(0)  # the noise of the clustering
-            return models[of](x, index)
+            result = models[of](x, index)
+            for names, own in zip(namespaces, after, strict=True):
+                names.update(own)
+            return result
 
         wrong = 0
         given.out.parent.mkdir(parents=True, exist_ok=True)

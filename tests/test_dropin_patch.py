@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from h2ot_kernels import dropin
+from python_ref import official
 
 from .official_code import clustering, mixste, motionbert, tcformer
 
@@ -355,6 +356,33 @@ def test_refuses_functions_of_another_kind(monkeypatch):
     handle.unpatch()
     assert "something else" in handle.report()
     assert "its arguments are (x, cluster_num, neighbours)" in handle.report()
+
+
+def test_chat_univi_merge_is_recognised(monkeypatch):
+    """Its dictionaries hold a mask and no map sizes."""
+
+    def merge_tokens(token_dict, idx_cluster, cluster_num, token_weight=None):
+        sizes = {"map_size": None, "init_grid_size": None}
+        out = original(token_dict | sizes, idx_cluster, cluster_num, token_weight)
+        return {name: value for name, value in out.items() if name not in sizes} | {"mask": None}
+
+    original = tcformer.merge_tokens
+    monkeypatch.setattr(tcformer, "merge_tokens", merge_tokens)
+    with dropin.patch(tcformer) as handle:
+        assert tcformer.merge_tokens is dropin.tcformer.merge_tokens
+    assert "merge" in replaced(handle)
+    assert tcformer.merge_tokens is merge_tokens
+
+
+def test_further_optional_arguments_go_to_the_original():
+    x, noise = torch.randn(1, 20, 8).double(), torch.rand(1, 20).double() * 1e-6
+    before = official.cluster_dpc_knn(x, 5, 2, noise=noise)
+    with dropin.patch(official, merge=False), Recorder() as called:
+        after = official.cluster_dpc_knn(x, 5, 2, noise=noise)
+        assert "h2ot_kernels::score_tokens" not in called.names
+        official.cluster_dpc_knn(x, 5, 2)
+    assert "h2ot_kernels::score_tokens" in called.names
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 def test_nothing_to_replace_raises_with_the_reasons():
