@@ -156,7 +156,7 @@ def test_a_comparison_names_the_backend_that_ran():
 def test_the_patch_is_checked_and_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_dropin, "Machine", lambda device: Machine(device, seconds=0.01))
     out = tmp_path / "rows.jsonl"
-    small = ["--frames", "27", "--channels", "64", "--threads", "1", "--seconds", "0.01", "--out", str(out)]
+    small = ["--frames", "27", "--channels", "64", "--seconds", "0.01", "--out", str(out)]
     assert bench_dropin.main(small) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
