@@ -358,22 +358,6 @@ def test_refuses_functions_of_another_kind(monkeypatch):
     assert "its arguments are (x, cluster_num, neighbours)" in handle.report()
 
 
-def test_chat_univi_merge_is_recognised(monkeypatch):
-    """Its dictionaries hold a mask and no map sizes."""
-
-    def merge_tokens(token_dict, idx_cluster, cluster_num, token_weight=None):
-        sizes = {"map_size": None, "init_grid_size": None}
-        out = original(token_dict | sizes, idx_cluster, cluster_num, token_weight)
-        return {name: value for name, value in out.items() if name not in sizes} | {"mask": None}
-
-    original = tcformer.merge_tokens
-    monkeypatch.setattr(tcformer, "merge_tokens", merge_tokens)
-    with dropin.patch(tcformer) as handle:
-        assert tcformer.merge_tokens is dropin.tcformer.merge_tokens
-    assert "merge" in replaced(handle)
-    assert tcformer.merge_tokens is merge_tokens
-
-
 def test_further_optional_arguments_go_to_the_original():
     x, noise = torch.randn(1, 20, 8).double(), torch.rand(1, 20).double() * 1e-6
     before = official.cluster_dpc_knn(x, 5, 2, noise=noise)
