@@ -23,7 +23,7 @@ from h2ot_kernels.timing import Machine
 
 from . import memory, peers
 from .compare import show
-from .shapes import Case, all_ops, build, cases, sweep
+from .shapes import DTYPES, Case, all_ops, build, cases, sweep
 
 KERNELS = ("cpp", "cuda", "triton")
 
@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", metavar="OP", default=all_ops(), help=f"some of {', '.join(all_ops())}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="only the first size of each operation")
     which.add_argument("--sweep", action="store_true", help="scaling of prune_cluster in N, B, C and K")
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.compare:
             return show(*given.compare)
-        chosen = sweep() if given.sweep else cases(given.ops, quick=given.quick)
+        chosen = sweep() if given.sweep else cases(given.ops, quick=given.quick, dtypes=given.dtype)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -150,7 +151,7 @@ def row(case: Case, result: Result, machine: Machine, environment: dict) -> dict
     """One line of the results file; times in seconds."""
     return result.row() | {
         "kind": case.kind,
-        "dtype": "float32",
+        "dtype": case.dtype,
         "best_float32_flops": machine.flops(),
         **environment,
     }
