@@ -4,15 +4,17 @@ from torch import nn
 
 from .checkpoint import load_checkpoint
 from .flops import count_flops
+from .ftp_pose import FTPPose
 from .mixste import MixSTE
 
-__all__ = ["HOSTS", "MixSTE", "build", "count_flops", "load_checkpoint"]
+__all__ = ["HOSTS", "FTPPose", "MixSTE", "build", "count_flops", "load_checkpoint"]
 
 HOSTS = {
     "mixste": (MixSTE, {}),
     "hot_mixste": (MixSTE, {"stages": {3: 81}, "pruner": "cluster", "recover": "attention", "pos_embed": True}),
     "tpc_mixste": (MixSTE, {"stages": {7: 61}, "pruner": "cluster", "recover": None, "keep": "centre"}),
     "h2ot_mixste": (MixSTE, {"stages": {1: 121, 2: 81}, "pruner": "sampler", "recover": "interpolation"}),
+    "ftp_pose": (FTPPose, {}),
 }
 
 
