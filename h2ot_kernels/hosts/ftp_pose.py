@@ -183,7 +183,7 @@ def load_frames(frames: Sequence[str | os.PathLike | np.ndarray], image_size: tu
     images = []
     for position, frame in enumerate(frames):
         name = f"frames[{position}]"
-        image = torch.from_numpy(np.ascontiguousarray(_pixels(name, frame)))
+        image = torch.from_numpy(_pixels(name, frame).copy())
         if image.dim() != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"{name}: got shape {checks.shape(image)}, wanted [height, width, 3]")
         if not (image.dtype == torch.uint8 or image.is_floating_point()):
