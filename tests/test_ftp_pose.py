@@ -53,7 +53,7 @@ def test_samples_are_independent_and_backends_agree(prune_at):
     torch.testing.assert_close(model(FRAMES[1:]), heatmaps[1:], rtol=1e-5, atol=1e-5)
 
 
-def test_the_baseline_prunes_nothing_and_its_parameters_are_those_of_the_pruned_model(monkeypatch):
+def test_the_baseline_prunes_nothing_and_its_parameters_are_those_of_the_pruned_model():
     baseline, pruned = tiny(epsilon=0), tiny(epsilon=0.5, prune_at=1)
     assert {name: value.shape for name, value in baseline.state_dict().items()} == {
         name: value.shape for name, value in pruned.state_dict().items()
