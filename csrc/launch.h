@@ -148,11 +148,17 @@ struct MergeArgs {
   void* total;            // [B, K] out, float (double for f64): the sums of weights
 };
 
+// Where the rows of a [B, N, C] tensor are: strides, in elements, of the batch and of the rows.
+struct Rows {
+  int64_t stride_b, stride_n;
+};
+
 // out[b, f] = softmax(scale q_f k^T) v per head, heads side by side on C. Accumulated in float32 (float64 for f64).
 struct RecoverAttentionArgs {
-  const void *query, *key, *value;  // [query_rows, F, C], [B, K, C], [B, K, C]; contiguous; query_rows 1 or B
+  const void *query, *key, *value;  // [query_rows, F, C], [B, K, C], [B, K, C]; query_rows 1 or B
   Dtype dtype;
   int64_t B, F, K, C, H, query_rows;
+  Rows query_at, key_at, value_at;  // channels are adjacent; the backward pass wants all three contiguous
   double scale;
   void* out;  // [B, F, C] contiguous, dtype
 };

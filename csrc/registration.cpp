@@ -228,13 +228,15 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, i
   return {merged, total};
 }
 
-// Dense views of query, key and value, and the arguments that point at them.
+Rows rows_of(const Tensor& x) { return {x.dim() == 3 ? x.stride(0) : 0, x.stride(-2)}; }
+
+// Query, key and value with adjacent channels (such as parts of one projection), or dense, and the arguments.
 struct RecoverInputs {
   Tensor query, key, value;
   RecoverAttentionArgs args;
 
-  RecoverInputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads, double scale)
-      : query(dense(q)), key(dense(k)), value(dense(v)) {
+  RecoverInputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads, double scale, bool as_dense)
+      : query(readable(q, as_dense)), key(readable(k, as_dense)), value(readable(v, as_dense)) {
     args = {query.const_data_ptr(),
             key.const_data_ptr(),
             value.const_data_ptr(),
@@ -245,13 +247,18 @@ struct RecoverInputs {
             key.size(2),
             num_heads,
             query.dim() == 3 ? query.size(0) : 1,
+            rows_of(query),
+            rows_of(key),
+            rows_of(value),
             scale,
             nullptr};
   }
+
+  static Tensor readable(const Tensor& x, bool as_dense) { return !as_dense && x.stride(-1) == 1 ? x : dense(x); }
 };
 
 Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale) {
-  RecoverInputs in(query, key, value, num_heads, scale);
+  RecoverInputs in(query, key, value, num_heads, scale, false);
   const Tensor out = make(value, {in.args.B, in.args.F, in.args.C});
   in.args.out = out.mutable_data_ptr();
   check(kernels().recover_attention(in.args, pool()), "recover_attention");
@@ -261,7 +268,7 @@ Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& v
 std::tuple<Tensor, Tensor, Tensor> recover_attention_backward(const Tensor& grad, const Tensor& query,
                                                               const Tensor& key, const Tensor& value, int64_t num_heads,
                                                               double scale) {
-  const RecoverInputs in(query, key, value, num_heads, scale);
+  const RecoverInputs in(query, key, value, num_heads, scale, true);
   const Tensor dense_grad = dense(grad);
   const Tensor grad_query = torch::stable::empty_like(in.query), grad_key = torch::stable::empty_like(in.key);
   const Tensor grad_value = torch::stable::empty_like(in.value);

@@ -1,4 +1,4 @@
-"""python -m h2ot_kernels demo | env | explain"""
+"""python -m h2ot_kernels demo | evaluate | env | explain"""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="h2ot_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="2D keypoints in; what is right and how fast on this machine out"))
+    _add_evaluate(commands.add_parser("evaluate", help="the error of a checkpoint (MPJPE, P-MPJPE) on a data set"))
     env = commands.add_parser("env", help="what a bug report needs, as JSON")
     env.set_defaults(run=_env)
     _add_explain(commands.add_parser("explain", help="which backend would run an operation, and why not the others"))
@@ -22,7 +23,11 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "--input", metavar="FILE", help=".npz, .npy or COCO-style .json keypoints; default: a made-up walker"
     )
     parser.add_argument(
-        "--model", metavar="NAME", nargs="+", action="extend", help="hosts to run; default: MixSTE's four"
+        "--model",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        help="hosts to run (see hosts.HOSTS); default: MixSTE's four",
     )
     parser.add_argument("--out", metavar="DIR", default="demo_out", help="where the report, poses and pictures go")
     parser.add_argument("--checkpoint", metavar="FILE", help="official checkpoint of the one model named")
@@ -58,6 +63,49 @@ def _demo(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     return 0 if is_right(report) else 1
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", required=True, help="the host, such as hot_mixste")
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="its official checkpoint")
+    parser.add_argument("--keypoints", metavar="FILE", required=True, help="2D file, VideoPose3D layout; or a clip")
+    parser.add_argument("--poses", metavar="FILE", help="3D file, VideoPose3D layout; without: the clip's own poses")
+    parser.add_argument("--subjects", metavar="NAME", nargs="+", default=["S9", "S11"], help="default: S9 S11")
+    parser.add_argument("--no-flip", action="store_true", help="without the mirrored second pass")
+    parser.add_argument("--batch", type=int, default=8, help="windows at a time (default: 8)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    import torch
+
+    from . import evaluation, hosts
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return _refuse("--device cuda: this torch sees no GPU")
+    seq2frame = {"pipeline": "seq2frame"} if options.model.startswith("tpc") else {}
+    try:
+        model = hosts.load_checkpoint(hosts.build(options.model, **seq2frame), options.checkpoint)
+        if options.poses is None:
+            videos = [evaluation.read_clip_video(options.keypoints)]
+        else:
+            videos = evaluation.read_videos(options.keypoints, options.poses, tuple(options.subjects))
+        scores = evaluation.evaluate(
+            model, videos, with_flip=not options.no_flip, batch=options.batch, device=options.device
+        )
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    if options.json:
+        print(json.dumps([dataclasses.asdict(score) for score in scores], indent=1))
+    else:
+        print(f"{'action':<20} {'frames':>8} {'MPJPE mm':>10} {'P-MPJPE mm':>11}")
+        for score in scores:
+            print(f"{score.action:<20} {score.frames:>8} {score.mpjpe:>10.2f} {score.p_mpjpe:>11.2f}")
+    return 0
 
 
 def _env(options: argparse.Namespace) -> int:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .library import ranged
+
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 # In order of preference. "reference" stands last where a device has kernels for some operations only.
 _DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("cuda", "triton", "reference")}
@@ -25,20 +27,9 @@ _override: str | None = None  # a plain global: torch.compile guards it, and doe
 
 def implement(op: str, backend: str, function: Callable) -> None:
     """Register `function` as what `backend` runs for `op`."""
-    _implementations.setdefault(op, {})[backend] = _ranged(op, function) if backend == "reference" else function
-
-
-def _ranged(op: str, function: Callable) -> Callable:
-    """function, in the profiler as h2ot_kernels::<op>: the name that operators of the dispatcher have by themselves."""
-
-    @functools.wraps(function)
-    def named(*args):
-        if torch.compiler.is_compiling():
-            return function(*args)
-        with torch.profiler.record_function(f"h2ot_kernels::{op}"):
-            return function(*args)
-
-    return named
+    if backend == "reference":
+        function = ranged(f"h2ot_kernels::{op} (reference)")(function)
+    _implementations.setdefault(op, {})[backend] = function
 
 
 def load_library(stem: str) -> str | None:

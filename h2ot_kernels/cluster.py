@@ -123,7 +123,15 @@ def _merge_backward(ctx, grad, grad_total):
     return grad_x, None, None, grad_weight
 
 
-ASSIGN = {"schema": "(Tensor x, Tensor index, Tensor? mask) -> Tensor", "fake": _assign_fake}
+def _distance_flops(x, index, *rest) -> int:
+    return 2 * x[0] * x[1] * index[1] * x[-1]
+
+
+ASSIGN = {
+    "schema": "(Tensor x, Tensor index, Tensor? mask) -> Tensor",
+    "fake": _assign_fake,
+    "flops": _distance_flops,
+}
 ASSIGN_BY_PARENT = {
     "schema": "(Tensor x, Tensor index, Tensor parent, Tensor? mask) -> Tensor",
     "fake": _assign_fake,

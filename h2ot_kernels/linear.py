@@ -5,14 +5,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PACKABLE = (torch.float32, torch.bfloat16)
+ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
 
 class Linear(nn.Linear):
-    """nn.Linear, faster in CPU inference.
+    """nn.Linear with what stands around it in a transformer; faster in CPU inference.
 
     In eval mode without gradients, in float32 or bfloat16 (autocast included), the weight is packed into oneDNN's
-    layout at the first call and again after it changed; everywhere else this is nn.Linear. Packed weights are neither
-    in the state_dict nor pickled or copied.
+    layout at the first call and again after it changed, and the activation or the addition is part of the product;
+    everywhere else this is nn.Linear. Packed weights are neither in the state_dict nor pickled or copied.
 
     >>> import torch
     >>> from h2ot_kernels.linear import Linear
@@ -22,16 +23,45 @@ class Linear(nn.Linear):
     torch.Size([3, 4])
     """
 
-    _packed: tuple | None = None  # (what the weight was, the packed weight, the bias in its dtype)
+    _packed: tuple | None = None  # (what the parameters were, the packed weights, the biases in their dtype)
 
-    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        """x [..., in_features] -> [..., out_features]; activation: "none", or "gelu" (exact), in the same pass."""
+    def forward(
+        self,
+        x: Tensor,
+        activation: str = "none",
+        *,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        chunks: int = 1,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """x [..., in_features] -> residual + scale * activation(product) [..., out_features].
+
+        activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
+        output features in that many tensors of their own, a tuple (no residual then).
+        """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not self._can_pack(x, dtype):
-            y = super().forward(x)
-            return functional.gelu(y) if activation == "gelu" else y
-        weight, bias = self._pack(x, dtype)
-        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, activation, [], "none")
+        if not self._can_pack(x, dtype) or (scale is not None and scale.is_inference()):
+            return self._plain(x, activation, residual, scale, chunks)
+        products = [
+            self._product(x.to(dtype), activation, residual, part) for part in self._pack(x, dtype, scale, chunks)
+        ]
+        return products[0] if chunks == 1 else tuple(products)
+
+    def _plain(self, x: Tensor, activation: str, residual: Tensor | None, scale: Tensor | None, chunks: int):
+        if chunks > 1:
+            biases = [None] * chunks if self.bias is None else self.bias.chunk(chunks)
+            parts = zip(self.weight.chunk(chunks), biases, strict=True)
+            return tuple(ACTIVATIONS[activation](functional.linear(x, *part)) for part in parts)
+        y = ACTIVATIONS[activation](super().forward(x))
+        if scale is not None:
+            return scale * y if residual is None else torch.addcmul(residual, y.to(residual.dtype), scale)
+        return y if residual is None else residual + y
+
+    def _product(self, x: Tensor, activation: str, residual: Tensor | None, part: tuple) -> Tensor:
+        if residual is None or activation != "none" or residual.dtype != x.dtype:
+            y = torch.ops.mkldnn._linear_pointwise(x, *part, activation, [], "none")
+            return y if residual is None else residual + y
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *part, "add")
 
     def _can_pack(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (
@@ -48,16 +78,20 @@ class Linear(nn.Linear):
             and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
 
-    def _pack(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        state = (self.weight.data_ptr(), self.weight._version, dtype)
-        if self.bias is not None:
-            state += (self.bias.data_ptr(), self.bias._version)
+    def _pack(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> list[tuple]:
+        """[(weight packed, bias)] of each chunk, times the scale."""
+        sources = [tensor for tensor in (self.weight, self.bias, scale) if tensor is not None]
+        state = (dtype, chunks, *((tensor.data_ptr(), tensor._version) for tensor in sources))
         packed = self._packed
         if packed is None or packed[0] != state:
+            weight, bias = self.weight, self.bias
+            if scale is not None:
+                weight, bias = weight * scale[:, None], None if bias is None else bias * scale
             rows = x.numel() // self.in_features
-            weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.to(dtype), rows)
-            packed = self._packed = (state, weight, None if self.bias is None else self.bias.to(dtype))
-        return packed[1], packed[2]
+            weights = [torch.ops.mkldnn._reorder_linear_weight(part.to(dtype), rows) for part in weight.chunk(chunks)]
+            biases = [None] * chunks if bias is None else bias.to(dtype).chunk(chunks)
+            packed = self._packed = (state, list(zip(weights, biases, strict=True)))
+        return packed[1]
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}

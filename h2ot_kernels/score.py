@@ -128,9 +128,15 @@ def _fake(x, k, mask, noise, *options):
     return *scores, x.new_empty(size, dtype=torch.int64)
 
 
+def pair_flops(x, *rest) -> int:
+    """Each pair of tokens once, a multiply-add a channel; x: its shape, [B, N, ..., C]."""
+    return x[0] * x[1] * (x[1] - 1) * x[-1]
+
+
 SCORE = {
     "schema": "(Tensor x, int k, Tensor? mask, Tensor? noise) -> (Tensor, Tensor, Tensor, Tensor)",
     "fake": _fake,
+    "flops": pair_flops,
 }
 
 
@@ -138,6 +144,7 @@ VARIANT = {
     "schema": "(Tensor x, int k, Tensor? mask, Tensor? noise, float scale, bool exclude_self, float cutoff) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     "fake": _fake,
+    "flops": pair_flops,
 }
 
 

@@ -1,6 +1,7 @@
 """Where a kept frame is decided: the K largest scores, and the four pruners that make scores."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ import python_ref
 from . import checks
 from .backend import dispatch, implement
 from .library import declare
-from .score import Variant, check_scoring, score_checked
+from .score import Variant, check_scoring, pair_flops, score_checked
 
 
 def select_tokens(
@@ -194,6 +195,10 @@ def _scores_fake(query, key, scale):
     return query.new_empty(query.shape[0], query.shape[-2], dtype=wide)
 
 
+def _logit_flops(query, *rest) -> int:
+    return 2 * math.prod(query) * query[-2]
+
+
 SELECT = {
     "schema": "(Tensor score, SymInt num_tokens, Tensor? keep, Tensor? mask) -> Tensor",
     "fake": _index_fake,
@@ -201,11 +206,13 @@ SELECT = {
 CLUSTER = {
     "schema": "(Tensor x, SymInt num_tokens, int k, Tensor? keep, Tensor? mask, Tensor? noise) -> Tensor",
     "fake": _index_fake,
+    "flops": pair_flops,
 }
 MOTION = {"schema": "(Tensor pose, SymInt num_tokens, Tensor? keep) -> Tensor", "fake": _index_fake}
 ATTENTION = {
     "schema": "(Tensor query, Tensor key, SymInt num_tokens, Tensor? keep, float scale) -> Tensor",
     "fake": _attention_fake,
+    "flops": _logit_flops,
 }
 
 
@@ -245,4 +252,4 @@ implement("prune_motion", "cpp", declare("prune_motion", **MOTION))
 implement("prune_motion", "reference", _reference_motion)
 implement("prune_attention", "cpp", declare("prune_attention", **ATTENTION))
 implement("prune_attention", "reference", _reference_attention)
-declare("attention_scores", "(Tensor query, Tensor key, float scale) -> Tensor", _scores_fake)
+declare("attention_scores", "(Tensor query, Tensor key, float scale) -> Tensor", _scores_fake, flops=_logit_flops)

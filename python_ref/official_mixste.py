@@ -19,12 +19,13 @@ from .official import (
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, drop: float = 0.0):
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, N, C = x.shape
@@ -32,18 +33,19 @@ class Attention(nn.Module):
         query, key, value = qkv[0], qkv[1], qkv[2]
         weights = (query @ key.transpose(-2, -1)) * self.scale
         weights = weights.softmax(dim=-1)
-        return self.proj((weights @ value).transpose(1, 2).reshape(rows, N, C))
+        return self.proj_drop(self.proj((weights @ value).transpose(1, 2).reshape(rows, N, C)))
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class DropPath(nn.Module):
@@ -61,13 +63,13 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, drop: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, drop=drop)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -123,19 +125,10 @@ class OfficialMixSTE(nn.Module):
         x = self.Spatial_patch_to_embedding(x.reshape(B * F, J, -1)) + self.Spatial_pos_embed
         x = to_temporal(self.Spatial_norm(self.STEblocks[0](x)), B)
         x = self.Temporal_norm(self.TTEblocks[0](x + self.Temporal_pos_embed))
-        frames = torch.arange(F, device=x.device)[None]
-        wanted = dict(zip(self.stages, (index,) if isinstance(index, Tensor) else index or (), strict=False))
+        pruning = FramePruning(F, self.stages, self.pruner, self.keep_centre, index, noise)
         for i in range(1, len(self.STEblocks)):
             x = rows_to_frames(x, B)
-            if i in self.stages:
-                if wanted:
-                    position = torch.searchsorted(frames.expand(len(wanted[i]), -1).contiguous(), wanted[i])
-                else:
-                    position = self._prune(x, self.stages[i], noise)
-                x = index_points(x, position.expand(B, -1))
-                frames = frames.expand(len(position), -1).gather(1, position)
-                if hasattr(self, "pos_embed_token"):
-                    x = rows_to_frames(frames_to_rows(x) + self.pos_embed_token, B)
+            x = pruning(i, x, getattr(self, "pos_embed_token", None))
             x = x.reshape(-1, J, x.shape[-1])
             x = to_temporal(self.Spatial_norm(self.STEblocks[i](x)), B)
             x = self.Temporal_norm(self.TTEblocks[i](x))
@@ -143,19 +136,43 @@ class OfficialMixSTE(nn.Module):
             x = cross_attention(self.x_token, x, self.cross_attention)
         pose = self.head(rows_to_frames(x, B))
         if self.recover == "interpolation":
-            pose = interpolate(pose, frames, F)
-        return (pose, frames) if self.stages and self.recover is None else pose
+            pose = interpolate(pose, pruning.frames, F)
+        return (pose, pruning.frames) if self.stages and self.recover is None else pose
 
-    def _prune(self, x: Tensor, num_tokens: int, noise: Tensor | None) -> Tensor:
+
+class FramePruning:
+    """Which frames are left: one object a forward pass. index, noise: as the model's forward takes them."""
+
+    def __init__(self, num_frames: int, stages: dict[int, int], pruner: str, keep_centre: bool, index, noise):
+        self.frames = torch.arange(num_frames)[None]
+        self.stages, self.pruner, self.keep_centre, self.noise = stages, pruner, keep_centre, noise
+        self.wanted = dict(zip(stages, (index,) if isinstance(index, Tensor) else index or (), strict=False))
+
+    def __call__(self, block: int, x: Tensor, pos_embed: Tensor | None = None) -> Tensor:
+        """x [B, F, J, C] as it enters the block -> its kept frames, + pos_embed [1, K, C] by way of [(B J), K, C]."""
+        if block not in self.stages:
+            return x
+        B = x.shape[0]
+        self.frames = self.frames.to(x.device)
+        if self.wanted:
+            wanted = self.wanted[block]
+            position = torch.searchsorted(self.frames.expand(len(wanted), -1).contiguous(), wanted)
+        else:
+            position = self._select(x, self.stages[block])
+        self.frames = self.frames.expand(len(position), -1).gather(1, position)
+        x = index_points(x, position.expand(B, -1))
+        return x if pos_embed is None else rows_to_frames(frames_to_rows(x) + pos_embed, B)
+
+    def _select(self, x: Tensor, num_tokens: int) -> Tensor:
         if self.pruner == "sampler":
             return prune_sample(x.shape[1], num_tokens).to(x.device)
         tokens = x.mean(dim=2)
         if self.keep_centre:
             centre = (x.shape[1] - 1) // 2
-            index, _ = cluster_dpc_knn_center(tokens, num_tokens - 1, 2, centre, noise=noise)
+            index, _ = cluster_dpc_knn_center(tokens, num_tokens - 1, 2, centre, noise=self.noise)
             index = torch.cat([index, torch.full_like(index[:, :1], centre)], dim=-1)
         else:
-            index, _ = cluster_dpc_knn(tokens, num_tokens, 2, noise=noise)
+            index, _ = cluster_dpc_knn(tokens, num_tokens, 2, noise=self.noise)
         return index.sort(dim=-1).values
 
 

@@ -3,21 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import h2ot_kernels as h2ot
 from h2ot_kernels import hosts
-from h2ot_kernels.hosts.blocks import Block, attend, drop_path
-from python_ref import official_mixste
+from h2ot_kernels.hosts.blocks import Attention, Block, drop_path
 
-B, F, J = 2, 27, 17
-SMALL = {"num_frames": F, "channels": 32, "depth": 5, "num_heads": 4}
-STAGES = {
-    "mixste": {},
-    "hot_mixste": {"stages": {3: 9}},
-    "tpc_mixste": {"stages": {4: 7}},
-    "h2ot_mixste": {"stages": {1: 13, 2: 9}},
-}
+from .host_cases import (
+    NAMES,
+    NO_DROP,
+    PRUNED,
+    SIZES,
+    STAGES,
+    B,
+    F,
+    J,
+    assert_near,
+    base_of,
+    inputs,
+    official,
+    poses,
+    small,
+)
 
 # SPEC section 6: parameters (M), FLOPs (G) of Linear and Conv1d layers, and with attention.
 TABLE = {
@@ -25,39 +31,13 @@ TABLE = {
     "hot_mixste": ("35.000", "167.51", "176.18"),
     "tpc_mixste": ("33.784", "251.28", "266.85"),
     "h2ot_mixste": ("33.784", "121.23", "125.67"),
+    "motionbert": ("16.002", "131.09", "142.09"),
+    "hot_motionbert": ("16.348", "63.21", "66.86"),
+    "mhformer": ("31.516", "14.15", "16.44"),
+    "tpc_mhformer": ("31.516", "8.22", "9.16"),
+    "motionagformer": ("11.724", "95.92", "128.92"),
+    "hot_motionagformer": ("11.828", "60.52", "76.66"),
 }
-
-
-def small(name, **overrides):
-    """A small host in float64, every parameter random (the embeddings and the recovery token start at zero)."""
-    torch.manual_seed(3)
-    model = hosts.build(name, **{**SMALL, **STAGES[name], **overrides}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def official(name, model, **overrides):
-    partner = official_mixste.build(name, **{**SMALL, **STAGES[name], **overrides}).double()
-    partner.load_state_dict(model.state_dict())
-    return partner.train(model.training)
-
-
-def inputs(dtype=torch.float64):
-    g = torch.Generator().manual_seed(11)
-    x = torch.randn(B, F, J, 2, generator=g, dtype=dtype)
-    return x, torch.rand(B, F, generator=g, dtype=dtype) * 1e-6
-
-
-def poses(result):
-    return result[0] if isinstance(result, tuple) else result
-
-
-def assert_near(ours, theirs, tolerance, scale=None):
-    scale = theirs.abs().max().item() if scale is None else scale
-    error = (ours.double() - theirs.double()).abs().max().item()
-    assert error <= tolerance * scale, f"error {error:.3g} of scale {scale:.3g}"
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -97,15 +77,16 @@ def test_flops_do_not_depend_on_the_pruner():
     assert len({hosts.count_flops(model, "total") for model in models}) == 1
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [False, True])
 def test_equals_the_official_formulation_with_all_gradients(name, training):
-    model = small(name, drop_path_rate=0.0).train(training)
-    partner = official(name, model, drop_path_rate=0.0)
-    x, noise = inputs()
+    still = NO_DROP.get(base_of(name), {})
+    model = small(name, **still).train(training)
+    partner = official(name, model, **still)
+    x, noise = inputs(name)
     ours, index = model(x, noise=noise, return_index=True)
     theirs = partner(x, noise=noise)
-    if name == "tpc_mixste":
+    if name.startswith("tpc"):
         assert torch.equal(index, theirs[1])
         assert (index == (F - 1) // 2).any(1).all()
     theirs = poses(theirs)
@@ -125,19 +106,19 @@ def test_equals_the_official_formulation_with_all_gradients(name, training):
             assert_near(poses(model(x, noise=noise)), theirs.detach(), 1e-9)
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_sample_alone_as_in_a_batch(name):
     model = small(name).eval()
-    x, noise = inputs()
+    x, noise = inputs(name)
     together = poses(model(x, noise=noise))
     alone = torch.cat([poses(model(x[i : i + 1], noise=noise[i : i + 1])) for i in range(B)])
     assert_near(alone, together, 1e-12)
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", NAMES)
 def test_precisions(name):
     model = small(name).eval()
-    x, _ = inputs()
+    x, _ = inputs(name)
     exact, index = model(x, return_index=True)
     index = index if len(index) else None
     model.float()
@@ -150,16 +131,16 @@ def test_precisions(name):
     assert_near(ours, exact, 0.1)
 
 
-@pytest.mark.parametrize("name", ["hot_mixste", "tpc_mixste", "h2ot_mixste"])
+@pytest.mark.parametrize("name", PRUNED)
 def test_what_comes_back(name):
-    x, _ = inputs()
+    x, _ = inputs(name)
     model = small(name).eval()
-    kept = list(STAGES[name]["stages"].values())
+    kept = list(STAGES[name].values())
     result, index = model(x, return_index=True)
     assert [frames.shape[1] for frames in (index if isinstance(index, tuple) else [index])] == kept
     assert isinstance(index, torch.Tensor) == (len(kept) == 1)
-    assert result.shape == (B, kept[-1] if name == "tpc_mixste" else F, J, 3)
-    assert isinstance(model(x), tuple) == (name == "tpc_mixste")
+    assert result.shape == (B, kept[-1] if name.startswith("tpc") else F, J, 3)
+    assert isinstance(model(x), tuple) == name.startswith("tpc")
 
     flipped = model(-x, index=index, return_index=True)
     assert_near(flipped[0], poses(official(name, model)(-x, index=index)), 1e-9)
@@ -224,21 +205,25 @@ def test_drop_path_drops_whole_sequences():
     assert torch.equal(sequences[kept], torch.full_like(sequences[kept], 1 / 0.75))
     assert 0.70 < kept.double().mean() < 0.80
 
-    block = Block(8, 2, 2.0, drop_path_rate=0.5).eval()
+    block = Block(8, 2, 16, drop_path_rate=0.5).eval()
     x = torch.randn(2, 5, 3, 8)
     assert torch.equal(block(x, 1)[0], block(x, 1)[0])
     assert not torch.equal(block.train()(x, 1)[0], block(x, 1)[0])
-    rates = [block.drop_path_rate for block in hosts.build("mixste", **SMALL).TTEblocks]
+    rates = [block.drop_path_rate for block in hosts.build("mixste", **SIZES["mixste"]).TTEblocks]
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
 
 
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_attend_along_any_axis(dim, samples):
-    query, key, value = torch.randn(3, samples, 6, 5, 2, 4, dtype=torch.float64)
-    query, key, value = (x.movedim(dim, -2) for x in (query, key, value))
-    expected = ((query @ key.mT * 0.5).softmax(-1) @ value).transpose(-2, -3).flatten(-2)
-    torch.testing.assert_close(attend(query, key, value), expected)
+def test_attention_along_any_axis(dim, samples):
+    layer = Attention(8, 2).double()
+    x = torch.randn(samples, 6, 5, 8, dtype=torch.float64)
+    query, key, value = layer.qkv(x).unflatten(-1, (3, 2, 4)).movedim(dim, -2).unbind(-4)
+    expected = ((query @ key.mT * 0.5).softmax(-1) @ value).transpose(-2, -3).flatten(-2).movedim(-2, dim)
+    ours, (same_query, same_key) = layer(x, dim, residual=x)
+    torch.testing.assert_close(ours, x + layer.proj(expected))
+    torch.testing.assert_close(same_query, query)
+    torch.testing.assert_close(same_key, key)
 
 
 def test_compiles_without_a_break():
@@ -259,12 +244,12 @@ WRONG = {
         "name: got 'hot_transformer', wanted one of mixste, hot",
     ),
     "stage": (
-        lambda: hosts.build("hot_mixste", **SMALL, stages={5: 9}),
+        lambda: hosts.build("hot_mixste", **SIZES["mixste"], stages={5: 9}),
         ValueError,
         "stages: got a stage before block 5",
     ),
     "pos_embed": (
-        lambda: hosts.build("h2ot_mixste", **SMALL, stages={1: 9, 2: 5}, pos_embed=True),
+        lambda: hosts.build("h2ot_mixste", **SIZES["mixste"], stages={1: 9, 2: 5}, pos_embed=True),
         ValueError,
         "pos_embed: needs exactly one stage, got 2",
     ),
@@ -283,62 +268,3 @@ def test_bad_input(name):
     call, error, message = WRONG[name]
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrap", [None, "model", "model_pos", "state_dict"])
-def test_checkpoint_round_trip(tmp_path, prefix, wrap):
-    source, target = small("hot_mixste"), hosts.build("hot_mixste", **SMALL, **STAGES["hot_mixste"]).double()
-    state = {prefix + name: value for name, value in source.state_dict().items()}
-    if wrap:
-        state = {wrap: state, "epoch": 3, "lr": 1e-4, "min_loss": np.float64(40.9), "optimizer": {"state": {}}}
-    torch.save(state, tmp_path / "model.pth")
-    assert hosts.load_checkpoint(target, tmp_path / "model.pth") is target
-    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
-
-
-def test_checkpoint_that_does_not_fit_names_every_key(tmp_path):
-    state = small("hot_mixste").state_dict()
-    del state["x_token"], state["head.1.bias"]
-    state["cross_attention.linear_v.bias"] = torch.zeros(5)
-    state["extra.weight"] = torch.zeros(1)
-    torch.save(state, tmp_path / "model.pth")
-    target = small("hot_mixste")
-    before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(ValueError, match="does not fit MixSTE") as caught:
-        hosts.load_checkpoint(target, tmp_path / "model.pth")
-    assert str(caught.value).splitlines()[1:] == [
-        "  missing: x_token",
-        "  missing: head.1.bias",
-        "  unexpected: extra.weight",
-        "  shape: cross_attention.linear_v.bias is [5], wanted [32]",
-    ]
-    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
-
-
-class NotData:
-    """An object that only an unsafe load would make."""
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (NotData(), "is not a checkpoint of plain tensors"),
-        ([1, 2], "holds no state_dict"),
-        ({}, "holds no state_dict"),
-        ({"weight": 3}, "holds no state_dict"),
-    ],
-)
-def test_checkpoint_without_weights(tmp_path, content, message):
-    torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=message):
-        hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "model.pth")
-
-
-def test_checkpoint_that_cannot_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "none.pth")
-    for content in (b"", b"not a checkpoint at all"):
-        (tmp_path / "bad.pth").write_bytes(content)
-        with pytest.raises(ValueError, match="is not a checkpoint"):
-            hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "bad.pth")

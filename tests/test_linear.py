@@ -87,3 +87,25 @@ def test_compiles_without_a_break():
     x = torch.randn(4, 48)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(ours, fullgraph=True)(x), plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_residual_scale_and_chunks(dtype):
+    ours, plain = pair()
+    ours, plain = ours.to(dtype), plain.to(dtype)
+    x, residual, scale = (torch.randn(*shape).to(dtype) for shape in ((3, 5, 48), (3, 5, 40), (40,)))
+    with torch.inference_mode():
+        exact = residual.double() + scale.double() * plain.double()(x.double())
+        same = torch.addcmul(residual, plain.to(dtype)(x), scale)
+        assert_within(ours(x, residual=residual, scale=scale), exact, same, 48)
+        scale.mul_(2)
+        assert_within(ours(x, scale=scale), exact * 2 - residual.double() * 2, scale * plain(x), 48)
+        assert_within(
+            ours(x, residual=residual),
+            residual.double() + plain.double()(x.double()),
+            residual + plain.to(dtype)(x),
+            48,
+        )
+        for part, expected in zip(ours(x, chunks=4), plain.to(dtype)(x).chunk(4, -1), strict=True):
+            assert part.is_contiguous()
+            torch.testing.assert_close(part, expected)

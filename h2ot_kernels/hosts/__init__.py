@@ -5,15 +5,40 @@ from torch import nn
 from .checkpoint import load_checkpoint
 from .flops import count_flops
 from .ftp_pose import FTPPose
+from .mhformer import MHFormer
 from .mixste import MixSTE
+from .motionagformer import MotionAGFormer
+from .motionbert import MotionBERT
 
-__all__ = ["HOSTS", "FTPPose", "MixSTE", "build", "count_flops", "load_checkpoint"]
+__all__ = [
+    "HOSTS",
+    "FTPPose",
+    "MHFormer",
+    "MixSTE",
+    "MotionAGFormer",
+    "MotionBERT",
+    "build",
+    "count_flops",
+    "load_checkpoint",
+]
 
+HOT = {"pruner": "cluster", "recover": "attention", "pos_embed": True}
+TPC = {"pruner": "cluster", "recover": None, "keep": "centre"}
+H2OT = {"pruner": "sampler", "recover": "interpolation"}
 HOSTS = {
     "mixste": (MixSTE, {}),
-    "hot_mixste": (MixSTE, {"stages": {3: 81}, "pruner": "cluster", "recover": "attention", "pos_embed": True}),
-    "tpc_mixste": (MixSTE, {"stages": {7: 61}, "pruner": "cluster", "recover": None, "keep": "centre"}),
-    "h2ot_mixste": (MixSTE, {"stages": {1: 121, 2: 81}, "pruner": "sampler", "recover": "interpolation"}),
+    "hot_mixste": (MixSTE, {"stages": {3: 81}, **HOT}),
+    "tpc_mixste": (MixSTE, {"stages": {7: 61}, **TPC}),
+    "h2ot_mixste": (MixSTE, {"stages": {1: 121, 2: 81}, **H2OT}),
+    "motionbert": (MotionBERT, {}),
+    "hot_motionbert": (MotionBERT, {"stages": {1: 81}, **HOT}),
+    "h2ot_motionbert": (MotionBERT, {"stages": {1: 121, 2: 81}, **H2OT}),
+    "mhformer": (MHFormer, {}),
+    "tpc_mhformer": (MHFormer, {"stages": {1: 117}, **TPC}),
+    "h2ot_mhformer": (MHFormer, {"stages": {1: 176, 2: 117}, **H2OT}),
+    "motionagformer": (MotionAGFormer, {}),
+    "hot_motionagformer": (MotionAGFormer, {"stages": {7: 81}, **HOT}),
+    "h2ot_motionagformer": (MotionAGFormer, {"stages": {3: 121, 7: 81}, **H2OT}),
     "ftp_pose": (FTPPose, {}),
 }
 

@@ -3,20 +3,18 @@
 Every matrix product of a host is a `Linear` (nn.Linear, packed in CPU inference) or nn.Conv1d module.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..linear import Linear
 
+QueryKey = tuple[Tensor, Tensor]
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention over T of [B, ..., H, T, D] -> [B, ..., T, H * D]. No N x N weights are stored.
-
-    The axes before H are viewed as one: always possible for B = 1, where strided inputs are then read in place.
-    """
-    sequences = (x.flatten(0, -4) for x in (query, key, value))
-    attended = functional.scaled_dot_product_attention(*sequences)
-    return attended.transpose(1, 2).flatten(-2).unflatten(0, query.shape[:-3])
+    """Softmax attention over T of [B, H, T, D] -> [B, T, H * D]. No T x T weights are stored."""
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
 
 
 def drop_path(x: Tensor, rate: float, dim: int) -> Tensor:
@@ -26,56 +24,126 @@ def drop_path(x: Tensor, rate: float, dim: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention along one axis, with the parameters `qkv` and `proj`."""
+    """Self-attention along one axis, with the parameters `qkv` and `proj`.
 
-    def __init__(self, channels: int, num_heads: int, qkv_bias: bool = True):
+    dropout: of the result, in training. proj_first: the order of the two in the state_dict.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        *,
+        proj_first: bool = False,
+    ):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
+        if proj_first:
+            self.proj = Linear(channels, channels)
         self.qkv = Linear(channels, 3 * channels, bias=qkv_bias)
-        self.proj = Linear(channels, channels)
+        if not proj_first:
+            self.proj = Linear(channels, channels)
 
-    def forward(self, x: Tensor, dim: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [B, ..., C] -> attention along axis dim, and (query, key) [B, ..., H, T, D] with dim moved to T."""
-        last = x.dim() - 2
-        if dim != last and x.shape[0] > 1:
-            # Of several samples the sequences along an outer axis cannot be read in place: one copy, of x alone.
-            attended, query_key = self.forward(x.movedim(dim, last).contiguous(), last)
-            return attended.movedim(last, dim), query_key
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).movedim(dim, -2)
-        query, key, value = qkv.unbind(-4)
-        return self.proj(attend(query, key, value).movedim(-2, dim)), (query, key)
+    def forward(self, x: Tensor, dim: int, **update) -> tuple[Tensor, QueryKey]:
+        """x [B, T, C], or [B, F, J, C] with dim 1 or 2 -> attention along axis dim, (query, key) [B, (J, F), H, T, D].
+
+        update: residual, scale as `Linear` takes them.
+        """
+        if dim == x.dim() - 2:
+            heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+            query, key, value = (y.transpose(-2, -3) for y in heads)
+            attended = attend(*(y.flatten(0, -4) for y in (query, key, value))).view_as(x)
+        else:
+            # The joints stand beside the heads: one view of every sample, read and written in place.
+            heads = [y.unflatten(-1, (self.num_heads, -1)) for y in self.qkv(x, chunks=3)]
+            query, key, value = (y.movedim(1, 3) for y in heads)
+            attended = attend(*(y.flatten(2, 3).transpose(1, 2) for y in heads)).view_as(x)
+        return project(self.proj, attended, self.dropout if self.training else 0.0, **update), (query, key)
+
+
+def project(layer: Linear, x: Tensor, dropout: float, residual: Tensor | None = None, **scale) -> Tensor:
+    """residual + dropout(layer(x)), in one pass where nothing is dropped."""
+    if dropout == 0:
+        return layer(x, residual=residual, **scale)
+    y = functional.dropout(layer(x, **scale), dropout)
+    return y if residual is None else residual + y
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x)))."""
+    """fc2(gelu(fc1(x))); dropout: after both, in training."""
 
-    def __init__(self, channels: int, hidden: int):
+    def __init__(self, channels: int, hidden: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = dropout
         self.fc1 = Linear(channels, hidden)
         self.fc2 = Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x, activation="gelu"))
+    def forward(self, x: Tensor, **update) -> Tensor:
+        """update: residual, scale as `Linear` takes them."""
+        hidden = functional.dropout(self.fc1(x, activation="gelu"), self.dropout, self.training)
+        return project(self.fc2, hidden, self.dropout if self.training else 0.0, **update)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention along one axis, then an MLP, each with a residual and drop-path."""
 
-    def __init__(self, channels: int, num_heads: int, mlp_ratio: float, drop_path_rate: float = 0.0, eps: float = 1e-6):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        hidden: int,
+        drop_path_rate: float = 0.0,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.drop_path_rate = drop_path_rate
-        self.norm1 = nn.LayerNorm(channels, eps=eps)
-        self.attn = Attention(channels, num_heads)
-        self.norm2 = nn.LayerNorm(channels, eps=eps)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio))
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attn = Attention(channels, num_heads, dropout=dropout)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = Mlp(channels, hidden, dropout)
 
-    def forward(self, x: Tensor, dim: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, dim: int) -> tuple[Tensor, QueryKey]:
         """x [B, ..., C] -> the block's output along axis dim, and its attention's (query, key)."""
-        attended, query_key = self.attn(self.norm1(x), dim)
-        x = x + self._dropped(attended, dim)
-        return x + self._dropped(self.mlp(self.norm2(x)), dim), query_key
-
-    def _dropped(self, branch: Tensor, dim: int) -> Tensor:
         if not self.training or self.drop_path_rate == 0:
-            return branch
-        return drop_path(branch, self.drop_path_rate, dim)
+            x, query_key = self.attn(self.norm1(x), dim, residual=x)
+            return self.mlp(self.norm2(x), residual=x), query_key
+        attended, query_key = self.attn(self.norm1(x), dim)
+        x = x + drop_path(attended, self.drop_path_rate, dim)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, dim), query_key
+
+
+class Fusion(nn.Linear):
+    """How much each of two streams counts at each position: a Linear 2C -> 2 over both, softmax."""
+
+    def __init__(self, channels: int):
+        super().__init__(2 * channels, 2)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """[..., C] twice -> weights [..., 2] that sum to 1. The two are never concatenated."""
+        C = first.shape[-1]
+        logits = functional.linear(first, self.weight[:, :C], self.bias)
+        return (logits + functional.linear(second, self.weight[:, C:])).softmax(-1)
+
+
+def mix(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """The streams [..., C] weighted by [..., 2] that sum to 1."""
+    return torch.lerp(second, first, weights[..., :1].to(first.dtype))
+
+
+def joined(streams: list[QueryKey]) -> QueryKey:
+    """The (query, key) [B, J, H, T, D] of several streams as one, the streams beside the joints."""
+    query, key = (torch.cat(parts, 1) for parts in zip(*streams, strict=True))
+    return query, key
+
+
+class Representation(nn.Module):
+    """tanh(fc(x)), the features that the last layer reads."""
+
+    def __init__(self, channels: int, features: int):
+        super().__init__()
+        self.fc = Linear(channels, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x, activation="tanh")

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import checks
 from ..backend import use_backend
 from ..nn import TokenRecoveringAttention
+from .motionagformer import Graph
 
 
 def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool = False) -> int:
@@ -19,23 +20,27 @@ def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool 
     model: a host: it has `in_shape`, the shape of its input without the batch, and perhaps a `hourglass`.
     convention: "linear": Linear and Conv1d modules only, as HoT's table; "total": every matrix product that
     `torch.utils.flop_counter` knows, and attention. Neither counts the choice of tokens or interpolation.
-    executed: False counts the published formulation, in which TRA projects the recovery token once a sample and joint;
-    True what is run here: once.
+    executed: False counts the published formulation, in which TRA projects the recovery token once a sample and joint,
+    and MotionAGFormer's graphs scale by dense products; True what is run here.
 
     >>> from h2ot_kernels import hosts
     >>> round(hosts.count_flops(hosts.build("h2ot_mixste")) / 1e9, 2)
     121.23
     """
     checks.choice("convention", convention, ("linear", "total"))
-    counted = {"linear": 0, "repeated query": 0}
+    counted = {"linear": 0, "repeated query": 0, "dense scaling": 0}
 
-    def count_layer(layer: nn.Linear | nn.Conv1d, inputs, output: Tensor) -> None:
-        counted["linear"] += 2 * output.numel() * math.prod(layer.weight.shape[1:])
+    def count_layer(layer: nn.Linear | nn.Conv1d, inputs, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs = [output] if isinstance(output, Tensor) else output
+        counted["linear"] += 2 * sum(y.numel() for y in outputs) * math.prod(layer.weight.shape[1:])
 
     def count_query(layer: TokenRecoveringAttention, inputs, output: Tensor) -> None:
         token, x = inputs
         repeats = x.numel() // (x.shape[1] * x.shape[-1]) - 1
         counted["repeated query"] += repeats * 2 * token.numel() * layer.linear_q.out_features
+
+    def count_scaling(layer: Graph, inputs, output) -> None:
+        counted["dense scaling"] += layer.unexecuted_flops(*inputs)
 
     handles = []
     for module in model.modules():
@@ -43,6 +48,8 @@ def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool 
             handles.append(module.register_forward_hook(count_layer))
         elif isinstance(module, TokenRecoveringAttention):
             handles.append(module.register_forward_hook(count_query))
+        elif isinstance(module, Graph):
+            handles.append(module.register_forward_hook(count_scaling))
     training = model.training
     try:
         total = _run_on_shapes(model.eval())
@@ -51,14 +58,16 @@ def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool 
         for handle in handles:
             handle.remove()
     flops = total if convention == "total" else counted["linear"]
-    return flops if executed else flops + counted["repeated query"]
+    if not executed:
+        flops += counted["repeated query"] + (counted["dense scaling"] if convention == "total" else 0)
+    return flops
 
 
 def _run_on_shapes(model: nn.Module) -> int:
     """Every matrix product of one pass, by PyTorch's counter. Gradients on: fused tails have no modules to count."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     like = next(iter(tensors.values()))
-    counter = FlopCounterMode(display=False, custom_mapping=_OURS)
+    counter = FlopCounterMode(display=False)
     # "cpp": its operators say their shapes without data. MATH: attention as the products that the counter knows.
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -74,10 +83,3 @@ def _run_on_shapes(model: nn.Module) -> int:
             given.append(tuple(torch.arange(tokens)[None] for tokens in model.hourglass.stages.values()))
         torch.func.functional_call(model, shapes, tuple(given))
     return counter.get_total_flops()
-
-
-def _attention_flops(query, key, value, num_heads, scale, *, out_shape=None) -> int:
-    return 2 * 2 * math.prod(value) * query[-2]
-
-
-_OURS = {torch.ops.h2ot_kernels.recover_attention: _attention_flops}

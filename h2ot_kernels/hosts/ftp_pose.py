@@ -18,7 +18,8 @@ from .. import checks
 from ..gather import gather_tokens
 from ..nn import TokenRecoveringAttention
 from ..select import prune_cluster
-from .vit import EncoderBlock, ViT
+from .blocks import Block
+from .vit import MLP_RATIO, ViT
 
 FRAMES = 3  # t - 1, t, t + 1
 SIZES = {
@@ -86,8 +87,9 @@ class FTPPose(nn.Module):
         self.set_pruning(epsilon, prune_at)
 
         self.frame_embed = nn.Parameter(torch.zeros(1, FRAMES, 1, channels))
-        self.high_blocks = nn.ModuleList(EncoderBlock(channels, num_heads) for _ in range(high_depth))
-        self.low_blocks = nn.ModuleList(EncoderBlock(channels, num_heads) for _ in range(low_depth))
+        sizes = channels, num_heads, MLP_RATIO * channels
+        self.high_blocks = nn.ModuleList(Block(*sizes) for _ in range(high_depth))
+        self.low_blocks = nn.ModuleList(Block(*sizes) for _ in range(low_depth))
         self.query_embed = nn.Parameter(torch.zeros(1, self.tokens_per_frame, channels))
         self.cross_attention = TokenRecoveringAttention(channels, num_heads)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
@@ -130,7 +132,7 @@ class FTPPose(nn.Module):
             if number == self.prune_at and self.epsilon > 0:
                 dense = x
                 x, index = self._pruned(x, self.kept_per_frame)
-            x = block(x)
+            x = block(x, dim=1)[0]
         x = self.vit.norm(x)
         if self.prune_at == "encoder" or self.epsilon == 0:
             dense = x
@@ -139,7 +141,7 @@ class FTPPose(nn.Module):
         if self.prune_at == "encoder" and self.epsilon > 0:
             high, index = self._pruned(high, FRAMES * self.kept_per_frame)
         for block in self.high_blocks:
-            high = block(high)
+            high = block(high, dim=1)[0]
         joined = self.norm(self.cross_attention(self._middle(dense), high))
         heatmaps = self.head(joined.mT.unflatten(-1, self.vit.grid))
         return (heatmaps, index) if return_index else heatmaps
@@ -154,7 +156,7 @@ class FTPPose(nn.Module):
         coarse = functional.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT
         low = (coarse.unflatten(0, (-1, FRAMES)) + self.frame_embed).flatten(1, 2)
         for block in self.low_blocks:
-            low = block(low)
+            low = block(low, dim=1)[0]
         middle = low.unflatten(1, (FRAMES, -1))[:, FRAMES // 2]
         wide = functional.interpolate(middle.mT.unflatten(-1, self.grid), self.vit.grid, mode="nearest")
         return wide.flatten(2).mT + self.query_embed

@@ -3,22 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .blocks import Attention, Mlp
+from .blocks import Block
 
-
-class EncoderBlock(nn.Module):
-    """Pre-norm transformer block on [B, N, C]: all N tokens attend to one another."""
-
-    def __init__(self, channels: int, num_heads: int, mlp_ratio: float = 4.0):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
-        self.attn = Attention(channels, num_heads)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), dim=1)[0]
-        return x + self.mlp(self.norm2(x))
+MLP_RATIO = 4
 
 
 class ViT(nn.Module):
@@ -38,7 +25,7 @@ class ViT(nn.Module):
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.pos_embed = nn.Parameter(torch.randn(1, self.grid[0] * self.grid[1], channels) * 0.02)
         self.patch_embed = nn.Conv2d(3, channels, patch_size, patch_size)
-        self.blocks = nn.ModuleList(EncoderBlock(channels, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(channels, num_heads, MLP_RATIO * channels) for _ in range(depth))
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
     def embed(self, images: Tensor) -> Tensor:

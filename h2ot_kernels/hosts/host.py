@@ -1,0 +1,103 @@
+"""What the hosts share: an hourglass, the shape of their input, and what a call takes and gives."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..hourglass import Hourglass, Kept
+from ..nn import TokenRecoveringAttention
+
+
+class Host(nn.Module):
+    """A video pose transformer with an hourglass: 2D keypoints [B, F, J, in_channels] in, 3D poses out.
+
+    A host writes `lift`; its blocks are numbered 0 to depth - 1. in_shape: (F, J, in_channels).
+    stages, pruner, recover, pipeline, keep, k: see `Hourglass`; no stages: the unpruned model. pos_embed: a learnable
+    embedding is added after the (single) pruning stage, as HoT does.
+    Raises ValueError for a stage that no block follows, or pos_embed without exactly one stage.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, int, int],
+        depth: int,
+        *,
+        stages: Mapping[int, int] | None = None,
+        pruner: str = "cluster",
+        recover: str | None = "interpolation",
+        pipeline: str = "seq2seq",
+        keep: int | Sequence[int] | str | None = None,
+        k: int = 2,
+        pos_embed: bool = False,
+    ):
+        super().__init__()
+        self.in_shape = in_shape
+        self.hourglass = Hourglass(in_shape[0], stages or {}, pruner, recover, pipeline, keep=keep, k=k)
+        stages = self.hourglass.stages
+        if stages and max(stages) >= depth:
+            raise ValueError(f"stages: got a stage before block {max(stages)}, wanted blocks 0 to {depth - 1}")
+        if pos_embed and len(stages) != 1:
+            raise ValueError(f"pos_embed: needs exactly one stage, got {len(stages)}")
+        self._has_stage_embedding = pos_embed
+
+    def stage_embedding(self, channels: int) -> nn.Parameter | None:
+        """HoT's `pos_embed_token` [1, K, C], zero at the start."""
+        if not self._has_stage_embedding:
+            return None
+        return nn.Parameter(torch.zeros(1, *self.hourglass.stages.values(), channels))
+
+    def recovery_token(self, channels: int) -> nn.Parameter | None:
+        """TRA's `x_token` [1, F, C], zero at the start."""
+        if self.hourglass.recovery != "attention":
+            return None
+        return nn.Parameter(torch.zeros(1, self.in_shape[0], channels))
+
+    def recovering_attention(
+        self, channels: int, num_heads: int, qkv_bias: bool = True
+    ) -> TokenRecoveringAttention | None:
+        """TRA's `cross_attention`."""
+        if self.hourglass.recovery != "attention":
+            return None
+        return TokenRecoveringAttention(channels, num_heads, qkv_bias)
+
+    def lift(self, x: Tensor, signals: dict) -> tuple[Tensor, Kept]:
+        """x [B, F, J, in_channels] -> (what `Hourglass.recover` made of it, kept); signals: for `Hourglass.prune`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its blocks are")
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | Kept | None = None,
+        *,
+        scores: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | torch.Generator | None = None,
+        return_index: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | Kept]:
+        """x [B, F, J, in_channels] -> poses [B, F, J, 3]; seq2frame: [B, 1, J, 3], the centre.
+
+        With recover=None (TPC), or return_index=True: (poses, index); recover=None in seq2seq gives the K kept frames.
+        index: the kept input frames, int64 [B, K] or [1, K]; with several stages a tuple of one a stage. Given back as
+        `index=` they are kept again (test-time flip). scores, mask, noise: see `Hourglass.prune`.
+        """
+        checks.tensor("x", x, (4,), "[B, F, J, in_channels]")
+        checks.has_shape("x", x, (x.shape[0], *self.in_shape), "[B, F, J, in_channels]")
+        signals = {"index": index, "pose": x[..., :2], "scores": scores, "mask": mask, "noise": noise}
+        pose, kept = self.lift(x, signals)
+        if return_index or (self.hourglass.recovery is None and self.hourglass.pipeline == "seq2seq"):
+            return pose, kept[0] if len(kept) == 1 else kept
+        return pose
+
+    def prunes_by_attention(self, block: int) -> bool:
+        """Whether a stage before `block` reads the temporal query and key of the block before it."""
+        return self.hourglass.pruner == "attention" and block in self.hourglass.stages
+
+    def tokens_of_blocks(self, depth: int) -> list[int]:
+        """How many frames each block sees."""
+        tokens, frames = [], self.in_shape[0]
+        for block in range(depth):
+            frames = self.hourglass.stages.get(block, frames)
+            tokens.append(frames)
+        return tokens

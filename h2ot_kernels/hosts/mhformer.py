@@ -1,0 +1,207 @@
+"""MHFormer and its hourglasses (TPC, H2OT), with the official parameter names."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..hourglass import Kept
+from ..linear import Linear
+from .blocks import Attention, Block, Mlp, QueryKey, attend, drop_path
+from .host import Host
+
+STREAMS = (1, 2, 3)
+# Which streams give the query and the key when stream s is updated; the value is its own.
+SOURCES = {1: (2, 3), 2: (1, 3), 3: (1, 2)}
+
+
+class MHFormer(Host):
+    """2D keypoints [B, F, J, in_channels] -> 3D poses, by way of three hypotheses.
+
+    Three encoders over the 2J coordinate rows make the hypotheses; two blocks refine each (`SHR_blocks`, blocks 0 and 1
+    of the hourglass), one lets them interact (`CHI_blocks`, block 2). From the embedding on, the three streams lie side
+    by side in one [B, F, 3C]: that is also what the cluster pruner reads.
+    num_frames, num_joints: F, J. channels: C, of a stream. hidden: of the MLP over all three. encoder_depth: blocks of
+    an encoder. encoder_heads divides F. dropout, drop_path_rate: in training.
+    hourglass: stages, pruner, recover (None or "interpolation"), pipeline, keep, k, see `Host`.
+
+    >>> import torch
+    >>> from h2ot_kernels.hosts.mhformer import MHFormer
+    >>> model = MHFormer(num_frames=27, channels=32, hidden=64, stages={1: 9}, pruner="cluster").eval()
+    >>> model(torch.randn(2, 27, 17, 2)).shape
+    torch.Size([2, 27, 17, 3])
+    """
+
+    def __init__(
+        self,
+        num_frames: int = 351,
+        num_joints: int = 17,
+        in_channels: int = 2,
+        channels: int = 512,
+        hidden: int = 1024,
+        num_heads: int = 8,
+        encoder_depth: int = 4,
+        encoder_heads: int = 9,
+        dropout: float = 0.1,
+        drop_path_rate: float = 0.2,
+        **hourglass,
+    ):
+        super().__init__((num_frames, num_joints, in_channels), 3, **hourglass)
+        if self.hourglass.recovery == "attention":
+            raise ValueError(
+                "recover: got 'attention', wanted 'interpolation' or None: no MHFormer has a recovery token"
+            )
+        if hourglass.get("pos_embed"):
+            raise ValueError("pos_embed: got True, wanted False: no MHFormer has an embedding after its pruning")
+        rows, common = in_channels * num_joints, (dropout, drop_path_rate)
+        # The order of parameters and modules is that of the official state_dict.
+        for s in STREAMS:
+            self.add_module(f"embedding_{s}", PointwiseConv(rows, channels, 1))
+        self.Transformer_hypothesis = HypothesisTransformer(num_frames, channels, num_heads, hidden, *common)
+        self.regression = nn.Sequential(nn.BatchNorm1d(3 * channels), PointwiseConv(3 * channels, 3 * num_joints, 1))
+        for s in STREAMS:
+            self.add_module(f"norm_{s}", nn.LayerNorm(num_frames))
+        for s in STREAMS:
+            self.add_module(
+                f"Transformer_encoder_{s}", Encoder(rows, num_frames, encoder_depth, encoder_heads, *common)
+            )
+
+    def lift(self, x: Tensor, signals: dict) -> tuple[Tensor, Kept]:
+        x = x.flatten(2).mT
+        streams = []
+        for s in STREAMS:
+            x = x + getattr(self, f"Transformer_encoder_{s}")(getattr(self, f"norm_{s}")(x))
+            streams.append(getattr(self, f"embedding_{s}")(x.mT))
+        transformer = self.Transformer_hypothesis
+        x, kept, query, key = transformer.embed(streams), (), None, None
+        for i, block in enumerate((*transformer.SHR_blocks, *transformer.CHI_blocks)):
+            x, kept = self.hourglass.prune(i, x, kept, query=query, key=key, **signals)
+            x, of_streams = block(x)
+            if self.prunes_by_attention(i + 1):
+                query, key = (torch.stack(parts, 1) for parts in zip(*of_streams, strict=True))
+        return self.hourglass.recover(transformer.norm(x), kept, self._regress), kept
+
+    def _regress(self, x: Tensor) -> Tensor:
+        """[B, K, 3C] -> [B, K, J, 3]. The rows are a batch to the BatchNorm: the statistics over B and K."""
+        batch_norm, conv = self.regression
+        return conv(batch_norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])).unflatten(-1, (-1, 3))
+
+
+class PointwiseConv(nn.Conv1d):
+    """A Conv1d of width 1 on channels last: [..., in_channels] -> [..., out_channels]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight[..., 0], self.bias)
+
+
+class Encoder(nn.Module):
+    """Blocks over the coordinate rows [B, 2J, F], with the F frames as channels."""
+
+    def __init__(self, rows: int, num_frames: int, depth: int, num_heads: int, dropout: float, drop_path_rate: float):
+        super().__init__()
+        self.dropout = dropout
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, num_frames))
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(num_frames, num_heads, 2 * num_frames, rate, dropout) for rate in rates)
+        self.norm = nn.LayerNorm(num_frames, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.dropout(x + self.pos_embed, self.dropout, self.training)
+        for block in self.blocks:
+            x, _ = block(x, dim=1)
+        return self.norm(x)
+
+
+class HypothesisTransformer(nn.Module):
+    """The embeddings, blocks and final norm of the three streams [B, F, 3C]."""
+
+    def __init__(
+        self, num_frames: int, channels: int, num_heads: int, hidden: int, dropout: float, drop_path_rate: float
+    ):
+        super().__init__()
+        self.dropout = dropout
+        for s in STREAMS:
+            self.register_parameter(f"pos_embed_{s}", nn.Parameter(torch.zeros(1, num_frames, channels)))
+        rates = torch.linspace(0, drop_path_rate, 3, device="cpu").tolist()
+        size = (channels, num_heads, hidden, dropout)
+        self.SHR_blocks = nn.ModuleList(RefinementBlock(*size, rate) for rate in rates[:2])
+        self.CHI_blocks = nn.ModuleList(InteractionBlock(*size, rate) for rate in rates[2:])
+        self.norm = nn.LayerNorm(3 * channels, eps=1e-6)
+
+    def embed(self, streams: list[Tensor]) -> Tensor:
+        """Three [B, F, C] -> [B, F, 3C]."""
+        embedding = torch.cat([getattr(self, f"pos_embed_{s}") for s in STREAMS], -1)
+        return functional.dropout(torch.cat(streams, -1) + embedding, self.dropout, self.training)
+
+
+class HypothesisBlock(nn.Module):
+    """A block of three streams [B, K, 3C]: each is updated, then all pass one MLP."""
+
+    def __init__(self, channels: int, num_heads: int, hidden: int, dropout: float, drop_path_rate: float):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.make_streams(channels, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(3 * channels, eps=1e-6)
+        self.mlp = Mlp(3 * channels, hidden, dropout)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[QueryKey]]:
+        """x -> the block's output and each stream's (query, key) [B, H, K, D]."""
+        streams, query_keys = dict(zip(STREAMS, x.chunk(3, -1), strict=True)), []
+        for s in STREAMS:
+            update, query_key = self.update(s, streams)
+            streams[s] = streams[s] + self._dropped(update)
+            query_keys.append(query_key)
+        x = torch.cat(list(streams.values()), -1)
+        return x + self._dropped(self.mlp(self.norm2(x))), query_keys
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        return drop_path(branch, self.drop_path_rate, 1) if self.training and self.drop_path_rate else branch
+
+
+class RefinementBlock(HypothesisBlock):
+    """SHR: self-attention in each stream."""
+
+    def make_streams(self, channels: int, num_heads: int, dropout: float) -> None:
+        for s in STREAMS:
+            self.add_module(f"norm1_{s}", nn.LayerNorm(channels, eps=1e-6))
+        for s in STREAMS:
+            self.add_module(f"attn_{s}", Attention(channels, num_heads, dropout=dropout))
+
+    def update(self, s: int, streams: dict[int, Tensor]) -> tuple[Tensor, QueryKey]:
+        return getattr(self, f"attn_{s}")(getattr(self, f"norm1_{s}")(streams[s]), dim=1)
+
+
+class InteractionBlock(HypothesisBlock):
+    """CHI: query and key from the other two streams as they are by now, value from the stream itself."""
+
+    def make_streams(self, channels: int, num_heads: int, dropout: float) -> None:
+        for s in STREAMS:
+            for source in STREAMS:
+                self.add_module(f"norm3_{s}{source}", nn.LayerNorm(channels, eps=1e-6))
+        for s in STREAMS:
+            self.add_module(f"attn_{s}", CrossAttention(channels, num_heads, dropout))
+
+    def update(self, s: int, streams: dict[int, Tensor]) -> tuple[Tensor, QueryKey]:
+        sources = (*SOURCES[s], s)
+        normed = (getattr(self, f"norm3_{s}{i}")(streams[source]) for i, source in zip(STREAMS, sources, strict=True))
+        return getattr(self, f"attn_{s}")(*normed)
+
+
+class CrossAttention(nn.Module):
+    """Attention with query, key and value from three tensors [B, K, C]."""
+
+    def __init__(self, channels: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.linear_q = Linear(channels, channels)
+        self.linear_k = Linear(channels, channels)
+        self.linear_v = Linear(channels, channels)
+        self.proj = Linear(channels, channels)
+
+    def forward(self, *sources: Tensor) -> tuple[Tensor, QueryKey]:
+        layers = (self.linear_q, self.linear_k, self.linear_v)
+        query, key, value = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer, x in zip(layers, sources, strict=True)
+        )
+        updated = self.proj(attend(query, key, value))
+        return functional.dropout(updated, self.dropout, self.training), (query, key)

@@ -1,0 +1,73 @@
+"""Official checkpoints: every layout of the file, and what is said of one that does not fit."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from h2ot_kernels import hosts
+
+from .host_cases import small
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrap", [None, "model", "model_pos", "state_dict"])
+@pytest.mark.parametrize("name", ["hot_mixste", "hot_motionagformer"])
+def test_checkpoint_round_trip(tmp_path, name, prefix, wrap):
+    source, target = small(name), small(name)
+    with torch.no_grad():
+        for tensor in target.parameters():
+            tensor.zero_()
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    if wrap:
+        state = {wrap: state, "epoch": 3, "lr": 1e-4, "min_loss": np.float64(40.9), "optimizer": {"state": {}}}
+    torch.save(state, tmp_path / "model.pth")
+    assert hosts.load_checkpoint(target, tmp_path / "model.pth") is target
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+
+
+def test_checkpoint_that_does_not_fit_names_every_key(tmp_path):
+    state = small("hot_mixste").state_dict()
+    del state["x_token"], state["head.1.bias"]
+    state["cross_attention.linear_v.bias"] = torch.zeros(5)
+    state["extra.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "model.pth")
+    target = small("hot_mixste")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit MixSTE") as caught:
+        hosts.load_checkpoint(target, tmp_path / "model.pth")
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing: x_token",
+        "  missing: head.1.bias",
+        "  unexpected: extra.weight",
+        "  shape: cross_attention.linear_v.bias is [5], wanted [32]",
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+class NotData:
+    """An object that only an unsafe load would make."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (NotData(), "is not a checkpoint of plain tensors"),
+        ([1, 2], "holds no state_dict"),
+        ({}, "holds no state_dict"),
+        ({"weight": 3}, "holds no state_dict"),
+    ],
+)
+def test_checkpoint_without_weights(tmp_path, content, message):
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=message):
+        hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "model.pth")
+
+
+def test_checkpoint_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "none.pth")
+    for content in (b"", b"not a checkpoint at all"):
+        (tmp_path / "bad.pth").write_bytes(content)
+        with pytest.raises(ValueError, match="is not a checkpoint"):
+            hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "bad.pth")
