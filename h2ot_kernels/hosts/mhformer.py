@@ -199,9 +199,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, *sources: Tensor) -> tuple[Tensor, QueryKey]:
         layers = (self.linear_q, self.linear_k, self.linear_v)
-        query, key, value = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for layer, x in zip(layers, sources, strict=True)
-        )
-        updated = self.proj(attend(query, key, value))
+        heads = [layer(x) for layer, x in zip(layers, sources, strict=True)]
+        query, key, _ = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in heads)
+        updated = self.proj(attend(*heads, self.num_heads))
         return functional.dropout(updated, self.dropout, self.training), (query, key)
