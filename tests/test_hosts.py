@@ -6,7 +6,7 @@ import torch
 
 import h2ot_kernels as h2ot
 from h2ot_kernels import hosts
-from h2ot_kernels.hosts.blocks import Attention, Block, drop_path
+from h2ot_kernels.hosts.blocks import Attention, Block, attend, attend_by_torch, drop_path
 
 from .host_cases import (
     NAMES,
@@ -257,6 +257,13 @@ def test_attention_along_any_axis(dim, samples):
     torch.testing.assert_close(ours, x + layer.proj(expected))
     torch.testing.assert_close(same_query, query)
     torch.testing.assert_close(same_key, key)
+
+
+def test_attention_is_that_of_torch():
+    query, key, value = torch.randn(3, 2, 7, 24, dtype=torch.float64)
+    torch.testing.assert_close(attend(query, key, value, 4), attend_by_torch(query, key, value, 4))
+    fake = torch.empty(2, 7, 24, device="meta")
+    assert attend(fake, fake, fake, 4).shape == fake.shape
 
 
 def test_compiles_without_a_break():

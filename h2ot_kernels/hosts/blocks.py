@@ -20,6 +20,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     """
     if query.device.type == "cpu":
         return recover_attention(query, key, value, num_heads)
+    return attend_by_torch(query, key, value, num_heads)
+
+
+def attend_by_torch(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """`attend` by `scaled_dot_product_attention`."""
     heads = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(-2)
 
