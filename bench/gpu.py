@@ -36,17 +36,23 @@ class Outcome:
 def stages(out: Path) -> list[Stage]:
     python = sys.executable
     tests = (python, "-m", "pytest", "-p", "no:cacheprovider")
-    sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+    every_op = (python, "-m", "tests.every_op")
+    rows = ("--device", "cuda", "--out", str(out / "results.jsonl"))
+
+    def sanitizer(tool: str) -> Stage:
+        watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+        return Stage(tool, 40, (*watch, *every_op), needs="compute-sanitizer")
+
     return [
-        Stage("environment", 30, (python, "-m", "h2ot_kernels", "env")),
-        Stage("gpu tests", 150, (*tests, "-m", "gpu")),
-        Stage("all tests", 180, (*tests, "-m", "not gpu", "-x")),
-        Stage(
-            "benchmarks",
-            120,
-            (python, "-m", "bench.run", "--device", "cuda", "--quick", "--out", str(out / "results.jsonl")),
-        ),
-        Stage("memcheck", 50, (*sanitizer, *tests, "-m", "gpu", "-k", "gather"), needs="compute-sanitizer"),
+        Stage("environment", 20, (python, "-m", "h2ot_kernels", "env")),
+        Stage("every operation", 30, every_op),
+        Stage("gpu tests", 70, (*tests, "-m", "gpu")),
+        Stage("all tests", 130, (*tests, "-m", "not gpu")),
+        Stage("benchmarks", 140, (python, "-m", "bench.run", *rows)),
+        Stage("guard bands", 30, (*every_op, "--guard"), needs="nvcc"),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+        sanitizer("initcheck"),
     ]
 
 

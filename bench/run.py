@@ -1,23 +1,31 @@
-"""Benchmarks: `./dev bench [--ops OP ...] [--device cpu|cuda] [--quick] [--compile] [--threads N] [--out FILE]`.
+"""Benchmarks: `./dev bench [--ops OP ...] [--device cpu|cuda] [--quick | --sweep] [--compile] [--compare A B] ...`.
 
 Each case is checked against python_ref first; what is wrong is not timed and makes the exit code 1. Then the official
-formulation, with --compile `torch.compile` of it, and ours are timed in turn in this process. One JSON row per case is
-appended to FILE (default bench/results/<device>.jsonl): sizes, quantiles, the counted floor, device, versions, date.
+formulation, with --compile `torch.compile` of it, ours, every other backend with a kernel, and other libraries (those
+that are installed; "stage 1 only" where they do less) are timed in turn in this process. One JSON row per case is
+appended to FILE (default bench/results/<device>.jsonl): sizes, quantiles, first call, peak memory, the counted floor,
+device, versions, date. --sweep varies N, B, C and K of prune_cluster one at a time, for the scaling plots.
 """
 
 import argparse
 import datetime
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from h2ot_kernels import env_report
-from h2ot_kernels.comparison import Result, compare
+from h2ot_kernels import can_run, env_report, use_backend
+from h2ot_kernels.backend import interpreting
+from h2ot_kernels.comparison import Comparison, Result, compare
 from h2ot_kernels.timing import Machine
 
-from .shapes import Case, all_ops, build, cases
+from . import memory, peers
+from .compare import show
+from .shapes import Case, all_ops, build, cases, sweep
+
+KERNELS = ("cpp", "cuda", "triton")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,15 +33,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", metavar="OP", default=all_ops(), help=f"some of {', '.join(all_ops())}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="only the first size of each operation")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="only the first size of each operation")
+    which.add_argument("--sweep", action="store_true", help="scaling of prune_cluster in N, B, C and K")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help="show two result files; measure nothing")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory (4 s a case on a CPU)")
+    parser.add_argument("--no-peers", action="store_true", help="no other libraries")
+    parser.add_argument("--backends", nargs="*", default=KERNELS, metavar="NAME", help="default: those with a kernel")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the official formulation")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--seconds", type=float, default=2.0, help="timing per case (default: 2)")
     parser.add_argument("--out", type=Path, help="JSONL file to append to (default: bench/results/<device>.jsonl)")
     given = parser.parse_args(arguments)
     try:
-        chosen = cases(given.ops, quick=given.quick)
-    except ValueError as error:
+        if given.compare:
+            return show(*given.compare)
+        chosen = sweep() if given.sweep else cases(given.ops, quick=given.quick)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
@@ -45,23 +61,74 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or Path(__file__).parent / "results" / f"{given.device}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     machine, environment = Machine(given.device), environment_row(given.device)
-    wrong = 0
+    no_memory = "not asked for" if given.no_memory else memory.why_not(machine.device)
+    wrong, absent = 0, {}
     print(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}")
     print(f"best float32 product of this run: {machine.flops() / 1e9:.0f} GFLOP/s")
     with out.open("a") as file:
         for case in chosen:
-            result = measure(case, machine, seconds=given.seconds, with_compile=given.compile)
+            others, missing = ({}, {}) if given.no_peers else peers.rivals(build(case, machine.device), machine.device)
+            kernels, unfit, failed = other_backends(build(case, machine.device), machine.device, given.backends)
+            others |= kernels
+            absent |= missing | unfit
+            wrong += failed
+            result = measure(case, machine, seconds=given.seconds, with_compile=given.compile, others=others)
             wrong += not result.verdict.is_right
             print(line(case, result), flush=True)
-            file.write(json.dumps(row(case, result, machine, environment), allow_nan=False) + "\n")
+            peak = {}
+            if no_memory is None and result.verdict.is_right:
+                peak = {rival: memory.peak_bytes(case, rival, machine.device) for rival in ("official", "ours")}
+            values = row(case, result, machine, environment) | {"peak_bytes": peak}
+            file.write(json.dumps(values, allow_nan=False) + "\n")
             file.flush()
+    for label, reason in absent.items():
+        print(f"not timed: {label}: {reason}")
+    print(f"peak memory: {no_memory or 'in the rows'}")
     print(f"{len(chosen) - wrong} of {len(chosen)} cases right and timed; rows appended to {out}")
     return int(wrong > 0)
 
 
-def measure(case: Case, machine: Machine, *, seconds: float, with_compile: bool = False) -> Result:
+def measure(
+    case: Case,
+    machine: Machine,
+    *,
+    seconds: float,
+    with_compile: bool = False,
+    others: dict[str, Callable] | None = None,
+) -> Result:
     """The checked and timed comparison of one case."""
-    return compare(build(case, machine.device), machine, seconds=seconds, with_compile=with_compile)
+    return compare(build(case, machine.device), machine, seconds=seconds, with_compile=with_compile, others=others)
+
+
+def other_backends(comparison: Comparison, device: torch.device, names: tuple[str, ...]):
+    """(name -> ours by that backend, label -> why it cannot run, how many are wrong); the default is left out."""
+    op = comparison.op if comparison.kernel is None else comparison.kernel
+    found, unfit, wrong = {}, {}, 0
+    for name in names:
+        if not op or name == comparison.backend(device) or (name == "triton" and interpreting()):
+            continue
+        if not can_run(op, name, device)[0]:
+            continue
+
+        def call(name=name):
+            with use_backend(name):
+                return comparison.ours()
+
+        label = f"{comparison.op} by {name}"
+        try:
+            with torch.inference_mode(), use_backend(name):
+                is_right = comparison.check().is_right
+        except RuntimeError as error:
+            if "cannot run on" not in str(error):
+                raise
+            unfit[label] = str(error)  # one of its operations has no such kernel
+            continue
+        if is_right:
+            found[name] = call
+        else:
+            wrong += 1
+            print(f"{label}: WRONG, not timed")
+    return found, unfit, wrong
 
 
 def environment_row(device: str) -> dict:
@@ -74,6 +141,7 @@ def environment_row(device: str) -> dict:
         "torch": report["torch"],
         "python": report["python"],
         "cpu_capability": report.get("cpu_capability"),
+        "peers": peers.versions(torch.device(device)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -37,16 +37,32 @@ struct Tokens {
 
 // SPEC section 1. A token is valid when mask (if given) says so and all its channels are finite.
 // Deterministic mode (noise null): j is denser than i when (m_j, j) < (m_i, i).
+// Gaussian density (cutoff > 0): rho_i = sum over j of exp(-d_ij^2 / cutoff^2), each term rounded to a multiple of
+// 2^-40, in place of exp(-m); -rho then orders like m does.
 struct ScoreArgs {
   Tokens x;
-  int64_t k;            // 1 .. N
+  int64_t k;            // 1 .. N (N - 1 with exclude_self); not used with cutoff
   const bool* mask;     // [B, N] contiguous, or null
   const double* noise;  // [B, N] contiguous, or null
   double* density;      // outputs, each [B, N] contiguous; density, distance and parent may be null, and then
   double* distance;     // the work that only they need (the largest distance of a sample) is left out
   double* score;
   int64_t* parent;
-  bool* valid;  // [B, N] out, or null: which tokens were valid (selection needs it)
+  bool* valid;                // [B, N] out, or null: which tokens were valid (selection needs it)
+  double area = 0;            // squared distances are divided by it; 0: by C
+  bool exclude_self = false;  // the density of a token does not count the token itself
+  double cutoff = 0;
+};
+
+// How the CPU scores a sample, chosen from sizes alone.
+enum class Search : int32_t {
+  stored,    // all tile distances kept: O(N^2) memory, for few tokens
+  streamed,  // the nearest of each token kept: O(N (C + k)) memory
+  exact      // streamed, every row searched in float64: k too long for lists
+};
+struct ScorePlan {
+  Search search;
+  int64_t scratch;  // bytes for one sample, beside a list of N neighbours (16 bytes each) per thread
 };
 
 // The K first by (kept, valid, score descending, index ascending), ascending. NaN scores are not valid.
@@ -89,7 +105,7 @@ struct GatherArgs {
   int32_t dims, frame_axis;
   int64_t size[kMaxDims], stride[kMaxDims];
   int64_t F;
-  const int64_t* index;  // [index_rows, K] contiguous
+  const int64_t* index;  // [index_rows, K] contiguous; -1 is padding, whose frames are zeros (without pos_embed only)
   int64_t index_rows;
   const void* pos_embed;  // [K, C] contiguous in dtype, or null; C is the last axis, added in float32 (float64 for f64)
   void* out;
@@ -103,19 +119,21 @@ struct ScatterArgs {
   int32_t dims, frame_axis;
   int64_t size[kMaxDims], stride[kMaxDims];
   int64_t K;
-  const int64_t* index;  // [index_rows, K] contiguous, strictly ascending
+  const int64_t* index;  // [index_rows, K] contiguous, strictly ascending, then perhaps -1 (padding)
   int64_t index_rows;
   void* out;
 };
 
 // labels[b, i] = position in index of the nearest valid selected token, the lowest on a tie; a selected token's own
-// position; -1 for tokens that are not valid or have no valid selected token.
+// position; -1 for tokens that are not valid or have no valid selected token. With parent: instead of the nearest, the
+// first valid selected token up the chain of parents; -1 where it ends (parent -1, or a token that is not valid).
 struct AssignArgs {
   Tokens x;
-  const int64_t* index;  // [index_rows, K] contiguous
+  const int64_t* index;  // [index_rows, K] contiguous, -1 .. N - 1; -1 is padding
   int64_t index_rows, K;
-  const bool* mask;  // [B, N] contiguous, or null
-  int64_t* labels;   // [B, N] out
+  const bool* mask;                 // [B, N] contiguous, or null
+  int64_t* labels;                  // [B, N] out
+  const int64_t* parent = nullptr;  // [B, N] contiguous, -1 .. N - 1, or null
 };
 
 // out[b, c] = sum_i w_i x_i / sum_i w_i over the tokens labelled c, added in ascending order of i; 0 where sum w is 0.
@@ -130,11 +148,17 @@ struct MergeArgs {
   void* total;            // [B, K] out, float (double for f64): the sums of weights
 };
 
+// Where the rows of a [B, N, C] tensor are: strides, in elements, of the batch and of the rows.
+struct Rows {
+  int64_t stride_b, stride_n;
+};
+
 // out[b, f] = softmax(scale q_f k^T) v per head, heads side by side on C. Accumulated in float32 (float64 for f64).
 struct RecoverAttentionArgs {
-  const void *query, *key, *value;  // [query_rows, F, C], [B, K, C], [B, K, C]; contiguous; query_rows 1 or B
+  const void *query, *key, *value;  // [query_rows, F, C], [B, K, C], [B, K, C]; query_rows 1 or B
   Dtype dtype;
   int64_t B, F, K, C, H, query_rows;
+  Rows query_at, key_at, value_at;  // channels are adjacent; the backward pass wants all three contiguous
   double scale;
   void* out;  // [B, F, C] contiguous, dtype
 };
@@ -182,6 +206,7 @@ struct InterpolateBackwardArgs {
 struct Kernels {
   const char* name;  // "portable", "avx2", "avx512"
   Status (*score)(const ScoreArgs&, const Parallel&);
+  ScorePlan (*plan_score)(const ScoreArgs&);  // reads sizes, strides and which pointers are null
   Status (*select)(const SelectArgs&, const Parallel&);
   Status (*motion)(const MotionArgs&, const Parallel&);
   Status (*attention_score)(const AttentionScoreArgs&, const Parallel&);

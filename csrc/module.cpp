@@ -94,6 +94,23 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("name"), "Choose the instruction set for the whole process (for tests and comparisons).");
   m.def(
+      "plan_score_cpu",
+      [](int64_t N, int64_t C, int64_t k, const std::string& dtype, bool index_only) {
+        double output = 0;
+        h2ot::ScoreArgs args = {};
+        args.x = {nullptr, dtype_named(dtype), 1, N, 1, C, N * C, C, C, 1};
+        args.k = k;
+        args.distance = index_only ? nullptr : &output;
+        const h2ot::ScorePlan plan = h2ot::kernels().plan_score(args);
+        const char* searches[] = {"stored", "streamed", "exact"};
+        return pybind11::make_tuple(searches[int32_t(plan.search)], plan.scratch);
+      },
+      "(search, bytes of scratch) of the CPU kernel for a sample of N contiguous tokens: \"stored\" keeps all "
+      "distances, "
+      "\"streamed\" the nearest of each token, \"exact\" searches in float64 (long k).",
+      pybind11::arg("N"), pybind11::arg("C"), pybind11::arg("k") = 2, pybind11::arg("dtype") = "float32",
+      pybind11::arg("index_only") = false);
+  m.def(
       "plan_score",
       [](int64_t B, int64_t N, int64_t J, int64_t C, int64_t k, const std::string& dtype, bool in_place, int32_t major,
          int32_t minor, int32_t multiprocessors) {

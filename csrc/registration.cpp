@@ -13,8 +13,9 @@
 namespace h2ot {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> score_tokens(const Tensor& x, int64_t k, const MaybeTensor& mask,
-                                                        const MaybeTensor& noise) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_variant(const Tensor& x, int64_t k, const MaybeTensor& mask,
+                                                         const MaybeTensor& noise, double scale, bool exclude_self,
+                                                         double cutoff) {
   const std::vector<int64_t> size = {x.size(0), x.size(1)};
   const Tensor density = make(x, size, ScalarType::Double), distance = make(x, size, ScalarType::Double);
   const Tensor score = make(x, size, ScalarType::Double), parent = make(x, size, ScalarType::Long);
@@ -27,9 +28,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_tokens(const Tensor& x, int64_t
                           write<double>(distance),
                           write<double>(score),
                           write<int64_t>(parent),
-                          nullptr};
+                          nullptr,
+                          scale * scale,
+                          exclude_self,
+                          cutoff};
   check(kernels().score(args, pool()), "score_tokens");
   return {density, distance, score, parent};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_tokens(const Tensor& x, int64_t k, const MaybeTensor& mask,
+                                                        const MaybeTensor& noise) {
+  return score_variant(x, k, mask, noise, 0, false, 0);
 }
 
 Tensor select(const Tensor& score, int64_t K, const MaybeTensor& keep, const bool* mask, const char* op) {
@@ -173,15 +182,27 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
   return out;
 }
 
-Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& mask) {
+Tensor assign(const Tensor& x, const Tensor& index, const MaybeTensor& parent, const MaybeTensor& mask) {
   const Tensor dense_index = dense(index);
-  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool);
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_parent = dense(parent, ScalarType::Long);
   const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
-  const AssignArgs args = {tokens_of(x),           static_cast<const int64_t*>(dense_index.const_data_ptr()),
-                           index.size(0),          index.size(1),
-                           read<bool>(dense_mask), write<int64_t>(labels)};
-  check(kernels().assign(args, pool()), "assign_clusters");
+  const AssignArgs args = {tokens_of(x),
+                           static_cast<const int64_t*>(dense_index.const_data_ptr()),
+                           index.size(0),
+                           index.size(1),
+                           read<bool>(dense_mask),
+                           write<int64_t>(labels),
+                           read<int64_t>(dense_parent)};
+  check(kernels().assign(args, pool()), parent ? "assign_clusters: parent or" : "assign_clusters");
   return labels;
+}
+
+Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& mask) {
+  return assign(x, index, std::nullopt, mask);
+}
+
+Tensor assign_by_parent(const Tensor& x, const Tensor& index, const Tensor& parent, const MaybeTensor& mask) {
+  return assign(x, index, parent, mask);
 }
 
 std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, int64_t num_clusters,
@@ -207,13 +228,15 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, i
   return {merged, total};
 }
 
-// Dense views of query, key and value, and the arguments that point at them.
+Rows rows_of(const Tensor& x) { return {x.dim() == 3 ? x.stride(0) : 0, x.stride(-2)}; }
+
+// Query, key and value with adjacent channels (such as parts of one projection), or dense, and the arguments.
 struct RecoverInputs {
   Tensor query, key, value;
   RecoverAttentionArgs args;
 
-  RecoverInputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads, double scale)
-      : query(dense(q)), key(dense(k)), value(dense(v)) {
+  RecoverInputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads, double scale, bool as_dense)
+      : query(readable(q, as_dense)), key(readable(k, as_dense)), value(readable(v, as_dense)) {
     args = {query.const_data_ptr(),
             key.const_data_ptr(),
             value.const_data_ptr(),
@@ -224,13 +247,18 @@ struct RecoverInputs {
             key.size(2),
             num_heads,
             query.dim() == 3 ? query.size(0) : 1,
+            rows_of(query),
+            rows_of(key),
+            rows_of(value),
             scale,
             nullptr};
   }
+
+  static Tensor readable(const Tensor& x, bool as_dense) { return !as_dense && x.stride(-1) == 1 ? x : dense(x); }
 };
 
 Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale) {
-  RecoverInputs in(query, key, value, num_heads, scale);
+  RecoverInputs in(query, key, value, num_heads, scale, false);
   const Tensor out = make(value, {in.args.B, in.args.F, in.args.C});
   in.args.out = out.mutable_data_ptr();
   check(kernels().recover_attention(in.args, pool()), "recover_attention");
@@ -240,7 +268,7 @@ Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& v
 std::tuple<Tensor, Tensor, Tensor> recover_attention_backward(const Tensor& grad, const Tensor& query,
                                                               const Tensor& key, const Tensor& value, int64_t num_heads,
                                                               double scale) {
-  const RecoverInputs in(query, key, value, num_heads, scale);
+  const RecoverInputs in(query, key, value, num_heads, scale, true);
   const Tensor dense_grad = dense(grad);
   const Tensor grad_query = torch::stable::empty_like(in.query), grad_key = torch::stable::empty_like(in.key);
   const Tensor grad_value = torch::stable::empty_like(in.value);
@@ -321,6 +349,7 @@ Tensor recover_interpolate_backward(const Tensor& grad, const MaybeTensor& index
 
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("score_tokens", TORCH_BOX(&h2ot::score_tokens));
+  m.impl("score_variant", TORCH_BOX(&h2ot::score_variant));
   m.impl("prune_cluster", TORCH_BOX(&h2ot::prune_cluster));
   m.impl("select_tokens", TORCH_BOX(&h2ot::select_tokens));
   m.impl("prune_motion", TORCH_BOX(&h2ot::prune_motion));
@@ -329,6 +358,7 @@ STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("gather_tokens", TORCH_BOX(&h2ot::gather_tokens));
   m.impl("scatter_tokens", TORCH_BOX(&h2ot::scatter_tokens));
   m.impl("assign_clusters", TORCH_BOX(&h2ot::assign_clusters));
+  m.impl("assign_by_parent", TORCH_BOX(&h2ot::assign_by_parent));
   m.impl("merge_tokens", TORCH_BOX(&h2ot::merge_tokens));
   m.impl("recover_attention", TORCH_BOX(&h2ot::recover_attention));
   m.impl("recover_attention_backward", TORCH_BOX(&h2ot::recover_attention_backward));

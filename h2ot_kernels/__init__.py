@@ -13,6 +13,7 @@ from .recover_interpolation import recover_interpolate  # isort: skip
 from . import nn  # isort: skip
 from .hourglass import Hourglass  # isort: skip
 from . import hosts  # isort: skip
+from . import dropin  # isort: skip
 from . import backend as _backend
 from .backend import can_run, env_report, explain, use_backend
 
@@ -22,6 +23,7 @@ __all__ = [
     "TokenScores",
     "assign_clusters",
     "can_run",
+    "dropin",
     "env_report",
     "explain",
     "gather_tokens",

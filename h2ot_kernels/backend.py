@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .library import ranged
+
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 # In order of preference. "reference" stands last where a device has kernels for some operations only.
 _DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("cuda", "triton", "reference")}
@@ -25,6 +27,8 @@ _override: str | None = None  # a plain global: torch.compile guards it, and doe
 
 def implement(op: str, backend: str, function: Callable) -> None:
     """Register `function` as what `backend` runs for `op`."""
+    if backend == "reference":
+        function = ranged(f"h2ot_kernels::{op} (reference)")(function)
     _implementations.setdefault(op, {})[backend] = function
 
 

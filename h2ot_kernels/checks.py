@@ -49,6 +49,30 @@ def integer(name: str, value: int, low: int, high: int | None = None, high_name:
         raise ValueError(f"{name}: got {value}, wanted {low}{upper or ' or more'}")
 
 
+def positive(name: str, value: float) -> float:
+    """value as a float; it is a number above 0 whose square is finite and above 0, too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a positive number")
+    if not 1e-150 <= value <= 1e150:
+        raise ValueError(f"{name}: got {value}, wanted a positive number (1e-150 to 1e150)")
+    return float(value)
+
+
+def token_counts(num_tokens, B: int, N: int) -> int | list[int]:
+    """num_tokens as it came, an int in 1 .. N, or as one int in 0 .. N per sample (from a list or a tensor [B])."""
+    if isinstance(num_tokens, Tensor):
+        tensor("num_tokens", num_tokens, (1,), "[B]", (torch.int64, torch.int32))
+        num_tokens = num_tokens.tolist()
+    if not isinstance(num_tokens, Sequence) or isinstance(num_tokens, str):
+        integer("num_tokens", num_tokens, 1, N, "the number of tokens")
+        return num_tokens
+    if len(num_tokens) != B:
+        raise ValueError(f"num_tokens: got {len(num_tokens)} numbers, wanted one per sample, {B}")
+    for value in num_tokens:
+        integer("num_tokens", value, 0, N, "the number of tokens")
+    return list(num_tokens)
+
+
 def choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")

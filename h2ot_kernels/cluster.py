@@ -8,16 +8,31 @@ import python_ref
 from . import checks
 from .backend import dispatch, implement
 from .library import declare
+from .score import METRICS
 
 
-def assign_clusters(x: Tensor, index: Tensor, *, mask: Tensor | None = None, backend: str | None = None) -> Tensor:
+def assign_clusters(
+    x: Tensor,
+    index: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    metric: str = "euclidean",
+    parent: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """labels [B, N]: which selected token each token is nearest to, as a position in index; the lowest on a tie.
 
-    x: [B, N, C] or [B, F, J, C] (pooled over J as in `score_tokens`). index: int64 [B, K] or [1, K], ascending.
-    mask: bool [B, N], True = valid. A selected token is labelled with itself. Tokens that are masked or hold NaN or
-    infinity get -1 and attract nobody; so do all tokens of a sample with no valid selected token.
-    Returns int64 [B, N]. Raises TypeError or ValueError that name the argument, IndexError for an index outside
-    0 .. N - 1. Cost: B N K C differences, memory O(N); decided as in float64. Source: SPEC section 4.
+    x: [B, N, C] or [B, F, J, C] (pooled over J as in `score_tokens`). index: int64 [B, K] or [1, K], ascending, then
+    perhaps -1: padding (`select_tokens` with a num_tokens per sample), which attracts nobody.
+    mask: bool [B, N], True = valid. lengths: int [B], valid tokens at the front. metric: see `score_tokens`.
+    parent: int64 [B, N], `score_tokens(...).parent`: labels then follow the chain of parents to the first selected
+    token, as Rodriguez & Laio do, in place of the nearest one; x only says which tokens are finite.
+    A selected token is labelled with itself. Tokens that are masked or hold NaN or infinity get -1 and attract nobody;
+    so do all tokens of a sample with no valid selected token, and those whose chain meets none.
+    Returns int64 [B, N]. Raises TypeError or ValueError that name the argument, IndexError for an index or parent
+    outside -1 .. N - 1. Cost: B N K C differences (parent: B N steps), memory O(N C); decided as in float64. Source:
+    SPEC section 4, Rodriguez & Laio 2014.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.assign_clusters(torch.tensor([[[0.0], [1.0], [8.0], [9.0]]]), torch.tensor([[0, 3]]))
@@ -27,8 +42,15 @@ def assign_clusters(x: Tensor, index: Tensor, *, mask: Tensor | None = None, bac
     checks.index("index", index, x)
     if index.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"index: got shape {checks.shape(index)}, wanted [1, K] or [B, K] with B = {x.shape[0]}")
-    mask = checks.validity(x, mask, None)
-    return dispatch("assign_clusters", x, backend)(x.detach(), index, mask)
+    checks.choice("metric", metric, METRICS)
+    mask = checks.validity(x, mask, lengths)
+    if parent is not None:
+        checks.tensor("parent", parent, (2,), "[B, N]", (torch.int64,))
+        checks.has_shape("parent", parent, x.shape[:2], "[B, N]")
+        checks.same_device("parent", parent, "x", x)
+        return dispatch("assign_by_parent", x, backend)(x.detach(), index, parent, mask)
+    x = x.detach() if metric == "euclidean" else python_ref.metric_tokens(x.detach(), metric)
+    return dispatch("assign_clusters", x, backend)(x, index, mask)
 
 
 def merge_tokens(
@@ -64,7 +86,7 @@ def merge_tokens(
     return dispatch("merge_tokens", x, backend)(x, labels, num_clusters, weight)
 
 
-def _assign_fake(x, index, mask):
+def _assign_fake(x, index, *rest):
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
@@ -101,7 +123,19 @@ def _merge_backward(ctx, grad, grad_total):
     return grad_x, None, None, grad_weight
 
 
-ASSIGN = {"schema": "(Tensor x, Tensor index, Tensor? mask) -> Tensor", "fake": _assign_fake}
+def _distance_flops(x, index, *rest) -> int:
+    return 2 * x[0] * x[1] * index[1] * x[-1]
+
+
+ASSIGN = {
+    "schema": "(Tensor x, Tensor index, Tensor? mask) -> Tensor",
+    "fake": _assign_fake,
+    "flops": _distance_flops,
+}
+ASSIGN_BY_PARENT = {
+    "schema": "(Tensor x, Tensor index, Tensor parent, Tensor? mask) -> Tensor",
+    "fake": _assign_fake,
+}
 MERGE = {
     "schema": "(Tensor x, Tensor labels, SymInt num_clusters, Tensor? weight) -> (Tensor, Tensor)",
     "fake": _merge_fake,
@@ -110,10 +144,16 @@ MERGE = {
 }
 
 
-def _reference_assign(x, index, mask):
-    if not torch.compiler.is_compiling() and ((index < 0) | (index >= x.shape[1])).any():
-        raise IndexError("assign_clusters: index holds a value outside its range")
-    return python_ref.assign_clusters(x, index, mask=mask)
+def _reference_assign(x, index, mask, parent=None):
+    for name, value in (("index", index), ("parent", parent)):
+        outside = value is not None and not torch.compiler.is_compiling()
+        if outside and ((value < -1) | (value >= x.shape[1])).any():
+            raise IndexError(f"assign_clusters: {name} holds a value outside its range")
+    return python_ref.assign_clusters(x, index, mask=mask, parent=parent)
+
+
+def _reference_by_parent(x, index, parent, mask):
+    return _reference_assign(x, index, mask, parent)
 
 
 def _reference_merge(x, labels, num_clusters, weight):
@@ -128,5 +168,7 @@ def _merged(op):
 
 implement("assign_clusters", "cpp", declare("assign_clusters", **ASSIGN))
 implement("assign_clusters", "reference", _reference_assign)
+implement("assign_by_parent", "cpp", declare("assign_by_parent", **ASSIGN_BY_PARENT))
+implement("assign_by_parent", "reference", _reference_by_parent)
 implement("merge_tokens", "cpp", _merged(declare("merge_tokens", **MERGE)))
 implement("merge_tokens", "reference", _reference_merge)

@@ -1,6 +1,6 @@
-"""One operation beside its official formulation: first whether it is right, then how fast. Used by demo and bench."""
+"""One operation beside its rivals: first whether it is right, then how fast. Used by demo and bench."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -81,8 +81,18 @@ class Result:
         return asdict(self) | derived
 
 
-def compare(comparison: Comparison, machine: Machine, *, seconds: float = 0.5, with_compile: bool = False) -> Result:
-    """Check; only what is right is timed. with_compile adds `torch.compile` of the official formulation."""
+def compare(
+    comparison: Comparison,
+    machine: Machine,
+    *,
+    seconds: float = 0.5,
+    with_compile: bool = False,
+    others: Mapping[str, Callable[[], object]] | None = None,
+) -> Result:
+    """Check; only what is right is timed. with_compile adds `torch.compile` of the official formulation.
+
+    others: further rivals, which the caller has checked.
+    """
     with torch.inference_mode():
         verdict = comparison.check()
         if not verdict.is_right:
@@ -91,7 +101,7 @@ def compare(comparison: Comparison, machine: Machine, *, seconds: float = 0.5, w
         if with_compile:
             compiled = torch.compile(comparison.official, dynamic=False)
             rivals["compile"] = lambda: compiled(*comparison.arguments)
-        rivals["ours"] = comparison.ours
+        rivals |= {"ours": comparison.ours, **(others or {})}
         timings = interleave(rivals, machine.device, seconds=seconds)
         has_work = comparison.flops or comparison.num_bytes
         floor = machine.floor(comparison.flops, comparison.num_bytes) if has_work else None

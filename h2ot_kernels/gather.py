@@ -23,13 +23,14 @@ def gather_tokens(
 
     x: [B, ..., F, ...], float32, float64, bfloat16 or float16, any strides; axis 0 is the batch.
     index: int64, [B, K] or [1, K], strictly ascending; or [B / R, K], each row serving R consecutive rows of x
-        (the layout [(B J), F, C] with an index per sample).
+        (the layout [(B J), F, C] with an index per sample). Entries of -1 at the end of a row are padding
+        (`select_tokens` with a num_tokens per sample): zeros, without gradient. Not together with pos_embed.
     pos_embed: [1, K, C] or [K, C], added along the frame axis and the last axis (HoT's embedding after pruning).
     dim: the frame axis of x. out_dim: where the frame axis stands in the result (default: dim).
     Returns a contiguous tensor of x's dtype. Gradients to x and pos_embed, first and second order, deterministic.
 
     Raises TypeError or ValueError for a wrong type, shape, dtype or device, IndexError for an index outside 0 .. F - 1
-    (on a GPU the row is NaN), ValueError in the backward pass for an index that is not strictly ascending.
+    that is no padding (on a GPU the row is NaN), ValueError in the backward pass for an index that is not ascending.
     Cost: reads and writes B K ... elements once. Source: HoT section 3 (token pruning), SPEC section 3.
 
     >>> import torch, h2ot_kernels as h2ot
@@ -132,7 +133,8 @@ SCATTER = {
 
 
 def _reference(x, index, pos_embed, dim, out_dim):
-    if index.numel() and not torch.compiler.is_compiling() and (index.min() < 0 or index.max() >= x.shape[dim]):
+    least = -1 if pos_embed is None else 0
+    if index.numel() and not torch.compiler.is_compiling() and (index.min() < least or index.max() >= x.shape[dim]):
         raise IndexError("gather_tokens: index holds a value outside its range")
     return python_ref.gather_tokens(x, index, pos_embed, dim=dim, out_dim=out_dim)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .gather import gather_tokens
+from .library import ranged
 from .nn import PRUNERS, TokenRecoveringAttention, TokenRecoveringInterpolation
 from .select import prune_sample
 
@@ -66,7 +67,7 @@ class Hourglass(nn.Module):
         checks.choice("recover", recover, ("attention", "interpolation", None))
         checks.choice("pipeline", pipeline, ("seq2seq", "seq2frame"))
         self.num_frames, self.pruner, self.recovery, self.pipeline = num_frames, pruner, recover, pipeline
-        self.frame_dim, self.num_joints = frame_dim, num_joints
+        self.frame_dim, self.num_joints, self.channels = frame_dim, num_joints, channels
         self.stages = _checked_stages({1: 121, 2: 81} if stages is None else stages, num_frames)
         self.centre = (num_frames - 1) // 2
         self.keep = self._checked_keep(keep)
@@ -82,6 +83,7 @@ class Hourglass(nn.Module):
             self.x_token = nn.Parameter(torch.zeros(1, num_frames, channels))
             self.cross_attention = TokenRecoveringAttention(channels, num_heads)
 
+    @ranged("Hourglass.prune")
     def prune(
         self,
         block: int,
@@ -124,6 +126,7 @@ class Hourglass(nn.Module):
             position = find_frames(kept[-1], frames) if kept else frames
         return gather_tokens(x, position, pos_embed, dim=self.frame_dim), (*kept, frames)
 
+    @ranged("Hourglass.recover")
     def recover(
         self,
         x: Tensor,
@@ -256,3 +259,6 @@ def _checked_stages(stages: Mapping[int, int], num_frames: int) -> dict[int, int
             raise ValueError(f"stages: got {tokens!r} tokens before block {block}, wanted 1 to {most} that are there")
         most = tokens
     return ordered
+
+
+from .wrapped import WrappedBlocks, wrap  # noqa: E402, F401  (they need Hourglass)

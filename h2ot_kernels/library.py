@@ -1,22 +1,33 @@
-"""How a stem declares its operators: schema, fake and gradient together, for the C++ and for the Triton op."""
+"""How a stem declares its operators: schema, fake, gradient and FLOPs together, for the C++ and for the Triton op."""
 
+import functools
 from collections.abc import Callable
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "h2ot_kernels"
 
 
 def declare(
-    name: str, schema: str, fake: Callable, backward: Callable | None = None, setup_context: Callable | None = None
+    name: str,
+    schema: str,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    flops: Callable | None = None,
 ):
-    """Define h2ot_kernels::<name>; its kernels are registered from C++. Returns the callable overload."""
+    """Define h2ot_kernels::<name>; its kernels are registered from C++. Returns the callable overload.
+
+    flops: what FlopCounterMode counts, a multiply-add as 2: matrix products, attention and distances. It takes the
+    operator's arguments, shapes for tensors. Operators without one count 0, as PyTorch's own elementwise ones do.
+    """
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified)(fake)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return getattr(torch.ops.h2ot_kernels, name).default
+    return _counted(name, flops)
 
 
 def declare_custom(
@@ -26,6 +37,7 @@ def declare_custom(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    flops: Callable | None = None,
 ):
     """The same for an operator whose kernel is `function`, written in Python (Triton)."""
     qualified = f"{NAMESPACE}::{name}"
@@ -33,7 +45,30 @@ def declare_custom(
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
-    return getattr(torch.ops.h2ot_kernels, name).default
+    return _counted(name, flops)
+
+
+def _counted(name: str, flops: Callable | None):
+    packet = getattr(torch.ops.h2ot_kernels, name)
+    if flops is not None:
+        register_flop_formula(packet)(lambda *shapes, out_shape, **rest: flops(*shapes))
+    return packet.default
+
+
+def ranged(name: str) -> Callable:
+    """Decorator: each eager call is a range `name` of torch.profiler. Registered operators name themselves."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            if torch.compiler.is_compiling() or not torch.autograd.profiler._is_profiler_enabled:
+                return function(*args, **kwargs)
+            with torch.profiler.record_function(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def no_second_order(op: str) -> Callable:

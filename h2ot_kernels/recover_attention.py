@@ -1,5 +1,7 @@
 """Recovery by cross-attention (TRA): every frame asks the kept ones."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -132,21 +134,37 @@ def _tail_fake(token, projected, norm_weight, norm_bias, head_weight, head_bias,
     return projected.new_empty(*projected.shape[:2], head_weight.shape[0])
 
 
+def _forward_flops(query, key, value, *rest) -> int:
+    return 4 * math.prod(value) * query[-2]
+
+
+def _backward_flops(grad, query, key, value, *rest) -> int:
+    """The weights again, then the gradients of the weights, of value, query and key: five products."""
+    return 10 * math.prod(value) * query[-2]
+
+
+def _tail_flops(token, projected, norm_weight, norm_bias, head_weight, *rest) -> int:
+    return 2 * math.prod(projected) * head_weight[0]
+
+
 FORWARD = {
     "schema": "(Tensor query, Tensor key, Tensor value, int num_heads, float scale) -> Tensor",
     "fake": _fake,
     "setup_context": _setup,
+    "flops": _forward_flops,
 }
 BACKWARD = {
     "schema": "(Tensor grad, Tensor query, Tensor key, Tensor value, int num_heads, float scale)"
     " -> (Tensor, Tensor, Tensor)",
     "fake": _backward_fake,
     "backward": no_second_order("recover_attention"),
+    "flops": _backward_flops,
 }
 TAIL = {
     "schema": "(Tensor token, Tensor projected, Tensor? norm_weight, Tensor? norm_bias, Tensor head_weight, "
     "Tensor? head_bias, float eps) -> Tensor",
     "fake": _tail_fake,
+    "flops": _tail_flops,
 }
 
 

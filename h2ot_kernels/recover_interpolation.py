@@ -26,7 +26,8 @@ def recover_interpolate(
     mode: "linear", or "nearest" (the earlier on a tie). align: "index", or "uniform", which ignores the index (None
     will do) and reads position t (K - 1) / (F - 1).
     Returns [B, F, ...] of x's dtype, weights and sums in float32 (float64 for float64). Gradients to x of any order,
-    deterministic. Raises TypeError or ValueError that name the argument, IndexError for an index outside 0 .. F - 1.
+    deterministic. Raises TypeError or ValueError that name the argument, IndexError for an index outside 0 .. F - 1
+    (a GPU cannot raise: frames beside a wrong entry are NaN there).
     Cost: reads x and writes the result once. Source: H2OT section 3, SPEC section 5.
 
     >>> import torch, h2ot_kernels as h2ot

@@ -1,5 +1,7 @@
 """Density-peak scoring (DPC-kNN): how dense each token is, and how far the next denser one."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,11 @@ def score_tokens(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     noise: Tensor | None = None,
+    metric: str = "euclidean",
+    exclude_self: bool = False,
+    scale: float | None = None,
+    density: str = "knn",
+    cutoff: float | None = None,
     backend: str | None = None,
 ) -> TokenScores:
     """Density, distance to the next denser token, score and that token, for every token of every sample.
@@ -30,27 +37,81 @@ def score_tokens(
 
     x: [B, N, C], or [B, F, J, C] whose tokens are the means over J; float32, float64, bfloat16 or float16, any strides.
     k: 1 .. N. mask: bool [B, N], True = valid. lengths: int [B], valid tokens at the front. noise: float [B, N].
+    Options, for tokens of other kinds:
+    metric: "cosine" scores the tokens at unit length (|u - v|^2 = 2 - 2 cos), normalised in float64 and rounded once to
+        float32 (float64 for float64); a token of zeros stays zero.
+    scale: the divisor of distances in place of sqrt(C).
+    exclude_self: m_i averages the k nearest other tokens, k up to N - 1 (0 for a token that is alone).
+    density: "gaussian" (Rodriguez & Laio) makes density_i the sum over j of exp(-(d(i, j) / cutoff)^2), j = i included
+        unless exclude_self, each term rounded to a multiple of 2^-40; k is not used. score_i is then
+        log(density_i) + log(distance_i). cutoff: d_c, in units of d; about the 2 % quantile of all d is usual.
+    metric is a transformation before any kernel; the others are the operator score_variant: `can_run` says who has it.
+
     Returns TokenScores(density, distance, score: float64 [B, N]; parent: int64 [B, N]), without gradients.
     A masked token, or one that holds NaN or infinity, gets 0, 0, -inf, -1 and is nobody's neighbour.
 
-    Raises TypeError or ValueError that name the argument. Cost: B N^2 C / 2 differences; memory O(N k) beyond N of
-    about 1500. Results are those of float64 arithmetic on the tokens. Source: Rodriguez & Laio 2014, Du et al. 2016,
-    SPEC section 1.
+    Raises TypeError or ValueError that name the argument, RuntimeError where a named backend lacks an option. Cost:
+    B N^2 C / 2 differences, "gaussian" up to five times as much; memory O(N (C + k)) beyond N of about 1500. Results
+    are those of float64 arithmetic on the tokens. Source: Rodriguez & Laio 2014, Du et al. 2016, SPEC section 1.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.score_tokens(torch.tensor([[[0.0], [1.0], [9.0]]]), k=2).parent
     tensor([[-1,  0,  1]])
     """
-    mask, noise = check_scoring(x, k, mask, lengths, noise)
+    variant = Variant(metric, exclude_self, scale, density, cutoff)
+    mask, noise = check_scoring(x, k, mask, lengths, noise, variant)
     if backend != "reference":
         checks.no_tangent("score_tokens", x)
-    return TokenScores(*dispatch("score_tokens", x, backend)(x.detach(), k, mask, noise))
+    return score_checked(x.detach(), k, mask, noise, variant, backend)
 
 
-def check_scoring(x, k, mask, lengths, noise) -> tuple[Tensor | None, Tensor | None]:
+class Variant(NamedTuple):
+    """How density and distance are defined: the options of `score_tokens`."""
+
+    metric: str = "euclidean"
+    exclude_self: bool = False
+    scale: float | None = None
+    density: str = "knn"
+    cutoff: float | None = None
+
+    @property
+    def is_default(self) -> bool:
+        return self == Variant()
+
+    def check(self) -> None:
+        checks.choice("metric", self.metric, METRICS)
+        checks.choice("density", self.density, ("knn", "gaussian"))
+        if not isinstance(self.exclude_self, bool):
+            raise TypeError(f"exclude_self: got {type(self.exclude_self).__name__}, wanted a bool")
+        if self.scale is not None:
+            checks.positive("scale", self.scale)
+        if self.density == "gaussian":
+            checks.positive("cutoff", self.cutoff)
+        elif self.cutoff is not None:
+            raise ValueError(f"cutoff: got {self.cutoff}, wanted None with density='knn', which has no cut-off")
+
+
+METRICS = ("euclidean", "cosine")
+
+
+def score_checked(x, k, mask, noise, variant: Variant, backend: str | None) -> TokenScores:
+    """Score tokens whose arguments are checked. Distances between unit tokens need no kernel of their own."""
+    if variant.metric != "euclidean":
+        x = python_ref.metric_tokens(x, variant.metric)
+    _, exclude_self, scale, _, cutoff = variant
+    if variant._replace(metric="euclidean").is_default:
+        return TokenScores(*dispatch("score_tokens", x, backend)(x, k, mask, noise))
+    given = 0.0 if scale is None else float(scale), exclude_self, 0.0 if cutoff is None else float(cutoff)
+    return TokenScores(*dispatch("score_variant", x, backend)(x, k, mask, noise, *given))
+
+
+def check_scoring(x, k, mask, lengths, noise, variant: Variant) -> tuple[Tensor | None, Tensor | None]:
     """Check the arguments that scoring and cluster pruning share; returns (mask with lengths, noise in float64)."""
     checks.tokens(x)
-    checks.integer("k", k, 1, x.shape[1], "the number of tokens")
+    variant.check()
+    if variant.density == "knn":
+        counted = "the number of other tokens" if variant.exclude_self else "the number of tokens"
+        checks.integer("k", k, 1, x.shape[1] - variant.exclude_self, counted)
     mask = checks.validity(x, mask, lengths)
     if noise is not None:
         checks.tensor("noise", noise, (2,), "[B, N]")
@@ -60,23 +121,48 @@ def check_scoring(x, k, mask, lengths, noise) -> tuple[Tensor | None, Tensor | N
     return mask, noise
 
 
-def _fake(x, k, mask, noise):
+def _fake(x, k, mask, noise, *options):
     size = x.shape[:2]
     scores = [x.new_empty(size, dtype=torch.float64) for _ in range(3)]
     return *scores, x.new_empty(size, dtype=torch.int64)
 
 
+def pair_flops(x, *rest) -> int:
+    """Each pair of tokens once, a multiply-add a channel; x: its shape, [B, N, ..., C]."""
+    return x[0] * x[1] * (x[1] - 1) * x[-1]
+
+
 SCORE = {
     "schema": "(Tensor x, int k, Tensor? mask, Tensor? noise) -> (Tensor, Tensor, Tensor, Tensor)",
     "fake": _fake,
+    "flops": pair_flops,
 }
 
 
-def _reference(x, k, mask, noise):
-    return python_ref.score_tokens(x, k, mask=mask, noise=noise)
+VARIANT = {
+    "schema": "(Tensor x, int k, Tensor? mask, Tensor? noise, float scale, bool exclude_self, float cutoff) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    "fake": _fake,
+    "flops": pair_flops,
+}
+
+
+def _reference(x, k, mask, noise, scale=0.0, exclude_self=False, cutoff=0.0):
+    return python_ref.score_tokens(
+        x,
+        k,
+        mask=mask,
+        noise=noise,
+        exclude_self=exclude_self,
+        scale=scale or None,
+        density="gaussian" if cutoff else "knn",
+        cutoff=cutoff or None,
+    )
 
 
 OPERATOR = declare("score_tokens", **SCORE)
 implement("score_tokens", "cpp", OPERATOR)
 implement("score_tokens", "cuda", OPERATOR)
 implement("score_tokens", "reference", _reference)
+implement("score_variant", "cpp", declare("score_variant", **VARIANT))
+implement("score_variant", "reference", _reference)

@@ -1,6 +1,8 @@
 """Where a kept frame is decided: the K largest scores, and the four pruners that make scores."""
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +13,27 @@ import python_ref
 from . import checks
 from .backend import dispatch, implement
 from .library import declare
-from .score import check_scoring
+from .score import Variant, check_scoring, pair_flops, score_checked
 
 
 def select_tokens(
-    score: Tensor, num_tokens: int, *, keep=None, mask: Tensor | None = None, backend: str | None = None
+    score: Tensor,
+    num_tokens: int | Sequence[int] | Tensor,
+    *,
+    keep=None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The num_tokens = K largest scores of each sample, ties to the lowest index, as ascending index.
 
     score: [B, N], any float dtype (a caller's own scores, too); NaN counts as masked.
     keep: tokens that are always kept, masked ones too, and count towards K: an int, a list, or int64 [M] or [B, M].
     mask: bool [B, N], True = valid. Others are taken only when fewer than K are valid, lowest index first.
+    lengths: int [B], valid tokens at the front.
+    num_tokens: one int, or a list or int tensor [B] with one in 0 .. N per sample (a tensor on a GPU is read back).
+        Then K is the largest of them and every row ends in -1 where it has fewer: `index >= 0` says which entries are
+        tokens, `gather_tokens` writes zeros for the others, `assign_clusters` and `merge_tokens` give empty clusters.
     Returns int64 [B, K]. Raises TypeError or ValueError that name the argument, IndexError for keep outside 0 .. N - 1.
     Cost: O(N) memory per sample. Source: SPEC section 2.
 
@@ -31,27 +43,48 @@ def select_tokens(
     """
     checks.tensor("score", score, (2,), "[B, N]")
     B, N = score.shape
-    checks.integer("num_tokens", num_tokens, 1, N, "the number of tokens")
-    keep = checks.kept(keep, B, N, num_tokens, score.device)
-    if mask is not None:
-        mask = checks.validity(score, mask, None)
-    return dispatch("select_tokens", score, backend)(score.detach(), num_tokens, keep, mask)
+    num_tokens = checks.token_counts(num_tokens, B, N)
+    keep = checks.kept(keep, B, N, _least(num_tokens), score.device)
+    mask = checks.validity(score, mask, lengths)
+    return _select(score.detach(), num_tokens, keep, mask, backend)
+
+
+def _least(num_tokens: int | list[int]) -> int:
+    return min(num_tokens, default=0) if isinstance(num_tokens, list) else num_tokens
+
+
+def _select(score: Tensor, num_tokens: int | list[int], keep, mask, backend: str | None) -> Tensor:
+    """Selection with checked arguments: one call, or one for every number of tokens."""
+    select = dispatch("select_tokens", score, backend)
+    if not isinstance(num_tokens, list):
+        return select(score, num_tokens, keep, mask)
+    index = score.new_full((score.shape[0], max(num_tokens, default=0)), -1, dtype=torch.int64)
+    for count in sorted(set(num_tokens) - {0}):
+        rows = torch.tensor([b for b, own in enumerate(num_tokens) if own == count], device=score.device)
+        kept = keep if keep is None or keep.shape[0] == 1 else keep[rows]
+        index[rows, :count] = select(score[rows], count, kept, None if mask is None else mask[rows])
+    return index
 
 
 def prune_cluster(
     x: Tensor,
-    num_tokens: int,
+    num_tokens: int | Sequence[int] | Tensor,
     k: int = 2,
     *,
     keep=None,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     noise: Tensor | None = None,
+    metric: str = "euclidean",
+    exclude_self: bool = False,
+    scale: float | None = None,
+    density: str = "knn",
+    cutoff: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """TPC: the num_tokens = K tokens with the largest DPC-kNN scores, as ascending int64 index [B, K].
 
-    Arguments as in `score_tokens` and `select_tokens`; equal to
+    Arguments as in `score_tokens` and `select_tokens` (a num_tokens per sample, too); equal to
     `select_tokens(score_tokens(x, k).score, K)` with the same mask given to both (tokens that hold NaN or infinity
     count as masked here; select_tokens sees only their score of -inf).
     Raises as they do. Cost: that of scoring; nothing else is written. Source: HoT section 3.2, SPEC sections 1 and 2.
@@ -61,11 +94,16 @@ def prune_cluster(
     >>> h2ot.prune_cluster(x, 2)
     tensor([[0, 3]])
     """
-    mask, noise = check_scoring(x, k, mask, lengths, noise)
+    variant = Variant(metric, exclude_self, scale, density, cutoff)
+    mask, noise = check_scoring(x, k, mask, lengths, noise, variant)
     B, N = x.shape[:2]
-    checks.integer("num_tokens", num_tokens, 1, N, "the number of tokens")
-    keep = checks.kept(keep, B, N, num_tokens, x.device)
-    return dispatch("prune_cluster", x, backend)(x.detach(), num_tokens, k, keep, mask, noise)
+    num_tokens = checks.token_counts(num_tokens, B, N)
+    keep = checks.kept(keep, B, N, _least(num_tokens), x.device)
+    if variant.is_default and not isinstance(num_tokens, list):
+        return dispatch("prune_cluster", x, backend)(x.detach(), num_tokens, k, keep, mask, noise)
+    scores = score_checked(x.detach(), k, mask, noise, variant, backend)
+    is_valid = (scores.parent >= 0) | (scores.score > float("-inf"))
+    return _select(scores.score, num_tokens, keep, is_valid, backend)
 
 
 def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) -> Tensor:
@@ -157,6 +195,10 @@ def _scores_fake(query, key, scale):
     return query.new_empty(query.shape[0], query.shape[-2], dtype=wide)
 
 
+def _logit_flops(query, *rest) -> int:
+    return 2 * math.prod(query) * query[-2]
+
+
 SELECT = {
     "schema": "(Tensor score, SymInt num_tokens, Tensor? keep, Tensor? mask) -> Tensor",
     "fake": _index_fake,
@@ -164,11 +206,13 @@ SELECT = {
 CLUSTER = {
     "schema": "(Tensor x, SymInt num_tokens, int k, Tensor? keep, Tensor? mask, Tensor? noise) -> Tensor",
     "fake": _index_fake,
+    "flops": pair_flops,
 }
 MOTION = {"schema": "(Tensor pose, SymInt num_tokens, Tensor? keep) -> Tensor", "fake": _index_fake}
 ATTENTION = {
     "schema": "(Tensor query, Tensor key, SymInt num_tokens, Tensor? keep, float scale) -> Tensor",
     "fake": _attention_fake,
+    "flops": _logit_flops,
 }
 
 
@@ -208,4 +252,4 @@ implement("prune_motion", "cpp", declare("prune_motion", **MOTION))
 implement("prune_motion", "reference", _reference_motion)
 implement("prune_attention", "cpp", declare("prune_attention", **ATTENTION))
 implement("prune_attention", "reference", _reference_attention)
-declare("attention_scores", "(Tensor query, Tensor key, float scale) -> Tensor", _scores_fake)
+declare("attention_scores", "(Tensor query, Tensor key, float scale) -> Tensor", _scores_fake, flops=_logit_flops)

@@ -8,7 +8,7 @@ from .cluster import assign_clusters, merge_tokens
 from .gather import gather_tokens
 from .recover_attention import recover_attention, recover_pose
 from .recover_interpolation import recover_interpolate
-from .score import TokenScores, pool_joints, score_tokens, squared_distances
+from .score import TokenScores, metric_tokens, pool_joints, score_tokens, squared_distances
 from .select import (
     attention_scores,
     motion_scores,
@@ -16,6 +16,7 @@ from .select import (
     prune_cluster,
     prune_motion,
     prune_sample,
+    select_ragged,
     select_tokens,
 )
 
@@ -25,6 +26,7 @@ __all__ = [
     "attention_scores",
     "gather_tokens",
     "merge_tokens",
+    "metric_tokens",
     "motion_scores",
     "pool_joints",
     "prune_attention",
@@ -35,6 +37,7 @@ __all__ = [
     "recover_interpolate",
     "recover_pose",
     "score_tokens",
+    "select_ragged",
     "select_tokens",
     "squared_distances",
 ]

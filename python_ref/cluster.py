@@ -3,26 +3,53 @@
 import torch
 from torch import Tensor
 
-from .score import pool_joints, squared_distances, valid_tokens
+from .score import metric_tokens, squared_distances, valid_tokens
 
 
-def assign_clusters(x: Tensor, index: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def own_labels(index: Tensor, N: int) -> Tensor:
+    """[B, N]: the position in index [B, K] of each selected token, -1 for the others; -1 in index is padding."""
+    position = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    labels = index.new_full((index.shape[0], N + 1), -1)
+    return labels.scatter(1, index.where(index >= 0, N), position)[:, :N]
+
+
+def assign_clusters(
+    x: Tensor,
+    index: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    metric: str = "euclidean",
+    parent: Tensor | None = None,
+) -> Tensor:
     """labels [B, N]: the position in index [B or 1, K] of each token's nearest selected token, the lowest on a tie.
 
-    A selected token belongs to itself. Masked tokens, and tokens of a sample without a valid selected one, get -1.
+    parent [B, N]: instead the first selected token on the chain of parents from the token on.
+    A selected token belongs to itself. Masked tokens, and tokens of a sample without a valid selected one (or whose
+    chain meets none), get -1. Entries of index that are -1 select nothing.
     """
-    tokens = pool_joints(x).double()
-    valid = valid_tokens(tokens, mask)
+    tokens = metric_tokens(x, metric).double()
+    valid = valid_tokens(tokens, mask, lengths)
     tokens = tokens.masked_fill(~valid[..., None], 0.0)
     B, N, C = tokens.shape
     index = index.expand(B, -1)
-    centres = tokens.gather(1, index[..., None].expand(-1, -1, C))
+    own = own_labels(index, N).masked_fill(~valid, -1)
+    if parent is not None:
+        is_end = (own >= 0) | (parent < 0) | ~valid
+        target = torch.where(is_end, torch.arange(N, device=x.device), parent)
+        for _ in range(N.bit_length()):  # after t rounds 2^t steps up the chain
+            target = target.gather(1, target)
+        return own.gather(1, target).masked_fill(~valid, -1)
+    if index.shape[1] == 0:
+        return own
+    at = index.clamp(min=0)
+    centres = tokens.gather(1, at[..., None].expand(-1, -1, C))
     squared = squared_distances(tokens, centres)
-    squared = squared.masked_fill(~valid.gather(1, index)[:, None, :], float("inf"))
+    squared = squared.masked_fill(~(valid.gather(1, at) & (index >= 0))[:, None, :], float("inf"))
     least = squared.amin(-1, keepdim=True)
     position = torch.arange(index.shape[1], device=x.device)
     labels = torch.where(squared == least, position, index.shape[1]).amin(-1)
-    labels = labels.scatter(1, index, position.expand(B, -1))
+    labels = torch.where(own >= 0, own, labels)
     return labels.masked_fill(~valid | least[..., 0].isinf(), -1)
 
 

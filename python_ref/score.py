@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+GAUSSIAN_STEPS = 2.0**40  # terms of the Gaussian density are multiples of 1 / GAUSSIAN_STEPS
+
 
 class TokenScores(NamedTuple):
     """Per token [B, N]: density, distance (delta) and score in float64, parent in int64 (-1: no denser token)."""
@@ -27,6 +29,20 @@ def pool_joints(x: Tensor) -> Tensor:
     for joint in range(1, x.shape[2]):
         total = total + x[:, :, joint]
     return total / x.shape[2]
+
+
+def unit_tokens(tokens: Tensor) -> Tensor:
+    """Tokens over their Euclidean norm, in float64 and rounded once to their dtype; a token of zeros stays so."""
+    wide = tokens.double()
+    most = wide.abs().amax(-1, keepdim=True)
+    wide = wide / most.where(most > 0, 1.0)  # norms neither overflow nor underflow
+    norm = wide.square().sum(-1, keepdim=True).sqrt()
+    return (wide / norm.where(norm > 0, 1.0)).to(tokens.dtype)
+
+
+def metric_tokens(x: Tensor, metric: str) -> Tensor:
+    """The tokens between which distances are Euclidean: `pool_joints(x)`, for "cosine" at unit length."""
+    return unit_tokens(pool_joints(x).contiguous()) if metric == "cosine" else pool_joints(x)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -52,31 +68,49 @@ def score_tokens(
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
     noise: Tensor | None = None,
+    metric: str = "euclidean",
+    exclude_self: bool = False,
+    scale: float | None = None,
+    density: str = "knn",
+    cutoff: float | None = None,
 ) -> TokenScores:
-    """SPEC section 1 in float64, over the tokens of `pool_joints(x)`."""
-    tokens = pool_joints(x).double()
+    """SPEC section 1 in float64, over the tokens of `metric_tokens(x, metric)`; d = |x_i - x_j| / scale.
+
+    density "knn": exp(-m), m the mean d^2 to the k nearest tokens. "gaussian": the sum of exp(-(d / cutoff)^2) over all
+    tokens, each term rounded to a multiple of 2^-40: the sum is then exact, in any order.
+    exclude_self: the token itself is not among them.
+    """
+    tokens = metric_tokens(x, metric).double()
     valid = valid_tokens(tokens, mask, lengths)
     tokens = tokens.masked_fill(~valid[..., None], 0.0)
     B, N, C = tokens.shape
     position = torch.arange(N, device=x.device)
     pair = valid[:, :, None] & valid[:, None, :]
     squared = squared_distances(tokens, tokens)
+    area = C if scale is None else scale * scale
+    near = pair & (position[None, :] != position[:, None]) if exclude_self else pair
 
-    # m_i: mean of the k smallest d^2, the token itself included, added in ascending order and divided once.
-    nearest = squared.masked_fill(~pair, float("inf")).sort(-1).values[..., :k]
-    count = valid.sum(-1, keepdim=True).clamp(1, k)
-    total = torch.zeros_like(nearest[..., 0])
-    for rank in range(nearest.shape[-1]):
-        total = total + torch.where(rank < count, nearest[..., rank], 0.0)
-    m = total / (count * C)
+    # key orders the densities, the densest first.
+    if density == "gaussian":
+        terms = torch.exp(-squared / (area * cutoff * cutoff)).mul(GAUSSIAN_STEPS).round().masked_fill(~near, 0.0)
+        rho = terms.to(torch.int64).sum(-1).double() / GAUSSIAN_STEPS
+        key, log_rho = -rho, rho.log()
+    else:
+        # m_i: mean of the k smallest d^2, added in ascending order and divided once.
+        nearest = squared.masked_fill(~near, float("inf")).sort(-1).values[..., :k]
+        count = (valid.sum(-1, keepdim=True) - int(exclude_self)).clamp(0, k)
+        total = torch.zeros_like(nearest[..., 0])
+        for rank in range(nearest.shape[-1]):
+            total = total + torch.where(rank < count, nearest[..., rank], 0.0)
+        m = total / (count.clamp(min=1).double() * area)
+        key, rho, log_rho = m, torch.exp(-m), -m
 
-    density = torch.exp(-m)
     if noise is None:
         earlier = position[None, :] < position[:, None]
-        denser = (m[:, None, :] < m[:, :, None]) | ((m[:, None, :] == m[:, :, None]) & earlier)
+        denser = (key[:, None, :] < key[:, :, None]) | ((key[:, None, :] == key[:, :, None]) & earlier)
     else:
-        density = density + noise
-        denser = density[:, None, :] > density[:, :, None]
+        rho = rho + noise
+        denser = rho[:, None, :] > rho[:, :, None]
     denser = denser & pair
 
     # delta_i: the nearest denser token; for a token with none, the largest distance of its sample.
@@ -85,14 +119,14 @@ def score_tokens(
     is_peak = valid & ~denser.any(-1)
     parent = torch.where(to_denser == least[..., None], position, N).amin(-1)
     largest = squared.masked_fill(~pair, 0.0).amax((-2, -1))
-    distance = torch.where(is_peak, largest[:, None], least).div(C).sqrt()
+    distance = torch.where(is_peak, largest[:, None], least).div(area).sqrt()
 
     if noise is None:
-        score = (distance.log() - m).masked_fill(is_peak, float("inf"))
+        score = (distance.log() + log_rho).masked_fill(is_peak, float("inf"))
     else:
-        score = density * distance
+        score = rho * distance
     return TokenScores(
-        density.masked_fill(~valid, 0.0),
+        rho.masked_fill(~valid, 0.0),
         distance.masked_fill(~valid, 0.0),
         score.masked_fill(~valid, float("-inf")),
         parent.masked_fill(~valid | is_peak, -1),

@@ -32,11 +32,23 @@ def select_tokens(score: Tensor, num_tokens: int, *, keep=None, mask: Tensor | N
     return order[:, :num_tokens].sort(dim=-1).values
 
 
-def prune_cluster(x, num_tokens, k=2, *, keep=None, mask=None, lengths=None, noise=None) -> Tensor:
-    """TPC: the K largest DPC-kNN scores."""
+def select_ragged(score: Tensor, num_tokens, *, keep=None, mask: Tensor | None = None) -> Tensor:
+    """`select_tokens` with a num_tokens per sample: index [B, max K], each row filled up with -1."""
+    index = torch.full((score.shape[0], max(num_tokens, default=0)), -1, dtype=torch.int64, device=score.device)
+    flags = keep_flags(keep, *score.shape, score.device)
+    for b, K in enumerate(num_tokens):
+        row = slice(b, b + 1)
+        kept = flags[row].nonzero()[:, 1]
+        index[row, :K] = select_tokens(score[row], K, keep=kept, mask=None if mask is None else mask[row])
+    return index
+
+
+def prune_cluster(x, num_tokens, k=2, *, keep=None, mask=None, lengths=None, **options) -> Tensor:
+    """TPC: the K largest DPC-kNN scores; num_tokens: one int, or one a sample. options: as in `score_tokens`."""
     valid = valid_tokens(pool_joints(x), mask, lengths)
-    score = score_tokens(x, k, mask=mask, lengths=lengths, noise=noise).score
-    return select_tokens(score, num_tokens, keep=keep, mask=valid)
+    score = score_tokens(x, k, mask=mask, lengths=lengths, **options).score
+    select = select_tokens if isinstance(num_tokens, int) else select_ragged
+    return select(score, num_tokens, keep=keep, mask=valid)
 
 
 def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) -> Tensor:

@@ -31,9 +31,11 @@ class TokenCase:
     ragged: bool = False
     noisy: bool = False
     keep: int | None = None
+    options: tuple[tuple[str, object], ...] = ()  # of score_tokens
 
     def __str__(self) -> str:
         flags = [name for name in ("masked", "ragged", "noisy") if getattr(self, name)]
+        flags += [f"{name}={value}" for name, value in self.options]
         joints = f"x{self.J}" if self.J else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return "-".join([self.kind, f"{self.B}x{self.N}{joints}x{self.C}", f"k{self.k}K{self.K}", dtype, *flags])
@@ -48,9 +50,9 @@ class TokenCase:
         return _KINDS[self.kind](shape, generator(str(self))).to(self.dtype)
 
     def arguments(self) -> dict:
-        """mask, lengths and noise for score_tokens and prune_cluster."""
+        """mask, lengths, noise and options for score_tokens and prune_cluster."""
         g = generator(str(self))
-        given = {}
+        given = dict(self.options)
         if self.masked:
             given["mask"] = torch.rand(self.B, self.N, generator=g) > 0.3
         if self.ragged:
@@ -153,31 +155,75 @@ TOKEN_CASES = [
 ]
 
 
-def oracle_tokens(x: Tensor) -> Tensor:
+def _with(case: TokenCase, **options) -> TokenCase:
+    return replace(case, options=tuple(options.items()))
+
+
+_GAUSSIAN = {"density": "gaussian", "cutoff": 0.4}
+# What score_tokens takes beside mask, lengths and noise: alone and together, on both sides of the stored matrix.
+OPTION_CASES = [
+    *(
+        _with(replace(_BASE, kind=kind, k=k), **options)
+        for kind, k in (("random", 1), ("still", 3), ("integers", 26), ("duplicates", 2), ("nonfinite", 5))
+        for options in (
+            {"metric": "cosine"},
+            {"exclude_self": True},
+            {"scale": 0.37},
+            _GAUSSIAN,
+            {**_GAUSSIAN, "exclude_self": True, "scale": 2.0, "cutoff": 1.1},
+        )
+    ),
+    *(
+        _with(replace(_BASE, kind=kind, noisy=True, masked=True, ragged=True), **options)
+        for kind in ("smooth", "static")
+        for options in ({"exclude_self": True}, {**_GAUSSIAN, "metric": "cosine", "exclude_self": True})
+    ),
+    *(_with(replace(_BASE, J=5, dtype=dtype), metric="cosine", **_GAUSSIAN) for dtype in DTYPES),
+    *(_with(replace(_BASE, kind=kind), metric="cosine") for kind in ("tiny", "huge", "offset")),
+    _with(replace(_BASE, N=1, k=1, K=1), **_GAUSSIAN, exclude_self=True),
+    _with(replace(_BASE, N=2, k=1, K=1), exclude_self=True),
+    _with(replace(_BASE, B=0), metric="cosine", **_GAUSSIAN),
+    *(
+        _with(replace(_BASE, kind=kind, B=1, N=1601, C=20, K=300, k=5, masked=True), **options)
+        for kind in ("still", "integers")
+        for options in ({"exclude_self": True, "metric": "cosine"}, _GAUSSIAN, {"density": "gaussian", "cutoff": 0.05})
+    ),
+]
+
+
+def oracle_tokens(x: Tensor, metric: str = "euclidean") -> Tensor:
     """What the float64 oracle scores: the pooled tokens (float32 accumulation defines them), widened."""
-    return python_ref.pool_joints(x).double()
+    return python_ref.metric_tokens(x, metric).double()
+
+
+def _oracle_input(case: TokenCase) -> tuple[Tensor, dict]:
+    """The oracle's tokens, and the arguments that they do not hold already."""
+    given = case.arguments()
+    return oracle_tokens(case.tokens(), given.pop("metric", "euclidean")), given
 
 
 @functools.cache
 def oracle_scores(case: TokenCase) -> python_ref.TokenScores:
     """The float64 scores of a case, computed once for all backends."""
-    return python_ref.score_tokens(oracle_tokens(case.tokens()), case.k, **case.arguments())
+    tokens, given = _oracle_input(case)
+    return python_ref.score_tokens(tokens, case.k, **given)
 
 
 @functools.cache
 def oracle_index(case: TokenCase) -> Tensor:
     """The tokens that the float64 oracle keeps."""
-    given = case.arguments()
-    valid = python_ref.score.valid_tokens(oracle_tokens(case.tokens()), given.get("mask"), given.get("lengths"))
+    tokens, given = _oracle_input(case)
+    valid = python_ref.score.valid_tokens(tokens, given.get("mask"), given.get("lengths"))
     return python_ref.select_tokens(oracle_scores(case).score, case.K, keep=case.keep, mask=valid)
 
 
 @functools.cache
-def oracle_labels(case: TokenCase) -> Tensor:
-    """The labels of all tokens by the oracle's kept ones."""
-    return python_ref.assign_clusters(
-        oracle_tokens(case.tokens()), oracle_index(case), mask=case.arguments().get("mask")
-    )
+def oracle_labels(case: TokenCase, by_parent: bool = False) -> Tensor:
+    """The labels of all tokens by the oracle's kept ones: the nearest, or up the oracle's chain of parents."""
+    tokens, given = _oracle_input(case)
+    given = {name: given.get(name) for name in ("mask", "lengths")}
+    given["parent"] = oracle_scores(case).parent if by_parent else None
+    return python_ref.assign_clusters(tokens, oracle_index(case), **given)
 
 
 @dataclass(frozen=True)

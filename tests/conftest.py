@@ -1,6 +1,12 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter; this must be said before they are imported."""
+"""Where there is no GPU, Triton kernels run in Triton's interpreter; this must be said before they are imported.
+
+One process per core tests with one thread each; what depends on the number of threads sets it.
+"""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 

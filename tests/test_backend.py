@@ -20,6 +20,8 @@ def test_predicate_gives_reasons():
         ok, reason = h2ot.can_run("score_tokens", "cuda", "cuda")
         assert not ok
         assert "has no CUDA" in reason
+    assert h2ot.can_run("score_variant", "cpp", "cpu")[0]
+    assert not h2ot.can_run("score_variant", "triton", "cuda")[0]
     with pytest.raises(ValueError, match="op: got 'nothing'"):
         h2ot.can_run("nothing", "cpp", "cpu")
 

@@ -6,13 +6,9 @@ import json
 import pytest
 import torch
 
-from bench import bench_hosts, run, shapes
-from h2ot_kernels import hosts
+from bench import bench_dropin, bench_large, run, shapes
 from h2ot_kernels.comparison import Comparison, Verdict, compare, same_index, same_labels, same_values
 from h2ot_kernels.timing import Machine, interleave
-from python_ref import official_mhformer
-
-from .host_cases import SIZES
 
 TINY = {
     "score_tokens": {"B": 3, "N": 27, "C": 32, "K": 9, "k": 2},
@@ -71,6 +67,21 @@ def test_the_command_appends_rows(tmp_path, monkeypatch, capsys):
     assert run.main(arguments) == 0
     assert [json.loads(line)["op"] for line in out.read_text().splitlines()] == arguments[1:3] * 2
     assert "2 of 2 cases right" in capsys.readouterr().out
+
+
+def test_many_tokens_are_checked_and_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_large, "extra_memory", lambda name, N, threads: 3 << 20)
+    threads, out = torch.get_num_threads(), tmp_path / "large.jsonl"
+    arguments = ["--sizes", "1700", "--seconds", "0.01", "--without-scikit-learn", "--threads", str(threads)]
+    assert bench_large.main([*arguments, "--out", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert set(row["timings"]) == {"ours", "official"}
+    assert row["shape"]["K"] == 425
+    assert "3.0 MB" in capsys.readouterr().out
+    genuine = bench_large.h2ot.score_tokens
+    monkeypatch.setattr(bench_large.h2ot, "score_tokens", lambda x, k: genuine(x + 1e-3 * torch.randn_like(x), k))
+    assert bench_large.main([*arguments, "--out", str(out)]) == 1
+    assert json.loads(out.read_text().splitlines()[-1])["timings"] == {}
 
 
 @pytest.mark.parametrize("bad", [["--ops", "sort"], ["--threads", "0"], ["--device", "tpu"]])
@@ -157,30 +168,20 @@ def test_a_comparison_names_the_backend_that_ran():
     assert gather.backend(torch.device("cpu")) in ("cpp", "reference")
 
 
-def test_hosts_are_checked_timed_and_compared(monkeypatch, tmp_path, capsys):
-    for name, stages in (("mhformer", {}), ("h2ot_mhformer", {1: 13, 2: 9})):
-        size = SIZES["mhformer"] | ({"stages": stages} if stages else {})
-        monkeypatch.setitem(hosts.HOSTS, name, (hosts.MHFormer, hosts.HOSTS[name][1] | size))
-        monkeypatch.setitem(official_mhformer.MODELS, name, official_mhformer.MODELS[name] | size)
+def test_the_patch_is_checked_and_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_dropin, "Machine", lambda device: Machine(device, seconds=0.01))
     out = tmp_path / "rows.jsonl"
-    arguments = ["--models", "mhformer", "h2ot_mhformer", "--batch", "2", "--dtype", "float32", "--seconds", "0"]
-    assert bench_hosts.main([*arguments, "--out", str(out)]) == 0
-    rows = [json.loads(row) for row in out.read_text().splitlines()]
-    assert len(rows) == 2 * 2 * 2
+    small = ["--frames", "27", "--channels", "64", "--seconds", "0.01", "--out", str(out)]
+    assert bench_dropin.main(small) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
     for row in rows:
-        assert row["seconds"] > 0
-        assert row["peak_bytes"] > 0
-        assert row["frames_per_second"] == pytest.approx(2 * 27 / row["seconds"])
-        assert (row["saved_bytes"] is None) == (row["mode"] == "inference")
-        assert ("of_baseline" in row) == (row["model"] == "h2ot_mhformer")
-        if row["whose"] == "official":
-            assert row["over_official_float32"] == 1
-    pruned = next(row for row in rows if "of_baseline" in row and row["mode"] == "training")["of_baseline"]
-    assert pruned["flops_total"] < 1
-    assert pruned["saved_bytes"] < 1
+        assert row["is_right"]
+        assert 0 < row["error"] <= row["bound"]
+        assert row["speed_up"] == row["timings"]["unpatched"]["p50"] / row["timings"]["patched"]["p50"]
+        assert 0 < row["linear_share"] < 1
+    assert "replaced 16 attention" in capsys.readouterr().out
 
-    right = hosts.MHFormer.lift
-    monkeypatch.setattr(hosts.MHFormer, "lift", lambda *given: (right(*given)[0] * 1.01, right(*given)[1]))
-    assert bench_hosts.main([*arguments, "--mode", "inference", "--out", str(out)]) == 1
-    assert "not timed" in capsys.readouterr().out
-    assert len(out.read_text().splitlines()) == len(rows)
+    monkeypatch.setattr(bench_dropin, "deviation", lambda got, wanted: 1.0)
+    assert bench_dropin.main([*small, "--dtype", "float32"]) == 1
+    assert "timings" not in json.loads(out.read_text().splitlines()[-1])

@@ -6,17 +6,55 @@ import torch
 import h2ot_kernels as h2ot
 import python_ref
 
-from .cases import DTYPES, oracle_index, oracle_labels
+from .cases import DTYPES, oracle_index, oracle_labels, oracle_scores
 from .compare import assert_within
 from .runners import runners
 from .test_score import pairs
 
 
+def label_arguments(case):
+    return {name: value for name, value in case.arguments().items() if name in ("mask", "lengths", "metric")}
+
+
 @pytest.mark.parametrize(("case", "runner"), [p for p in pairs("assign_clusters") if p.values[0].B])
 def test_labels_equal_the_oracle(case, runner):
-    mask = case.arguments().get("mask")
-    ours = runner(h2ot.assign_clusters, case.tokens(), oracle_index(case), mask=mask)
+    ours = runner(h2ot.assign_clusters, case.tokens(), oracle_index(case), **label_arguments(case))
     assert torch.equal(ours, oracle_labels(case))
+
+
+@pytest.mark.parametrize(("case", "runner"), [p for p in pairs("assign_by_parent") if p.values[0].B])
+def test_labels_by_parent_equal_the_oracle(case, runner):
+    given = label_arguments(case) | {"parent": oracle_scores(case).parent}
+    ours = runner(h2ot.assign_clusters, case.tokens(), oracle_index(case), **given)
+    assert torch.equal(ours, oracle_labels(case, by_parent=True))
+
+
+@pytest.mark.parametrize("runner", runners("assign_by_parent"))
+def test_chains_that_meet_no_selected_token(runner):
+    x, index = torch.zeros(1, 8, 2), torch.tensor([[3, 6, -1]])
+    parent = torch.tensor([[-1, 0, 3, 1, 5, 4, -1, 2]])  # 4 and 5 in a circle, which scoring never makes
+    assert runner(h2ot.assign_clusters, x, index, parent=parent).tolist() == [[-1, -1, 0, 0, -1, -1, 1, 0]]
+    mask = torch.tensor([[True, True, False, True, True, True, True, True]])
+    ours = runner(h2ot.assign_clusters, x, index, parent=parent, mask=mask)
+    assert ours.tolist() == [[-1, -1, -1, 0, -1, -1, 1, -1]]
+
+
+@pytest.mark.parametrize("runner", runners("assign_clusters"))
+def test_a_number_of_tokens_per_sample_through_the_whole_path(runner):
+    x, counts = torch.randn(3, 30, 5), [7, 0, 3]
+    index = runner(h2ot.prune_cluster, x, counts)
+    assert (index >= 0).sum(1).tolist() == counts
+    labels = runner(h2ot.assign_clusters, x, index)
+    assert torch.equal(labels, python_ref.assign_clusters(x.double(), index))
+    merged = runner(h2ot.merge_tokens, x, labels, 7)
+    for b, count in enumerate(counts):
+        alone = slice(b, b + 1)
+        assert (merged[b, count:] == 0).all()
+        assert (labels[b].max() + 1).item() == count
+        if count:
+            expected = runner(h2ot.prune_cluster, x[alone], count)
+            assert torch.equal(index[alone, :count], expected)
+            assert torch.equal(labels[alone], runner(h2ot.assign_clusters, x[alone], expected))
 
 
 @pytest.mark.parametrize("runner", runners("assign_clusters"))
@@ -66,13 +104,23 @@ def test_gradcheck_first_and_second_order(runner):
 
 
 @pytest.mark.parametrize("runner", runners("merge_tokens"))
-def test_labels_and_index_out_of_range(runner):
-    if runner.device == "cuda" or runner.backend == "triton":
-        pytest.skip("a Triton kernel cannot raise for a wrong index, and what it gives has no test yet")
+def test_labels_and_index_out_of_range_are_refused_or_count_as_none(runner):
     x = torch.randn(1, 5, 2)
-    for label in (-2, 3):
-        with pytest.raises(IndexError, match="labels|index"):
-            runner(h2ot.merge_tokens, x, torch.tensor([[0, 1, 2, 0, label]]), 3)
-    for position in (-1, 5):
-        with pytest.raises(IndexError, match="index"):
-            runner(h2ot.assign_clusters, x, torch.tensor([[0, position]]))
+    raises = runner.backend in ("cpp", "reference")
+    for label in (-2, 3, 1 << 40):
+        labels = torch.tensor([[0, 1, 2, 0, label]])
+        if raises:
+            with pytest.raises(IndexError, match="labels|index"):
+                runner(h2ot.merge_tokens, x, labels, 3)
+        else:
+            assert torch.equal(runner(h2ot.merge_tokens, x, labels, 3), h2ot.merge_tokens(x[:, :4], labels[:, :4], 3))
+    for position in (-2, 5, 1 << 40):
+        index = torch.tensor([[0, position]])
+        if raises:
+            with pytest.raises(IndexError, match="index"):
+                runner(h2ot.assign_clusters, x, index)
+        else:
+            assert runner(h2ot.assign_clusters, x, index).tolist() == [[0] * 5]
+    if raises:
+        with pytest.raises(IndexError, match="parent"):
+            runner(h2ot.assign_clusters, x, torch.tensor([[0, 1]]), parent=torch.tensor([[-1, 0, 5, 0, 0]]))

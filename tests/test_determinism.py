@@ -13,6 +13,7 @@ X = TokenCase("still", B=3, N=243, C=64, J=3, K=81).tokens()
 INDEX = h2ot.prune_cluster(X, 81)
 POSE = torch.randn(3, 81, 17, 3)
 QUERY, KEY, VALUE = torch.randn(243, 64), torch.randn(3, 81, 64), torch.randn(3, 81, 64)
+PARENT = h2ot.score_tokens(X).parent
 LABELS = h2ot.assign_clusters(X, INDEX)
 
 
@@ -25,6 +26,10 @@ def gradients(function, *inputs):
 CALLS = {
     "score_tokens": lambda rows: h2ot.score_tokens(X[rows]),
     "prune_cluster": lambda rows: [h2ot.prune_cluster(X[rows], 81)],
+    "score_tokens with options": lambda rows: h2ot.score_tokens(
+        X[rows], 3, metric="cosine", density="gaussian", cutoff=0.02, exclude_self=True
+    ),
+    "prune_cluster per sample": lambda rows: [h2ot.prune_cluster(X[rows], [81, 81, 81][rows], exclude_self=True)],
     "prune_motion": lambda rows: [h2ot.prune_motion(X[rows], 81)],
     "prune_attention": lambda rows: [h2ot.prune_attention(X[rows].mT, X[rows].mT.flip(1), 31)],
     "attention_scores": lambda rows: [
@@ -33,6 +38,7 @@ CALLS = {
     "gather_tokens": lambda rows: [h2ot.gather_tokens(X[rows], INDEX[rows], out_dim=2)],
     "gather gradient": lambda rows: gradients(lambda x: h2ot.gather_tokens(x, INDEX[rows]), X[rows]),
     "assign_clusters": lambda rows: [h2ot.assign_clusters(X[rows], INDEX[rows])],
+    "labels by parent": lambda rows: [h2ot.assign_clusters(X[rows], INDEX[rows], parent=PARENT[rows])],
     "merge_tokens": lambda rows: [h2ot.merge_tokens(X[rows, :, 0], LABELS[rows], 81)],
     "merge gradient": lambda rows: gradients(lambda x: h2ot.merge_tokens(x, LABELS[rows], 81), X[rows, :, 0]),
     "recover_attention": lambda rows: [h2ot.recover_attention(QUERY, KEY[rows], VALUE[rows], 8)],

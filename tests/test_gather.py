@@ -83,7 +83,7 @@ def test_gradcheck_first_and_second_order(dim, out_dim, runner):
 
 
 @pytest.mark.parametrize("runner", runners("gather_tokens"))
-@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+@pytest.mark.parametrize("bad", [-2, 9, 2**40])
 def test_a_wrong_index_touches_nothing(bad, runner):
     x, index = torch.randn(2, 9, 8), torch.tensor([[0, 3, 5], [0, 3, bad]])
     if bad < 0:
@@ -97,7 +97,32 @@ def test_a_wrong_index_touches_nothing(bad, runner):
         assert out[1, (index[1] == bad).nonzero()[0, 0]].isnan().all()
 
 
+@pytest.mark.parametrize("runner", runners("gather_tokens"))
+@pytest.mark.parametrize("out_dim", [1, 2])
+def test_padding_gives_zeros_and_takes_no_gradient(out_dim, runner):
+    x, index = torch.randn(2, 9, 3), torch.tensor([[1, 4, 8], [7, -1, -1]])
+    x[0, 0, 0] = x[1, 0, 0] = float("nan")
+    exact = python_ref.gather_tokens(x, index, out_dim=out_dim)
+    assert (exact.movedim(out_dim, 1)[1, 1:] == 0).all()
+    assert torch.equal(runner(h2ot.gather_tokens, x, index, out_dim=out_dim), exact)
+    weight = torch.randn(exact.shape)
+
+    def gradient(function):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad((function(leaf, index, out_dim=out_dim) * weight).sum(), leaf)[0]
+
+    ours = gradient(lambda *args, **given: runner(h2ot.gather_tokens, *args, **given))
+    assert torch.equal(ours, gradient(python_ref.gather_tokens))
+    embed = torch.zeros(1, 3, 3)
+    if runner.backend in ("cpp", "reference"):
+        with pytest.raises(IndexError, match="index"):
+            runner(h2ot.gather_tokens, x, index, embed)
+    else:
+        assert runner(h2ot.gather_tokens, x, index, embed)[1, 1:].isnan().all()
+
+
 def test_backward_refuses_an_index_that_is_not_ascending():
     x = torch.randn(1, 9, 8, requires_grad=True)
-    with pytest.raises(ValueError, match="ascending"):
-        h2ot.gather_tokens(x, torch.tensor([[5, 5]])).sum().backward()
+    for index in ([5, 5], [-1, 5]):
+        with pytest.raises(ValueError, match="ascending"):
+            h2ot.gather_tokens(x, torch.tensor([index])).sum().backward()

@@ -6,13 +6,16 @@ import torch
 import h2ot_kernels as h2ot
 import python_ref
 
-from .cases import TOKEN_CASES, oracle_index, oracle_scores
+from .cases import OPTION_CASES, TOKEN_CASES, oracle_index, oracle_scores
 from .compare import assert_scores
 from .runners import runners
 
 
 def affordable(case, runner):
-    """Not: large cases in Triton's interpreter, or in the reference, which the oracle runs already."""
+    """Not: large cases in Triton's interpreter, or in the reference, which the oracle runs; nor missing options."""
+    is_variant = bool(set(dict(case.options)) - {"metric"})
+    if is_variant and not h2ot.can_run("score_variant", runner.backend, runner.device)[0]:
+        return False
     return not (case.large and (runner.interpreted or runner.backend == "reference"))
 
 
@@ -21,7 +24,7 @@ def pairs(op):
     return [
         pytest.param(case, runner.values[0], id=f"{case}-{runner.id}")
         for runner in runners(op)
-        for case in TOKEN_CASES
+        for case in TOKEN_CASES + OPTION_CASES
         if affordable(case, runner.values[0])
     ]
 

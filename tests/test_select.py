@@ -32,6 +32,18 @@ def test_selection_is_exact(kind, N, K, runner):
 
 
 @pytest.mark.parametrize("runner", runners("select_tokens"))
+def test_a_number_of_tokens_per_sample(runner):
+    score, lengths, counts = torch.randn(4, 50), torch.tensor([50, 3, 0, 20]), [5, 12, 3, 5]
+    mask, keep = torch.arange(50) < lengths[:, None], torch.tensor([[1, 40], [0, 7], [2, 2], [9, 8]])
+    for given in ({}, {"keep": 3}, {"keep": keep}):
+        expected = python_ref.select_ragged(score, counts, mask=mask, **given)
+        assert (expected >= 0).sum(1).tolist() == counts
+        for form in (counts, tuple(counts), torch.tensor(counts), torch.tensor(counts).int()):
+            assert torch.equal(runner(h2ot.select_tokens, score, form, lengths=lengths, **given), expected)
+    assert runner(h2ot.select_tokens, score, [0, 0, 0, 0]).shape == (4, 0)
+
+
+@pytest.mark.parametrize("runner", runners("select_tokens"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_of_every_dtype(dtype, runner):
     score = torch.randn(2, 50).to(dtype)

@@ -79,6 +79,24 @@ struct Assigner {
     }
   }
 
+  // Labels by the chains of parents. Every token is walked once; a chain that meets itself ends.
+  void follow(const int64_t* parent, int64_t* labels) {
+    constexpr int64_t kUnknown = -1, kOnPath = -2, kNone = -3;
+    const int64_t N = args.x.N;
+    int32_t* path = other;
+    for (int64_t t = 0; t < N; t++) labels[t] = sample.valid[t] ? labels[t] : kNone;
+    for (int64_t t = 0; t < N; t++) {
+      int64_t count = 0, at = t;
+      for (; at >= 0 && labels[at] == kUnknown; at = parent[at]) {
+        labels[at] = kOnPath;
+        path[count++] = int32_t(at);
+      }
+      const int64_t label = at >= 0 && labels[at] >= 0 ? labels[at] : kNone;
+      for (int64_t step = 0; step < count; step++) labels[path[step]] = label;
+    }
+    for (int64_t t = 0; t < N; t++) labels[t] = larger(labels[t], -1);
+  }
+
   Status run(int64_t b) {
     Carver sizes(nullptr);
     carve(sizes);
@@ -93,12 +111,16 @@ struct Assigner {
     for (int64_t t = 0; t < N; t++) labels[t] = -1;
     for (int64_t j = 0; j < K; j++) {
       const int64_t t = index[j];
-      if (!sample.valid[t]) continue;
+      if (t < 0 || !sample.valid[t]) continue;
       labels[t] = j;
       centre[centres] = int32_t(t);
       position[centres++] = int32_t(j);
     }
     if (centres == 0) return Status::ok;
+    if (args.parent) {
+      follow(args.parent + b * N, labels);
+      return Status::ok;
+    }
     for (int64_t i = 0; i < sample.n; i++) {
       if (labels[sample.token[i]] < 0) other[others++] = sample.token[i];
     }
@@ -187,7 +209,8 @@ Status merge_samples(const MergeArgs& args, const Parallel& pool) {
 }  // namespace
 
 Status assign(const AssignArgs& args, const Parallel& pool) {
-  if (!in_range(args.index, args.index_rows * args.K, 0, args.x.N)) return Status::index_out_of_range;
+  if (!in_range(args.index, args.index_rows * args.K, -1, args.x.N)) return Status::index_out_of_range;
+  if (args.parent && !in_range(args.parent, args.x.B * args.x.N, -1, args.x.N)) return Status::index_out_of_range;
   Status status = Status::ok;
   for_dtype(args.x.dtype, [&](auto element) { status = assign_samples<decltype(element)>(args, pool); });
   return status;

@@ -142,16 +142,17 @@ void move_rows_embedded(const Walk& w, const T* embed, const Parallel& pool) {
 
 H2OT_INLINE int64_t item_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-bool in_range(const int64_t* index, int64_t count, int64_t F) {
+bool in_range(const int64_t* index, int64_t count, int64_t from, int64_t to) {
   bool ok = true;
-  for (int64_t i = 0; i < count; i++) ok &= uint64_t(index[i]) < uint64_t(F);
+  for (int64_t i = 0; i < count; i++) ok &= index[i] >= from && index[i] < to;
   return ok;
 }
 
 }  // namespace
 
 Status gather(const GatherArgs& a, const Parallel& pool) {
-  if (!in_range(a.index, a.index_rows * a.size[a.frame_axis], a.F)) return Status::index_out_of_range;
+  const int64_t from = a.pos_embed ? 0 : -1;  // padding has no embedding
+  if (!in_range(a.index, a.index_rows * a.size[a.frame_axis], from, a.F)) return Status::index_out_of_range;
   const Walk w = make_walk(a, a.x, item_bytes(a.dtype), a.index, a.pos_embed != nullptr);
   if (a.pos_embed) {
     for_dtype(a.dtype,
@@ -164,14 +165,15 @@ Status gather(const GatherArgs& a, const Parallel& pool) {
 
 Status scatter(const ScatterArgs& a, const Parallel& pool) {
   const int64_t F = a.size[a.frame_axis];
-  if (!in_range(a.index, a.index_rows * a.K, F)) return Status::index_out_of_range;
+  if (!in_range(a.index, a.index_rows * a.K, -1, F)) return Status::index_out_of_range;
   int64_t* const source = static_cast<int64_t*>(scratch(Slot::shared, a.index_rows * F * 8));
   if (!source) return Status::out_of_memory;
   memset(source, 0xff, size_t(a.index_rows * F * 8));  // -1 everywhere
   for (int64_t row = 0; row < a.index_rows; row++) {
     const int64_t* const index = a.index + row * a.K;
     for (int64_t k = 0; k < a.K; k++) {
-      if (k > 0 && index[k] <= index[k - 1]) return Status::index_not_ascending;
+      if (index[k] < 0) continue;
+      if (k > 0 && index[k] <= (index[k - 1] < 0 ? F : index[k - 1])) return Status::index_not_ascending;
       source[row * F + index[k]] = k;
     }
   }

@@ -7,6 +7,7 @@ namespace h2ot {
 namespace H2OT_ISA {
 
 Status score(const ScoreArgs&, const Parallel&);
+ScorePlan plan_score(const ScoreArgs&);
 Status select(const SelectArgs&, const Parallel&);
 Status motion(const MotionArgs&, const Parallel&);
 Status attention_score(const AttentionScoreArgs&, const Parallel&);

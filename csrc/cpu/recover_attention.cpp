@@ -50,10 +50,16 @@ H2OT_INLINE void unpack_row(const E* row, int64_t D, E factor, T* out) {
 
 // Asks for rows [first, last) of a head: their short, distant pieces defeat the machine's own prefetching.
 template <class T>
-H2OT_INLINE void prefetch_rows(const T* x, int64_t C, int64_t D, int64_t first, int64_t last) {
+H2OT_INLINE void prefetch_rows(const T* x, int64_t stride, int64_t D, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
-    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i * C + d, 0, 2);
+    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i * stride + d, 0, 2);
   }
+}
+
+// The first row of sample b's channels from `channel` on.
+template <class T>
+H2OT_INLINE const T* head_of(const void* x, const Rows& at, int64_t b, int64_t channel) {
+  return static_cast<const T*>(x) + b * at.stride_b + channel;
 }
 
 // All panels of the shared queries: [H][panels][D][kPanel].
@@ -62,8 +68,8 @@ void pack_shared_queries(const RecoverAttentionArgs& a, const Layout<E>& at, E* 
   parallel_for(pool, a.H * at.panels, 1 + 16384 / (at.D * kPanel<E>), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
       const int64_t h = task / at.panels, panel = task % at.panels;
-      const T* const query = static_cast<const T*>(a.query) + panel * kPanel<E> * a.C + h * at.D;
-      pack_panel(query, a.C, 1, at.count(a, panel), at.D, at.sign, packed + task * at.D * kPanel<E>);
+      const T* const query = static_cast<const T*>(a.query) + panel * kPanel<E> * a.query_at.stride_n + h * at.D;
+      pack_panel(query, a.query_at.stride_n, 1, at.count(a, panel), at.D, at.sign, packed + task * at.D * kPanel<E>);
     }
   });
 }
@@ -100,23 +106,22 @@ Status forward(const RecoverAttentionArgs& a, const Parallel& pool) {
     for (int64_t task = begin; task < end; task++) {
       const int64_t panel = task % at.panels, h = task / at.panels % a.H, b = task / at.panels / a.H;
       if (task == begin || panel == 0) {
-        const int64_t head = b * a.K * a.C + h * at.D;
-        pack_rows(static_cast<const T*>(a.key) + head, a.C, 1, a.K, at.D, at.width, key);
-        pack_rows(static_cast<const T*>(a.value) + head, a.C, 1, a.K, at.D, at.width, value);
+        pack_rows(head_of<T>(a.key, a.key_at, b, h * at.D), a.key_at.stride_n, 1, a.K, at.D, at.width, key);
+        pack_rows(head_of<T>(a.value, a.value_at, b, h * at.D), a.value_at.stride_n, 1, a.K, at.D, at.width, value);
       }
       if (task - panel + at.panels < a.B * a.H * at.panels) {
-        const int64_t next = task / at.panels + 1, head = next / a.H * a.K * a.C + next % a.H * at.D;
+        const int64_t next = task / at.panels + 1, next_b = next / a.H, channel = next % a.H * at.D;
         const int64_t from = a.K * panel / at.panels, to = a.K * (panel + 1) / at.panels;
-        prefetch_rows(static_cast<const T*>(a.key) + head, a.C, at.D, from, to);
-        prefetch_rows(static_cast<const T*>(a.value) + head, a.C, at.D, from, to);
+        prefetch_rows(head_of<T>(a.key, a.key_at, next_b, channel), a.key_at.stride_n, at.D, from, to);
+        prefetch_rows(head_of<T>(a.value, a.value_at, next_b, channel), a.value_at.stride_n, at.D, from, to);
       }
       const int64_t first = panel * kPanel<E>, count = at.count(a, panel), vectors = count > kLanes<E> ? 2 : 1;
       T* const out = static_cast<T*>(a.out) + (b * a.F + first) * a.C + h * at.D;
       prefetch_rows(out, a.C, at.D, 0, count);
       const E* queries = shared_panels ? shared_panels + (h * at.panels + panel) * panel_size : own_panel;
       if (!shared_panels) {
-        const T* const query = static_cast<const T*>(a.query) + (b * a.F + first) * a.C + h * at.D;
-        pack_panel(query, a.C, 1, count, at.D, at.sign, own_panel);
+        const T* const query = head_of<T>(a.query, a.query_at, b, h * at.D) + first * a.query_at.stride_n;
+        pack_panel(query, a.query_at.stride_n, 1, count, at.D, at.sign, own_panel);
       }
       dot_rows(key, a.K, at, queries, vectors, weights);
       Vector<E> total[kTileVectors];

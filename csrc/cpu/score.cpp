@@ -4,6 +4,7 @@
 // the tile bound cannot prove is taken over all tokens in float64. So results do not depend on the tile shape, the
 // instruction set's vector width, the number of threads or the place in the batch.
 #include "kernels.h"
+#include "score_gaussian.h"
 #include "score_stored.h"
 #include "score_streamed.h"
 
@@ -22,6 +23,9 @@ constexpr int64_t kLongest = 64;
 
 constexpr int64_t kRowGrain = 32;
 
+// Neighbours that a Gaussian density asks for, the token itself included: they find most denser tokens.
+constexpr int64_t kGaussianNeighbours = 2;
+
 // Everything about one sample, and the steps that score it.
 template <class T>
 struct Scorer {
@@ -33,20 +37,25 @@ struct Scorer {
   Streamed<A> streamed;
   PeakSearch<A> peaks;
   double* of_row;
-  bool stored, listed, need_largest;
+  int64_t k;  // neighbours that a density needs, the token itself included
+  bool gaussian, stored, listed, need_largest;
   bool failed = false;  // out of memory
 
   Scorer(const ScoreArgs& a, const Parallel& p) : args(a), pool(p) {
     const int64_t N = args.x.N;
+    gaussian = args.cutoff > 0;
+    k = gaussian ? smaller(N, kGaussianNeighbours) : args.k + args.exclude_self;
     stored = N <= kStoredTokens;
-    listed = stored || args.k <= kLongest;
+    listed = stored || k <= kLongest;
     need_largest = args.distance || args.noise;
   }
+
+  Search search_kind() const { return stored ? Search::stored : listed ? Search::streamed : Search::exact; }
 
   void carve(Carver& memory) {
     const int64_t N = args.x.N, C = args.x.C;
     state.sample.carve(memory, N, C, readable_in_place<T>(args.x));
-    const int64_t list = stored ? smaller(args.k, kKept) : smaller(N, listed ? args.k + kSpare : kKept);
+    const int64_t list = stored ? smaller(k, kKept) : smaller(N, listed ? k + kSpare : kKept);
     state.carve(memory, N, C, list);
     of_row = nullptr;
     streamed.state = &state;
@@ -118,6 +127,13 @@ struct Scorer {
     }
   }
 
+  void sum_gaussian() {
+    const Gaussian<A> sum = {state, state.area * args.cutoff * args.cutoff, args.exclude_self};
+    parallel_for(pool, ceil_div(state.sample.n, kPanel), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) sum.panel(p);
+    });
+  }
+
   void find_parents() {
     if (stored) {
       for_rows([&](int64_t i, Neighbour*) { parent_from_row(state, matrix[i], i); });
@@ -158,10 +174,12 @@ struct Scorer {
     return largest;
   }
 
+  double density_of(int64_t i) const { return gaussian ? -state.m[i] : exp(-state.m[i]); }
+
   void write(int64_t b) {
-    const int64_t N = args.x.N, at = b * N, C = args.x.C;
+    const int64_t N = args.x.N, at = b * N;
     const Sample<A>& sample = state.sample;
-    const double largest = sqrt(state.largest / double(C));
+    const double largest = sqrt(state.largest / state.area);
     int64_t i = 0;
     for (int64_t t = 0; t < N; t++) {
       const bool valid = sample.valid[t];
@@ -169,9 +187,15 @@ struct Scorer {
       int64_t parent = -1;
       if (valid) {
         const bool is_peak = state.parent[i] < 0;
-        distance = is_peak ? largest : sqrt(state.delta[i] / double(C));
-        density = args.noise ? -state.key[i] : args.density ? exp(-state.m[i]) : 0;
-        score = args.noise ? density * distance : is_peak ? __builtin_inf() : log(distance) - state.m[i];
+        distance = is_peak ? largest : sqrt(state.delta[i] / state.area);
+        density = args.noise ? -state.key[i] : args.density ? density_of(i) : 0;
+        if (args.noise) {
+          score = density * distance;
+        } else if (is_peak) {
+          score = __builtin_inf();
+        } else {
+          score = log(distance) + (gaussian ? log(-state.m[i]) : -state.m[i]);
+        }
         parent = is_peak ? -1 : sample.token[state.parent[i]];
         i++;
       }
@@ -192,13 +216,16 @@ struct Scorer {
     carve(carver);
     read_sample<T>(args.x, b, args.mask, pool, state.sample);
     const int64_t n = state.sample.n;
-    state.wanted = smaller(args.k, n) - 1;
+    state.wanted = smaller(k, n) - 1;
+    state.averaged = larger(1, state.wanted + !args.exclude_self);
+    state.area = args.area > 0 ? args.area : double(args.x.C);
     state.strict = args.noise != nullptr;
     state.largest = 0;
     if (n > 0) {
       find_nearest();
+      if (gaussian && !failed) sum_gaussian();
       for (int64_t i = 0; i < n; i++) {
-        state.key[i] = args.noise ? -(exp(-state.m[i]) + args.noise[b * args.x.N + state.sample.token[i]]) : state.m[i];
+        state.key[i] = args.noise ? -(density_of(i) + args.noise[b * args.x.N + state.sample.token[i]]) : state.m[i];
       }
       if (!failed) find_parents();
       if (need_largest && !failed) state.largest = find_largest();
@@ -230,6 +257,17 @@ Status score_samples(const ScoreArgs& args, const Parallel& pool) {
 }
 
 }  // namespace
+
+ScorePlan plan_score(const ScoreArgs& args) {
+  ScorePlan plan = {};
+  for_dtype(args.x.dtype, [&](auto element) {
+    Scorer<decltype(element)> scorer(args, {nullptr, 1});
+    Carver count(nullptr);
+    scorer.carve(count);
+    plan = {scorer.search_kind(), count.bytes()};
+  });
+  return plan;
+}
 
 Status score(const ScoreArgs& args, const Parallel& pool) {
   Status status = Status::ok;

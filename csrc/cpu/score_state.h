@@ -52,8 +52,9 @@ constexpr int64_t kKept = 16;  // neighbours remembered per slot, at most: enoug
 template <class A>
 struct State {
   Sample<A> sample;
-  int64_t k;            // of the call
-  int64_t wanted;       // neighbours that m averages besides the token itself: min(k, n) - 1
+  int64_t wanted;       // neighbours that m averages besides the token itself
+  int64_t averaged;     // how many distances m averages: those, and the token's own unless it is excluded
+  double area;          // divides squared distances
   int64_t kept;         // capacity of each row of `near`
   bool strict;          // noise given: denser is strictly larger rho; else ties go to the lower slot
   double *m, *key;      // [n]; j is denser than i when key[j] < key[i] (or equal, j < i, unless strict)
@@ -80,7 +81,7 @@ struct State {
   void set_nearest(int64_t i, const Neighbour* sorted, int64_t count) {
     double total = 0;
     for (int64_t r = 0; r < wanted; r++) total += sorted[r].s;
-    m[i] = total / double((wanted + 1) * sample.C);
+    m[i] = total / (double(averaged) * area);
     near_count[i] = int32_t(smaller(count, kept));
     for (int64_t r = 0; r < near_count[i]; r++) near[i * kept + r] = sorted[r];
   }

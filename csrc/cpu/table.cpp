@@ -11,6 +11,7 @@ extern const Kernels table;
 const Kernels table = {
     H2OT_NAME(H2OT_ISA),
     score,
+    plan_score,
     select,
     motion,
     attention_score,

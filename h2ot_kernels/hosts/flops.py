@@ -67,7 +67,7 @@ def _run_on_shapes(model: nn.Module) -> int:
     """Every matrix product of one pass, by PyTorch's counter. Gradients on: fused tails have no modules to count."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     like = next(iter(tensors.values()))
-    counter = FlopCounterMode(display=False, custom_mapping=_OURS)
+    counter = FlopCounterMode(display=False)
     # "cpp": its operators say their shapes without data. MATH: attention as the products that the counter knows.
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -81,10 +81,3 @@ def _run_on_shapes(model: nn.Module) -> int:
         index = tuple(torch.arange(tokens)[None] for tokens in model.hourglass.stages.values())
         torch.func.functional_call(model, shapes, (x, index))
     return counter.get_total_flops()
-
-
-def _attention_flops(query, key, value, num_heads, scale, *, out_shape=None) -> int:
-    return 2 * 2 * math.prod(value) * query[-2]
-
-
-_OURS = {torch.ops.h2ot_kernels.recover_attention: _attention_flops}

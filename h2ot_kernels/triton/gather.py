@@ -13,12 +13,13 @@ from .common import launch, narrow, widen
 
 @triton.jit
 def _search(index_row, index_step, frame, K, STEPS: tl.constexpr):
-    """The position of frame in an ascending index row, and whether it is there."""
+    """The position of frame in an ascending index row (which may end in -1: padding), and whether it is there."""
     low = tl.zeros_like(frame)
     high = low + K
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
-        below = tl.load(index_row + middle * index_step, low < high, 0) < frame
+        value = tl.load(index_row + middle * index_step, low < high, 0)
+        below = (value < frame) & (value >= 0)
         low = tl.where((low < high) & below, middle + 1, low)
         high = tl.where((low < high) & ~below, middle, high)
     there = low < K
@@ -78,7 +79,10 @@ def gather_kernel(
         source = (offset + frame * frame_step)[:, None] + column[None, :] * inner_step
     value = tl.load(x + source, inside & found, 0)
     if not SEARCH:
-        value = tl.where(found, value, tl.full([1, 1], float("nan"), tl.float32).to(value.dtype))
+        nothing = tl.full([1, 1], float("nan"), tl.float32)
+        if embed is None:  # padding
+            nothing = tl.where(frame == -1 if FRAME < 0 else (frame == -1)[:, None], 0.0, nothing)
+        value = tl.where(found, value, nothing.to(value.dtype))
     if embed is not None:
         added = tl.load(embed + position * embed_row_step + (column % C)[None, :] * embed_step, inside, 0)
         value = narrow(widen(value) + widen(added), out.dtype.element_ty)

@@ -1,0 +1,161 @@
+"""Other libraries that do an operation, or its first stage only: checked, then timed beside ours where installed.
+
+"stage 1 only": the k nearest neighbours, from which density follows; nothing is ranked, compared or selected.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import python_ref
+from h2ot_kernels.comparison import Comparison
+
+STAGE_1 = "stage 1 only"
+SCORING = ("score_tokens", "prune_cluster", "prune_and_assign")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """neighbours(x, k) makes a call -> squared distances [B, N, k]; nearest(x, centres) one -> labels [B, N]."""
+
+    name: str
+    package: str
+    module: str
+    devices: tuple[str, ...]
+    neighbours: Callable | None = None
+    nearest: Callable | None = None
+
+    def why_not(self, device: torch.device) -> str | None:
+        """None where it can run on device, else the reason."""
+        if device.type not in self.devices:
+            return f"runs on {', '.join(self.devices)} only"
+        return None if importlib.util.find_spec(self.module) else f"{self.package} is not installed"
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of the peers that can run on device."""
+    return {peer.name: importlib.metadata.version(peer.package) for peer in PEERS if peer.why_not(device) is None}
+
+
+def rivals(comparison: Comparison, device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
+    """(label -> call, label -> why it is not timed) of the peers that do something of this operation."""
+    ready, absent = {}, {}
+    for peer in PEERS:
+        if comparison.op in SCORING and peer.neighbours:
+            label, make, is_right = f"{peer.name} ({STAGE_1})", peer.neighbours, _right_distances
+            x, k = comparison.arguments[0], comparison.shape.get("k")
+            arguments = (x, k)
+        elif comparison.op == "assign_clusters" and peer.nearest:
+            label, make, is_right = peer.name, peer.nearest, _right_labels
+            x, index = comparison.arguments
+            arguments = (x, python_ref.gather_tokens(x, index))
+        else:
+            continue
+        reason = peer.why_not(device)
+        if reason is None:
+            call = make(*arguments)
+            if is_right(call(), *arguments):
+                ready[label] = call
+                continue
+            reason = "wrong, not timed"
+        absent[label] = reason
+    return ready, absent
+
+
+def _bound(x: Tensor) -> float:
+    """Products of float32 tokens that are not centred: their rounding, on the scale of the squared norms."""
+    return 4 * torch.finfo(torch.float32).eps * x.shape[-1] ** 0.5 * x.double().square().sum(-1).max().item()
+
+
+def _right_distances(found, x: Tensor, k: int) -> bool:
+    oracle = python_ref.squared_distances(x[:1].double(), x[:1].double()).sort(-1).values[..., :k]
+    found = torch.as_tensor(found[:1]).to(oracle)
+    return found.shape == oracle.shape and bool((found.sort(-1).values - oracle).abs().max() <= _bound(x))
+
+
+def _right_labels(found, x: Tensor, centres: Tensor) -> bool:
+    oracle = python_ref.squared_distances(x[:1].double(), centres[:1].double())
+    chosen = oracle.gather(-1, torch.as_tensor(found[:1]).to(oracle.device).long()[..., None])[..., 0]
+    return bool((chosen - oracle.amin(-1)).max() <= _bound(x))
+
+
+def _sklearn_neighbours(x, k):
+    from sklearn.neighbors import NearestNeighbors
+
+    samples = x.numpy()
+
+    def search(sample):
+        return NearestNeighbors(n_neighbors=k, algorithm="brute").fit(sample).kneighbors(sample)[0]
+
+    return lambda: torch.stack([torch.from_numpy(search(sample)).square() for sample in samples])
+
+
+def _sklearn_nearest(x, centres):
+    from sklearn.metrics import pairwise_distances_argmin
+
+    pairs = list(zip(x.numpy(), centres.numpy(), strict=True))
+    return lambda: torch.stack([torch.from_numpy(pairwise_distances_argmin(*pair)) for pair in pairs])
+
+
+def _faiss_search(x, centres, k):
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    pairs = list(zip(x.numpy(), centres.numpy(), strict=True))
+
+    def call():
+        found = []
+        for sample, among in pairs:
+            index = faiss.IndexFlatL2(sample.shape[1])
+            index.add(among)
+            found.append(index.search(sample, k))
+        return tuple(torch.stack([torch.from_numpy(part) for part in parts]) for parts in zip(*found, strict=True))
+
+    return call
+
+
+def _faiss_neighbours(x, k):
+    search = _faiss_search(x, x, k)
+    return lambda: search()[0]
+
+
+def _faiss_nearest(x, centres):
+    search = _faiss_search(x, centres, 1)
+    return lambda: search()[1][..., 0]
+
+
+def _keops_neighbours(x, k):
+    from pykeops.torch import LazyTensor
+
+    rows, columns = LazyTensor(x[:, :, None, :]), LazyTensor(x[:, None, :, :])
+    return lambda: ((rows - columns) ** 2).sum(-1).Kmin(k, dim=2)
+
+
+def _cuvs_neighbours(x, k):
+    from cuvs.neighbors import brute_force
+
+    def call():
+        found = [brute_force.search(brute_force.build(sample), sample, k)[0] for sample in x]
+        return torch.stack([torch.as_tensor(distances, device=x.device) for distances in found])
+
+    return call
+
+
+def _flash_kmeans_nearest(x, centres):
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    return lambda: euclid_assign_triton(x, centres)
+
+
+# The last three have not been run: they need a GPU or a compiler at run time. A wrong result is refused all the same.
+PEERS = (
+    Peer("scikit-learn", "scikit-learn", "sklearn", ("cpu",), _sklearn_neighbours, _sklearn_nearest),
+    Peer("faiss-cpu", "faiss-cpu", "faiss", ("cpu",), _faiss_neighbours, _faiss_nearest),
+    Peer("pykeops", "pykeops", "pykeops", ("cpu", "cuda"), _keops_neighbours),
+    Peer("cuVS", "cuvs-cu13", "cuvs", ("cuda",), _cuvs_neighbours),
+    Peer("flash-kmeans", "flash-kmeans", "flash_kmeans", ("cuda",), nearest=_flash_kmeans_nearest),
+)

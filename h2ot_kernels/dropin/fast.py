@@ -1,0 +1,151 @@
+"""The fast forwards that patched modules get: mixed into the module's own class, falling back to its own forward.
+
+A patched module differs from the unpatched one only in its class. So parameters, buffers, hooks, state_dict and mode
+are untouched, and copies (deepcopy, DataParallel's replicas) run on their own weights.
+"""
+
+import copy
+import functools
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ..attention import attend_rows
+from ..linear import Linear
+from .hot import shared_rows
+
+PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Fast:
+    """Mixed in by `fast_class`: `original` is the module's own class, `extra` its forward's further arguments."""
+
+    original: type
+    extra: dict
+
+    def __reduce_ex__(self, protocol):
+        """A patched module is pickled as the unpatched one: it loads without this package."""
+        return object.__new__, (self.original,), self.__getstate__()
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def _is_usual(self, args: tuple = (), kwargs: dict | None = None) -> bool:
+        """The further arguments have their defaults, and no functorch transform wants to see each operation."""
+        given = dict(zip(self.extra, args, strict=False)) | (kwargs or {})
+        usual = all(_same(value, self.extra.get(name, self)) for name, value in given.items())
+        return usual and len(args) <= len(self.extra) and not torch._C._are_functorch_transforms_active()
+
+
+def _same(value, default) -> bool:
+    return value is default or (type(value) is type(default) and type(value) in (int, float, str) and value == default)
+
+
+@functools.cache
+def fast_class(mixin: type, original: type) -> type:
+    """original with mixin's forward, under original's name; `extra`: the defaults of its forward's extra arguments."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1 + mixin.inputs :]
+    extra = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY}
+    names = {"original": original, "extra": extra, "__module__": original.__module__, "__doc__": original.__doc__}
+    return type(original.__name__, (mixin, original), names)
+
+
+def is_silent(*modules: nn.Module | None) -> bool:
+    """No hook would see these modules' calls, which are left out or changed."""
+    listening = any(getattr(module, name) for module in modules if module is not None for name in HOOKS)
+    return not listening and not nn_module._has_any_global_hook()
+
+
+class FastLinear(Fast, Linear):
+    """Packed weights in CPU inference."""
+
+    inputs = 1
+
+
+class FastMlp(Fast):
+    """fc2(act(fc1(x))) with an exact GELU in the same pass as fc1."""
+
+    inputs = 1
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        others = [module for name, module in self._modules.items() if name != "fc2"]
+        records = self.training or torch.is_grad_enabled()
+        if records or not (self._is_usual(args, kwargs) and isinstance(self.fc1, Linear) and is_silent(*others)):
+            return super().forward(x, *args, **kwargs)
+        return self.fc2(self.fc1(x, activation="gelu"))
+
+
+class FastAttention(Fast):
+    """Self-attention over axis 1 of x [rows, N, C], with `qkv` and `proj`: no N x N weights."""
+
+    inputs = 1
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not (self._is_usual(args, kwargs) and stores_nothing(self, "qkv", "proj", "proj_drop")):
+            return super().forward(x, *args, **kwargs)
+        attended = attend_rows(*self.qkv(x).chunk(3, -1), self.num_heads, float(self.scale))
+        return project(self, attended)
+
+
+class FastAttentionInPlace(Fast):
+    """MotionBERT's spatial attention: `FastAttention` whatever `seqlen` is."""
+
+    inputs = 1
+
+    def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
+        if not (self._is_usual() and stores_nothing(self, "qkv", "proj", "proj_drop")):
+            return super().forward(x, seqlen)
+        return project(self, attend_rows(*self.qkv(x).chunk(3, -1), self.num_heads, float(self.scale)))
+
+
+class FastAttentionAcross(Fast):
+    """MotionBERT's temporal attention: x [(B F), J, C] with F = seqlen, over the frames of each joint."""
+
+    inputs = 1
+
+    def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
+        if not (self._is_usual() and stores_nothing(self, "qkv", "proj", "proj_drop")):
+            return super().forward(x, seqlen)
+        qkv = self.qkv(x).unflatten(0, (-1, seqlen)).transpose(1, 2).flatten(0, 1)
+        attended = attend_rows(*qkv.chunk(3, -1), self.num_heads, float(self.scale))
+        return project(self, attended.unflatten(0, (-1, x.shape[1])).transpose(1, 2).reshape(x.shape))
+
+
+class FastCrossAttention(Fast):
+    """Cross-attention of (x_1, x_2, x_3) with three projections: an x_1 that all rows share is projected once."""
+
+    inputs = 3
+
+    def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor, *args, **kwargs) -> Tensor:
+        names = projections(self)
+        if not (self._is_usual(args, kwargs) and stores_nothing(self, *names, "proj", "proj_drop")):
+            return super().forward(x_1, x_2, x_3, *args, **kwargs)
+        to_query, to_key, to_value = (getattr(self, name) for name in names)
+        query, key, value = to_query(shared_rows(x_1)), to_key(x_2), to_value(x_3)
+        return project(self, attend_rows(query, key, value, self.num_heads, float(self.scale)))
+
+
+def projections(module: nn.Module) -> tuple[str, str, str] | None:
+    """The names of the three projections of a cross-attention."""
+    for names in PROJECTIONS:
+        if all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+            return names
+    return None
+
+
+def stores_nothing(attention: nn.Module, *called: str) -> bool:
+    """Whether the children that the fast path leaves out would do nothing, and nobody listens to them."""
+    skipped = [module for name, module in attention._modules.items() if name not in called]
+    active = attention.training and any(getattr(module, "p", 0) for module in skipped)
+    return not active and is_silent(*skipped)
+
+
+def project(attention: nn.Module, attended: Tensor) -> Tensor:
+    projected = attention.proj(attended)
+    dropout = attention._modules.get("proj_drop")
+    return projected if dropout is None else dropout(projected)

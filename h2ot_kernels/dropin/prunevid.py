@@ -1,0 +1,19 @@
+"""PruneVid's clustering: the tensor form, labels first."""
+
+from torch import Tensor
+
+from .clusters import select_and_assign
+
+
+def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5, token_mask: Tensor | None = None) -> tuple[Tensor, int]:
+    """(idx_cluster [B, N] in 0 .. cluster_num - 1, -1 for masked tokens; cluster_num) of x [B, N, C].
+
+    Clusters are numbered by descending score. The noise and everything else: `dropin.hot.cluster_dpc_knn`.
+
+    >>> import torch
+    >>> from h2ot_kernels.dropin import prunevid
+    >>> idx, K = prunevid.cluster_dpc_knn(torch.tensor([[[0.0], [0.1], [5.0], [5.1]]]), 2, k=2)
+    >>> (idx[0, 0] == idx[0, 1]).item(), (idx[0, 0] == idx[0, 2]).item(), K
+    (True, False, 2)
+    """
+    return select_and_assign(x, cluster_num, k, token_mask)[1], cluster_num

@@ -1,0 +1,63 @@
+"""The token-dictionary forms of TCFormer, mmpose and Chat-UniVi. Empty or padded clusters give no NaN."""
+
+import torch
+from torch import Tensor
+
+from .. import cluster
+from .clusters import select_and_assign
+from .hot import index_points
+
+# What stands beside the tokens and is handed on unchanged, and what a merge makes None: no merged token is padding.
+KEPT = ("map_size", "init_grid_size")
+
+
+def cluster_dpc_knn(
+    token_dict: dict, cluster_num: int, k: int = 5, token_mask: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """(idx_cluster [B, N], cluster_num) of token_dict["x"] [B, N, C]; see `dropin.prunevid.cluster_dpc_knn`.
+
+    >>> import torch
+    >>> from h2ot_kernels.dropin import tcformer
+    >>> tokens = {"x": torch.tensor([[[0.0], [0.2], [5.0], [5.2]]])}
+    >>> idx_cluster, K = tcformer.cluster_dpc_knn(tokens, 2, k=2)
+    >>> merged = tcformer.merge_tokens(tokens, idx_cluster, K)
+    >>> [round(x, 3) for x in sorted(merged["x"].flatten().tolist())], merged["token_num"]
+    ([0.1, 5.1], 2)
+    """
+    return select_and_assign(token_dict["x"], cluster_num, k, token_mask)[1], cluster_num
+
+
+def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None) -> dict:
+    """The weighted means of the clusters, as a token dictionary: x [B, K, C], token_num and what token_dict had of
+    idx_token [B, M] (followed into the clusters), agg_weight [B, M, 1] (times each token's share), map_size,
+    init_grid_size (the same) and mask (None).
+
+    token_weight: [B, N, 1] or [B, N]. As in the official code a share is w / (sum of w + 1e-6). Tokens labelled -1, or
+    False in token_dict["mask"], are not merged; a token of idx_token that was not merged stays -1, its agg_weight 0.
+    Gradients to x and token_weight. Raises as `h2ot_kernels.merge_tokens`. Source: TCFormer section 3.
+    """
+    x = token_dict["x"]
+    B, N, _ = x.shape
+    valid = idx_cluster >= 0
+    if token_dict.get("mask") is not None:
+        valid = valid & (token_dict["mask"].reshape(B, N) > 0)
+    labels, member = torch.where(valid, idx_cluster, -1), idx_cluster.clamp(min=0)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = x.new_ones(B, N, dtype=wide) if token_weight is None else token_weight.reshape(B, N).to(wide)
+    counted = torch.where(valid, weight, 0.0)
+    total = counted.new_zeros(B, cluster_num).scatter_add(1, member, counted)
+    merged = cluster.merge_tokens(x, labels, cluster_num, None if token_weight is None else weight)
+    merged = (merged * (total / (total + 1e-6))[..., None]).to(x.dtype)
+
+    out = {"x": merged, "token_num": cluster_num} | {name: token_dict[name] for name in KEPT if name in token_dict}
+    if "mask" in token_dict:
+        out["mask"] = None
+    idx_token = token_dict.get("idx_token")
+    if idx_token is not None:
+        here, at = idx_token >= 0, idx_token.clamp(min=0)
+        out["idx_token"] = torch.where(here, labels.gather(1, at), -1)
+        if token_dict.get("agg_weight") is not None:
+            share = (counted / (total + 1e-6).gather(1, member)).to(x.dtype)
+            followed = torch.where(here[..., None], index_points(share[..., None], at), 0.0)
+            out["agg_weight"] = token_dict["agg_weight"] * followed
+    return out

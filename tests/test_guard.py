@@ -1,0 +1,39 @@
+"""What `./dev gpu` leans on, tried without a GPU: the list of calls for sanitizers, and the guard bands."""
+
+import ctypes
+import shutil
+
+import pytest
+
+from . import every_op, guard
+from .runners import DEVICE
+
+
+def test_every_operation_is_right_on_every_backend_that_runs():
+    made, wrong = every_op.run(DEVICE, many=40)
+    assert made >= len(list(every_op.calls()))
+    assert wrong == []
+
+
+def test_a_wrong_result_is_seen(monkeypatch):
+    def wrong_sum(m, t, **b):
+        return (m.merge_tokens(t["weight"][..., None], t["labels"], 9, **b) + bool(b),)
+
+    monkeypatch.setattr(every_op, "calls", lambda: iter([("merge_tokens", wrong_sum)]))
+    assert every_op.main(["--device", DEVICE]) == 1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_guard_bands_see_a_byte_beside_the_buffer(tmp_path):
+    library = guard.build(tmp_path, "c++", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{guard.HERE / 'host'}")
+    loaded = ctypes.CDLL(str(library))
+    loaded.guard_malloc.restype = ctypes.c_void_p
+    loaded.guard_malloc.argtypes = [ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p]
+    loaded.guard_free.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p]
+    for offset, wanted in ((0, 0), (99, 0), (100, 1), (-1, 2)):
+        buffer = loaded.guard_malloc(100, 0, None)
+        assert bytes((ctypes.c_ubyte * 100).from_address(buffer)) == b"\xff" * 100
+        ctypes.c_ubyte.from_address(buffer + offset).value = 1
+        loaded.guard_free(buffer, 100, 0, None)
+        assert guard.counters(library)[1] == wanted
+    assert guard.counters(library)[0] == 4
