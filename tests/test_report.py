@@ -7,10 +7,13 @@ import re
 import pytest
 import torch
 
-from bench import bench_hosts, bench_onnx, compare, figures, memory, peers, report, run, shapes
 from h2ot_kernels.comparison import Verdict
 
 from .test_bench import TINY
+
+for needed in ("jinja2", "matplotlib", "rich", "onnxruntime"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed")
+from bench import bench_hosts, bench_onnx, compare, figures, memory, peers, report, run, shapes  # noqa: E402
 
 ENVIRONMENT = {"device": "a machine", "threads": 1, "torch": "2.13.0", "date": "2026-01-02T03:04:05+00:00"}
 
