@@ -22,7 +22,6 @@ from h2ot_kernels.comparison import Comparison, Result, compare
 from h2ot_kernels.timing import Machine
 
 from . import memory, peers
-from .compare import show
 from .shapes import DTYPES, Case, all_ops, build, cases, sweep
 
 KERNELS = ("cpp", "cuda", "triton")
@@ -48,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.compare:
+            from .compare import show  # needs rich, which a GPU machine may not have
+
             return show(*given.compare)
         chosen = sweep() if given.sweep else cases(given.ops, quick=given.quick, dtypes=given.dtype)
     except (ValueError, OSError) as error:
@@ -68,8 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"best float32 product of this run: {machine.flops() / 1e9:.0f} GFLOP/s")
     with out.open("a") as file:
         for case in chosen:
-            others, missing = ({}, {}) if given.no_peers else peers.rivals(build(case, machine.device), machine.device)
-            kernels, unfit, failed = other_backends(build(case, machine.device), machine.device, given.backends)
+            comparison = build(case, machine.device)
+            others, missing = ({}, {}) if given.no_peers else peers.rivals(comparison, machine.device)
+            kernels, unfit, failed = other_backends(comparison, machine.device, given.backends)
             others |= kernels
             absent |= missing | unfit
             wrong += failed

@@ -62,11 +62,23 @@ def test_every_operation_is_right_and_timed(machine, op, kind):
 def test_the_command_appends_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes, "_SIZES", {op: [sizes] for op, sizes in TINY.items()})
     out = tmp_path / "results" / "cpu.jsonl"
-    arguments = ["--ops", "gather_tokens", "recover_interpolate", "--quick", "--seconds", "0.01", "--out", str(out)]
+    arguments = [
+        "--ops",
+        "gather_tokens",
+        "recover_interpolate",
+        "--quick",
+        "--seconds",
+        "0.01",
+        "--no-memory",
+        "--out",
+        str(out),
+    ]
     assert run.main(arguments) == 0
     assert run.main(arguments) == 0
     assert [json.loads(line)["op"] for line in out.read_text().splitlines()] == arguments[1:3] * 2
-    assert "2 of 2 cases right" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "2 of 2 cases right" in shown
+    assert "peak memory: not asked for" in shown
 
 
 def test_many_tokens_are_checked_and_timed(tmp_path, monkeypatch, capsys):
