@@ -17,13 +17,12 @@ from torch import nn
 from h2ot_kernels import hosts as host_family
 from h2ot_kernels import use_backend
 from h2ot_kernels.demo import pruners
+from h2ot_kernels.demo.models import deviation_bound
 from h2ot_kernels.demo.skeleton import walking_clip
 from h2ot_kernels.timing import interleave
 
 from . import hosts
 from .run import environment_row
-
-BOUND = 1e-3  # poses of a deep float32 network in another order of sums; the largest coordinate is about 1
 
 
 def stages(name: str, frames: int, kept: int) -> dict[int, int]:
@@ -59,10 +58,10 @@ def measure(names: list[str], kept: list[int], *, seconds: float, device: str, o
                 "tokens": [frames, *model.hourglass.stages.values()],
                 "gflops": host_family.count_flops(model.cpu()) / 1e9,
                 "deviation": worst,
-                "is_right": worst <= BOUND,
+                "is_right": worst <= deviation_bound(name),
                 "timings": {},
             }
-            if worst <= BOUND:
+            if rows[name, K]["is_right"]:
                 rivals[name, K] = functools.partial(model.to(device), x)
     with torch.inference_mode():
         timings = interleave(rivals, device, seconds=seconds * len(rivals), min_calls=2, max_calls=50, warm_up=1)

@@ -21,15 +21,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import h2ot_kernels.onnx
+from h2ot_kernels.demo.models import deviation_bound
 from h2ot_kernels.hosts import HOSTS
 from h2ot_kernels.timing import interleave
 
 from . import hosts
 from .run import environment_row
-
-# Poses of a deep float32 network whose sums are taken in another order, relative to the largest coordinate. Where a
-# network decides by a threshold on float32 products (MotionAGFormer's graphs), a tie may fall the other way.
-BOUND = 1e-3
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -71,7 +68,7 @@ def measure(name: str, *, reduced: bool, seconds: float) -> dict:
         checked = [deviation(call(float32, given), wanted) for given, wanted in pairs]
         quantised = deviation(call(int8, x), pairs[0][1])
     worst, same = max(error for error, _ in checked), min(share for _, share in checked)
-    is_right = worst <= BOUND and same == 1.0
+    is_right = worst <= deviation_bound(name) and same == 1.0
     timings = {}
     if is_right and seconds:
         rivals = {

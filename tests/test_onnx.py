@@ -11,6 +11,7 @@ import h2ot_kernels.onnx
 import python_ref
 from bench import hosts as bench_hosts
 from h2ot_kernels import hosts
+from h2ot_kernels.demo.models import deviation_bound
 
 from . import cases, test_torch
 
@@ -131,7 +132,7 @@ def test_hosts_in_onnxruntime(name, tmp_path):
     for B in (1, 3):
         x = bench_hosts.keypoints(model, B)
         error, same_frames = bench_onnx.deviation(run(path, x), bench_onnx.outputs(model, x))
-        assert error <= bench_onnx.BOUND
+        assert error <= deviation_bound(name)
         assert same_frames == 1.0
 
 

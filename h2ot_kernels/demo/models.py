@@ -17,16 +17,20 @@ from ..timing import Timing, interleave
 from .keypoints import Clip, cut_windows, join_windows, window_starts
 
 DEFAULT = ("mixste", "hot_mixste", "tpc_mixste", "h2ot_mixste")
-# Poses of a deep float32 network in another order of sums; the largest coordinate is about 1.
-DEVIATION_BOUND = 1e-3
-# The temporal graph of MotionAGFormer jumps where a frame's fourth and fifth neighbour are as near: between two float32
-# runs in another order of sums some rows do (the official code against its own float64: poses up to 2e-2 off).
-JUMPING_BOUND = {"motionagformer": 5e-2}
 
 
 def base_of(name: str) -> str:
     """The unpruned model that `name` prunes."""
     return name.rsplit("_", 1)[-1]
+
+
+def deviation_bound(name: str) -> float:
+    """How far two float32 runs of a deep network may lie apart that add in other orders, over the largest coordinate.
+
+    The temporal graph of MotionAGFormer jumps where a frame's fourth and fifth neighbour are as near: between two such
+    runs some rows do (the official code against its own float64: poses up to 2e-2 off).
+    """
+    return 5e-2 if base_of(name) == "motionagformer" else 1e-3
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class ModelResult:
 
     @property
     def is_right(self) -> bool:
-        bound = JUMPING_BOUND.get(base_of(self.name), DEVIATION_BOUND)
+        bound = deviation_bound(self.name)
         return self.deviation is None or self.deviation <= bound
 
     def seconds(self, rival: str) -> float | None:
