@@ -114,7 +114,7 @@ def test_a_clean_clip_is_not_touched(points):
         ("garbage.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00garbage"), "cannot be read"),
         (
             "header.npy",  # what numpy's own tokenizer refuses
-            lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x08\x00{'a: 1}\n\n"),
+            lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x02\x00{\n"),
             "cannot be read",
         ),
         ("pickle.npy", lambda p: p.write_bytes(pickle.dumps([1])), "pickled"),
