@@ -1,4 +1,4 @@
-"""Many callers: Python threads, DataLoader workers, two training processes; 10 000 calls; errors in parallel regions."""
+"""Many callers: threads, DataLoader workers, two training processes; 10 000 calls; errors in parallel regions."""
 
 import gc
 import random

@@ -218,7 +218,8 @@ def recovering(draw) -> None:
 def interpolating(draw) -> None:
     B, F = integers(draw, 0, 3), integers(draw, 1, 50)
     index = drawn_index(draw, draw(st.sampled_from([1, max(B, 1)])) if B else 1, F)
-    options = {"mode": draw(st.sampled_from(["linear", "nearest"])), "align": draw(st.sampled_from(["index", "uniform"]))}
+    choices = {"mode": ["linear", "nearest"], "align": ["index", "uniform"]}
+    options = {name: draw(st.sampled_from(allowed)) for name, allowed in choices.items()}
     trailing = [integers(draw, 0, 5) for _ in range(integers(draw, 0, 3))]
     dtype = draw(st.sampled_from(DTYPES))
     x = laid_out(torch.randn(B, index.shape[1], *trailing).to(dtype), draw(st.sampled_from(LAYOUTS)))
@@ -266,12 +267,12 @@ def test_any_keypoint_file_is_read_or_refused(suffix, tmp_path, record_property)
         path.write_bytes(content)
         try:
             clip = read_clip(path)
-            assert np.isfinite(clip.points).all()
-            assert np.isfinite(clip.normalised).all()
-            tried[0] += 1
-        except KeypointError as error:
-            assert str(path) in str(error)
+        except KeypointError:
             tried[1] += 1
+            return
+        assert np.isfinite(clip.points).all()
+        assert np.isfinite(clip.normalised).all()
+        tried[0] += 1
 
     run()
     assert tried[0] > 0

@@ -1,6 +1,6 @@
-"""`./dev tidy`: clang-tidy over csrc, each kernel file as it is compiled for AVX-512 and for any CPU. Exit code 1: findings.
+"""`./dev tidy`: clang-tidy over csrc, each kernel file as it is compiled for AVX-512 and for any CPU.
 
-A planted finding (a division of integers that is used as a float) must be seen first.
+Exit code 1: findings. A planted finding (a division of integers that is used as a float) must be seen first.
 """
 
 import os
