@@ -1,7 +1,7 @@
 """`./dev mutants`: small mistakes by rule, each in a scratch copy, and whether the tests notice.
 
 Rules: comparisons, plus or minus one, dropped masks and conditions, swapped strides, removed barriers. Languages: the
-C++ CPU kernels (portable build), the CUDA source (run by tests/simt), the Triton kernels (interpreted), the Python stems.
+C++ CPU kernels (portable), the CUDA source (run by tests/simt), the Triton kernels (interpreted), the Python stems.
 A sample of --sample mutants is drawn by a printed --seed, as many of each language; what does not compile is drawn
 again. Every mutant meets only the tests of its file. Exit code 1: fewer than 90 % are killed, survivors that
 EQUIVALENT explains not counted.
