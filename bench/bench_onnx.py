@@ -27,7 +27,8 @@ from h2ot_kernels.timing import interleave
 from . import hosts
 from .run import environment_row
 
-# Poses of a deep float32 network whose sums are taken in another order; the largest coordinate is about 1.
+# Poses of a deep float32 network whose sums are taken in another order, relative to the largest coordinate. Where a
+# network decides by a threshold on float32 products (MotionAGFormer's graphs), a tie may fall the other way.
 BOUND = 1e-3
 
 

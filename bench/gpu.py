@@ -38,18 +38,20 @@ def stages(out: Path) -> list[Stage]:
     tests = (python, "-m", "pytest", "-p", "no:cacheprovider")
     every_op = (python, "-m", "tests.every_op")
     rows = ("--device", "cuda", "--out", str(out / "results.jsonl"))
+    dtypes = ("--dtype", "float32", "bfloat16", "float16", "--seconds", "0.2")
 
     def sanitizer(tool: str) -> Stage:
         watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-        return Stage(tool, 40, (*watch, *every_op), needs="compute-sanitizer")
+        return Stage(tool, 35, (*watch, *every_op), needs="compute-sanitizer")
 
     return [
         Stage("environment", 20, (python, "-m", "h2ot_kernels", "env")),
         Stage("every operation", 30, every_op),
         Stage("gpu tests", 70, (*tests, "-m", "gpu")),
-        Stage("all tests", 130, (*tests, "-m", "not gpu")),
-        Stage("benchmarks", 140, (python, "-m", "bench.run", *rows)),
-        Stage("guard bands", 30, (*every_op, "--guard"), needs="nvcc"),
+        Stage("case list", 120, (*tests, "-m", "not gpu", "-k", "triton or cuda")),
+        Stage("benchmarks", 120, (python, "-m", "bench.run", *rows, *dtypes)),
+        Stage("compiled rivals", 50, (python, "-m", "bench.run", *rows, "--quick", "--compile", "--no-peers")),
+        Stage("guard bands", 20, (*every_op, "--guard"), needs="nvcc"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         sanitizer("initcheck"),

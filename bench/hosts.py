@@ -28,12 +28,16 @@ def reduced_arguments(name: str) -> dict:
     """Arguments of the host's class that make it small; those that the class does not have are left out."""
     host, preset = hosts.HOSTS[name]
     known = inspect.signature(host).parameters
-    frames = known["num_frames"].default
-    small = REDUCED["num_frames"]
+    frames, small = num_frames(name), REDUCED["num_frames"]
     tokens = [kept * small // frames for kept in preset.get("stages", {}).values()]
     arguments = REDUCED | {"depth": len(tokens) + 1}
     arguments = {argument: value for argument, value in arguments.items() if argument in known}
     return arguments | ({"stages": dict(enumerate(tokens, start=1))} if tokens else {})
+
+
+def num_frames(name: str) -> int:
+    """How many frames the host takes if not told otherwise."""
+    return inspect.signature(hosts.HOSTS[name][0]).parameters["num_frames"].default
 
 
 def pruned_names() -> list[str]:

@@ -22,8 +22,7 @@ from h2ot_kernels.comparison import Comparison, Result, compare
 from h2ot_kernels.timing import Machine
 
 from . import memory, peers
-from .compare import show
-from .shapes import Case, all_ops, build, cases, sweep
+from .shapes import DTYPES, Case, all_ops, build, cases, sweep
 
 KERNELS = ("cpp", "cuda", "triton")
 
@@ -33,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", metavar="OP", default=all_ops(), help=f"some of {', '.join(all_ops())}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="only the first size of each operation")
     which.add_argument("--sweep", action="store_true", help="scaling of prune_cluster in N, B, C and K")
@@ -47,8 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.compare:
+            from .compare import show  # needs rich, which a GPU machine may not have
+
             return show(*given.compare)
-        chosen = sweep() if given.sweep else cases(given.ops, quick=given.quick)
+        chosen = sweep() if given.sweep else cases(given.ops, quick=given.quick, dtypes=given.dtype)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -67,8 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"best float32 product of this run: {machine.flops() / 1e9:.0f} GFLOP/s")
     with out.open("a") as file:
         for case in chosen:
-            others, missing = ({}, {}) if given.no_peers else peers.rivals(build(case, machine.device), machine.device)
-            kernels, unfit, failed = other_backends(build(case, machine.device), machine.device, given.backends)
+            comparison = build(case, machine.device)
+            others, missing = ({}, {}) if given.no_peers else peers.rivals(comparison, machine.device)
+            kernels, unfit, failed = other_backends(comparison, machine.device, given.backends)
             others |= kernels
             absent |= missing | unfit
             wrong += failed
@@ -150,7 +153,7 @@ def row(case: Case, result: Result, machine: Machine, environment: dict) -> dict
     """One line of the results file; times in seconds."""
     return result.row() | {
         "kind": case.kind,
-        "dtype": "float32",
+        "dtype": case.dtype,
         "best_float32_flops": machine.flops(),
         **environment,
     }

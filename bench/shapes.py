@@ -1,5 +1,6 @@
 """The one list of what is timed: per stem the operations, per operation the sizes, smallest first."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,32 +57,37 @@ _KINDS = {"prune_and_assign": ("smooth", "random")}
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size, float32. kind: "smooth" (walks with a still stretch) or "random" tokens."""
+    """One operation at one size and dtype. kind: "smooth" (walks with a still stretch) or "random" tokens."""
 
     op: str
     kind: str = "smooth"
     sizes: dict[str, int] = field(default_factory=dict, hash=False)
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         sizes = "-".join(f"{name}{size}" for name, size in self.sizes.items())
-        return f"{self.op}-{sizes}-{self.kind}"
+        return f"{self.op}-{sizes}-{self.kind}" + ("" if self.dtype == "float32" else f"-{self.dtype}")
 
 
-def cases(ops: tuple[str, ...] | list[str], *, quick: bool = False) -> list[Case]:
-    """Every case of these operations, or only the first of each (quick)."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def cases(ops: tuple[str, ...] | list[str], *, quick: bool = False, dtypes: Sequence[str] = DTYPES[:1]) -> list[Case]:
+    """Every case of these operations in each dtype, or only the first size of each (quick)."""
     found = []
     for op in ops:
         if op not in _SIZES:
             raise ValueError(f"ops: got {op!r}, wanted some of {', '.join(_SIZES)}")
-        every = [Case(op, kind, sizes) for sizes in _SIZES[op] for kind in _KINDS.get(op, ("smooth",))]
-        found += every[:1] if quick else every
+        every = [(kind, sizes) for sizes in _SIZES[op] for kind in _KINDS.get(op, ("smooth",))]
+        typed = ("float32",) if op == "prune_sample" else dtypes  # no tensor goes in
+        found += [Case(op, *given, dtype) for given in (every[:1] if quick else every) for dtype in typed]
     return found
 
 
 def sweep() -> list[Case]:
     """prune_cluster with one size varied at a time around B 1, N 243, C 256, K 81."""
     middle = {"B": 1, "N": 243, "C": 256, "K": 81, "k": 2}
-    varied = {"N": (128, 243, 512, 1024, 2048, 4096), "B": (1, 2, 4, 8, 16), "C": (64, 128, 256, 512, 1024)}
+    varied = {"N": (128, 243, 512, 1024, 2048), "B": (1, 2, 4, 8, 16), "C": (64, 128, 256, 512, 1024)}
     varied["K"] = (9, 27, 81, 162)
     every = [middle | {name: size} for name, sizes in varied.items() for size in sizes]
     return [Case("prune_cluster", "smooth", sizes) for i, sizes in enumerate(every) if sizes not in every[:i]]
@@ -105,11 +111,11 @@ def _tokens(case: Case, B: int, N: int, C: int) -> Tensor:
 
 def build(case: Case, device: torch.device | str) -> Comparison:
     """The case's comparison, its inputs on device."""
-    device, sizes = torch.device(device), dict(case.sizes)
+    device, sizes, dtype = torch.device(device), dict(case.sizes), getattr(torch, case.dtype)
     K = sizes["K"]
     if case.op in ("score_tokens", "prune_cluster", "prune_and_assign", "assign_clusters", "merge_tokens"):
         B, N, C, _, k = sizes.values()
-        x = _tokens(case, B, N, C).to(device)
+        x = _tokens(case, B, N, C).to(device, dtype)
         if case.op == "score_tokens":
             return operations.score_tokens(x, k)
         if case.op in ("prune_cluster", "prune_and_assign"):
@@ -121,12 +127,12 @@ def build(case: Case, device: torch.device | str) -> Comparison:
     B, F = sizes["B"], sizes["F"]
     pose = _walks(B, F)
     if case.op == "prune_motion":
-        return operations.prune_motion(pose.to(device), K)
+        return operations.prune_motion(pose.to(device, dtype), K)
     index = python_ref.prune_sample(F, K, device=device).repeat(B, 1)
     if case.op == "recover_interpolate":
-        x = operations.motion_tokens(pose, sizes["C"]).to(device)
+        x = operations.motion_tokens(pose, sizes["C"]).to(device, dtype)
         return recoveries.recover_interpolate(python_ref.gather_tokens(x, index), index, F)
-    frames = operations.joint_tokens(pose, sizes["C"]).to(device)
+    frames = operations.joint_tokens(pose, sizes["C"]).to(device, dtype)
     if case.op == "prune_attention":
         return operations.prune_attention(frames, K)
     rows = frames.transpose(1, 2).flatten(0, 1).contiguous()

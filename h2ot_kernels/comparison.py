@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .backend import chosen_backend
-from .timing import Machine, Timing, interleave
+from .timing import Machine, Timing, interleave, replayed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Result:
-    """A checked and, if right, timed comparison; timings by rival: "official", "compile", "ours". floor in seconds."""
+    """A checked and, if right, timed comparison; floor in seconds. timings by rival: "official", "compile", "ours", ...
+
+    On a GPU also "official, graph", "ours, graph" (where they can be captured) and "ours, cold L2".
+    """
 
     op: str
     shape: dict[str, int]
@@ -102,10 +105,26 @@ def compare(
             compiled = torch.compile(comparison.official, dynamic=False)
             rivals["compile"] = lambda: compiled(*comparison.arguments)
         rivals |= {"ours": comparison.ours, **(others or {})}
-        timings = interleave(rivals, machine.device, seconds=seconds)
+        if machine.device.type == "cuda":
+            rivals |= _on_a_gpu(rivals["official"], comparison.ours)
+        timings = interleave(rivals, machine.device, seconds=seconds, cold=(COLD,))
         has_work = comparison.flops or comparison.num_bytes
         floor = machine.floor(comparison.flops, comparison.num_bytes) if has_work else None
     return Result(comparison.op, comparison.shape, verdict, timings, floor, comparison.backend(machine.device))
+
+
+COLD = "ours, cold L2"
+
+
+def _on_a_gpu(official: Callable, ours: Callable) -> dict[str, Callable]:
+    """What is timed on a GPU besides plain calls: both replayed as CUDA graphs, ours with a cold L2 cache."""
+    found = {COLD: ours}
+    for name, function in (("official, graph", official), ("ours, graph", ours)):
+        try:
+            found[name] = replayed(function)
+        except RuntimeError as error:
+            print(f"{name}: cannot be captured: {str(error).splitlines()[0]}")
+    return found
 
 
 def same_index(official: Tensor, ours: Tensor, oracle: Tensor, *more_of_ours: tuple[Tensor, Tensor]) -> Verdict:

@@ -70,8 +70,9 @@ def recover_pose(
     """The fused inference tail of HoT: head(norm(token + proj(recover_attention(query, key, value)))).
 
     token: [F, C] or [1, F, C], the recovery token; query: the same, projected; key, value: [B * J, K, C] with
-    J = num_joints; proj: Linear(C, C); norm: LayerNorm(C); head: Linear(C, 3). [B, J, F, C] is never written after the
-    projection. Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
+    J = num_joints; num_heads = H divides C; proj: Linear(C, C); norm: LayerNorm(C); head: Linear(C, 3).
+    [B, J, F, C] is never written after the projection. Returns [B, J, F, 3] of key's dtype; the norm and the head are
+    summed in float32 (float64 for float64).
     Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
     argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: SPEC section 5.
 

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,6 +39,23 @@ def _once(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+L2_BYTES = 1 << 28  # more than the L2 cache of any GPU so far
+
+
+def replayed(function: Callable[[], object]) -> Callable[[], object]:
+    """function captured in a CUDA graph: its replay. Raises RuntimeError where it cannot be captured (a host sync)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def interleave(
     rivals: Mapping[Name, Callable[[], object]],
     device: torch.device | str = "cpu",
@@ -47,11 +64,13 @@ def interleave(
     min_calls: int = 3,
     max_calls: int = 200,
     warm_up: int = 2,
+    cold: Collection[Name] = (),
     on_round: Callable[[float], None] | None = None,
 ) -> dict[Name, Timing]:
     """Time the rivals in turn, A B C B C A C A B ..., until about `seconds` are spent; at least min_calls calls each.
 
     warm_up calls of each, the first among them, are not part of the quantiles; 0 where the caller has warmed them up.
+    cold: names of those whose every timed call finds the GPU's L2 cache full of other data.
     on_round is called between rounds with the share of the time that is spent.
 
     >>> timings = interleave({"sum": lambda: sum(range(100))}, seconds=0.01)
@@ -64,6 +83,7 @@ def interleave(
         for function in rivals.values():
             _once(function, device)
     names = list(rivals)
+    evict = torch.empty(L2_BYTES, dtype=torch.uint8, device=device).zero_ if cold and device.type == "cuda" else None
     samples: dict[Name, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for calls in range(max_calls):
@@ -74,6 +94,8 @@ def interleave(
             on_round(min(spent / seconds, 1.0) if seconds else 1.0)
         for position in range(len(names)):
             name = names[(position + calls) % len(names)]
+            if evict is not None and name in cold:
+                evict()
             samples[name].append(_once(rivals[name], device))
     return {name: _summary(samples[name], first[name]) for name in names}
 
@@ -101,6 +123,7 @@ class Machine:
 
     flops(): the best float32 rate (FLOP/s, an FMA counts 2) among the library products tried: `torch.mm` and, on a
     CPU with oneDNN, its packed linear layer: a proxy for the FMA peak, not the data sheet's figure.
+    launch_seconds: from one event to the next around a kernel with nothing to do; 0 on a CPU.
     copy_rate(n): bytes read plus bytes written per second of a warm `Tensor.copy_` that moves n bytes in all.
     """
 
@@ -135,6 +158,13 @@ class Machine:
             self.copy_rates[size] = size / _best(lambda: target.copy_(source), self.device, self.seconds / 4)
         return self.copy_rates[size]
 
+    @functools.cached_property
+    def launch_seconds(self) -> float:
+        if self.device.type != "cuda":
+            return 0.0
+        nothing = torch.empty(1, device=self.device)
+        return _best(nothing.zero_, self.device, self.seconds / 4)
+
     def floor(self, flops: float, num_bytes: int) -> float:
-        """Seconds that this much work takes at those rates, whichever bound is higher."""
-        return max(flops / self.flops(), num_bytes / self.copy_rate(num_bytes))
+        """Seconds that this much work takes at those rates, or one launch, whichever is highest."""
+        return max(flops / self.flops(), num_bytes / self.copy_rate(num_bytes), self.launch_seconds)

@@ -22,7 +22,8 @@ def index_points(points: Tensor, idx: Tensor) -> Tensor:
 def density_peaks(x: Tensor, k: int, token_mask: Tensor | None = None, noise: Tensor | None = None):
     """score [B, N] = density * distance, density, distance, and the distance matrix [B, N, N]."""
     B, N, C = x.shape
-    matrix = torch.cdist(x, x) / C**0.5
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as autocast does
+    matrix = torch.cdist(wide, wide) / C**0.5
     if token_mask is not None:
         valid = token_mask > 0
         matrix = matrix * valid[:, None, :] + (matrix.max() + 1) * ~valid[:, None, :]

@@ -86,18 +86,8 @@ def watch_address() -> dict:
     tests = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
     chosen = " or ".join([*capabilities, "test_any_valid_input", "test_strides"])
     counter = Passed()
-    arguments = [
-        "-x",
-        "-s",
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        f"({chosen}) and not 351x1536",
-        *tests,
-    ]
+    plain = ["-x", "-s", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]  # -s: findings are not captured
+    arguments = [*plain, "-k", f"({chosen}) and not 351x1536", *tests]
     assert pytest.main(arguments, [counter]) == 0
     return {"capabilities": capabilities, "calls": calls, "tests": counter.count}
 

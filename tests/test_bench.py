@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import bench_large, run, shapes
+from bench import bench_dropin, bench_large, run, shapes
 from h2ot_kernels.comparison import Comparison, Verdict, compare, same_index, same_labels, same_values
 from h2ot_kernels.timing import Machine, interleave
 
@@ -62,11 +62,23 @@ def test_every_operation_is_right_and_timed(machine, op, kind):
 def test_the_command_appends_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes, "_SIZES", {op: [sizes] for op, sizes in TINY.items()})
     out = tmp_path / "results" / "cpu.jsonl"
-    arguments = ["--ops", "gather_tokens", "recover_interpolate", "--quick", "--seconds", "0.01", "--out", str(out)]
+    arguments = [
+        "--ops",
+        "gather_tokens",
+        "recover_interpolate",
+        "--quick",
+        "--seconds",
+        "0.01",
+        "--no-memory",
+        "--out",
+        str(out),
+    ]
     assert run.main(arguments) == 0
     assert run.main(arguments) == 0
     assert [json.loads(line)["op"] for line in out.read_text().splitlines()] == arguments[1:3] * 2
-    assert "2 of 2 cases right" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "2 of 2 cases right" in shown
+    assert "peak memory: not asked for" in shown
 
 
 def test_many_tokens_are_checked_and_timed(tmp_path, monkeypatch, capsys):
@@ -166,3 +178,22 @@ def test_a_comparison_names_the_backend_that_ran():
     gather = shapes.build(shapes.Case("gather_tokens", "random", TINY["gather_tokens"]), "cpu")
     assert isinstance(gather, Comparison)
     assert gather.backend(torch.device("cpu")) in ("cpp", "reference")
+
+
+def test_the_patch_is_checked_and_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_dropin, "Machine", lambda device: Machine(device, seconds=0.01))
+    out = tmp_path / "rows.jsonl"
+    small = ["--frames", "27", "--channels", "64", "--seconds", "0.01", "--out", str(out)]
+    assert bench_dropin.main(small) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    for row in rows:
+        assert row["is_right"]
+        assert 0 < row["error"] <= row["bound"]
+        assert row["speed_up"] == row["timings"]["unpatched"]["p50"] / row["timings"]["patched"]["p50"]
+        assert 0 < row["linear_share"] < 1
+    assert "replaced 16 attention" in capsys.readouterr().out
+
+    monkeypatch.setattr(bench_dropin, "deviation", lambda got, wanted: 1.0)
+    assert bench_dropin.main([*small, "--dtype", "float32"]) == 1
+    assert "timings" not in json.loads(out.read_text().splitlines()[-1])

@@ -14,7 +14,11 @@ import pytest
 import h2ot_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
-STEMS = ("backend", "score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
+STEMS = (
+    *("backend", "score", "select", "gather", "cluster", "recover_attention", "recover_interpolation"),
+    *("attention", "wrapped", "dropin.hot", "dropin.tcformer", "dropin.prunevid", "dropin.patch"),
+    "hosts.ftp_pose",
+)
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 
 

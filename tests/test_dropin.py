@@ -130,3 +130,19 @@ def test_cross_attention_projects_a_shared_token_once(repeated):
     torch.testing.assert_close(ours(token, kept, kept), theirs(token, kept, kept), rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="attn_drop"):
         dropin.hot.CrossAttention(C, 4, attn_drop=0.1)
+
+
+def test_chat_univi_merge_is_recognised(monkeypatch):
+    """Its dictionaries hold a mask and no map sizes."""
+
+    def merge_tokens(token_dict, idx_cluster, cluster_num, token_weight=None):
+        sizes = {"map_size": None, "init_grid_size": None}
+        out = original(token_dict | sizes, idx_cluster, cluster_num, token_weight)
+        return {name: value for name, value in out.items() if name not in sizes} | {"mask": None}
+
+    original = tcformer.merge_tokens
+    monkeypatch.setattr(tcformer, "merge_tokens", merge_tokens)
+    with dropin.patch(tcformer) as handle:
+        assert tcformer.merge_tokens is dropin.tcformer.merge_tokens
+    assert "replaced 1 merge" in handle.report()
+    assert tcformer.merge_tokens is merge_tokens

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from h2ot_kernels import dropin
+from python_ref import official
 
 from .official_code import clustering, mixste, motionbert, tcformer
 
@@ -355,6 +356,17 @@ def test_refuses_functions_of_another_kind(monkeypatch):
     handle.unpatch()
     assert "something else" in handle.report()
     assert "its arguments are (x, cluster_num, neighbours)" in handle.report()
+
+
+def test_further_optional_arguments_go_to_the_original():
+    x, noise = torch.randn(1, 20, 8).double(), torch.rand(1, 20).double() * 1e-6
+    before = official.cluster_dpc_knn(x, 5, 2, noise=noise)
+    with dropin.patch(official, merge=False), Recorder() as called:
+        after = official.cluster_dpc_knn(x, 5, 2, noise=noise)
+        assert "h2ot_kernels::score_tokens" not in called.names
+        official.cluster_dpc_knn(x, 5, 2)
+    assert "h2ot_kernels::score_tokens" in called.names
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 def test_nothing_to_replace_raises_with_the_reasons():

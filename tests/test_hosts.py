@@ -6,7 +6,7 @@ import torch
 
 import h2ot_kernels as h2ot
 from h2ot_kernels import hosts
-from h2ot_kernels.hosts.blocks import Attention, Block, drop_path
+from h2ot_kernels.hosts.blocks import Attention, Block, attend, attend_by_torch, drop_path
 
 from .host_cases import (
     NAMES,
@@ -58,6 +58,14 @@ def test_executed_flops_leave_out_the_repeated_query():
         published, executed = (hosts.count_flops(model, convention, executed=flag) for flag in (False, True))
         assert published - executed == saved
     assert hosts.count_flops(plain, executed=True) == hosts.count_flops(plain)
+
+
+def test_executed_flops_leave_out_the_dense_scaling_of_graphs():
+    model = small("motionagformer")
+    published, executed = (hosts.count_flops(model, "total", executed=flag) for flag in (False, True))
+    depth = SIZES["motionagformer"]["depth"]
+    assert published - executed == depth * 2 * 2 * (J * F**3 + F * J**3)
+    assert hosts.count_flops(model) == hosts.count_flops(model, executed=True)
 
 
 def test_counting_leaves_the_model_as_it_was():
@@ -127,8 +135,9 @@ def test_precisions(name):
         with torch.autocast("cpu", torch.bfloat16):
             assert_near(poses(model(x.float(), index)), exact, 0.1)
         ours = poses(model.bfloat16()(x.bfloat16(), index))
-    assert ours.dtype == torch.bfloat16
-    assert_near(ours, exact, 0.1)
+        assert ours.dtype == torch.bfloat16
+        assert_near(ours, exact, 0.1)
+        assert_near(poses(model.half()(x.half(), index)), exact, 0.03)
 
 
 @pytest.mark.parametrize("name", PRUNED)
@@ -154,14 +163,19 @@ def test_what_comes_back(name):
 
 @pytest.mark.parametrize("pruner", ["cluster", "sampler", "motion", "attention", "scores"])
 @pytest.mark.parametrize("recover", ["attention", "interpolation"])
-def test_any_pruner_and_recovery(pruner, recover):
-    model = small("h2ot_mixste", pruner=pruner, recover=recover).eval()
-    x, _ = inputs()
+@pytest.mark.parametrize("base", SIZES)
+def test_any_pruner_and_recovery(base, pruner, recover):
+    if (base, recover) == ("mhformer", "attention"):
+        with pytest.raises(ValueError, match="MHFormer has no recovery token"):
+            small("h2ot_mhformer", recover=recover)
+        return
+    model = small(f"h2ot_{base}", pruner=pruner, recover=recover).eval()
+    x, _ = inputs(base)
     scores = torch.randn(B, F, generator=torch.Generator().manual_seed(2))
     pose, kept = model(x, scores=scores, return_index=True)
     assert pose.shape == (B, F, J, 3)
     if pruner == "motion":
-        assert torch.equal(kept[0], h2ot.prune_motion(x, 13))
+        assert torch.equal(kept[0], h2ot.prune_motion(x[..., :2], 13))
     if pruner == "scores":
         assert torch.equal(kept[0], h2ot.select_tokens(scores, 13))
     with torch.inference_mode():
@@ -169,17 +183,36 @@ def test_any_pruner_and_recovery(pruner, recover):
         assert_near(model(x, scores=scores), pose.detach(), 1e-9)
 
 
-def test_attention_pruner_reads_the_temporal_block_before_the_cut():
-    model = small("h2ot_mixste", pruner="attention", stages={2: 9}).eval()
-    partner = official("mixste", model)
+def by_rows(qkv):
+    return qkv.unflatten(0, (B, -1))
+
+
+def by_frames(qkv):
+    return qkv.unflatten(0, (B, F)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("base", "layers", "layout"),
+    [
+        ("mixste", ["TTEblocks.1.attn.qkv"], by_rows),
+        ("motionbert", ["blocks_st.1.attn_t.qkv", "blocks_ts.1.attn_t.qkv"], by_frames),
+        ("mhformer", [f"Transformer_hypothesis.SHR_blocks.1.attn_{s}.qkv" for s in (1, 2, 3)], by_rows),
+        ("motionagformer", ["layers.1.att_temporal.mixer.qkv"], by_frames),
+    ],
+)
+def test_attention_pruner_reads_the_temporal_attention_before_the_cut(base, layers, layout):
+    """Over all streams, joints, heads and queries; layout: what the layer gives -> [B, J or 1, F, 3C]."""
+    model = small(f"h2ot_{base}", pruner="attention", stages={2: 9}, recover=None).eval()
+    partner = official(f"h2ot_{base}", model, stages={2: 9}, recover=None)
     seen = []
-    partner.TTEblocks[1].attn.qkv.register_forward_hook(lambda layer, inputs, output: seen.append(output))
-    x, _ = inputs()
-    partner(x)
-    query, key, _ = seen[0].unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-    weights = (query @ key.mT * 8**-0.5).softmax(-1).unflatten(0, (B, J))
-    received = weights.mean((1, 2, 3))
-    assert torch.equal(model(x, return_index=True)[1], received.topk(9).indices.sort().values)
+    for layer in layers:
+        partner.get_submodule(layer).register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    x, _ = inputs(base)
+    partner(x, torch.arange(9)[None])
+    qkv = torch.cat([layout(output) for output in seen], 1)
+    query, key, _ = qkv.unflatten(-1, (3, 4, 8)).permute(3, 0, 1, 4, 2, 5)
+    received = (query @ key.mT * 8**-0.5).softmax(-1).mean((1, 2, 3))
+    assert torch.equal(model(x)[1], received.topk(9).indices.sort().values)
 
 
 def test_a_stage_before_the_first_block_takes_its_frames_embeddings():
@@ -226,6 +259,13 @@ def test_attention_along_any_axis(dim, samples):
     torch.testing.assert_close(same_key, key)
 
 
+def test_attention_is_that_of_torch():
+    query, key, value = torch.randn(3, 2, 7, 24, dtype=torch.float64)
+    torch.testing.assert_close(attend(query, key, value, 4), attend_by_torch(query, key, value, 4))
+    fake = torch.empty(2, 7, 24, device="meta")
+    assert attend(fake, fake, fake, 4).shape == fake.shape
+
+
 def test_compiles_without_a_break():
     torch._dynamo.reset()
     model = small("hot_mixste", depth=4).eval()
@@ -252,6 +292,16 @@ WRONG = {
         lambda: hosts.build("h2ot_mixste", **SIZES["mixste"], stages={1: 9, 2: 5}, pos_embed=True),
         ValueError,
         "pos_embed: needs exactly one stage, got 2",
+    ),
+    "no embedding": (
+        lambda: hosts.build("mhformer", stages={1: 9}, pos_embed=True),
+        ValueError,
+        "pos_embed: got True, wanted False",
+    ),
+    "skeleton": (
+        lambda: hosts.build("motionagformer", num_joints=16),
+        ValueError,
+        "joints: got the neighbours of 17 joints, wanted 16",
     ),
     "frames": (
         lambda: small("hot_mixste")(torch.zeros(1, 26, J, 2)),

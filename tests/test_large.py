@@ -32,6 +32,7 @@ if sys.argv[1] == "ours":
     scores = h2ot.score_tokens(x, k)
     h2ot.merge_tokens(x, h2ot.assign_clusters(x, h2ot.select_tokens(scores.score, N // 4)), N // 4)
     h2ot.prune_cluster(x, N // 4, k)
+    h2ot.score_tokens(x, density="gaussian", cutoff=0.1)
 else:
     torch.cdist(x[:, :4096], x[:, :4096])
 print(memory("VmHWM") - before)

@@ -57,6 +57,26 @@ def test_gradients_within_bound(B, F, K, C, H, shared, dtype, runner):
 
 
 @pytest.mark.parametrize("runner", runners("recover_attention"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reads_the_parts_of_one_projection_in_place(dtype, runner):
+    """Rows far apart, frames on an outer axis, channels apart: the bits of contiguous tensors."""
+    parts = torch.randn(3, 19, 3 * 64).to(dtype).chunk(3, -1)
+    outer = [x[0] for x in torch.randn(3, 1, 19, 5, 64).transpose(2, 3).to(dtype)]
+    apart = [x.mT for x in torch.randn(3, 2, 64, 19).to(dtype)]
+    for query, key, value in (parts, outer, apart):
+        expected = runner(h2ot.recover_attention, query.contiguous(), key.contiguous(), value.contiguous(), 4)
+        ours = runner(h2ot.recover_attention, query, key, value, 4)
+        exact = python_ref.recover_attention(query.double(), key.double(), value.double(), 4)
+        assert_within(ours, exact, python_ref.recover_attention(query, key, value, 4), 19 + 16)
+        assert torch.equal(ours, expected)
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        gradients = torch.autograd.grad(h2ot.recover_attention(*leaves, 4).sum(), leaves)
+        dense = [x.detach().contiguous().requires_grad_() for x in (query, key, value)]
+        expected = torch.autograd.grad(h2ot.recover_attention(*dense, 4).sum(), dense)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("runner", runners("recover_attention"))
 def test_large_logits_stay_finite(runner):
     query, key, value = torch.randn(4, 8) * 1e4, torch.randn(1, 5, 8) * 1e4, torch.randn(1, 5, 8)
     ours = runner(h2ot.recover_attention, query, key, value, 2)

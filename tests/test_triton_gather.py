@@ -91,7 +91,7 @@ def guarded(shape, fill=float("nan")):
     return view, memory
 
 
-@pytest.mark.parametrize("bad", [-1, -(2**40), 9, 2**40])
+@pytest.mark.parametrize("bad", [-2, -(2**40), 9, 2**40])
 def test_a_wrong_index_gives_nan_rows_and_reads_nothing(bad):
     x, _ = guarded((2, 9, 8))
     index = torch.tensor([[0, 3, 5], [0, 3, 5]], device=DEVICE)

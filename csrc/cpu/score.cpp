@@ -37,7 +37,8 @@ struct Scorer {
   Streamed<A> streamed;
   PeakSearch<A> peaks;
   double* of_row;
-  int64_t k;  // neighbours that a density needs, the token itself included
+  int64_t* sums;  // of a Gaussian density
+  int64_t k;      // neighbours that a density needs, the token itself included
   bool gaussian, stored, listed, need_largest;
   bool failed = false;  // out of memory
 
@@ -58,6 +59,7 @@ struct Scorer {
     const int64_t list = stored ? smaller(k, kKept) : smaller(N, listed ? k + kSpare : kKept);
     state.carve(memory, N, C, list);
     of_row = nullptr;
+    sums = gaussian ? memory.take<int64_t>(ceil_div(N, kPanel) * kPanel) : nullptr;
     streamed.state = &state;
     peaks.streamed = &streamed;
     if (stored) {
@@ -128,10 +130,17 @@ struct Scorer {
   }
 
   void sum_gaussian() {
-    const Gaussian<A> sum = {state, state.area * args.cutoff * args.cutoff, args.exclude_self};
-    parallel_for(pool, ceil_div(state.sample.n, kPanel), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; p++) sum.panel(p);
+    const Gaussian<A> gaussian_sum = {state, sums, state.area * args.cutoff * args.cutoff};
+    const int64_t n = state.sample.n, panels = ceil_div(n, kPanel);
+    for (int64_t i = 0; i < panels * kPanel; i++) sums[i] = 0;
+    // A task takes one panel from either end: earlier panels have more later tokens to look at.
+    parallel_for(pool, ceil_div(panels, 2), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) {
+        gaussian_sum.add(p);
+        if (panels - 1 - p != p) gaussian_sum.add(panels - 1 - p);
+      }
     });
+    for (int64_t i = 0; i < n; i++) state.m[i] = -gaussian_sum.density(i, args.exclude_self);
   }
 
   void find_parents() {

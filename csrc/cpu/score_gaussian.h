@@ -1,7 +1,8 @@
-// Density by a Gaussian of all distances (Rodriguez & Laio 2014), O(N^2 C) time and no memory beside the panels.
+// Density by a Gaussian of all distances (Rodriguez & Laio 2014), O(N^2 C) time and O(N) memory beside the panels.
 //
 // Float32 tiles leave out the pairs whose term is proven to round to 0, float64 decides the others. Terms are multiples
-// of 2^-40, so their sum is exact in any order: equal multisets of distances give equal densities.
+// of 2^-40 and are added as integers: the sum is exact in any order, so threads may add to it as they come, and equal
+// multisets of distances give equal densities.
 #pragma once
 
 #include "score_state.h"
@@ -12,35 +13,49 @@ namespace {
 
 template <class A>
 struct Gaussian {
-  State<A>& state;
-  double width;  // area cutoff^2: terms are exp(-s / width)
-  bool exclude_self;
+  static constexpr double kSteps = 0x1p40, kReach = 28.42;  // exp(-28.42) < 2^-41
 
-  // m = -rho for the slots of one panel. Count: n kPanel C differences, and as many in float64 for the pairs in reach.
-  void panel(int64_t p) const {
-    constexpr double kSteps = 0x1p40, kReach = 28.42;  // exp(-28.42) < 2^-41
+  State<A>& state;
+  int64_t* sum;  // [n rounded up to panels] terms times 2^40
+  double width;  // area cutoff^2: terms are exp(-s / width)
+
+  // Adds the pairs of panel p with itself and all later ones to both tokens. Count: kPanel C differences for each later
+  // token, and as many in float64, with an exponential, for the pairs in reach.
+  void add(int64_t p) const {
     const Sample<A>& sample = state.sample;
     const int64_t n = sample.n, size = sample.panel_size(), first = p * kPanel, rows = smaller(kPanel, n - first);
     const Floats limit = fill(sample.bound.reach(kReach * width * sample.unit()));
-    int64_t sum[kPanel] = {};
+    int64_t of_row[kPanel] = {};
     float tile[kRows * kPanel] __attribute__((aligned(64)));
-    for (int64_t column = 0; column < n; column += kPanel) {
+    for (int64_t column = first; column < n; column += kPanel) {
+      int64_t of_column[kPanel] = {};
       for (int64_t r = 0; r < rows; r += kRows) {
         sample.template tile<2>(state.panels + p * size + r, state.panels + column / kPanel * size, tile);
         for (int64_t i = r; i < smaller(r + kRows, rows); i++) {
           for (int64_t v = 0; v < kPanel; v += kFloats) {
             for (uint32_t bits = at_most(load(tile + (i - r) * kPanel + v), limit); bits; bits &= bits - 1) {
-              const int64_t j = column + v + __builtin_ctz(bits);
-              if (j >= n || j == first + i) continue;
-              sum[i] += int64_t(__builtin_rint(exp(-sample.distance(first + i, j) / width) * kSteps));
+              const int64_t at = v + __builtin_ctz(bits), j = column + at;
+              if (j >= n || j <= first + i) continue;
+              const double term = exp(-sample.distance(first + i, j) / width);
+              const int64_t steps = int64_t(__builtin_rint(term * kSteps));
+              of_row[i] += steps;
+              of_column[at] += steps;
             }
           }
         }
       }
+      add_to(column, of_column);
     }
-    for (int64_t i = 0; i < rows; i++) {
-      state.m[first + i] = -double(sum[i] + (exclude_self ? 0 : int64_t(kSteps))) / kSteps;
-    }
+    add_to(first, of_row);
+  }
+
+  double density(int64_t i, bool exclude_self) const {
+    return double(sum[i] + (exclude_self ? 0 : int64_t(kSteps))) / kSteps;
+  }
+
+ private:
+  void add_to(int64_t first, const int64_t* steps) const {
+    for (int64_t p = 0; p < kPanel; p++) __atomic_fetch_add(sum + first + p, steps[p], __ATOMIC_RELAXED);
   }
 };
 

@@ -211,7 +211,8 @@ def gather_tokens(rows: Tensor, index: Tensor, num_joints: int) -> Comparison:
 
 def assign_labels(x: Tensor, index: Tensor) -> Tensor:
     """The official labels of x [B, N, C] given its selected tokens (the matrix of distances included)."""
-    return official.cluster_labels(torch.cdist(x, x) / x.shape[-1] ** 0.5, index)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return official.cluster_labels(torch.cdist(wide, wide) / x.shape[-1] ** 0.5, index)
 
 
 def assign_clusters(x: Tensor, index: Tensor) -> Comparison:

@@ -4,12 +4,23 @@ from torch import nn
 
 from .checkpoint import load_checkpoint
 from .flops import count_flops
+from .ftp_pose import FTPPose
 from .mhformer import MHFormer
 from .mixste import MixSTE
 from .motionagformer import MotionAGFormer
 from .motionbert import MotionBERT
 
-__all__ = ["HOSTS", "MHFormer", "MixSTE", "MotionAGFormer", "MotionBERT", "build", "count_flops", "load_checkpoint"]
+__all__ = [
+    "HOSTS",
+    "FTPPose",
+    "MHFormer",
+    "MixSTE",
+    "MotionAGFormer",
+    "MotionBERT",
+    "build",
+    "count_flops",
+    "load_checkpoint",
+]
 
 HOT = {"pruner": "cluster", "recover": "attention", "pos_embed": True}
 TPC = {"pruner": "cluster", "recover": None, "keep": "centre"}
@@ -28,6 +39,7 @@ HOSTS = {
     "motionagformer": (MotionAGFormer, {}),
     "hot_motionagformer": (MotionAGFormer, {"stages": {7: 81}, **HOT}),
     "h2ot_motionagformer": (MotionAGFormer, {"stages": {3: 121, 7: 81}, **H2OT}),
+    "ftp_pose": (FTPPose, {}),
 }
 
 

@@ -8,13 +8,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..linear import Linear
+from ..recover_attention import recover_attention
 
 QueryKey = tuple[Tensor, Tensor]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention over T of [B, H, T, D] -> [B, T, H * D]. No T x T weights are stored."""
-    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
+def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Softmax attention of [B, T, C] tokens, head by head -> [B, T, C]. No T x T weights are stored.
+
+    On the CPU by our own operator, whose backward keeps nothing but its arguments; elsewhere by PyTorch's.
+    """
+    if query.device.type == "cpu":
+        return recover_attention(query, key, value, num_heads)
+    return attend_by_torch(query, key, value, num_heads)
+
+
+def attend_by_torch(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """`attend` by `scaled_dot_product_attention`."""
+    heads = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(-2)
 
 
 def drop_path(x: Tensor, rate: float, dim: int) -> Tensor:
@@ -51,15 +63,14 @@ class Attention(nn.Module):
 
         update: residual, scale as `Linear` takes them.
         """
+        heads = self.qkv(x, chunks=3)
+        query, key, _ = (y.unflatten(-1, (self.num_heads, -1)).movedim(dim, -2) for y in heads)
         if dim == x.dim() - 2:
-            heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-            query, key, value = (y.transpose(-2, -3) for y in heads)
-            attended = attend(*(y.flatten(0, -4) for y in (query, key, value))).view_as(x)
+            attended = attend(*(y.flatten(0, -3) for y in heads), self.num_heads)
         else:
-            # The joints stand beside the heads: one view of every sample, read and written in place.
-            heads = [y.unflatten(-1, (self.num_heads, -1)) for y in self.qkv(x, chunks=3)]
-            query, key, value = (y.movedim(1, 3) for y in heads)
-            attended = attend(*(y.flatten(2, 3).transpose(1, 2) for y in heads)).view_as(x)
+            # The joints stand beside the heads: every sample is read and written in place.
+            attended = attend(*(y.flatten(2) for y in heads), x.shape[2] * self.num_heads)
+        attended = attended.view_as(x)
         return project(self.proj, attended, self.dropout if self.training else 0.0, **update), (query, key)
 
 

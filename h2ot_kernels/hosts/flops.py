@@ -17,7 +17,7 @@ from .motionagformer import Graph
 def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool = False) -> int:
     """FLOPs (2 a multiply-add) of one forward pass in eval mode at batch 1. Runs on shapes: no arithmetic, no data.
 
-    model: a host: it has `in_shape`, the shape of its input without the batch, and a `hourglass`.
+    model: a host: it has `in_shape`, the shape of its input without the batch, and perhaps a `hourglass`.
     convention: "linear": Linear and Conv1d modules only, as HoT's table; "total": every matrix product that
     `torch.utils.flop_counter` knows, and attention. Neither counts the choice of tokens or interpolation.
     executed: False counts the published formulation, in which TRA projects the recovery token once a sample and joint,
@@ -78,6 +78,8 @@ def _run_on_shapes(model: nn.Module) -> int:
     ):
         shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
         x = torch.empty(1, *model.in_shape, dtype=like.dtype)
-        index = tuple(torch.arange(tokens)[None] for tokens in model.hourglass.stages.values())
-        torch.func.functional_call(model, shapes, (x, index))
+        given = [x]
+        if hasattr(model, "hourglass"):
+            given.append(tuple(torch.arange(tokens)[None] for tokens in model.hourglass.stages.values()))
+        torch.func.functional_call(model, shapes, tuple(given))
     return counter.get_total_flops()

@@ -54,9 +54,7 @@ class Host(nn.Module):
             return None
         return nn.Parameter(torch.zeros(1, self.in_shape[0], channels))
 
-    def recovering_attention(
-        self, channels: int, num_heads: int, qkv_bias: bool = True
-    ) -> TokenRecoveringAttention | None:
+    def recovering_attention(self, channels: int, num_heads: int, qkv_bias: bool = True) -> nn.Module | None:
         """TRA's `cross_attention`."""
         if self.hourglass.recovery != "attention":
             return None

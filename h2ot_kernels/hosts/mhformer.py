@@ -47,11 +47,9 @@ class MHFormer(Host):
     ):
         super().__init__((num_frames, num_joints, in_channels), 3, **hourglass)
         if self.hourglass.recovery == "attention":
-            raise ValueError(
-                "recover: got 'attention', wanted 'interpolation' or None: no MHFormer has a recovery token"
-            )
+            raise ValueError("recover: got 'attention', wanted 'interpolation' or None: MHFormer has no recovery token")
         if hourglass.get("pos_embed"):
-            raise ValueError("pos_embed: got True, wanted False: no MHFormer has an embedding after its pruning")
+            raise ValueError("pos_embed: got True, wanted False: MHFormer has no embedding after its pruning")
         rows, common = in_channels * num_joints, (dropout, drop_path_rate)
         # The order of parameters and modules is that of the official state_dict.
         for s in STREAMS:
@@ -61,9 +59,8 @@ class MHFormer(Host):
         for s in STREAMS:
             self.add_module(f"norm_{s}", nn.LayerNorm(num_frames))
         for s in STREAMS:
-            self.add_module(
-                f"Transformer_encoder_{s}", Encoder(rows, num_frames, encoder_depth, encoder_heads, *common)
-            )
+            encoder = Encoder(rows, num_frames, encoder_depth, encoder_heads, *common)
+            self.add_module(f"Transformer_encoder_{s}", encoder)
 
     def lift(self, x: Tensor, signals: dict) -> tuple[Tensor, Kept]:
         x = x.flatten(2).mT
@@ -199,9 +196,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, *sources: Tensor) -> tuple[Tensor, QueryKey]:
         layers = (self.linear_q, self.linear_k, self.linear_v)
-        query, key, value = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for layer, x in zip(layers, sources, strict=True)
-        )
-        updated = self.proj(attend(query, key, value))
+        heads = [layer(x) for layer, x in zip(layers, sources, strict=True)]
+        query, key, _ = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in heads)
+        updated = self.proj(attend(*heads, self.num_heads))
         return functional.dropout(updated, self.dropout, self.training), (query, key)

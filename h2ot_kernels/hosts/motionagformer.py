@@ -166,9 +166,12 @@ class TemporalGraph(Graph):
 
     def adjacency(self, rows: Tensor) -> Tensor:
         """rows [B, J, F, C] -> bool [B, J, F, F]: where the product of two frames reaches the row's n-th largest."""
+        rows = rows.detach()
         similarity = rows @ rows.mT
-        threshold = similarity.topk(self.num_neighbours, dim=-1).values[..., -1:]
-        return similarity >= threshold
+        left = similarity.clone()
+        for _ in range(self.num_neighbours - 1):  # for a few neighbours sooner done than topk
+            left.scatter_(-1, left.argmax(-1, keepdim=True), -torch.inf)
+        return similarity >= left.amax(-1, keepdim=True)
 
 
 def by_degree(adjacency: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ def _search(index_row, index_step, frame, K, STEPS: tl.constexpr):
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
         value = tl.load(index_row + middle * index_step, low < high, 0)
-        below = (value < frame) & (value >= 0)
+        below = (value < frame) & (value != -1)
         low = tl.where((low < high) & below, middle + 1, low)
         high = tl.where((low < high) & ~below, middle, high)
     there = low < K

@@ -1,0 +1,128 @@
+"""The patch on the official HoT MixSTE: `python -m bench.bench_dropin [--threads N] [--dtype DTYPE ...] [--frames F]`.
+
+dtype: float32, or bfloat16 for float32 weights under autocast; default both. B 1, eval, CPU. Checked first: in float64
+the patched model gives the unpatched one's poses to 1e-9 of their scale, in float32 to 1e-4 (given the same kept
+frames), under autocast it is as near to float32 as the unpatched one. Then both are timed in turn in this process; a
+row is appended to FILE (default bench/results/cpu.jsonl). linear_share: of the patched time, what its linear layers
+took (torch.profiler): they run at what the machine's products can, so the rest is all that could still be won.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from h2ot_kernels import dropin
+from h2ot_kernels.timing import Machine, interleave
+from python_ref import official, official_mixste
+
+from .run import environment_row
+
+DTYPES = ("float32", "bfloat16")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: right and timed, 1: something was wrong, 2: bad arguments."""
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_dropin", description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--frames", type=int, default=243, help="input frames; a third is kept (default: 243)")
+    parser.add_argument("--channels", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=30.0, help="timing per dtype (default: 30)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.jsonl")
+    given = parser.parse_args(arguments)
+    if given.threads is not None:
+        if given.threads < 1:
+            parser.error(f"--threads: got {given.threads}, wanted 1 or more")
+        torch.set_num_threads(given.threads)
+    if given.frames < 9 or given.channels % 8:
+        parser.error(f"--frames, --channels: got {given.frames}, {given.channels}, wanted 9 or more, a multiple of 8")
+    torch.manual_seed(0)
+    stages = {3: given.frames // 3}
+    plain = official_mixste.build("hot_mixste", num_frames=given.frames, channels=given.channels, stages=stages).eval()
+    x = torch.randn(1, given.frames, 17, 2).cumsum(1) * 0.05
+    models = {"unpatched": plain, "patched": copy.deepcopy(plain)}
+    namespaces = [vars(official), vars(official_mixste)]
+    before = [dict(names) for names in namespaces]
+    with dropin.patch(models["patched"]) as handle:
+        after = [dict(names) for names in namespaces]
+        print(handle.report())
+        environment, machine = environment_row("cpu"), Machine("cpu")
+        print(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}")
+        print(f"products, GFLOP/s: {', '.join(f'{name} {rate / 1e9:.0f}' for name, rate in machine.products.items())}")
+
+        def poses(of: str, x: Tensor = x, index: Tensor | None = None) -> Tensor:
+            """The functions are shared by both models: each is run with its own."""
+            for names, own in zip(namespaces, after if of == "patched" else before, strict=True):
+                names.update(own)
+            torch.manual_seed(0)  # the noise of the clustering
+            result = models[of](x, index)
+            for names, own in zip(namespaces, after, strict=True):
+                names.update(own)
+            return result
+
+        wrong = 0
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        with given.out.open("a") as file, torch.inference_mode():
+            for dtype in given.dtype:
+                error, bound = check(models, poses, x, dtype)
+                row = {"op": "dropin_hot_mixste", "shape": {"B": 1, "F": given.frames, "C": given.channels}}
+                row |= {"dtype": dtype, "is_right": error <= bound, "error": error, "bound": bound}
+                wrong += not row["is_right"]
+                print(f"{dtype}: error {error:.3g}, bound {bound:.3g}{'' if row['is_right'] else ': WRONG, not timed'}")
+                if row["is_right"]:
+                    row |= timed(poses, dtype, given.seconds)
+                file.write(json.dumps(row | environment, allow_nan=False) + "\n")
+    print(f"rows appended to {given.out}")
+    return int(wrong > 0)
+
+
+def check(models: dict[str, nn.Module], poses: Callable, x: Tensor, dtype: str) -> tuple[float, float]:
+    """(error of the patched poses over the unpatched ones' scale, what it may be); see the top."""
+    for model in models.values():
+        model.double()
+    error = deviation(poses("patched", x.double()), poses("unpatched", x.double()))
+    for model in models.values():
+        model.float()
+    if error > 1e-9:
+        return error, 1e-9
+    index = official.prune_sample(x.shape[1], x.shape[1] // 3)
+    exact = poses("unpatched", x, index)
+    if dtype == "float32":
+        return deviation(poses("patched", x, index), exact), 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        return tuple(deviation(poses(of, x, index), exact) * f for of, f in (("patched", 1), ("unpatched", 4)))
+
+
+def deviation(got: Tensor, wanted: Tensor) -> float:
+    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def timed(poses: Callable, dtype: str, seconds: float) -> dict:
+    """What a row says about time; seconds."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        timings = interleave({of: lambda of=of: poses(of) for of in ("unpatched", "patched")}, seconds=seconds)
+    speed_up = timings["unpatched"].p50 / timings["patched"].p50
+    times = "  ".join(f"{of} {timing.p50 * 1e3:.1f} ms" for of, timing in timings.items())
+    linear_share = share_of_linear(lambda: poses("patched"), dtype)
+    print(f"{dtype}: {times}  {speed_up:.2f}x; linear layers {100 * linear_share:.0f} % of the patched time")
+    row = {"timings": {of: asdict(timing) for of, timing in timings.items()}}
+    return row | {"speed_up": speed_up, "linear_share": linear_share}
+
+
+def share_of_linear(call: Callable, dtype: str) -> float:
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), torch.profiler.profile() as profile:
+        call()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    linear = ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm")
+    return sum(times.get(name, 0.0) for name in linear) / sum(times.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

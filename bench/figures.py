@@ -1,0 +1,177 @@
+"""The pictures of the report, each from result rows of one machine; None where the rows have nothing to show."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from .compare import name
+
+COLOURS = {"official": "#8c8c8c", "ours": "#0b6e4f", "compile": "#c98a00"}
+WIDTH = 6.4  # inches at 150 dots: legible on a phone without zooming
+
+
+def operations(rows: list[dict]) -> list[dict]:
+    """The timed rows of single operations."""
+    return [row for row in rows if "official" in row.get("timings", {}) and "verdict" in row]
+
+
+def slope(x: list[float], y: list[float]) -> float:
+    """Of the straight line through log y over log x: the exponent of growth.
+
+    >>> round(slope([1, 2, 4], [3, 12, 48]), 6)
+    2.0
+    """
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def series(rows: list[dict], axis: str) -> list[dict]:
+    """Rows of prune_cluster that differ in `axis` alone, as many as there are, in its order; fewer than 3: none."""
+    groups = defaultdict(dict)
+    for row in operations(rows):
+        if row["op"] == "prune_cluster":
+            others = tuple((size, value) for size, value in row["shape"].items() if size != axis)
+            groups[others, row["kind"]][row["shape"][axis]] = row
+    longest = max(groups.values(), key=len, default={})
+    return [longest[size] for size in sorted(longest)] if len(longest) >= 3 else []
+
+
+def speed_up(rows: list[dict]) -> Figure | None:
+    """How many times faster ours is than the official formulation."""
+    shown = [row for row in operations(rows) if row["speed_up"]]
+    if not shown:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.3 * len(shown)))
+    places = range(len(shown))
+    bars = axes.barh(places, [row["speed_up"] for row in shown], color=COLOURS["ours"])
+    axes.bar_label(bars, [f"{row['speed_up']:.1f}x" for row in shown], padding=3, fontsize=8)
+    axes.set_yticks(places, [name(row) for row in shown], fontsize=7)
+    axes.set(xscale="log", xlabel="official formulation / ours, medians")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    return figure
+
+
+def roofline(rows: list[dict]) -> Figure | None:
+    """Achieved seconds over the counted floor; on the diagonal nothing is left to gain."""
+    shown = [row for row in operations(rows) if row.get("floor")]
+    if not shown:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.6))
+    floors = np.array([row["floor"] for row in shown]) * 1e3
+    for rival in ("official", "ours"):
+        times = [row["timings"][rival]["p50"] * 1e3 for row in shown]
+        axes.scatter(floors, times, color=COLOURS[rival], label=rival, s=26, alpha=0.8)
+    for op in {row["op"] for row in shown}:
+        largest = max((row for row in shown if row["op"] == op), key=lambda row: row["floor"])
+        place = largest["floor"] * 1e3, largest["timings"]["ours"]["p50"] * 1e3
+        axes.annotate(op, place, fontsize=7, xytext=(4, -8), textcoords="offset points")
+    ends = floors.min() / 2, floors.max() * 2
+    axes.plot(ends, ends, color="black", linewidth=0.8, label="floor")
+    axes.set(xscale="log", yscale="log", xlabel="counted floor, ms", ylabel="measured median, ms")
+    axes.legend()
+    return figure
+
+
+def _growth(axes, shown: list[dict], axis: str, value: Callable[[dict, str], float]) -> None:
+    sizes = [row["shape"][axis] for row in shown]
+    for rival in ("official", "ours"):
+        values = [value(row, rival) for row in shown]
+        if all(found > 0 for found in values):
+            label = f"{rival}: slope {slope(sizes, values):.2f}"
+            axes.plot(sizes, values, marker="o", markersize=4, color=COLOURS[rival], label=label)
+    axes.set(xscale="log", yscale="log", xlabel=axis)
+    axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
+
+
+def scaling(rows: list[dict]) -> Figure | None:
+    """prune_cluster over N, B, C and K, log-log; the slope is the exponent."""
+    found = {axis: shown for axis in "NBCK" if (shown := series(rows, axis))}
+    if not found:
+        return None
+    columns = min(2, len(found))
+    grid = math.ceil(len(found) / columns), columns
+    figure, every = plt.subplots(*grid, figsize=(WIDTH, 2.7 * grid[0]), squeeze=False)
+    for axes in every.flat[len(found) :]:
+        axes.set_visible(False)
+    for axes, (axis, shown) in zip(every.flat, found.items(), strict=False):
+        _growth(axes, shown, axis, lambda row, rival: row["timings"][rival]["p50"] * 1e3)
+        axes.set_ylabel("ms")
+    return figure
+
+
+def memory(rows: list[dict]) -> Figure | None:
+    """Peak memory of one prune_cluster beyond its inputs, over N."""
+    shown = series([row for row in rows if row.get("peak_bytes")], "N")
+    if not shown:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
+    _growth(axes, shown, "N", lambda row, rival: row["peak_bytes"][rival] / 1e6)
+    axes.set_ylabel("MB")
+    return figure
+
+
+def hosts_of(rows: list[dict]) -> dict[str, list[dict]]:
+    """name -> timed rows of that host, by tokens kept."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["op"] == "host" and row["timings"]:
+            found[row["kind"]].append(row)
+    return {host: sorted(of_host, key=lambda row: row["shape"]["K"]) for host, of_host in found.items()}
+
+
+def frames_per_second(rows: list[dict]) -> Figure | None:
+    """End to end, over the tokens that are left after the last stage."""
+    found = hosts_of(rows)
+    if not found:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.2))
+    for host, of_host in found.items():
+        kept = [row["shape"]["K"] for row in of_host]
+        axes.plot(kept, [row["frames_per_second"] for row in of_host], marker="o", markersize=4, label=host)
+    axes.set(xlabel="tokens kept after the last stage", ylabel="input frames a second", ylim=(0, None))
+    axes.legend(fontsize=7)
+    return figure
+
+
+def trade_off(rows: list[dict]) -> Figure | None:
+    """Speed against what keeping K frames alone loses, one curve per host and pruner."""
+    losses = [row for row in rows if row["op"] == "recovery"]
+    found = {host: of_host for host, of_host in hosts_of(rows).items() if len(of_host) > 1}
+    if not losses or not found:
+        return None
+    figure, axes = plt.subplots(figsize=(WIDTH, 4.6))
+    for pruner in losses[-1]["pruners"]:
+        if pruner["pruner"] not in ("cluster", "sampler", "motion"):
+            continue
+        error = {int(K): value for K, value in pruner["mean"].items()}
+        for host, of_host in found.items():
+            points = [
+                (row["frames_per_second"], error[row["shape"]["K"]]) for row in of_host if row["shape"]["K"] in error
+            ]
+            if len(points) > 1:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{host}, {pruner['pruner']}")
+    unit = losses[-1]["pruners"][0]["unit"]
+    axes.set(xlabel="input frames a second", ylabel=f"error of the interpolated walk, {unit}", yscale="log")
+    axes.legend(fontsize=6)
+    return figure
+
+
+FIGURES = {
+    "speed-up": ("Speed-up over the official formulation", speed_up),
+    "roofline": ("Achieved against the counted floor", roofline),
+    "scaling": ("Scaling of cluster pruning in N, B, C and K", scaling),
+    "memory": ("Peak memory of cluster pruning against N", memory),
+    "fps": ("Frames per second against tokens kept", frames_per_second),
+    "trade-off": ("Trade-off: speed and what is lost by keeping fewer frames", trade_off),
+}

@@ -1,0 +1,149 @@
+"""`./dev report [--rows FILE ...] [--out DIR]`: one self-contained HTML page and its pictures as PNG files.
+
+--rows: result files of ./dev bench, bench.bench_kept and bench.bench_onnx. Without them this machine is measured
+first, briefly (about 6 minutes), into DIR/rows.jsonl.
+"""
+
+import argparse
+import base64
+import io
+import sys
+from pathlib import Path
+
+import jinja2
+from matplotlib import pyplot as plt
+
+from . import bench_kept, bench_onnx, run
+from .compare import key, name, read_rows
+from .figures import FIGURES, operations
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+
+
+def measure(rows: Path) -> int:
+    """Append this machine's rows, a few sizes of everything. 0: all right."""
+    few = ["--out", str(rows), "--seconds"]
+    wrong = run.main([*few, "0.5", "--quick"])
+    wrong |= run.main([*few, "0.5", "--sweep", "--no-peers"])
+    names = "mixste", "hot_mixste", "h2ot_mixste"
+    wrong |= bench_kept.main([*few, "3", "--hosts", *names, "--kept", "27", "81", "162"])
+    return wrong | bench_onnx.main([*few, "5", "--hosts", *names])
+
+
+def latest(rows: list[dict]) -> list[dict]:
+    """The last row of each measurement."""
+    return list({key(row): row for row in rows}.values())
+
+
+def by_machine(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows that may be compared with each other: of one device, number of threads and torch."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(f"{row['device']}, {row['threads']} threads, torch {row['torch']}", []).append(row)
+    return {title: latest(of_machine) for title, of_machine in found.items()}
+
+
+def _milliseconds(timing: dict | None, quantile: str = "p50") -> str:
+    value = timing and timing[quantile]
+    return f"{value * 1e3:.3f}" if value else "-"
+
+
+def operation_table(rows: list[dict]) -> dict | None:
+    """A line per case: medians of all rivals, ours' p99 and first call, speed-up, share of the floor, memory."""
+    shown = [row for row in rows if "verdict" in row]
+    rivals = list(dict.fromkeys(rival for row in operations(rows) for rival in row["timings"]))
+    columns = ["operation", "speed-up", *(f"{rival}, ms" for rival in rivals), "ours p99", "ours first"]
+    columns += ["of the floor", "agreement official / ours", "memory official / ours, MB"]
+    lines = []
+    for row in shown:
+        timings, verdict, peak = row["timings"], row["verdict"], row.get("peak_bytes") or {}
+        share, ours = row.get("share_of_peak"), timings.get("ours")
+        lines.append(
+            [
+                name(row),
+                f"{row['speed_up']:.2f}x" if row["speed_up"] else "WRONG",
+                *(_milliseconds(timings.get(rival)) for rival in rivals),
+                _milliseconds(ours, "p99"),
+                _milliseconds(ours, "first"),
+                f"{100 * share:.0f} %" if share else "-",
+                f"{verdict['agreement_official']:.3f} / {verdict['agreement_ours']:.3f}",
+                " / ".join(f"{peak[rival] / 1e6:.1f}" for rival in ("official", "ours")) if peak else "-",
+            ]
+        )
+    return {"title": "Operations", "columns": columns, "lines": lines} if lines else None
+
+
+def host_table(rows: list[dict]) -> dict | None:
+    """A line per host and number of tokens."""
+    columns = ["host", "tokens", "GFLOP", "frames a second", "p50, ms", "p99, ms"]
+    lines = []
+    for row in (row for row in rows if row["op"] == "host"):
+        rate, ours = row.get("frames_per_second"), row["timings"].get("ours")
+        times = _milliseconds(ours), _milliseconds(ours, "p99")
+        tokens = " > ".join(map(str, row["tokens"]))
+        lines.append([row["kind"], tokens, f"{row['gflops']:.1f}", f"{rate:.0f}" if rate else "WRONG", *times])
+    return {"title": "Whole hosts, batch 1", "columns": columns, "lines": lines} if lines else None
+
+
+def onnx_table(rows: list[dict]) -> dict | None:
+    """A line per host: frames per second and deviation of the float32 and the int8 graph."""
+    rivals = ("pytorch", "onnx float32", "onnx int8")
+    columns = ["host", "tokens", *(f"{rival}, FPS" for rival in rivals), "float32 deviation", "int8 deviation"]
+    lines = []
+    for row in (row for row in rows if row["op"] == "onnx_host"):
+        rates = [row["frames_per_second"].get(rival) for rival in rivals]
+        deviations = [f"{row['deviation'][rival]:.1e}" for rival in rivals[1:]]
+        cells = [f"{rate:.0f}" if rate else "WRONG" for rate in rates]
+        lines.append([row["kind"], " > ".join(map(str, row["tokens"])), *cells, *deviations])
+    title = "onnxruntime on the CPU; deviation relative to the largest coordinate"
+    return {"title": title, "columns": columns, "lines": lines} if lines else None
+
+
+def write(rows: list[dict], out: Path) -> Path:
+    """report.html and a PNG per picture and machine in out; returns the page's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    machines = []
+    for number, (title, of_machine) in enumerate(by_machine(rows).items(), start=1):
+        pictures = []
+        for stem, (caption, draw) in FIGURES.items():
+            figure = draw(of_machine)
+            if figure is None:
+                continue
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+            (out / f"{number}-{stem}.png").write_bytes(buffer.getvalue())
+            pictures.append({"title": caption, "data": base64.b64encode(buffer.getvalue()).decode()})
+        tables = [make(of_machine) for make in (operation_table, host_table, onnx_table)]
+        dates = sorted(row["date"][:10] for row in of_machine)
+        detail = f"measured {dates[0]}" + ("" if dates[0] == dates[-1] else f" to {dates[-1]}")
+        tables = [table for table in tables if table]
+        machines.append({"title": title, "detail": detail, "tables": tables, "pictures": pictures})
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = out / "report.html"
+    page.write_text(template.from_string(TEMPLATE.read_text()).render(machines=machines, count=len(rows)))
+    return page
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; 1: something measured here was wrong."""
+    parser = argparse.ArgumentParser(prog="./dev report", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="+", type=Path, metavar="FILE", help="default: measure this machine first")
+    parser.add_argument("--out", type=Path, default=Path("report_out"), help="default: report_out")
+    given = parser.parse_args(arguments)
+    wrong, files = 0, given.rows
+    if files is None:
+        files = [given.out / "rows.jsonl"]
+        wrong = measure(files[0])
+    try:
+        rows = [row for file in files for row in read_rows(file)]
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not rows:
+        parser.error("--rows: got files without rows")
+    print(f"report: {write(rows, given.out)}")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

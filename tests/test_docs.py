@@ -1,0 +1,55 @@
+"""The documentation: what the docstring of every public operation says, and that the page is made from it."""
+
+import inspect
+import zipfile
+
+import pytest
+
+import h2ot_kernels as h2ot
+import h2ot_kernels.onnx
+
+from . import wheel_gate
+
+NOT_OPERATIONS = {"can_run", "env_report", "explain", "use_backend"}
+OPERATIONS = [name for name in h2ot.__all__ if inspect.isfunction(getattr(h2ot, name)) and name not in NOT_OPERATIONS]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_says_shapes_errors_cost_and_source(name):
+    function = getattr(h2ot, name)
+    text = inspect.getdoc(function)
+    for wanted in ("Raises", "Cost", "Source", ">>> "):
+        assert wanted in text, wanted
+    described = text.split(">>>")[0]
+    assert "[B" in described or "[1, K]" in described
+    missing = [
+        parameter
+        for parameter in inspect.signature(function).parameters
+        if parameter != "backend" and parameter not in described and "Arguments as in" not in described
+    ]
+    assert not missing
+
+
+def test_the_documentation_is_made_from_docstrings(tmp_path):
+    pdoc = pytest.importorskip("pdoc")
+    pdoc.pdoc("h2ot_kernels.onnx", "h2ot_kernels.score", output_directory=tmp_path)
+    page = (tmp_path / "h2ot_kernels" / "score.html").read_text()
+    assert "Density, distance to the next denser token" in page
+    assert "decompositions" in (tmp_path / "h2ot_kernels" / "onnx.html").read_text()
+
+
+def test_the_wheel_gate_sees_what_is_missing_or_left_over(tmp_path):
+    packages = [path for name in ("h2ot_kernels", "python_ref") for path in (wheel_gate.ROOT / name).rglob("*.py")]
+    names = [str(path.relative_to(wheel_gate.ROOT)) for path in packages] + ["h2ot_kernels/libh2ot_kernels_cpu.so"]
+    wheel = tmp_path / "h2ot_kernels.whl"
+
+    def packed(contents):
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name in contents:
+                archive.writestr(name, "")
+        return wheel_gate.faults(wheel)
+
+    assert packed([*names, "h2ot_kernels-1.dist-info/METADATA"]) == []
+    assert packed([*names, "h2ot_kernels/deleted.py"]) == ["should not be there: h2ot_kernels/deleted.py"]
+    assert packed(names[:-1]) == ["missing: h2ot_kernels/libh2ot_kernels_cpu.so"]
+    assert packed(names[1:]) == [f"missing: {names[0]}"]

@@ -1,0 +1,213 @@
+"""The report: pictures and tables from rows, one self-contained page; what feeds it: peers, memory, sweeps, hosts."""
+
+import base64
+import json
+import re
+
+import pytest
+import torch
+
+from h2ot_kernels.comparison import Verdict
+
+from .test_bench import TINY
+
+for needed in ("jinja2", "matplotlib", "rich", "onnxruntime"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed")
+from bench import bench_kept, bench_onnx, compare, figures, memory, peers, report, run, shapes  # noqa: E402
+
+ENVIRONMENT = {"device": "a machine", "threads": 1, "torch": "2.13.0", "date": "2026-01-02T03:04:05+00:00"}
+
+
+def timing(seconds):
+    return {"p10": seconds, "p50": seconds, "p90": seconds, "p99": 2 * seconds, "first": 3 * seconds, "calls": 9}
+
+
+def operation_row(B=1, N=243, C=256, K=81, right=True):
+    """Our time grows with N, the official one with N^2, both with B and C."""
+    verdict = {"agreement_official": 0.75, "agreement_ours": 1.0, "error": 0, "bound": 0}
+    seconds = {"official": 1e-9 * B * C * N * N, "ours": 1e-8 * B * C * N, "peer (stage 1 only)": 1e-3}
+    return ENVIRONMENT | {
+        "op": "prune_cluster",
+        "shape": {"B": B, "N": N, "C": C, "K": K, "k": 2},
+        "kind": "smooth",
+        "verdict": verdict,
+        "is_right": right,
+        "timings": {rival: timing(value) for rival, value in seconds.items()} if right else {},
+        "floor": 1e-6 if right else None,
+        "speed_up": seconds["official"] / seconds["ours"] if right else None,
+        "share_of_peak": 0.5 if right else None,
+        "peak_bytes": {"official": 4 * N * N, "ours": 100 * N} if right else {},
+    }
+
+
+def every_row():
+    rows = [operation_row(N=N) for N in (128, 256, 512)]
+    rows += [
+        operation_row(**{axis: size})
+        for axis, sizes in (("B", (2, 4)), ("C", (64, 512)), ("K", (9, 27)))
+        for size in sizes
+    ]
+    rows.append(operation_row(N=300, right=False))
+    for K, rate in ((27, 300.0), (81, 200.0)):
+        row = {"op": "host", "shape": {"B": 1, "F": 243, "K": K}, "kind": "h2ot_mixste", "tokens": [243, 121, K]}
+        rows.append(
+            ENVIRONMENT | row | {"gflops": K / 2, "timings": {"ours": timing(243 / rate)}, "frames_per_second": rate}
+        )
+    loss = {"pruner": "sampler", "unit": "mm", "mean": {"27": 9.0, "81": 1.0}}
+    rows.append(ENVIRONMENT | {"op": "recovery", "shape": {"F": 243}, "kind": "walk", "pruners": [loss]})
+    rates = {"pytorch": 100.0, "onnx float32": 90.0, "onnx int8": 170.0}
+    edge = {"op": "onnx_host", "shape": {"B": 1, "F": 243}, "kind": "h2ot_mixste", "tokens": [243, 121, 81]}
+    edge |= {"deviation": {"onnx float32": 1e-6, "onnx int8": 0.02}, "frames_per_second": rates, "timings": {}}
+    return [*rows, ENVIRONMENT | edge]
+
+
+def test_the_page_holds_everything_and_needs_nothing(tmp_path):
+    rows = json.loads(json.dumps(every_row()))
+    text = report.write(rows, tmp_path).read_text()
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"1-{stem}.png" for stem in figures.FIGURES}
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert {base64.b64decode(data) for data in pictures} == {path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert text.count("<img") == len(figures.FIGURES)
+    assert not re.search(r"""(src|href)=["'](?!data:)|@import|<script|url\(""", text)
+    assert 'name="viewport"' in text
+    for shown in ("peer (stage 1 only)", "WRONG", "h2ot_mixste", "1.0e-06", "24.30x", "measured 2026-01-02"):
+        assert shown in text, shown
+
+
+def test_machines_are_kept_apart_and_the_last_row_of_a_case_counts():
+    first, second = operation_row(), operation_row()
+    other = operation_row() | {"threads": 2}
+    second["date"] = "2026-05-05T00:00:00+00:00"
+    found = report.by_machine([first, other, second])
+    assert [list(rows) for rows in found.values()] == [[second], [other]]
+
+
+def test_slopes_are_the_exponents():
+    rows = [operation_row(N=N) for N in (512, 128, 256, 1024)]
+    shown = figures.series([*rows, operation_row(B=4)], "N")
+    assert [row["shape"]["N"] for row in shown] == [128, 256, 512, 1024]
+    for rival, exponent in (("official", 2.0), ("ours", 1.0)):
+        times = [row["timings"][rival]["p50"] for row in shown]
+        assert figures.slope([row["shape"]["N"] for row in shown], times) == pytest.approx(exponent)
+    assert figures.series(rows, "B") == []
+    assert all(draw([operation_row(right=False)]) is None for _, draw in figures.FIGURES.values())
+
+
+def test_the_command_reads_files(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(operation_row()) + "\n")
+    assert report.main(["--rows", str(rows), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "report.html").exists()
+    for content, message in (
+        ("{]", "rows.jsonl:1 is not JSON"),
+        ("[1]", 'wanted an object with "op"'),
+        ("", "without rows"),
+    ):
+        rows.write_text(content)
+        with pytest.raises(SystemExit):
+            report.main(["--rows", str(rows), "--out", str(tmp_path / "out")])
+        assert message in capsys.readouterr().err
+
+
+def test_two_files_compared(tmp_path, capsys):
+    before, after = operation_row(), operation_row()
+    after["timings"]["ours"]["p50"] /= 4
+    a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    for path, row in ((a, before), (b, after), (c, operation_row(N=99) | {"threads": 8})):
+        path.write_text(json.dumps(row) + "\n")
+    assert run.main(["--compare", str(a), str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert "4.00" in shown
+    assert "different circumstances" not in shown
+    ratios = {change["rival"]: change["ratio"] for change in compare.changes([before], [after])}
+    assert ratios == {"official": 1.0, "ours": 4.0, "peer (stage 1 only)": 1.0}
+    assert run.main(["--compare", str(a), str(c)]) == 1
+    assert "no case in common" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_the_sweep_varies_one_size_at_a_time():
+    cases = shapes.sweep()
+    middle = {"B": 1, "N": 243, "C": 256, "K": 81, "k": 2}
+    assert all(sum(case.sizes[size] != middle[size] for size in middle) <= 1 for case in cases)
+    assert len({str(case) for case in cases}) == len(cases)
+    rows = [operation_row(**{size: value for size, value in case.sizes.items() if size != "k"}) for case in cases]
+    assert all(len(figures.series(rows, axis)) >= 4 for axis in "NBCK")
+
+
+@pytest.mark.skipif(memory.why_not(torch.device("cpu")) is not None, reason="peak memory on a CPU needs Linux's /proc")
+def test_peak_memory_is_that_of_a_process_of_its_own():
+    case = shapes.Case("prune_cluster", "random", {"B": 1, "N": 1500, "C": 8, "K": 9, "k": 2})
+    official = memory.peak_bytes(case, "official", torch.device("cpu"))
+    assert official > 2 * 4 * 1500**2  # at least two matrices of distances at a time
+
+
+class Shifted:
+    """A peer whose neighbours are wrong by a constant."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def __call__(self, x, k):
+        squares = torch.cdist(x, x).square().sort(-1).values[..., :k]
+        return lambda: squares + self.shift
+
+
+def test_peers_are_labelled_checked_and_reported_absent(monkeypatch):
+    comparison = shapes.build(shapes.Case("prune_cluster", "random", TINY["prune_cluster"]), "cpu")
+    made = [peers.Peer(name, "torch", "torch", ("cpu",), Shifted(shift)) for name, shift in (("good", 0), ("bad", 1))]
+    made.append(peers.Peer("far", "no-such-package", "no_such_module", ("cpu",), Shifted(0)))
+    made.append(peers.Peer("gpu", "torch", "torch", ("cuda",), Shifted(0)))
+    made.append(peers.Peer("other", "torch", "torch", ("cpu",), nearest=Shifted(0)))
+    monkeypatch.setattr(peers, "PEERS", tuple(made))
+    ready, absent = peers.rivals(comparison, torch.device("cpu"))
+    assert list(ready) == ["good (stage 1 only)"]
+    assert absent == {
+        "bad (stage 1 only)": "wrong, not timed",
+        "far (stage 1 only)": "no-such-package is not installed",
+        "gpu (stage 1 only)": "runs on cuda only",
+    }
+
+
+@pytest.mark.parametrize("peer", [peer for peer in peers.PEERS if "cpu" in peer.devices], ids=lambda peer: peer.name)
+def test_installed_peers_are_right(peer):
+    reason = peer.why_not(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    for op in ("score_tokens", "assign_clusters") if peer.nearest else ("score_tokens",):
+        comparison = shapes.build(shapes.Case(op, "random", TINY[op]), "cpu")
+        ready, _ = peers.rivals(comparison, torch.device("cpu"))
+        assert any(label.startswith(peer.name) for label in ready), op
+
+
+def test_other_backends_are_checked_before_they_are_timed(monkeypatch):
+    comparison = shapes.build(shapes.Case("gather_tokens", "random", TINY["gather_tokens"]), "cpu")
+    device = torch.device("cpu")
+    found, unfit, wrong = run.other_backends(comparison, device, ("cpp", "cuda", "reference"))
+    assert (list(found), unfit, wrong) == (["reference"], {}, 0)
+    assert torch.equal(found["reference"](), comparison.ours())
+    object.__setattr__(comparison, "check", lambda: Verdict(1, 1, 1, 0))
+    assert run.other_backends(comparison, device, ("reference",)) == ({}, {}, 1)
+
+
+def test_stages_of_a_host_end_at_the_tokens_asked_for():
+    assert bench_kept.stages("hot_mixste", 243, 27) == {3: 27}
+    assert bench_kept.stages("h2ot_mixste", 243, 27) == {1: 81, 2: 27}
+    row = bench_kept.recovery_row([27, 81, 500], 243)
+    sampler = next(pruner for pruner in row["pruners"] if pruner["pruner"] == "sampler")
+    assert list(sampler["mean"]) == [27, 81]
+    assert 0 < sampler["mean"][81] < sampler["mean"][27]
+
+
+def test_hosts_are_checked_and_timed():
+    small = {"num_frames": 27, "channels": 16, "depth": 3, "num_heads": 2}
+    rows = bench_kept.measure(["mixste", "h2ot_mixste"], [9], seconds=0.01, device="cpu", overrides=small)
+    assert [row["tokens"] for row in rows] == [[27], [27, 16, 9]]
+    assert all(row["is_right"] and row["frames_per_second"] > 0 for row in rows)
+    assert rows[0]["gflops"] > rows[1]["gflops"] > 0
+
+
+def test_deviation_of_a_quantised_graph():
+    wanted = [torch.tensor([[2.0, -4.0]]), torch.tensor([[0, 1, 2, 3]])]
+    found = [torch.tensor([[2.0, -3.0]]), torch.tensor([[0, 1, 2, 5]])]
+    assert bench_onnx.deviation(found, wanted) == (0.25, 0.75)
+    assert bench_onnx.deviation(wanted[:1], wanted[:1]) == (0.0, 1.0)
