@@ -320,6 +320,7 @@ InterpolateArgs interpolate_args(const Tensor& x, const MaybeTensor& index, int6
 
 std::vector<int64_t> with_frames(const Tensor& x, int64_t frames) {
   std::vector<int64_t> size;
+  size.reserve(size_t(x.dim()));
   for (int64_t axis = 0; axis < x.dim(); axis++) size.push_back(axis == 1 ? frames : x.size(axis));
   return size;
 }

@@ -14,8 +14,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from h2ot_kernels import _C
+
+# What tests/test_fuzz.py draws: the same inputs in every run, or (--hypothesis-profile=nightly) new and many more.
+_TIMELESS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
+settings.register_profile("fast", max_examples=20, derandomize=True, **_TIMELESS)
+settings.register_profile("nightly", max_examples=2000, **_TIMELESS)
+settings.load_profile("fast")
 
 
 def pytest_report_header(config):

@@ -112,6 +112,11 @@ def test_a_clean_clip_is_not_touched(points):
         ("empty.npy", lambda p: p.write_bytes(b""), "cannot be read"),
         ("garbage.npz", lambda p: p.write_bytes(b"PK\x03\x04 not a zip"), "cannot be read"),
         ("garbage.npy", lambda p: p.write_bytes(b"\x93NUMPY\x01\x00garbage"), "cannot be read"),
+        (
+            "header.npy",  # what numpy's own tokenizer refuses
+            lambda p: p.write_bytes(b"\x93NUMPY\x01\x00\x02\x00{\n"),
+            "cannot be read",
+        ),
         ("pickle.npy", lambda p: p.write_bytes(pickle.dumps([1])), "pickled"),
         ("object.npy", lambda p: np.save(p, np.array([{}], dtype=object), allow_pickle=True), "pickled"),
         ("object.npz", lambda p: np.savez(p, positions_2d=np.array({"S1": 1}, dtype=object)), "pickled"),

@@ -209,3 +209,20 @@ def test_func_transforms():
         gather(x)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: h2ot.gather_tokens(x, INDEX), (x,), (x,))
+
+
+def test_vmap_is_the_loop_over_samples():
+    """The operators have no batching rule of their own: PyTorch calls them sample by sample, and says so."""
+    x, labels = rand(3, 2, 9, 4), torch.randint(0, 3, (2, 9))
+    calls = {
+        "score_tokens": lambda x: h2ot.score_tokens(x).score,
+        "prune_cluster": lambda x: h2ot.prune_cluster(x, 3),
+        "prune_motion": lambda x: h2ot.prune_motion(x[..., None], 3),
+        "gather_tokens": lambda x: h2ot.gather_tokens(x, INDEX),
+        "assign_clusters": lambda x: h2ot.assign_clusters(x, INDEX),
+        "merge_tokens": lambda x: h2ot.merge_tokens(x, labels, 3),
+        "recover_attention": lambda x: h2ot.recover_attention(x[0], x, x, 2),
+        "recover_interpolate": lambda x: h2ot.recover_interpolate(x[:, :3], INDEX, 9),
+    }
+    for name, call in calls.items():
+        assert torch.equal(torch.func.vmap(call)(x), torch.stack([call(sample) for sample in x])), name

@@ -100,7 +100,7 @@ Bound search_bound(const Problem& p, Distance distance) {
   // Products: each mma of a slab truncates its eight products and the sum, 10 units of 2^-23 at worst; the slabs and
   // the norms add their roundings; float32 tokens lose 3 x 2^-22 in the split and a rounding where the first is taken
   // off.
-  const double mma = (distance == Distance::products ? 3 : 1) * kSlabChannels / 8;
+  const double mma = (distance == Distance::products ? 3 : 1) * (kSlabChannels / 8.0);
   const double split = distance == Distance::products ? 3 * 4 + 4 : 0;
   bound.spread = float((mma * 20 + split + 2 * slabs + kSlabChannels) * kUnit);
   return bound;

@@ -16,6 +16,8 @@ Nothing is unpickled.
 
 import json
 import re
+import struct
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -29,6 +31,11 @@ WANTED = (
 )
 ARRAY_2D = ("keypoints_2d", "positions_2d", "keypoints_2d_norm")
 ARRAY_3D = ("joints_3d_cam", "joints_3d_world")
+
+
+# What json, zipfile, zlib and numpy (which tokenizes an array's header) raise for a damaged file.
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, OverflowError, SyntaxError, TypeError)
+_UNREADABLE += (tokenize.TokenError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 class KeypointError(ValueError):
@@ -73,7 +80,7 @@ def read_clip(path: str | Path) -> Clip:
         return readers[path.suffix.lower()](path)
     except KeypointError:
         raise
-    except (OSError, EOFError, ValueError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "allow_pickle" in reason or "pickled" in reason:
             reason = "it holds pickled Python objects, which are not read; save plain numeric arrays instead"

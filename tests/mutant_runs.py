@@ -1,0 +1,171 @@
+"""Where the mutants of tests/mutants.py run: scratch trees under build/mutants, and the tests that each file meets."""
+
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from . import simt
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "mutants"
+TORCH = Path(torch.__file__).parent
+STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
+SECONDS = 240  # after which a mutant that runs in circles counts as killed
+MEMORY = 16 << 30
+# File stem -> (test files, which of their tests): the shortest that know the file.
+FUZZ = "tests/test_fuzz.py"
+SCORING = (FUZZ, "tests/test_cluster.py", "tests/test_score.py")
+BY_STEM = {
+    **{stem: (FUZZ, f"tests/test_{stem}.py") for stem in STEMS},
+    **dict.fromkeys(("score", "score_state", "score_stored", "score_streamed", "score_gaussian", "pack"), SCORING),
+    **dict.fromkeys(("distance", "product", "quantise"), SCORING),
+    "attention_score": (FUZZ, "tests/test_select.py"),
+    "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),
+}
+EVERYTHING = tuple(dict.fromkeys(file for files in BY_STEM.values() for file in files))
+TRITON = {
+    "score": ("tests/test_triton_score.py", "tests/test_score.py"),
+    "score_large": ("tests/test_triton_score.py",),
+    "distance": ("tests/test_triton_score.py", "tests/test_score.py", "tests/test_cluster.py"),
+    "gather": ("tests/test_triton_gather.py", "tests/test_gather.py"),
+    "attention_scores": ("tests/test_select.py", "tests/test_triton.py"),
+    "common": ("tests/test_triton.py", "tests/test_gather.py", "tests/test_select.py"),
+}
+
+
+def versions() -> dict:
+    compiler = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
+    return {"python": platform.python_version(), "torch": torch.__version__, "g++": compiler}
+
+
+class Tree:
+    """A copy of the project whose package is tested; by default with the libraries that are built."""
+
+    name, environment = "python", {}
+    chosen = "not triton and not clip and not compile_fullgraph and not once and not export and not compiled"
+
+    def __init__(self):
+        self.folder = BUILD / self.name
+        self.sound: set[tuple[str, ...]] = set()  # tests that pass on the unchanged source
+        for part in ("h2ot_kernels", "python_ref", "tests", "bench", "csrc"):
+            shutil.copytree(ROOT / part, self.folder / part, dirs_exist_ok=True, ignore=self.ignored)
+        for file in ("pyproject.toml", "CMakeLists.txt"):
+            shutil.copy(ROOT / file, self.folder)
+
+    ignored = staticmethod(shutil.ignore_patterns("__pycache__", "results"))
+
+    def tests(self, file: str) -> tuple[str, ...]:
+        return (*BY_STEM[Path(file).stem], "tests/test_bad_input.py", "tests/test_torch.py")
+
+    def prepare(self, file: str) -> bool:
+        """Whether the changed file could be built."""
+        return True
+
+    def assert_sound(self, file: str) -> None:
+        """The tests of the file pass while nothing is changed."""
+        if self.tests(file) not in self.sound:
+            failed = self.run(file) if self.prepare(file) else "the build"
+            if failed:
+                sys.exit(f"mutants: the unchanged {self.name} tree fails: {failed}")
+            self.sound.add(self.tests(file))
+
+    def outcome(self, file: str, source: str) -> str | None:
+        """The first test that fails with `source` as the file, "" if none does, None if it cannot be built."""
+        path = self.folder / file
+        kept = path.read_text()
+        path.write_text(source)
+        try:
+            return self.run(file) if self.prepare(file) else None
+        finally:
+            path.write_text(kept)
+
+    def run(self, file: str) -> str:
+        command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment |= {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", **self.environment}
+        try:
+            done = subprocess.run(
+                [*command, "-k", self.chosen, *self.tests(file)],
+                cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"no end after {SECONDS} s"
+        if done.returncode == 0:
+            return ""
+        if done.returncode in (4, 5):  # nothing was tested
+            sys.exit(f"mutants: {self.tests(file)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return failed[0] if failed else f"exit code {done.returncode}"
+
+
+class CppTree(Tree):
+    """The portable kernels alone, rebuilt object by object."""
+
+    name, chosen = "cpp", "portable or any_valid_input or strides"
+
+    def __init__(self):
+        super().__init__()
+        self.build = self.folder / "build"
+        package = self.folder / "h2ot_kernels"
+        options = [f"-DTORCH_DIR={TORCH}", f"-DPython_EXECUTABLE={sys.executable}", "-DH2OT_PORTABLE=ON",
+                   "-DCMAKE_CXX_FLAGS_RELEASE=-O1", f"-DCMAKE_INSTALL_PREFIX={package}"]  # fmt: skip
+        configure = ["cmake", "-S", self.folder, "-B", self.build, "-G", "Ninja", *options]
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        if not self.prepare(""):
+            sys.exit("mutants: the unchanged source does not build")
+
+    ignored = staticmethod(shutil.ignore_patterns("__pycache__", "results", "*.so"))
+
+    def prepare(self, file: str) -> bool:
+        for step in ("--build", "--install"):
+            done = subprocess.run(["cmake", step, self.build], capture_output=True, check=False)
+            if done.returncode:
+                return False
+        return True
+
+    def tests(self, file: str) -> tuple[str, ...]:
+        return BY_STEM.get(Path(file).stem, EVERYTHING)
+
+
+class TritonTree(Tree):
+    name, chosen, environment = "triton", "triton or Triton", {"TRITON_INTERPRET": "1"}
+
+    def tests(self, file: str) -> tuple[str, ...]:
+        stem = Path(file).stem
+        return TRITON.get(stem, (f"tests/test_{stem}.py", "tests/test_triton.py"))
+
+
+class CudaTree(Tree):
+    """The CUDA source under the simulator: its comparison with the oracle, and what its sanitizers see."""
+
+    name = "cuda"
+
+    def tests(self, file: str) -> tuple[str, ...]:
+        return ("tests/test_cuda_simt.py",)
+
+    def prepare(self, file: str) -> bool:
+        shutil.rmtree(self.folder / "driver", ignore_errors=True)
+        try:
+            self.driver = simt.build(simt.SANITIZED, self.folder / "csrc", self.folder / "driver")
+        except subprocess.CalledProcessError:
+            return False
+        return True
+
+    def run(self, file: str) -> str:
+        from . import test_cuda_simt
+
+        try:
+            alive = test_cuda_simt.survives(self.driver)
+        except subprocess.TimeoutExpired:
+            return "no end"
+        return "" if alive else "tests/test_cuda_simt.py::survives"
+
+
+TREES = {"cpp": CppTree, "cuda": CudaTree, "triton": TritonTree, "python": Tree}

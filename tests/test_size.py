@@ -1,0 +1,77 @@
+"""More than 2^31 elements: strides that reach beyond, for real on the CPU; shapes of results by fakes everywhere."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import h2ot_kernels as h2ot
+from h2ot_kernels import _C
+
+BEYOND = 2**31 + 2**20  # elements
+
+
+def far(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """The values of x, its first and last entries of an axis more than 2^31 elements apart; only what it holds is used.
+
+    The memory between is reserved, never touched.
+    """
+    try:
+        memory = torch.empty(BEYOND, dtype=x.dtype)
+    except RuntimeError as error:
+        pytest.skip(f"{BEYOND * x.element_size()} bytes of address space cannot be reserved: {error}")
+    strides, step = [0] * x.dim(), 1
+    for other in reversed(range(x.dim())):
+        if other != axis:
+            strides[other], step = step, step * x.shape[other]
+    strides[axis] = (BEYOND - step) // (x.shape[axis] - 1)
+    view = memory.as_strided(x.shape, strides)
+    assert view.stride(axis) * (x.shape[axis] - 1) > 2**31
+    return view.copy_(x)
+
+
+INDEX = torch.tensor([[0, 3, 8], [1, 2, 7]])
+LABELS = torch.tensor([[0, 1, 2] * 3] * 2)
+CALLS = {
+    "score_tokens": lambda x: h2ot.score_tokens(x),
+    "prune_cluster": lambda x: [h2ot.prune_cluster(x, 3)],
+    "prune_motion": lambda x: [h2ot.prune_motion(x, 3)],
+    "prune_attention": lambda x: [h2ot.prune_attention(x.movedim(2, 1), x.movedim(2, 1), 3)],
+    "gather_tokens": lambda x: [h2ot.gather_tokens(x, INDEX)],
+    "gather_tokens, frames out": lambda x: [h2ot.gather_tokens(x, INDEX, out_dim=2)],
+    "scatter_tokens": lambda x: [torch.ops.h2ot_kernels.scatter_tokens(x, torch.arange(9)[None], 12, 1, 1)],
+    "assign_clusters": lambda x: [h2ot.assign_clusters(x, INDEX)],
+    "merge_tokens": lambda x: [h2ot.merge_tokens(x[:, :, 0], LABELS, 3)],
+    "recover_attention": lambda x: [h2ot.recover_attention(x[0, :, 0], x[:, :, 0], x[:, :, 1], 2)],
+    "recover_interpolate": lambda x: [h2ot.recover_interpolate(x[:, :3], INDEX, 9)],
+}
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_strides_beyond_2_31_elements(axis):
+    x = torch.randn(2, 9, 3, 16).to(torch.bfloat16)
+    distant = far(x, axis)
+    for capability in _C.runnable_capabilities().split(","):
+        _C.set_capability(capability)
+        for name, call in CALLS.items():
+            for ours, expected in zip(call(distant), call(x), strict=True):
+                assert torch.equal(ours, expected), (name, capability)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_shapes_of_results_beyond_2_31_elements(device):
+    B, F, J, C, K = 4096, 243, 17, 512, 81
+    with FakeTensorMode():
+        ops = torch.ops.h2ot_kernels
+        x = torch.empty(B, F, J, C, device=device)
+        assert x.numel() > 2**32
+        index = ops.prune_cluster(x, K, 2, None, None, None)
+        assert index.shape == (B, K)
+        kept = ops.gather_tokens(x, index, None, 1, 2)
+        assert (kept.shape, kept.stride()) == ((B, J, K, C), (J * K * C, K * C, C, 1))
+        assert kept.numel() > 2**31
+        assert ops.scatter_tokens(kept, index, F, 1, 2).shape == x.shape
+        assert ops.score_tokens(x, 2, None, None)[0].shape == (B, F)
+        flat, query = torch.empty(B * J, K, C, device=device), torch.empty(F, C, device=device)
+        assert ops.recover_attention(query, flat, flat, 8, 1.0).shape == (B * J, F, C)
+        assert ops.recover_interpolate(flat, None, F, False).shape == (B * J, F, C)
+        assert ops.merge_tokens(torch.empty(B, F * J, C, device=device), index, F, None)[0].shape == (B, F, C)

@@ -1,0 +1,49 @@
+"""`./dev tidy`: clang-tidy over csrc, each kernel file as it is compiled for AVX-512 and for any CPU.
+
+Exit code 1: findings. A planted finding (a division of integers that is used as a float) must be seen first.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = Path(torch.__file__).parent
+COMMON = ["-std=gnu++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", "-Wno-everything",
+          "-isystem", str(TORCH / "include"), "-include", str(ROOT / "tests" / "tidy.h")]  # fmt: skip
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-DH2OT_ISA=avx512", "-DH2OT_X86"]
+PLANTED = "double half(int n) { return n / 2; }\n"
+
+
+def findings(source: Path, flags: list[str]) -> list[str]:
+    """What clang-tidy says about one file."""
+    command = ["clang-tidy", "--quiet", f"--config-file={ROOT / '.clang-tidy'}", source, "--", *COMMON, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = [line for line in done.stdout.splitlines() if ": error: " in line or ": warning: " in line]
+    if done.returncode and not found:
+        sys.exit(f"tidy: {' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return found
+
+
+def main() -> int:
+    planted = ROOT / "build" / "planted.cpp"
+    planted.parent.mkdir(exist_ok=True)
+    planted.write_text(PLANTED)
+    if not any("bugprone-integer-division" in line for line in findings(planted, [])):
+        sys.exit("tidy: the planted finding was not seen")
+    kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
+    jobs += [(ROOT / "csrc" / name, ["-DH2OT_X86"]) for name in ("registration.cpp", "capability.cpp", "cuda/plan.cpp")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = sorted({line for lines in pool.map(lambda job: findings(*job), jobs) for line in lines})
+    print(*found, sep="\n", end="\n" if found else "")
+    print(f"tidy: {len(jobs)} compilations of {len(kernels) + 3} files, {len(found)} findings, the planted one seen")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
