@@ -49,19 +49,24 @@ def build(which: str, name: str, sources: Path = ROOT, *options: str) -> Path:
     return folder / "package"
 
 
-def inside(which: str, package: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """This file's `main` in a process that runs under the sanitizer."""
+def environment(which: str, package: Path) -> dict[str, str]:
+    """For a Python process that imports `package` and runs under the sanitizer."""
     # libstdc++ with it: the sanitizer must find the real __cxa_throw when it starts.
     paths = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in (LIBRARIES[which], "libstdc++.so.6")
     ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"LD_PRELOAD": " ".join(paths), "PYTHONPATH": str(package), **OPTIONS[which]}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return kept | {"LD_PRELOAD": " ".join(paths), "PYTHONPATH": str(package), **OPTIONS[which]}
+
+
+def inside(which: str, package: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """This file's `main` in a process that runs under the sanitizer."""
     command = [sys.executable, "-m", "tests.sanitize", "--inside", which, *arguments]
     if which == "thread" and shutil.which("setarch"):  # its shadow memory wants addresses that are not random
         command = ["setarch", "-R", *command]
-    return subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, check=False)
+    env = environment(which, package)
+    return subprocess.run(command, cwd=package, env=env, capture_output=True, text=True, check=False)
 
 
 def assert_instrumented(which: str) -> None:
