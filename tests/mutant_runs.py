@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from . import simt
+from . import sanitize, simt
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "mutants"
 TORCH = Path(torch.__file__).parent
 STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
 SECONDS = 240  # after which a mutant that runs in circles counts as killed
-MEMORY = 16 << 30
 # File stem -> (test files, which of their tests): the shortest that know the file.
 FUZZ = "tests/test_fuzz.py"
 SCORING = (FUZZ, "tests/test_cluster.py", "tests/test_score.py")
@@ -47,7 +46,7 @@ def versions() -> dict:
 class Tree:
     """A copy of the project whose package is tested; by default with the libraries that are built."""
 
-    name, environment = "python", {}
+    name, memory = "python", 16 << 30
     chosen = "not triton and not clip and not compile_fullgraph and not once and not export and not compiled"
 
     def __init__(self):
@@ -62,6 +61,10 @@ class Tree:
 
     def tests(self, file: str) -> tuple[str, ...]:
         return (*BY_STEM[Path(file).stem], "tests/test_bad_input.py", "tests/test_torch.py")
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        return kept | {"PYTHONPATH": str(self.folder)}
 
     def prepare(self, file: str) -> bool:
         """Whether the changed file could be built."""
@@ -87,13 +90,12 @@ class Tree:
 
     def run(self, file: str) -> str:
         command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        environment |= {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", **self.environment}
+        environment = self.environment() | {"OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
                 [*command, "-k", self.chosen, *self.tests(file)],
                 cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory)),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"no end after {SECONDS} s"
@@ -106,16 +108,20 @@ class Tree:
 
 
 class CppTree(Tree):
-    """The portable kernels alone, rebuilt object by object."""
+    """The portable kernels alone under AddressSanitizer and UBSan, rebuilt object by object."""
 
-    name, chosen = "cpp", "portable or any_valid_input or strides"
+    name, chosen = "cpp", "(portable or any_valid_input) and not 1601 and not 243x"
+    memory = resource.RLIM_INFINITY  # the sanitizer reserves terabytes of addresses
+
+    def environment(self) -> dict[str, str]:
+        return sanitize.environment("address", self.folder)
 
     def __init__(self):
         super().__init__()
         self.build = self.folder / "build"
         package = self.folder / "h2ot_kernels"
         options = [f"-DTORCH_DIR={TORCH}", f"-DPython_EXECUTABLE={sys.executable}", "-DH2OT_PORTABLE=ON",
-                   "-DCMAKE_CXX_FLAGS_RELEASE=-O1", f"-DCMAKE_INSTALL_PREFIX={package}"]  # fmt: skip
+                   "-DH2OT_KERNELS_SANITIZE=address", f"-DCMAKE_INSTALL_PREFIX={package}"]  # fmt: skip
         configure = ["cmake", "-S", self.folder, "-B", self.build, "-G", "Ninja", *options]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
         if not self.prepare(""):
@@ -135,7 +141,7 @@ class CppTree(Tree):
 
 
 class TritonTree(Tree):
-    name, chosen, environment = "triton", "triton or Triton", {"TRITON_INTERPRET": "1"}
+    name, chosen = "triton", "triton or Triton"
 
     def tests(self, file: str) -> tuple[str, ...]:
         stem = Path(file).stem
