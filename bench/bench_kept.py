@@ -80,7 +80,7 @@ def recovery_row(kept: list[int], window: int = 243) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     """0: all right; 1: some host was wrong, and not timed."""
     parser = argparse.ArgumentParser(prog="python -m bench.bench_kept", description=__doc__.splitlines()[0])
-    names = list(host_family.HOSTS)
+    names = hosts.LIFTING
     parser.add_argument("--hosts", nargs="+", metavar="NAME", choices=names, default=names)
     parser.add_argument("--kept", nargs="+", type=int, default=list(pruners.KEPT), metavar="K")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import h2ot_kernels.onnx
 from h2ot_kernels.demo.models import deviation_bound
-from h2ot_kernels.hosts import HOSTS
 from h2ot_kernels.timing import interleave
 
 from . import hosts
@@ -110,7 +109,7 @@ def table(rows: list[dict]) -> Table:
 def main(arguments: list[str] | None = None) -> int:
     """0: all float32 graphs are right; 1: some are not."""
     parser = argparse.ArgumentParser(prog="python -m bench.bench_onnx", description=__doc__.splitlines()[0])
-    parser.add_argument("--hosts", nargs="+", metavar="NAME", choices=list(HOSTS), default=list(HOSTS))
+    parser.add_argument("--hosts", nargs="+", metavar="NAME", choices=hosts.LIFTING, default=hosts.LIFTING)
     parser.add_argument("--check", action="store_true", help="reduced sizes, no timing, no file")
     parser.add_argument("--reduced", action="store_true", help="reduced sizes (to try the command)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
