@@ -7,26 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..attention import attend_rows
 from ..linear import Linear
-from ..recover_attention import recover_attention
 
 QueryKey = tuple[Tensor, Tensor]
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """Softmax attention of [B, T, C] tokens, head by head -> [B, T, C]. No T x T weights are stored.
-
-    On the CPU by our own operator, whose backward keeps nothing but its arguments; elsewhere by PyTorch's.
-    """
-    if query.device.type == "cpu":
-        return recover_attention(query, key, value, num_heads)
-    return attend_by_torch(query, key, value, num_heads)
-
-
-def attend_by_torch(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """`attend` by `scaled_dot_product_attention`."""
-    heads = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    return functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(-2)
 
 
 def drop_path(x: Tensor, rate: float, dim: int) -> Tensor:
@@ -66,10 +50,10 @@ class Attention(nn.Module):
         heads = self.qkv(x, chunks=3)
         query, key, _ = (y.unflatten(-1, (self.num_heads, -1)).movedim(dim, -2) for y in heads)
         if dim == x.dim() - 2:
-            attended = attend(*(y.flatten(0, -3) for y in heads), self.num_heads)
+            attended = attend_rows(*(y.flatten(0, -3) for y in heads), self.num_heads)
         else:
             # The joints stand beside the heads: every sample is read and written in place.
-            attended = attend(*(y.flatten(2) for y in heads), x.shape[2] * self.num_heads)
+            attended = attend_rows(*(y.flatten(2) for y in heads), x.shape[2] * self.num_heads)
         attended = attended.view_as(x)
         return project(self.proj, attended, self.dropout if self.training else 0.0, **update), (query, key)
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..attention import attend_rows
 from ..hourglass import Kept
 from ..linear import Linear
-from .blocks import Attention, Block, Mlp, QueryKey, attend, drop_path
+from .blocks import Attention, Block, Mlp, QueryKey, drop_path
 from .host import Host
 
 STREAMS = (1, 2, 3)
@@ -198,5 +199,5 @@ class CrossAttention(nn.Module):
         layers = (self.linear_q, self.linear_k, self.linear_v)
         heads = [layer(x) for layer, x in zip(layers, sources, strict=True)]
         query, key, _ = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in heads)
-        updated = self.proj(attend(*heads, self.num_heads))
+        updated = self.proj(attend_rows(*heads, self.num_heads))
         return functional.dropout(updated, self.dropout, self.training), (query, key)
