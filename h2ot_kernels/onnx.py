@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import python_ref
-from python_ref.score import GAUSSIAN_STEPS
+from python_ref.score import GAUSSIAN_STEPS, rank_tokens
 
 from .backend import use_backend
 
@@ -120,26 +120,7 @@ def _scores(tokens, valid, k, noise, scale=0.0, exclude_self=False, cutoff=0.0) 
         total = sum(torch.where(rank < count, nearest[..., rank], 0.0) for rank in range(k))
         key = total / (count.clamp(min=1) * area)
         density, log_density = torch.exp(-key), -key
-    if noise is None:
-        earlier = position[None, :] < position[:, None]
-        denser = (key[:, None, :] < key[:, :, None]) | ((key[:, None, :] == key[:, :, None]) & earlier)
-    else:
-        density = density + noise
-        denser = density[:, None, :] > density[:, :, None]
-    denser = denser & pair
-    to_denser = squared.masked_fill(~denser, float("inf"))
-    least = to_denser.amin(-1)
-    is_peak = valid & ~denser.any(-1)
-    parent = torch.where(to_denser == least[..., None], position, N).amin(-1)
-    largest = squared.masked_fill(~pair, 0.0).amax((-2, -1))
-    distance = torch.where(is_peak, largest[:, None], least.masked_fill(~valid, 0.0)).div(area).sqrt()
-    score = (distance.log() + log_density).masked_fill(is_peak, float("inf")) if noise is None else density * distance
-    return (
-        density.masked_fill(~valid, 0.0),
-        distance,
-        score.masked_fill(~valid, float("-inf")),
-        parent.masked_fill(~valid | is_peak, -1),
-    )
+    return tuple(rank_tokens(squared, key, density, log_density, valid, noise, area))
 
 
 def _score_tokens(x, k, mask, noise, *options):

@@ -90,7 +90,6 @@ def score_tokens(
     area = C if scale is None else scale * scale
     near = pair & (position[None, :] != position[:, None]) if exclude_self else pair
 
-    # key orders the densities, the densest first.
     if density == "gaussian":
         terms = torch.exp(-squared / (area * cutoff * cutoff)).mul(GAUSSIAN_STEPS).round().masked_fill(~near, 0.0)
         rho = terms.to(torch.int64).sum(-1).double() / GAUSSIAN_STEPS
@@ -105,6 +104,18 @@ def score_tokens(
         m = total / (count.clamp(min=1).double() * area)
         key, rho, log_rho = m, torch.exp(-m), -m
 
+    return rank_tokens(squared, key, rho, log_rho, valid, noise, area)
+
+
+def rank_tokens(
+    squared: Tensor, key: Tensor, rho: Tensor, log_rho: Tensor, valid: Tensor, noise: Tensor | None, area: float
+) -> TokenScores:
+    """Distances to denser tokens, scores and parents from densities rho [B, N] and squared distances [B, N, N].
+
+    key orders the densities, the densest first; with noise, rho + noise does. area: the square of the scale of d.
+    """
+    position = torch.arange(key.shape[1], device=key.device)
+    pair = valid[:, :, None] & valid[:, None, :]
     if noise is None:
         earlier = position[None, :] < position[:, None]
         denser = (key[:, None, :] < key[:, :, None]) | ((key[:, None, :] == key[:, :, None]) & earlier)
@@ -117,7 +128,7 @@ def score_tokens(
     to_denser = squared.masked_fill(~denser, float("inf"))
     least = to_denser.amin(-1)
     is_peak = valid & ~denser.any(-1)
-    parent = torch.where(to_denser == least[..., None], position, N).amin(-1)
+    parent = torch.where(to_denser == least[..., None], position, key.shape[1]).amin(-1)
     largest = squared.masked_fill(~pair, 0.0).amax((-2, -1))
     distance = torch.where(is_peak, largest[:, None], least).div(area).sqrt()
 
