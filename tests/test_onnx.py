@@ -10,7 +10,6 @@ import h2ot_kernels as h2ot
 import h2ot_kernels.onnx
 import python_ref
 from bench import hosts as bench_hosts
-from h2ot_kernels.demo.models import deviation_bound
 
 from . import cases, test_torch
 
@@ -120,7 +119,7 @@ def test_hosts_in_onnxruntime(name, tmp_path):
     for B in (1, 3):
         x = bench_hosts.keypoints(model, B)
         error, same_frames = bench_onnx.deviation(run(path, x), bench_onnx.outputs(model, x))
-        assert error <= deviation_bound(name)
+        assert error <= bench_onnx.REDUCED_BOUND
         assert same_frames == 1.0
 
 
