@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import h2ot_kernels as h2ot
+import h2ot_kernels.onnx
 from bench import bench_ftp_pose
 from h2ot_kernels import hosts
 from h2ot_kernels.hosts.ftp_pose import keypoints, load_frames
@@ -161,3 +162,15 @@ def test_the_benchmark_prints_a_table_and_draws(tmp_path, monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench_ftp_pose.main(["--epsilons", "1"])
+
+
+def test_runs_in_onnxruntime(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, path = tiny(epsilon=0.5, prune_at=1), tmp_path / "ftp_pose.onnx"
+    h2ot_kernels.onnx.export(model, (FRAMES,), path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for frames in (FRAMES[:1], torch.cat([FRAMES, FRAMES[:1] + 1])):
+        heatmaps = torch.from_numpy(session.run(None, {"input_0": frames.numpy()})[0])
+        with torch.inference_mode():
+            torch.testing.assert_close(heatmaps, model(frames), rtol=1e-4, atol=1e-5)

@@ -152,7 +152,7 @@ class FTPPose(nn.Module):
 
     def _middle(self, dense: Tensor) -> Tensor:
         """[3 B, N, C] -> the low-resolution branch, its middle frame enlarged to the full grid: [B, N, C]."""
-        maps = dense.mT.unflatten(-1, self.vit.grid)
+        maps = dense.mT.contiguous().unflatten(-1, self.vit.grid)  # one layout, for exported graphs too
         coarse = functional.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT
         low = (coarse.unflatten(0, (-1, FRAMES)) + self.frame_embed).flatten(1, 2)
         for block in self.low_blocks:
