@@ -47,15 +47,16 @@ def pruned_names() -> list[str]:
     return [name for name in LIFTING if hosts.HOSTS[name][1].get("stages")]
 
 
-def keypoints(model: nn.Module, batch: int) -> Tensor:
+def keypoints(model: nn.Module, batch: int, *, noise: float = 0.01) -> Tensor:
     """[B, F, J, in_channels] float32: a made-up walk, another stretch of it per sample, confidence 1.
 
-    With a detector's noise: where frames are equal, the graph of MotionAGFormer has ties that rounding breaks.
+    noise: standard deviation, a detector's by default. Where frames are as similar as in a walk, rounding decides the
+    graph of MotionAGFormer; at 1 it does not.
     """
     frames, joints, channels = model.in_shape
     points = torch.from_numpy(walking_clip(frames + 7 * batch).normalised).float()
     x = torch.stack([points[7 * b : 7 * b + frames] for b in range(batch)])
     if x.shape[2] != joints:
         raise ValueError(f"model: got {joints} joints, wanted {x.shape[2]}, those of the walk")
-    x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    x += noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     return torch.cat([x, x.new_ones(*x.shape[:-1], channels - 2)], -1)
