@@ -103,6 +103,8 @@ def test_same_numbers_by_other_kernels_and_undone(make, dtype, bound, grad):
     assert replaced(handle) == wanted
     if not grad:
         must = set().union(*(CALLED.get(kernel, set()) for kernel in wanted))
+        if make is tpc_mixste and "cluster" in wanted:  # the frame that it leaves out is scored, but not selected
+            must = must - CALLED["cluster"] | {"h2ot_kernels::score_tokens", "h2ot_kernels::assign_clusters"}
         if dtype == torch.float64:
             must -= CALLED["linear"]
             fusion = {"aten::_softmax"} if make is hot_motionbert else set()  # of its two streams
