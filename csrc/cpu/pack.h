@@ -325,15 +325,20 @@ void read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& p
   if (kQuantises && sample.n > kPanel && x.C >= kQuantisedChannels) sample.use_integers(pool, grain);
 }
 
-// Packs `count` tokens into ceil(count / kPanel) panels.
-template <class A>
-void pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels) {
+// Packs `count` tokens into ceil(count / kPanel) panels, those that `wanted` names.
+template <class A, class F>
+void pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels,
+                 const F& wanted) {
   const int64_t size = form.panel_size();
   parallel_for(pool, ceil_div(count, kPanel), larger(1, 65536 / size), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
-      form.pack(token + p * kPanel, smaller(kPanel, count - p * kPanel), panels + p * size);
+      if (wanted(p)) form.pack(token + p * kPanel, smaller(kPanel, count - p * kPanel), panels + p * size);
     }
   });
+}
+template <class A>
+void pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels) {
+  pack_panels(form, token, count, pool, panels, [](int64_t) { return true; });
 }
 
 }  // namespace

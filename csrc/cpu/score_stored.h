@@ -77,6 +77,7 @@ struct Stored {
   float* values;       // [n][stride], infinity on the diagonal and past n
   int32_t* undecided;  // [panels][panels] candidates of undecided rows; from `refine` on, nonzero: a refined block
   bool* open;          // [n] rows that `refine` is for
+  bool* refined;       // [panels] panels of rows with a refined block
   bool any_refined;
   Bound bound, fine;  // of all values, of those in refined blocks
 
@@ -86,6 +87,7 @@ struct Stored {
     values = memory.take<float>(stride * stride);
     undecided = memory.take<int32_t>(panels * panels);
     open = memory.take<bool>(N);
+    refined = memory.take<bool>(panels);
   }
   const float* row(int64_t i) const { return values + i * stride; }
 
@@ -116,11 +118,11 @@ struct Stored {
     }
   }
 
-  // Fills the blocks (p, q), p <= q, that `wanted` names.
-  template <class F>
-  void fill(const Form<A>& form, float unit, const Parallel& pool, const F& wanted) const {
+  // Fills the blocks (p, q), p <= q, that `wanted` names, from panels that hold some of them.
+  template <class P, class F>
+  void fill(const Form<A>& form, float unit, const Parallel& pool, const P& holds_some, const F& wanted) const {
     const int64_t n = state->sample.n, count = ceil_div(n, kPanel);
-    pack_panels(form, state->sample.token, n, pool, state->panels);
+    pack_panels(form, state->sample.token, n, pool, state->panels, holds_some);
     const int64_t grain = larger(1, 200000 / (state->sample.C * kPanel * kPanel / kFloats));
     parallel_for(pool, count * (count + 1) / 2, grain, [&](int64_t begin, int64_t end) {
       int64_t q = 0;  // block t is (p, q) with p <= q and t = q (q + 1) / 2 + p
@@ -147,7 +149,8 @@ struct Stored {
     any_refined = false;
     for (int64_t at = 0; at < panels * panels; at++) undecided[at] = 0;
     for (int64_t i = 0; i < state->sample.n; i++) open[i] = false;
-    fill(state->sample.form, 1, pool, [](int64_t, int64_t) { return true; });
+    for (int64_t p = 0; p < panels; p++) refined[p] = false;
+    fill(state->sample.form, 1, pool, [](int64_t) { return true; }, [](int64_t, int64_t) { return true; });
   }
 
   // Computes the blocks that hold many candidates of the open rows again, in the fine form. Packs over state->panels.
@@ -158,35 +161,41 @@ struct Stored {
       for (int64_t q = p; q < panels; q++) {
         int32_t &upper = undecided[p * panels + q], &lower = undecided[q * panels + p];
         upper = lower = (p == q ? upper : upper + lower) >= kWorth;
+        refined[p] |= upper != 0;
+        refined[q] |= upper != 0;
         any_refined |= upper != 0;
       }
     }
     if (!any_refined) return;
     fine = finer.bound_in(form);
     bound = {fine.beta > bound.beta ? fine.beta : bound.beta, fine.eta > bound.eta ? fine.eta : bound.eta};
-    fill(finer, float(form.unit() / finer.unit()), pool,
-         [&](int64_t p, int64_t q) { return undecided[p * panels + q] != 0; });
+    fill(
+        finer, float(form.unit() / finer.unit()), pool, [&](int64_t p) { return refined[p]; },
+        [&](int64_t p, int64_t q) { return undecided[p * panels + q] != 0; });
   }
 
   // The values of row i at the slots column(0 .. count - 1) by what they are worth: those of refined blocks in
   // room.fine, the others in room.rest, infinity where the value is in the other one.
   template <class F>
   void split(int64_t i, int64_t count, const F& column, const RowRoom& room) const {
-    const float *v = row(i), infinity = __builtin_inff();
-    for (int64_t j = 0; j < count; j++) {
-      const int64_t slot = column(j);
-      const bool is_fine = any_refined && undecided[i / kPanel * panels + slot / kPanel] != 0;
-      room.rest[j] = is_fine ? infinity : v[slot];
-      room.fine[j] = is_fine ? v[slot] : infinity;
+    const float* v = row(i);
+    const int64_t padded = ceil_div(count, kFloats) * kFloats;
+    for (int64_t j = 0; j < count; j++) room.rest[j] = v[column(j)];
+    for (int64_t j = count; j < padded; j++) room.rest[j] = __builtin_inff();
+    if (!refined[i / kPanel]) return;
+    const int32_t* is_refined = undecided + i / kPanel * panels;
+    for (int64_t j = 0; j < padded; j++) {
+      const bool is_fine = j < count && is_refined[column(j) / kPanel] != 0;
+      room.fine[j] = is_fine ? room.rest[j] : __builtin_inff();
+      room.rest[j] = is_fine ? __builtin_inff() : room.rest[j];
     }
-    for (int64_t j = count; j < ceil_div(count, kFloats) * kFloats; j++) room.rest[j] = room.fine[j] = infinity;
   }
 
-  // Calls f(j) for all j < count whose value in a split row may belong to a squared distance of at most s (finite).
+  // Calls f(j) for all j < count whose value in row i, split, may belong to a squared distance of at most s (finite).
   template <class F>
-  void for_each_in_reach(const RowRoom& room, int64_t count, double s, const F& f) const {
+  void for_each_in_reach(int64_t i, const RowRoom& room, int64_t count, double s, const F& f) const {
     for_each_within(room.rest, count, bound.reach(s), f);
-    if (any_refined) for_each_within(room.fine, count, fine.reach(s), f);
+    if (refined[i / kPanel]) for_each_within(room.fine, count, fine.reach(s), f);
   }
 
   // m and the nearest neighbours of slot i. may_open: if many candidates are left, they are counted for `refine`
@@ -208,10 +217,10 @@ struct Stored {
       if (j != i) list[count++].slot = int32_t(j);
       return true;
     };
-    if (open[i]) {
+    if (open[i] && refined[i / kPanel]) {
       split(i, n, [](int64_t j) { return j; }, room);
       const double s = smaller_of(bound.most(ranked), fine.most(ranked_smallest(room.fine, n, wanted)));
-      if (s < __builtin_inf()) for_each_in_reach(room, n, s, collect);
+      if (s < __builtin_inf()) for_each_in_reach(i, room, n, s, collect);
     } else {
       for_each_within(v, n, bound.reach(bound.most(ranked)), collect);
     }
@@ -271,11 +280,11 @@ struct Stored {
       }
       return true;
     };
-    if (open[i]) {
+    if (open[i] && refined[i / kPanel]) {
       split(i, n, [](int64_t j) { return j; }, room);
       const int32_t finer = least_denser(room.fine);
       if (finer < kInfinite) s = smaller_of(s, fine.most(as_float(finer)));
-      for_each_in_reach(room, n, s, consider);
+      for_each_in_reach(i, room, n, s, consider);
     } else {
       for_each_within(row(i), n, bound.reach(s), consider);
     }
@@ -317,17 +326,25 @@ struct Stored {
   // Which of the slots centre[0 .. count) (ascending) is nearest to slot i: a position in centre, the lowest on a tie.
   int64_t nearest_centre(int64_t i, const int32_t* centre, int64_t count, const RowRoom& room) const {
     split(i, count, [&](int64_t j) { return centre[j]; }, room);
-    const double s = smaller_of(bound.most(least_of(room.rest, count)), fine.most(least_of(room.fine, count)));
+    double s = bound.most(least_of(room.rest, count));
+    if (refined[i / kPanel]) s = smaller_of(s, fine.most(least_of(room.fine, count)));
+    const auto distance_to = [&](int64_t j) { return state->sample.distance(i, centre[j]); };
+    int64_t candidates = 0;
     Neighbour best = {0, -1};
     const auto consider = [&](int64_t j) {
-      const Neighbour next = {state->sample.distance(i, centre[j]), int32_t(j)};
-      if (best.slot < 0 || before(next, best)) best = next;
+      if (candidates++ == 0) {  // the only one needs no distance
+        best.slot = int32_t(j);
+        return true;
+      }
+      if (candidates == 2) best.s = distance_to(best.slot);
+      const Neighbour next = {distance_to(j), int32_t(j)};
+      if (before(next, best)) best = next;
       return true;
     };
-    for_each_in_reach(room, count, s, consider);
+    for_each_in_reach(i, room, count, s, consider);
     // float64 tokens whose squares overflow
     for (int64_t j = 0; best.slot < 0 && j < count; j++) {
-      if (state->sample.distance(i, centre[j]) <= __builtin_inf()) best.slot = int32_t(j);
+      if (distance_to(j) <= __builtin_inf()) best.slot = int32_t(j);
     }
     return best.slot;
   }
