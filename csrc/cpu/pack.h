@@ -3,6 +3,7 @@
 
 #include "quantise.h"
 #include "scratch.h"
+#include "vectors.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -25,26 +26,29 @@ H2OT_INLINE bool readable_in_place(const Tokens& x) {
   return sizeof(T) == sizeof(Accumulator<T>) && x.J == 1 && x.stride_c == 1;
 }
 
-// One token: the mean over its joints, added in ascending order and divided once.
+// One token: the mean over its joints, added in ascending order and divided once. The sums of a few vectors of channels
+// stay in registers over the joints, whose reads do not depend on each other.
 template <class T>
 void pool_token(const Tokens& x, const T* at, Accumulator<T>* out) {
   typedef Accumulator<T> A;
-  const int64_t C = x.C, stride = x.stride_c;
-  if (stride == 1) {
-    for (int64_t c = 0; c < C; c++) out[c] = widen(at[c]);
-  } else {
-    for (int64_t c = 0; c < C; c++) out[c] = widen(at[c * stride]);
-  }
-  for (int64_t j = 1; j < x.J; j++) {
-    at += x.stride_j;
-    if (stride == 1) {
-      for (int64_t c = 0; c < C; c++) out[c] += widen(at[c]);
-    } else {
-      for (int64_t c = 0; c < C; c++) out[c] += widen(at[c * stride]);
+  constexpr int kVectors = 8;
+  constexpr int64_t kWidth = kVectors * kLanes<T>;
+  int64_t c = 0;
+  for (; x.stride_c == 1 && c + kWidth <= x.C; c += kWidth) {
+    Vector<T> sum[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) sum[v] = load_wide(at + c + v * kLanes<T>);
+    for (int64_t j = 1; j < x.J; j++) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) sum[v] += load_wide(at + j * x.stride_j + c + v * kLanes<T>);
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) store(out + c + v * kLanes<T>, x.J > 1 ? sum[v] / A(x.J) : sum[v]);
   }
-  if (x.J > 1) {
-    for (int64_t c = 0; c < C; c++) out[c] /= A(x.J);
+  for (; c < x.C; c++) {
+    A sum = widen(at[c * x.stride_c]);
+    for (int64_t j = 1; j < x.J; j++) sum += widen(at[j * x.stride_j + c * x.stride_c]);
+    out[c] = x.J > 1 ? sum / A(x.J) : sum;
   }
 }
 
