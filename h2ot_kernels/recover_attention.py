@@ -54,6 +54,9 @@ def recover_attention(
     return dispatch("recover_attention", value, backend)(query, key, value, num_heads, scale)
 
 
+_TAIL_INPUTS = ("token", "proj.weight", "proj.bias", "norm.weight", "norm.bias", "head.weight", "head.bias")
+
+
 def recover_pose(
     token: Tensor,
     query: Tensor,
@@ -85,12 +88,12 @@ def recover_pose(
     >>> pose.shape
     torch.Size([2, 17, 9, 3])
     """
-    inputs = {"token": token, "query": query, "key": key, "value": value}
     for name, module, kind in (("proj", proj, nn.Linear), ("norm", norm, nn.LayerNorm), ("head", head, nn.Linear)):
         if not isinstance(module, kind):
             raise TypeError(f"{name}: got {type(module).__name__}, wanted {kind.__name__}")
-        inputs |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs.values()):
+    vectors = norm.weight, norm.bias, head.weight, head.bias
+    given = token, proj.weight, proj.bias, *vectors
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, *given)):
         raise RuntimeError("recover_pose is for inference: call it under torch.no_grad() or torch.inference_mode()")
     checks.integer("num_joints", num_joints, 1)
     if key.shape[0] % num_joints:
@@ -99,18 +102,19 @@ def recover_pose(
     F, C = attended.shape[1:]
     checks.tensor("token", token, (2, 3), "[F, C] or [1, F, C]")
     checks.has_shape("token", token, (1, F, C)[3 - token.dim() :], "that of query")
-    widths = {"proj.in_features": proj.in_features, "proj.out_features": proj.out_features}
-    for name, width in (widths | {"head.in_features": head.in_features}).items():
-        if width != C:
-            raise ValueError(f"{name}: got {width}, wanted C = {C}")
+    if proj.in_features != C or proj.out_features != C:
+        raise ValueError(f"proj: got {proj.in_features} to {proj.out_features} features, wanted C = {C} to {C}")
+    if head.in_features != C:
+        raise ValueError(f"head.in_features: got {head.in_features}, wanted C = {C}")
     if tuple(norm.normalized_shape) != (C,):
         raise ValueError(f"norm.normalized_shape: got {tuple(norm.normalized_shape)}, wanted ({C},)")
-    for name, x in inputs.items():
-        if x is not None:
+    device = key.device
+    for name, x in zip(_TAIL_INPUTS, given, strict=True):
+        if x is not None and x.device != device:
             checks.same_device(name, x, "key", key)
     if proj.weight.dtype != key.dtype and not torch.is_autocast_enabled(key.device.type):
         checks.same_dtype("proj.weight", proj.weight, "key", key)
-    pose = dispatch("recover_tail", attended, backend)(token.reshape(F, C), attended, proj, norm, head)
+    pose = dispatch("recover_tail", attended, backend)(token.reshape(F, C), attended, proj, *vectors, norm.eps)
     return pose.unflatten(0, (key.shape[0] // num_joints, num_joints))
 
 
@@ -119,12 +123,12 @@ def _cast(dtype: torch.dtype, *given: Tensor | None) -> list[Tensor | None]:
 
 
 def project_first(tail):
-    """What runs as "recover_tail": the projection as the module does it, then the operator `tail`."""
+    """What runs as "recover_tail": the projection as the module `proj` does it, then the operator `tail`."""
 
-    def run(token: Tensor, attended: Tensor, proj: nn.Linear, norm: nn.LayerNorm, head: nn.Linear) -> Tensor:
-        projected = proj(attended)
-        token, *parameters = _cast(projected.dtype, token, norm.weight, norm.bias, head.weight, head.bias)
-        return tail(token, projected, *parameters, norm.eps)
+    def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
+        projected, (*vectors, eps) = proj(attended), rest
+        token, *vectors = _cast(projected.dtype, token, *vectors)
+        return tail(token, projected, *vectors, eps)
 
     return run
 
@@ -132,10 +136,10 @@ def project_first(tail):
 def project_inside(tail):
     """The same of an operator `tail` that projects, too."""
 
-    def run(token: Tensor, attended: Tensor, proj: nn.Linear, norm: nn.LayerNorm, head: nn.Linear) -> Tensor:
-        given = proj.weight, proj.bias, norm.weight, norm.bias, head.weight, head.bias
-        token, *parameters = _cast(attended.dtype, token, *given)
-        return tail(token, attended, *parameters, norm.eps)
+    def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
+        *vectors, eps = rest
+        token, *vectors = _cast(attended.dtype, token, proj.weight, proj.bias, *vectors)
+        return tail(token, attended, *vectors, eps)
 
     return run
 

@@ -132,7 +132,7 @@ BAD = {
         (ValueError, RuntimeError),
         "num_joints: got 17|inference",
     ),
-    "projected width": (lambda: tail(WIDE), ValueError, "proj.out_features: got 8, wanted C = 4"),
+    "projected width": (lambda: tail(WIDE), ValueError, "proj: got 4 to 8 features, wanted C = 4 to 4"),
     "projection dtype": (lambda: tail(DOUBLE), TypeError, "proj.weight: got dtype torch.float64"),
     "projection elsewhere": (lambda: tail(ELSEWHERE), ValueError, "proj.weight: got device meta"),
     "not a module": (lambda: h2ot.recover_pose(X[0], X[0], KEPT, KEPT, 1, NORM, HEAD, 2), TypeError, "proj: got int"),

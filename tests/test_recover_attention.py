@@ -160,7 +160,9 @@ def tail_by(runner, token, attended, modules):
     modules = [copy.deepcopy(module).to(runner.device) for module in modules]
 
     def run(token, attended, backend):
-        return dispatch("recover_tail", attended, backend)(token, attended, *modules)
+        proj, norm, head = modules
+        vectors = norm.weight, norm.bias, head.weight, head.bias
+        return dispatch("recover_tail", attended, backend)(token, attended, proj, *vectors, norm.eps)
 
     return runner(run, token, attended)
 

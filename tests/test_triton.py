@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import h2ot_kernels as h2ot
 from h2ot_kernels.triton import common
@@ -306,6 +307,14 @@ def test_compile_fullgraph():
         torch.testing.assert_close(ours, eager)
 
 
+def test_flop_counter_counts_the_projection_in_the_tail():
+    with FlopCounterMode(display=False) as counter:
+        h2ot.recover_pose(
+            rand(3, 8), rand(3, 8), rand(2, 5, 8), rand(2, 5, 8), *tail_modules(8), 2, num_joints=1, backend="triton"
+        )
+    assert counter.get_total_flops() == 4 * 2 * 3 * 5 * 8 + 2 * 2 * 3 * 8 * (8 + 3)
+
+
 def test_fakes_of_a_cuda_device():
     with FakeTensorMode():
         x = torch.empty(2, 9, 17, 8, device="cuda", dtype=torch.bfloat16)
@@ -320,3 +329,6 @@ def test_fakes_of_a_cuda_device():
         pose = torch.empty(2, 3, 8, device="cuda")
         assert OPS.recover_interpolate_triton(pose, index, 9, False).shape == (2, 9, 8)
         assert OPS.recover_attention_triton(torch.empty(1, 8, device="cuda"), pose, pose, 2, 1.0).shape == (2, 1, 8)
+        weights = torch.empty(8, 8, device="cuda"), None, None, None, torch.empty(5, 8, device="cuda"), None
+        tail = OPS.recover_projected_tail_triton(torch.empty(3, 8, device="cuda"), pose, *weights, 1e-5)
+        assert (tail.shape, tail.dtype, tail.is_contiguous()) == ((2, 3, 5), torch.float32, True)
