@@ -75,6 +75,14 @@ struct SelectArgs {
   int64_t* index;        // [B, K] out
 };
 
+// Scoring, selection on the scores, and the labels of all tokens as AssignArgs defines them, in one pass over a sample:
+// where all its distances are at hand, labels cost no product.
+struct ClusterArgs {
+  ScoreArgs score;    // with score and valid
+  SelectArgs select;  // its score and mask are those of `score`
+  int64_t* labels;    // [B, N] out
+};
+
 // score[b, 0] = 0; score[b, t] = sum of |pose[b, t] - pose[b, t - 1]| in float64, innermost axis last.
 struct MotionArgs {
   const void* pose;  // [B, F, J, D], any strides
@@ -207,6 +215,7 @@ struct Kernels {
   const char* name;  // "portable", "avx2", "avx512"
   Status (*score)(const ScoreArgs&, const Parallel&);
   ScorePlan (*plan_score)(const ScoreArgs&);  // reads sizes, strides and which pointers are null
+  Status (*cluster)(const ClusterArgs&, const Parallel&);
   Status (*select)(const SelectArgs&, const Parallel&);
   Status (*motion)(const MotionArgs&, const Parallel&);
   Status (*attention_score)(const AttentionScoreArgs&, const Parallel&);

@@ -41,20 +41,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_tokens(const Tensor& x, int64_t
   return score_variant(x, k, mask, noise, 0, false, 0);
 }
 
+// keep: [keep_rows, M] and contiguous, or null.
+SelectArgs select_args(const Tensor& score, int64_t K, const MaybeTensor& keep, const bool* mask, const Tensor& index) {
+  return {static_cast<const double*>(score.const_data_ptr()),
+          score.size(0),
+          score.size(1),
+          K,
+          mask,
+          read<int64_t>(keep),
+          keep ? keep->size(0) : 0,
+          keep ? keep->size(1) : 0,
+          write<int64_t>(index)};
+}
+
 Tensor select(const Tensor& score, int64_t K, const MaybeTensor& keep, const bool* mask, const char* op) {
-  const int64_t B = score.size(0), N = score.size(1);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
-  const Tensor index = make(score, {B, K}, ScalarType::Long);
-  const SelectArgs args = {static_cast<const double*>(score.const_data_ptr()),
-                           B,
-                           N,
-                           K,
-                           mask,
-                           read<int64_t>(dense_keep),
-                           keep ? keep->size(0) : 0,
-                           keep ? keep->size(1) : 0,
-                           write<int64_t>(index)};
-  check(kernels().select(args, pool()), op);
+  const Tensor index = make(score, {score.size(0), K}, ScalarType::Long);
+  check(kernels().select(select_args(score, K, dense_keep, mask, index), pool()), op);
   return index;
 }
 
@@ -63,16 +66,39 @@ Tensor select_tokens(const Tensor& score, int64_t num_tokens, const MaybeTensor&
   return select(dense(score, ScalarType::Double), num_tokens, keep, read<bool>(dense_mask), "select_tokens");
 }
 
+// Scores for selection only, and which tokens they may select.
+struct Selectable {
+  Tensor score, valid;
+  MaybeTensor mask, noise;
+  ScoreArgs args;
+
+  Selectable(const Tensor& x, int64_t k, const MaybeTensor& given_mask, const MaybeTensor& given_noise)
+      : score(make(x, {x.size(0), x.size(1)}, ScalarType::Double)),
+        valid(make(x, {x.size(0), x.size(1)}, ScalarType::Bool)),
+        mask(dense(given_mask, ScalarType::Bool)),
+        noise(dense(given_noise, ScalarType::Double)),
+        args{tokens_of(x),         k,       read<bool>(mask),  read<double>(noise), nullptr, nullptr,
+             write<double>(score), nullptr, write<bool>(valid)} {}
+};
+
 Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
                      const MaybeTensor& noise) {
-  const std::vector<int64_t> size = {x.size(0), x.size(1)};
-  const Tensor score = make(x, size, ScalarType::Double), valid = make(x, size, ScalarType::Bool);
-  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
-  const ScoreArgs args = {tokens_of(x),      k,       read<bool>(dense_mask), read<double>(dense_noise),
-                          nullptr,           nullptr, write<double>(score),   nullptr,
-                          write<bool>(valid)};
-  check(kernels().score(args, pool()), "prune_cluster");
-  return select(score, num_tokens, keep, write<bool>(valid), "prune_cluster");
+  const Selectable tokens(x, k, mask, noise);
+  check(kernels().score(tokens.args, pool()), "prune_cluster");
+  return select(tokens.score, num_tokens, keep, tokens.args.valid, "prune_cluster");
+}
+
+std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_tokens, int64_t k,
+                                                  const MaybeTensor& keep, const MaybeTensor& mask,
+                                                  const MaybeTensor& noise) {
+  const Selectable tokens(x, k, mask, noise);
+  const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
+  const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);
+  const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
+  const ClusterArgs args = {tokens.args, select_args(tokens.score, num_tokens, dense_keep, tokens.args.valid, index),
+                            write<int64_t>(labels)};
+  check(kernels().cluster(args, pool()), "cluster_tokens");
+  return {index, labels, tokens.score};
 }
 
 Tensor prune_motion(const Tensor& pose, int64_t num_tokens, const MaybeTensor& keep) {
@@ -352,6 +378,7 @@ STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("score_tokens", TORCH_BOX(&h2ot::score_tokens));
   m.impl("score_variant", TORCH_BOX(&h2ot::score_variant));
   m.impl("prune_cluster", TORCH_BOX(&h2ot::prune_cluster));
+  m.impl("cluster_tokens", TORCH_BOX(&h2ot::cluster_tokens));
   m.impl("select_tokens", TORCH_BOX(&h2ot::select_tokens));
   m.impl("prune_motion", TORCH_BOX(&h2ot::prune_motion));
   m.impl("prune_attention", TORCH_BOX(&h2ot::prune_attention));

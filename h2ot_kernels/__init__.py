@@ -1,13 +1,14 @@
 """Exact, fast token pruning and recovery for transformers that read video. In the order of the data path:
 
 score_tokens -> select_tokens (prune_cluster, prune_sample, prune_motion, prune_attention) -> gather_tokens
--> the transformer's blocks -> recover_attention / recover_interpolate; assign_clusters and merge_tokens beside them.
+-> the transformer's blocks -> recover_attention / recover_interpolate; cluster_tokens, assign_clusters and merge_tokens
+beside them.
 """
 
 from .score import TokenScores, score_tokens  # isort: skip
 from .select import prune_attention, prune_cluster, prune_motion, prune_sample, select_tokens  # isort: skip
 from .gather import gather_tokens  # isort: skip
-from .cluster import assign_clusters, merge_tokens  # isort: skip
+from .cluster import TokenClusters, assign_clusters, cluster_tokens, merge_tokens  # isort: skip
 from .recover_attention import recover_attention, recover_pose  # isort: skip
 from .recover_interpolation import recover_interpolate  # isort: skip
 from . import nn  # isort: skip
@@ -20,9 +21,11 @@ from .backend import can_run, env_report, explain, use_backend
 __version__ = "0.1.0"
 __all__ = [
     "Hourglass",
+    "TokenClusters",
     "TokenScores",
     "assign_clusters",
     "can_run",
+    "cluster_tokens",
     "dropin",
     "env_report",
     "explain",

@@ -1,5 +1,8 @@
 """Clusters around the kept tokens, and their means (TCFormer)."""
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,7 +11,48 @@ import python_ref
 from . import checks
 from .backend import dispatch, implement
 from .library import declare
-from .score import METRICS
+from .score import METRICS, Variant, check_scoring, pair_flops, valid_of
+
+
+class TokenClusters(NamedTuple):
+    """What `cluster_tokens` returns."""
+
+    index: Tensor  # int64 [B, K], ascending
+    labels: Tensor  # int64 [B, N], positions in index
+    score: Tensor  # float64 [B, N]
+
+
+def cluster_tokens(
+    x: Tensor,
+    num_tokens: int,
+    k: int = 2,
+    *,
+    keep=None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    noise: Tensor | None = None,
+    metric: str = "euclidean",
+    backend: str | None = None,
+) -> TokenClusters:
+    """DPC-kNN in one call: the num_tokens = K tokens with the largest scores, and which of them each token belongs to.
+
+    Arguments as in `prune_cluster`. Returns (index [B, K], labels [B, N], score [B, N]): those of `prune_cluster`,
+    `assign_clusters` of its index, and `score_tokens`. Raises as they do.
+    Cost: on a CPU, for up to 1536 tokens, that of `prune_cluster` alone, as labels are read off the distances that
+    scoring has made; else that of both. Source: HoT section 3.2, TCFormer section 3, SPEC sections 1, 2 and 4.
+
+    >>> import torch, h2ot_kernels as h2ot
+    >>> x = torch.tensor([[[0.0], [1.0], [2.0], [50.0], [51.0], [52.0]]])
+    >>> index, labels, score = h2ot.cluster_tokens(x, 2)
+    >>> index, labels
+    (tensor([[0, 3]]), tensor([[0, 0, 0, 1, 1, 1]]))
+    """
+    mask, noise = check_scoring(x, k, mask, lengths, noise, Variant(metric))
+    B, N = x.shape[:2]
+    checks.integer("num_tokens", num_tokens, 1, N, "the number of tokens")
+    keep = checks.kept(keep, B, N, num_tokens, x.device)
+    x = x.detach() if metric == "euclidean" else python_ref.metric_tokens(x.detach(), metric)
+    return TokenClusters(*dispatch("cluster_tokens", x, backend)(x, num_tokens, k, keep, mask, noise))
 
 
 def assign_clusters(
@@ -86,6 +130,12 @@ def merge_tokens(
     return dispatch("merge_tokens", x, backend)(x, labels, num_clusters, weight)
 
 
+def _cluster_fake(x, num_tokens, *rest):
+    B, N = x.shape[:2]
+    labels = x.new_empty(B, N, dtype=torch.int64)
+    return labels.new_empty(B, num_tokens), labels, x.new_empty(B, N, dtype=torch.float64)
+
+
 def _assign_fake(x, index, *rest):
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
@@ -127,6 +177,12 @@ def _distance_flops(x, index, *rest) -> int:
     return 2 * x[0] * x[1] * index[1] * x[-1]
 
 
+CLUSTER = {
+    "schema": "(Tensor x, SymInt num_tokens, int k, Tensor? keep, Tensor? mask, Tensor? noise) -> "
+    "(Tensor, Tensor, Tensor)",
+    "fake": _cluster_fake,
+    "flops": pair_flops,
+}
 ASSIGN = {
     "schema": "(Tensor x, Tensor index, Tensor? mask) -> Tensor",
     "fake": _assign_fake,
@@ -142,6 +198,13 @@ MERGE = {
     "backward": _merge_backward,
     "setup_context": _merge_setup,
 }
+
+
+def _in_steps(backend, x, num_tokens, k, keep, mask, noise):
+    """cluster_tokens by the operations that it stands for. backend: of all of them; None: each chooses."""
+    _, _, score, parent = dispatch("score_tokens", x, backend)(x, k, mask, noise)
+    index = dispatch("select_tokens", x, backend)(score, num_tokens, keep, valid_of(score, parent))
+    return index, dispatch("assign_clusters", x, backend)(x, index, mask), score
 
 
 def _reference_assign(x, index, mask, parent=None):
@@ -166,6 +229,10 @@ def _merged(op):
     return lambda *args: op(*args)[0]
 
 
+implement("cluster_tokens", "cpp", declare("cluster_tokens", **CLUSTER))
+implement("cluster_tokens", "cuda", partial(_in_steps, None))
+implement("cluster_tokens", "triton", partial(_in_steps, "triton"))
+implement("cluster_tokens", "reference", partial(_in_steps, "reference"))
 implement("assign_clusters", "cpp", declare("assign_clusters", **ASSIGN))
 implement("assign_clusters", "reference", _reference_assign)
 implement("assign_by_parent", "cpp", declare("assign_by_parent", **ASSIGN_BY_PARENT))

@@ -81,6 +81,7 @@ def decompositions() -> dict[Callable, Callable]:
         ops.prune_attention.default: _prune_attention,
         ops.attention_scores.default: python_ref.attention_scores,
         ops.gather_tokens.default: _gather_tokens,
+        ops.cluster_tokens.default: _cluster_tokens,
         ops.assign_clusters.default: _assign_clusters,
         ops.assign_by_parent.default: _assign_by_parent,
         ops.merge_tokens.default: _merge_tokens,
@@ -144,8 +145,13 @@ def _select_tokens(score, num_tokens, keep, mask):
 
 
 def _prune_cluster(x, num_tokens, k, keep, mask, noise):
+    return _select_and_score(x, num_tokens, k, keep, mask, noise)[0]
+
+
+def _select_and_score(x, num_tokens, k, keep, mask, noise):
     tokens, valid = _tokens(x, mask)
-    return _select_tokens(_scores(tokens, valid, k, noise)[2], num_tokens, keep, valid)
+    score = _scores(tokens, valid, k, noise)[2]
+    return _select_tokens(score, num_tokens, keep, valid), score
 
 
 def _prune_motion(pose, num_tokens, keep):
@@ -173,6 +179,11 @@ def _gather_tokens(x, index, pos_embed, dim, out_dim):
         embed = pos_embed.reshape(pos_embed.shape[-2], *[1] * (x.dim() - 3), pos_embed.shape[-1])
         kept = (kept.to(torch.promote_types(x.dtype, torch.float32)) + embed).to(x.dtype)
     return kept.movedim(1, out_dim).contiguous()
+
+
+def _cluster_tokens(x, num_tokens, k, keep, mask, noise):
+    index, score = _select_and_score(x, num_tokens, k, keep, mask, noise)
+    return index, _assign_clusters(x, index, mask), score
 
 
 def _assign_clusters(x, index, mask):

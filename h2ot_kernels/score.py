@@ -106,6 +106,11 @@ def score_checked(x, k, mask, noise, variant: Variant, backend: str | None) -> T
     return TokenScores(*dispatch("score_variant", x, backend)(x, k, mask, noise, *given))
 
 
+def valid_of(score: Tensor, parent: Tensor) -> Tensor:
+    """[B, N] bool: which tokens were valid, from their scores and parents."""
+    return (parent >= 0) | (score > float("-inf"))
+
+
 def check_scoring(x, k, mask, lengths, noise, variant: Variant) -> tuple[Tensor | None, Tensor | None]:
     """Check the arguments that scoring and cluster pruning share; returns (mask with lengths, noise in float64)."""
     checks.tokens(x)

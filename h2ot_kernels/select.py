@@ -13,7 +13,7 @@ import python_ref
 from . import checks
 from .backend import dispatch, implement
 from .library import declare
-from .score import Variant, check_scoring, pair_flops, score_checked
+from .score import Variant, check_scoring, pair_flops, score_checked, valid_of
 
 
 def select_tokens(
@@ -102,8 +102,7 @@ def prune_cluster(
     if variant.is_default and not isinstance(num_tokens, list):
         return dispatch("prune_cluster", x, backend)(x.detach(), num_tokens, k, keep, mask, noise)
     scores = score_checked(x.detach(), k, mask, noise, variant, backend)
-    is_valid = (scores.parent >= 0) | (scores.score > float("-inf"))
-    return _select(scores.score, num_tokens, keep, is_valid, backend)
+    return _select(scores.score, num_tokens, keep, valid_of(scores.score, scores.parent), backend)
 
 
 def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) -> Tensor:

@@ -89,6 +89,13 @@ def _still(shape, g):
     return x
 
 
+def _clump(shape, g):
+    """Tokens near one point, and one far away: all are near-duplicates beside the sample's extent."""
+    x = 1e-4 * _random(shape, g)
+    x[:, shape[1] // 2] += 1.0
+    return x
+
+
 def _static(shape, g):
     return _random((*shape[:1], 1, *shape[2:]), g).expand(shape).contiguous()
 
@@ -114,6 +121,7 @@ _KINDS = {
     "random": _random,
     "smooth": _smooth,
     "still": _still,
+    "clump": _clump,
     "static": _static,
     "duplicates": _duplicates,
     "integers": _integers,
@@ -152,6 +160,8 @@ TOKEN_CASES = [
     *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, noisy=True) for kind in ("smooth", "duplicates")),
     *(replace(_BASE, kind="still", B=1, N=1601, C=40, K=300, dtype=dtype) for dtype in DTYPES),
     *(replace(_BASE, kind=kind, N=100, C=64, K=33) for kind in ("still", "offset", "tiny", "huge", "duplicates")),
+    *(replace(_BASE, kind=kind, N=100, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
+    *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, k=5, keep=9) for kind in ("still", "clump")),
 ]
 
 
@@ -178,6 +188,7 @@ OPTION_CASES = [
         for kind in ("smooth", "static")
         for options in ({"exclude_self": True}, {**_GAUSSIAN, "metric": "cosine", "exclude_self": True})
     ),
+    *(_with(replace(_BASE, kind=kind, N=100, C=64, K=33), **_GAUSSIAN) for kind in ("still", "clump")),
     *(_with(replace(_BASE, J=5, dtype=dtype), metric="cosine", **_GAUSSIAN) for dtype in DTYPES),
     *(_with(replace(_BASE, kind=kind), metric="cosine") for kind in ("tiny", "huge", "offset")),
     _with(replace(_BASE, N=1, k=1, K=1), **_GAUSSIAN, exclude_self=True),

@@ -59,6 +59,13 @@ def pose_arguments(t: dict[str, torch.Tensor]) -> tuple:
 Call = Callable[..., tuple[torch.Tensor, ...]]
 
 
+def clusters(module, x: torch.Tensor, **given) -> tuple[torch.Tensor, ...]:
+    if module is h2ot:
+        return h2ot.cluster_tokens(x, 9, 3, **given)[:2]
+    index = module.prune_cluster(x, 9, 3, **given)
+    return index, module.assign_clusters(x, index, **given)
+
+
 def calls() -> Iterator[tuple[str, Call]]:
     """(operation, call of (module h2ot_kernels or python_ref, inputs, backend or nothing))."""
     yield "score_tokens", lambda m, t, **b: m.score_tokens(t["x"].detach(), 3, mask=t["mask"], **b)
@@ -69,6 +76,8 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "prune_motion", lambda m, t, **b: (m.prune_motion(t["pose"], 9, **b),)
     yield "prune_attention", lambda m, t, **b: (m.prune_attention(t["heads"], t["heads"], 9, **b),)
     yield "gather_tokens", lambda m, t, **b: (m.gather_tokens(t["x"], t["index"], t["embed"], out_dim=2, **b),)
+    yield "cluster_tokens", lambda m, t, **b: clusters(m, t["x"].detach(), mask=t["mask"], **b)
+    yield "cluster_tokens", lambda m, t, **b: clusters(m, t["many"].detach(), **b)
     yield "assign_clusters", lambda m, t, **b: (m.assign_clusters(t["x"], t["index"], mask=t["mask"], **b),)
     yield "merge_tokens", lambda m, t, **b: (m.merge_tokens(t["x"][:, :, 0], t["labels"], 9, t["weight"], **b),)
     yield "recover_attention", lambda m, t, **b: (m.recover_attention(t["query"], t["kept"], t["kept"], 4, **b),)

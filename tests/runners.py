@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import h2ot_kernels as h2ot
 from h2ot_kernels import _C, backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,8 +33,8 @@ class Runner:
 
         args = [there(x) for x in args]
         result = function(*args, backend=self.backend, **{name: there(x) for name, x in kwargs.items()})
-        if isinstance(result, h2ot.TokenScores):
-            return h2ot.TokenScores(*(x.cpu() for x in result))
+        if isinstance(result, tuple):
+            return type(result)(*(x.cpu() for x in result))
         return result.cpu()
 
 

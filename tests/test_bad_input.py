@@ -56,6 +56,13 @@ BAD = {
     "counts type": (lambda: h2ot.select_tokens(X[..., 0], [3, 1.5]), TypeError, "num_tokens: got float"),
     "counts dtype": (lambda: h2ot.prune_cluster(X, torch.ones(2)), TypeError, "num_tokens: got dtype float32"),
     "counts below keep": (lambda: h2ot.prune_cluster(X, [3, 1], keep=[1, 2]), ValueError, "keep: got 2 tokens"),
+    "clusters K": (lambda: h2ot.cluster_tokens(X, 10), ValueError, "num_tokens: got 10, wanted 1 to 9"),
+    "clusters keep": (lambda: h2ot.cluster_tokens(X, 3, keep=9), IndexError, "keep: got 9, wanted 0 to 8"),
+    "clusters keep tensor": (
+        lambda: h2ot.cluster_tokens(X, 3, keep=torch.tensor([0, 9])),
+        IndexError,
+        "cluster_tokens: index holds|keep holds",
+    ),
     "label metric": (lambda: h2ot.assign_clusters(X, INDEX, metric=2), ValueError, "metric: got 2"),
     "parent shape": (
         lambda: h2ot.assign_clusters(X, INDEX, parent=torch.zeros(2, 8).long()),

@@ -22,6 +22,19 @@ def test_labels_equal_the_oracle(case, runner):
     assert torch.equal(ours, oracle_labels(case))
 
 
+def without_variants(case) -> bool:
+    return set(dict(case.options)) <= {"metric"}
+
+
+@pytest.mark.parametrize(("case", "runner"), [p for p in pairs("cluster_tokens") if without_variants(p.values[0])])
+def test_clusters_in_one_call_equal_the_oracle(case, runner):
+    x, given = case.tokens(), case.arguments()
+    index, labels, score = runner(h2ot.cluster_tokens, x, case.K, case.k, keep=case.keep, **given)
+    assert torch.equal(index, oracle_index(case))
+    assert torch.equal(labels, oracle_labels(case))
+    assert torch.equal(score, runner(h2ot.score_tokens, x, case.k, **given).score)
+
+
 @pytest.mark.parametrize(("case", "runner"), [p for p in pairs("assign_by_parent") if p.values[0].B])
 def test_labels_by_parent_equal_the_oracle(case, runner):
     given = label_arguments(case) | {"parent": oracle_scores(case).parent}

@@ -39,6 +39,7 @@ CALLS = {
     ],
     "gather_tokens": lambda rows: [h2ot.gather_tokens(X[rows], INDEX[rows], out_dim=2)],
     "gather gradient": lambda rows: gradients(lambda x: h2ot.gather_tokens(x, INDEX[rows]), X[rows]),
+    "cluster_tokens": lambda rows: h2ot.cluster_tokens(X[rows], 81),
     "assign_clusters": lambda rows: [h2ot.assign_clusters(X[rows], INDEX[rows])],
     "labels by parent": lambda rows: [h2ot.assign_clusters(X[rows], INDEX[rows], parent=PARENT[rows])],
     "merge_tokens": lambda rows: [h2ot.merge_tokens(X[rows, :, 0], LABELS[rows], 81)],

@@ -35,6 +35,7 @@ def samples():
         yield OPS.gather_tokens, (x, INDEX, rand(3, C, grad=True), 1, 1)
         yield OPS.gather_tokens, (x, INDEX, None, 1, 2)
         yield OPS.scatter_tokens, (x, torch.arange(9)[None], 12, 2, 1)
+        yield OPS.cluster_tokens, (x.detach(), 3, 2, torch.tensor([[4]]), mask, None)
         yield OPS.assign_clusters, (x.detach(), INDEX, mask)
         yield OPS.assign_by_parent, (x.detach(), INDEX, torch.arange(-1, 8).expand(2, -1), mask)
         yield OPS.merge_tokens, (x, torch.randint(-1, 3, (2, 9)), 3, torch.rand(2, 9).requires_grad_())

@@ -48,10 +48,10 @@ struct Assigner {
     float* rows = static_cast<float*>(memory);
     float* distances = rows + C * kPanel;  // [kPanel][stride]
     float tile[kRows * kPanel] __attribute__((aligned(64)));
-    sample.pack(token, count, rows);
+    sample.form.pack(token, count, rows);
     for (int64_t q = 0; q < stride; q += kPanel) {
       for (int64_t r = 0; r < count; r += kRows) {
-        sample.template tile<2>(rows + r, panels + q / kPanel * sample.panel_size(), tile);
+        sample.form.template tile<2>(rows + r, panels + q / kPanel * sample.form.panel_size(), tile);
         for (int64_t i = 0; i < kRows; i++) {
           memcpy(distances + (r + i) * stride + q, tile + i * kPanel, kPanel * sizeof(float));
         }
@@ -61,7 +61,7 @@ struct Assigner {
       const float* v = distances + r * stride;
       const float least = least_of(v, stride);
       const A* row = sample.rows[token[r]];
-      const float limit = sample.bound.reach(sample.bound.most(least));
+      const float limit = sample.form.bound.reach(sample.form.bound.most(least));
       int64_t best = -1;
       double best_distance = 0;
       for_each_within(v, centres, limit, [&](int64_t j) {
@@ -124,7 +124,7 @@ struct Assigner {
     for (int64_t i = 0; i < sample.n; i++) {
       if (labels[sample.token[i]] < 0) other[others++] = sample.token[i];
     }
-    pack_panels(sample, centre, centres, pool, panels);
+    pack_panels(sample.form, centre, centres, pool, panels);
     parallel_for(pool, ceil_div(others, kPanel), 1, [&](int64_t begin, int64_t end) {
       void* scratch = worker_scratch.reserve(worker_bytes());
       if (scratch == nullptr) {

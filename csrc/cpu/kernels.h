@@ -8,6 +8,7 @@ namespace H2OT_ISA {
 
 Status score(const ScoreArgs&, const Parallel&);
 ScorePlan plan_score(const ScoreArgs&);
+Status cluster(const ClusterArgs&, const Parallel&);
 Status select(const SelectArgs&, const Parallel&);
 Status motion(const MotionArgs&, const Parallel&);
 Status attention_score(const AttentionScoreArgs&, const Parallel&);

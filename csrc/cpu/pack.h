@@ -194,20 +194,52 @@ A scaled_distance(const A* row, const A* centre, A scale, int64_t C) {
   return total;
 }
 
-// One sample: its valid tokens in ascending order, as slots 0 .. n - 1 of `token`, and how they are packed.
+// Tokens as a search packs them, and what its tile distances are worth.
 template <class A>
-struct Sample {
-  int64_t N, C, n;
+struct Form {
   Rows<A> rows;
   Packing<A> packing;
   Bound bound;
   bool vnni;
-  bool* valid;     // [N]
-  int32_t* token;  // [n]
-  A* copy;         // [N][C], or null where the rows are the caller's
-  A* size;         // [N] the largest magnitude, later the distance from the centre, of each token
-  A* centre;       // [C]
-  double most;     // the largest magnitude of a valid token (float64: of its difference from the first)
+
+  int64_t panel_size() const { return (packing.quantised ? kHeader + pairs_of(rows.C) : rows.C) * kPanel; }
+  // Squared distances of packed tokens are this much larger.
+  double unit() const { return packing.scale * packing.scale; }
+  // Packs `count` tokens, at most kPanel.
+  void pack(const int32_t* tokens, int64_t count, float* panel) const {
+    if (packing.quantised) {
+      pack_integers(rows, packing, tokens, count, panel);
+    } else {
+      pack_floats(rows, packing, tokens, count, panel);
+    }
+  }
+  // Squared distances of kRows tokens from `a` on to kVectors vectors of tokens from `b` on.
+  template <int kVectors>
+  void tile(const float* a, const float* b, float* out) const {
+    if (!packing.quantised) {
+      distance_tile<kVectors>(a, b, rows.C, out);
+    } else if (vnni) {
+      quantised_tile<kVectors, true>(a, b, rows.C, out);
+    } else {
+      quantised_tile<kVectors, false>(a, b, rows.C, out);
+    }
+  }
+  // The bound of this form's distances once they are multiplied to the unit of `other`.
+  Bound bound_in(const Form& other) const { return {bound.beta + 0x1p-22, bound.eta * sqrt(other.unit() / unit())}; }
+};
+
+// One sample: its valid tokens in ascending order, as slots 0 .. n - 1 of `token`, and the forms they are searched in.
+template <class A>
+struct Sample {
+  int64_t N, C, n;
+  Rows<A> rows;
+  Form<A> form, fine;  // for all pairs: integers where they pay, else floats; for near-duplicates: floats
+  bool* valid;         // [N]
+  int32_t* token;      // [n]
+  A* copy;             // [N][C], or null where the rows are the caller's
+  A* size;             // [N] the largest magnitude, later the distance from the centre, of each token
+  A* centre;           // [C]
+  double most;         // the largest magnitude of a valid token (float64: of its difference from the first)
 
   void carve(Carver& memory, int64_t tokens, int64_t channels, bool in_place) {
     N = tokens;
@@ -221,33 +253,10 @@ struct Sample {
   const A* row(int64_t slot) const { return rows[token[slot]]; }
   double distance(int64_t a, int64_t b) const { return exact_distance(row(a), row(b), C); }
   bool equal(int64_t a, int64_t b) const { return memcmp(row(a), row(b), size_t(C) * sizeof(A)) == 0; }
-  // Squared distances of packed tokens are this much larger.
-  double unit() const { return packing.scale * packing.scale; }
-
-  int64_t panel_size() const { return (packing.quantised ? kHeader + pairs_of(C) : C) * kPanel; }
-  // Packs `count` tokens, at most kPanel.
-  void pack(const int32_t* tokens, int64_t count, float* panel) const {
-    if (packing.quantised) {
-      pack_integers(rows, packing, tokens, count, panel);
-    } else {
-      pack_floats(rows, packing, tokens, count, panel);
-    }
-  }
-  // Squared distances of kRows tokens from `a` on to kVectors vectors of tokens from `b` on.
-  template <int kVectors>
-  void tile(const float* a, const float* b, float* out) const {
-    if (!packing.quantised) {
-      distance_tile<kVectors>(a, b, C, out);
-    } else if (vnni) {
-      quantised_tile<kVectors, true>(a, b, C, out);
-    } else {
-      quantised_tile<kVectors, false>(a, b, C, out);
-    }
-  }
 
   void use_floats() {
-    packing = {n ? row(0) : nullptr, unit_scale<A>(most), false};
-    bound = tile_bound(C, sizeof(A) == 8 ? 1 : 0);
+    fine = {rows, {n ? row(0) : nullptr, unit_scale<A>(most), false}, tile_bound(C, sizeof(A) == 8 ? 1 : 0), false};
+    form = fine;
   }
   // Quantises around a centre of some tokens: any centre is right, one in the middle makes the steps small.
   void use_integers(const Parallel& pool, int64_t grain) {
@@ -258,17 +267,15 @@ struct Sample {
       const A* from = row(t * n / count);
       for (int64_t c = 0; c < C; c++) centre[c] += from[c] / A(count);
     }
-    const A scale = A(packing.scale);
+    const A scale = A(fine.packing.scale);
     parallel_for(pool, n, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) size[i] = scaled_distance(row(i), centre, scale, C);
     });
     double radius = 0;
     for (int64_t i = 0; i < n; i++) radius = double(size[i]) > radius ? double(size[i]) : radius;
-    const double wanted = packing.scale * ((kRadius - sqrt(double(C))) / sqrt(radius));
+    const double wanted = fine.packing.scale * ((kRadius - sqrt(double(C))) / sqrt(radius));
     if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;
-    packing = {centre, double(A(wanted)), true};
-    bound = quantised_bound(C);
-    vnni = has_vnni();
+    form = {rows, {centre, double(A(wanted)), true}, quantised_bound(C), has_vnni()};
   }
 };
 
@@ -318,15 +325,20 @@ void read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& p
   if (kQuantises && sample.n > kPanel && x.C >= kQuantisedChannels) sample.use_integers(pool, grain);
 }
 
-// Packs `count` tokens into ceil(count / kPanel) panels.
-template <class A>
-void pack_panels(const Sample<A>& sample, const int32_t* token, int64_t count, const Parallel& pool, float* panels) {
-  const int64_t size = sample.panel_size();
+// Packs `count` tokens into ceil(count / kPanel) panels, those that `wanted` names.
+template <class A, class F>
+void pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels,
+                 const F& wanted) {
+  const int64_t size = form.panel_size();
   parallel_for(pool, ceil_div(count, kPanel), larger(1, 65536 / size), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
-      sample.pack(token + p * kPanel, smaller(kPanel, count - p * kPanel), panels + p * size);
+      if (wanted(p)) form.pack(token + p * kPanel, smaller(kPanel, count - p * kPanel), panels + p * size);
     }
   });
+}
+template <class A>
+void pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels) {
+  pack_panels(form, token, count, pool, panels, [](int64_t) { return true; });
 }
 
 }  // namespace

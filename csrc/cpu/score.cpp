@@ -33,16 +33,19 @@ struct Scorer {
   const ScoreArgs& args;
   const Parallel& pool;
   State<A> state;
-  Matrix matrix;
+  Stored<A> matrix;
   Streamed<A> streamed;
   PeakSearch<A> peaks;
   double* of_row;
-  int64_t* sums;  // of a Gaussian density
-  int64_t k;      // neighbours that a density needs, the token itself included
+  int64_t* sums;               // of a Gaussian density
+  int32_t *centre, *position;  // [K] selected slots, ascending, and their positions in index
+  int64_t k;                   // neighbours that a density needs, the token itself included
   bool gaussian, stored, listed, need_largest;
   bool failed = false;  // out of memory
 
-  Scorer(const ScoreArgs& a, const Parallel& p) : args(a), pool(p) {
+  const ClusterArgs* clusters;  // null: scores only
+
+  Scorer(const ScoreArgs& a, const Parallel& p, const ClusterArgs* c = nullptr) : args(a), pool(p), clusters(c) {
     const int64_t N = args.x.N;
     gaussian = args.cutoff > 0;
     k = gaussian ? smaller(N, kGaussianNeighbours) : args.k + args.exclude_self;
@@ -60,76 +63,120 @@ struct Scorer {
     state.carve(memory, N, C, list);
     of_row = nullptr;
     sums = gaussian ? memory.take<int64_t>(ceil_div(N, kPanel) * kPanel) : nullptr;
+    matrix.state = &state;
     streamed.state = &state;
     peaks.streamed = &streamed;
     if (stored) {
-      matrix = carve_matrix(memory, N);
+      matrix.carve(memory, N);
+      centre = clusters ? memory.take<int32_t>(N) : nullptr;
+      position = clusters ? memory.take<int32_t>(N) : nullptr;
       return;
     }
     streamed.lists.carve(memory, N, list);
+    streamed.open = memory.take<bool>(N);
     streamed.furthest = need_largest ? memory.take<float>(N) : nullptr;
     if (need_largest) of_row = memory.take<double>(N);
     peaks.carve(memory, N);
   }
 
-  // Rows [0, n) with room for n neighbours per thread.
+  // Memory of the running thread, `bytes` of it; null, and then noted, when there is none.
+  void* worker_memory(int64_t bytes) {
+    void* memory = worker_scratch.reserve(bytes);
+    if (memory == nullptr) __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    return memory;
+  }
+
+  // f(i, room) for the rows [0, n).
   template <class F>
   void for_rows(const F& f) {
-    const int64_t n = state.sample.n;
+    const int64_t n = state.sample.n, stride = stored ? matrix.stride : 0;
     parallel_for(pool, n, kRowGrain, [&](int64_t begin, int64_t end) {
-      Neighbour* list = static_cast<Neighbour*>(worker_scratch.reserve((n + kKept) * int64_t(sizeof(Neighbour))));
-      if (list == nullptr) {
-        __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
-        return;
-      }
-      for (int64_t i = begin; i < end; i++) f(i, list);
+      void* memory = worker_memory(RowRoom::bytes(n, stride));
+      if (memory == nullptr) return;
+      Carver carver(memory);
+      RowRoom room;
+      room.carve(carver, n, stride);
+      for (int64_t i = begin; i < end; i++) f(i, room);
     });
   }
 
-  // Tile distances of all pairs: the matrix, or the lists.
-  void search() {
-    const int64_t n = state.sample.n, panels = ceil_div(n, kPanel);
-    pack_panels(state.sample, state.sample.token, n, pool, state.panels);
-    if (!stored) {
-      streamed.lists.clear(n);
-      for (int64_t i = 0; streamed.furthest && i < n; i++) streamed.furthest[i] = 0;
-      streamed.search_all(pool);
-      return;
-    }
-    const int64_t grain = larger(1, 200000 / (state.sample.C * kPanel * kPanel / kFloats));
-    parallel_for(pool, panels * (panels + 1) / 2, grain, [&](int64_t begin, int64_t end) {
-      int64_t q = 0;  // block t is (p, q) with p <= q and t = q (q + 1) / 2 + p
-      while ((q + 1) * (q + 2) / 2 <= begin) q++;
-      for (int64_t t = begin, p = begin - q * (q + 1) / 2; t < end; t++) {
-        fill_block(state, p, q, matrix);
-        if (p++ == q) {
-          q++;
-          p = 0;
-        }
+  // f(begin, end, memory) for blocks of `count` rows of a search that keeps `list` candidates each.
+  template <class F>
+  void for_blocks(int64_t count, int64_t list, const F& f) {
+    typedef typename RowSearch<A>::Memory Memory;
+    const int64_t C = args.x.C, block = RowSearch<A>::kBlock * kPanel, blocks = ceil_div(count, block);
+    // A task takes one block from either end: later blocks may have more columns to look at.
+    parallel_for(pool, ceil_div(blocks, 2), 1, [&](int64_t begin, int64_t end) {
+      void* bytes = worker_memory(Memory::bytes(C, list));
+      if (bytes == nullptr) return;
+      Carver carver(bytes);
+      Memory memory;
+      memory.carve(carver, C, list);
+      const auto run = [&](int64_t b) { f(b * block, smaller((b + 1) * block, count), memory); };
+      for (int64_t task = begin; task < end; task++) {
+        run(task);
+        if (blocks - 1 - task != task) run(blocks - 1 - task);
       }
     });
-    for (int64_t i = 0; i < n; i++) matrix[i][i] = __builtin_inff();
   }
 
   void find_nearest() {
+    const Sample<A>& sample = state.sample;
+    const bool refines = sample.form.packing.quantised;
     if (!listed) {
-      state.sample.use_floats();
-      for_rows([&](int64_t i, Neighbour* list) { state.set_nearest_exactly(i, list); });
-      return;
-    }
-    search();
-    if (state.sample.packing.quantised && (stored ? too_coarse(state, matrix) : streamed.too_coarse())) {
-      state.sample.use_floats();
-      search();
-    }
-    if (stored) {
-      for_rows([&](int64_t i, Neighbour* list) { nearest_from_row(state, matrix[i], i, list); });
+      for_rows([&](int64_t i, const RowRoom& room) {
+        streamed.open[i] = true;
+        state.set_nearest_exactly(i, room.list);
+      });
+    } else if (stored) {
+      matrix.search(pool);
+      for_rows([&](int64_t i, const RowRoom& room) { matrix.set_nearest(i, room, refines); });
+      if (!matrix.any_open()) return;
+      matrix.refine(pool);
+      for_rows([&](int64_t i, const RowRoom& room) {
+        if (matrix.open[i]) matrix.set_nearest(i, room, false);
+      });
     } else {
-      for_rows([&](int64_t i, Neighbour* list) { streamed.set_nearest(i, list); });
+      pack_panels(sample.form, sample.token, sample.n, pool, state.panels);
+      streamed.clear();
+      streamed.search_all(pool);
+      for_rows([&](int64_t i, const RowRoom& room) {
+        streamed.open[i] = !streamed.set_nearest(streamed.lists, sample.form, i, i, room.list);
+        if (streamed.open[i] && !refines) state.set_nearest_exactly(i, room.list);
+      });
+      if (refines) refine_rows();
     }
   }
 
+  // The open rows of a streamed search again, in the fine form; a few of them, and those that are not proven then, over
+  // all tokens in float64.
+  void refine_rows() {
+    constexpr int64_t kFew = 8;
+    const Form<A>& fine = state.sample.fine;
+    int64_t rows = 0;
+    int32_t *row = peaks.peak, *column = peaks.column;
+    for (int64_t i = 0; i < state.sample.n; i++) {
+      column[i] = int32_t(i);
+      if (!streamed.open[i]) continue;
+      row[rows++] = int32_t(i);
+      state.near_count[i] = -1;
+    }
+    if (rows > kFew) {
+      for_blocks(rows, streamed.lists.length, [&](int64_t begin, int64_t end, typename RowSearch<A>::Memory& memory) {
+        RowSearch<A>{state.sample, fine, row, nullptr, column}.search(begin, end, memory);
+        Neighbour list[kLongest + kSpare];
+        for (int64_t i = begin; i < end; i++) streamed.set_nearest(memory.lists, fine, i - begin, row[i], list);
+      });
+    }
+    for_rows([&](int64_t i, const RowRoom& room) {
+      if (streamed.open[i] && state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);
+    });
+  }
+
   void sum_gaussian() {
+    if (stored && matrix.any_refined) {
+      pack_panels(state.sample.form, state.sample.token, state.sample.n, pool, state.panels);
+    }
     const Gaussian<A> gaussian_sum = {state, sums, state.area * args.cutoff * args.cutoff};
     const int64_t n = state.sample.n, panels = ceil_div(n, kPanel);
     for (int64_t i = 0; i < panels * kPanel; i++) sums[i] = 0;
@@ -145,33 +192,22 @@ struct Scorer {
 
   void find_parents() {
     if (stored) {
-      for_rows([&](int64_t i, Neighbour*) { parent_from_row(state, matrix[i], i); });
+      for_rows([&](int64_t i, const RowRoom& room) { matrix.set_parent(i, room); });
       return;
     }
-    for_rows([&](int64_t i, Neighbour*) {
+    for_rows([&](int64_t i, const RowRoom&) {
       if (!state.find_parent_nearby(i)) state.parent[i] = kUnknownParent;
     });
     peaks.collect();
-    const int64_t block = PeakSearch<A>::kBlock * kPanel, blocks = ceil_div(peaks.peaks, block);
-    // A task takes one block from either end: later blocks have more denser tokens to look at.
-    parallel_for(pool, ceil_div(blocks, 2), 1, [&](int64_t begin, int64_t end) {
-      void* memory = worker_scratch.reserve(PeakSearch<A>::worker_bytes(args.x.C));
-      if (memory == nullptr) {
-        __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
-        return;
-      }
-      const auto run = [&](int64_t b) { peaks.search(b * block, smaller((b + 1) * block, peaks.peaks), memory); };
-      for (int64_t task = begin; task < end; task++) {
-        run(task);
-        if (blocks - 1 - task != task) run(blocks - 1 - task);
-      }
-    });
+    for_blocks(
+        peaks.peaks, PeakSearch<A>::kList,
+        [&](int64_t begin, int64_t end, typename RowSearch<A>::Memory& memory) { peaks.search(begin, end, memory); });
   }
 
   double find_largest() {
-    if (stored) return largest_stored(state, matrix);
+    if (stored) return matrix.largest();
     if (listed) return streamed.largest(pool, of_row);
-    for_rows([&](int64_t i, Neighbour*) {
+    for_rows([&](int64_t i, const RowRoom&) {
       of_row[i] = 0;
       for (int64_t j = i + 1; j < state.sample.n; j++) {
         const double s = state.sample.distance(i, j);
@@ -241,18 +277,59 @@ struct Scorer {
     }
     if (failed) return Status::out_of_memory;
     write(b);
-    return Status::ok;
+    return clusters ? cluster(b) : Status::ok;
+  }
+
+  // Selection and labels, once the scores are written.
+  Status cluster(int64_t b) {
+    const int64_t N = args.x.N;
+    const Parallel serial = {pool.run, 1};
+    SelectArgs one = clusters->select;
+    one.B = 1;
+    one.score += b * N;
+    one.mask += b * N;
+    one.index += b * one.K;
+    if (one.keep && one.keep_rows > 1) one.keep += b * one.M;
+    one.keep_rows = 1;
+    const Status status = select(one, serial);
+    if (status != Status::ok) return status;
+    int64_t* labels = clusters->labels + b * N;
+    if (stored) return label_from_matrix(one.index, one.K, labels);
+    Tokens x = args.x;
+    x.B = 1;
+    x.data = static_cast<const T*>(x.data) + b * x.stride_b;
+    return assign({x, one.index, 1, one.K, one.mask, labels}, pool);
+  }
+
+  Status label_from_matrix(const int64_t* index, int64_t K, int64_t* labels) {
+    const Sample<A>& sample = state.sample;
+    for (int64_t t = 0; t < args.x.N; t++) labels[t] = -1;
+    int64_t centres = 0;
+    for (int64_t i = 0, j = 0; i < sample.n && j < K; i++) {
+      while (j < K && index[j] < sample.token[i]) j++;  // selected, but not valid
+      if (j == K || index[j] != sample.token[i]) continue;
+      labels[sample.token[i]] = j;
+      centre[centres] = int32_t(i);
+      position[centres++] = int32_t(j);
+    }
+    for_rows([&](int64_t i, const RowRoom& room) {
+      int64_t& label = labels[sample.token[i]];
+      if (label >= 0 || centres == 0) return;
+      const int64_t nearest = matrix.nearest_centre(i, centre, centres, room);
+      label = nearest < 0 ? -1 : position[nearest];
+    });
+    return failed ? Status::out_of_memory : Status::ok;
   }
 };
 
 template <class T>
-Status score_samples(const ScoreArgs& args, const Parallel& pool) {
+Status score_samples(const ScoreArgs& args, const Parallel& pool, const ClusterArgs* clusters) {
   const Parallel serial = {pool.run, 1};
   // Whole rounds of samples side by side, one per thread; the rest with all threads on each.
   const int64_t aside = pool.threads > 1 ? args.x.B / pool.threads * pool.threads : 0;
   int32_t worst = int32_t(Status::ok);
   const auto run = [&](int64_t b, const Parallel& inner) {
-    const Status status = Scorer<T>(args, inner).run(b);
+    const Status status = Scorer<T>(args, inner, clusters).run(b);
     if (status != Status::ok) __atomic_store_n(&worst, int32_t(status), __ATOMIC_RELAXED);
   };
   parallel_for(pool, aside, 1, [&](int64_t begin, int64_t end) {
@@ -280,7 +357,14 @@ ScorePlan plan_score(const ScoreArgs& args) {
 
 Status score(const ScoreArgs& args, const Parallel& pool) {
   Status status = Status::ok;
-  for_dtype(args.x.dtype, [&](auto element) { status = score_samples<decltype(element)>(args, pool); });
+  for_dtype(args.x.dtype, [&](auto element) { status = score_samples<decltype(element)>(args, pool, nullptr); });
+  return status;
+}
+
+Status cluster(const ClusterArgs& args, const Parallel& pool) {
+  Status status = Status::ok;
+  for_dtype(args.score.x.dtype,
+            [&](auto element) { status = score_samples<decltype(element)>(args.score, pool, &args); });
   return status;
 }
 

@@ -1,5 +1,6 @@
 // Search without storing distances: every slot keeps its `kept` nearest by tile distance, row and column side of each
-// tile alike; memory O(N kept).
+// tile alike; memory O(N kept). Rows whose list proves too little (near-duplicates, quantised) are searched again in
+// the fine form, against all columns.
 #pragma once
 
 #include "score_state.h"
@@ -52,6 +53,7 @@ struct Streamed {
   State<A>* state;
   Lists lists;
   float* furthest;  // [n] the largest tile distance seen from the row side, or null
+  bool* open;       // [n] rows whose list proves too little
 
   // Offers every pair of a tile (kRows slots from `row`, a panel of slots from `column`) to both its slots.
   void offer_tile(const float* tile, int64_t row, int64_t column) {
@@ -87,9 +89,15 @@ struct Streamed {
     }
   }
 
+  void clear() const {
+    const int64_t n = state->sample.n;
+    for (int64_t i = 0; i < n; i++) open[i] = false;
+    for (int64_t i = 0; furthest && i < n; i++) furthest[i] = 0;
+  }
+
   // All pairs between the panels [row_begin, row_end) and [column_begin, column_end): the same range, or a later one.
   void search(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
-    const int64_t n = state->sample.n, size = state->sample.panel_size();
+    const int64_t n = state->sample.n, size = state->sample.form.panel_size();
     const int64_t block = larger(1, 65536 / size);  // panels of rows that stay in the second-level cache
     float tile[kRows * kPanel] __attribute__((aligned(64)));
     for (int64_t first = row_begin; first < row_end; first += block) {
@@ -97,7 +105,7 @@ struct Streamed {
       for (int64_t q = larger(column_begin, row_begin == column_begin ? first : 0); q < column_end; q++) {
         for (int64_t p = first; p < last && (row_begin != column_begin || p <= q); p++) {
           for (int64_t r = 0; r < kPanel && p * kPanel + r < n; r += kRows) {
-            state->sample.template tile<2>(state->panels + p * size + r, state->panels + q * size, tile);
+            state->sample.form.template tile<2>(state->panels + p * size + r, state->panels + q * size, tile);
             offer_tile(tile, p * kPanel + r, q * kPanel);
           }
         }
@@ -107,6 +115,7 @@ struct Streamed {
 
   // Every pair once, in rounds whose tasks share no slot: no locks, and lists are written by one thread at a time.
   void search_all(const Parallel& pool) {
+    lists.clear(state->sample.n);
     const int64_t panels = ceil_div(state->sample.n, kPanel), pairs = smaller(pool.threads, panels / 2);
     if (pairs < 2) {
       search(0, panels, 0, panels);
@@ -129,9 +138,9 @@ struct Streamed {
     }
   }
 
-  // Row `row` of `found` in float64 order: `list` gets the entries, and the result is how many of them are proven to be
-  // the nearest of the `among` slots that were offered.
-  int64_t prove(const Lists& found, int64_t row, int64_t i, int64_t among, Neighbour* list) const {
+  // Row `row` of `found`, searched in `form`, in float64 order: `list` gets the entries, and the result is how many of
+  // them are proven to be the nearest of the `among` slots that were offered.
+  int64_t prove(const Lists& found, const Form<A>& form, int64_t row, int64_t i, int64_t among, Neighbour* list) const {
     const float* v = found.v + row * found.length;
     const int32_t* slot = found.slot + row * found.length;
     int64_t count = 0;
@@ -141,32 +150,18 @@ struct Streamed {
     sort_neighbours(list, count);
     if (count == among) return count;
     // What is not listed is no nearer than this, and equal tokens that are not listed have higher slots.
-    const double unlisted = count == found.length ? state->sample.bound.least(v[count - 1]) / state->sample.unit() : 0;
+    const double unlisted = count == found.length ? form.bound.least(v[count - 1]) / form.unit() : 0;
     int64_t proven = 0;
     while (proven < count && (list[proven].s == 0 || list[proven].s < unlisted)) proven++;
     return proven;
   }
 
-  void set_nearest(int64_t i, Neighbour* list) {
-    const int64_t proven = prove(lists, i, i, state->sample.n - 1, list);
-    if (proven >= state->wanted) {
-      state->set_nearest(i, list, proven);
-    } else {
-      state->set_nearest_exactly(i, list);
-    }
-  }
-
-  // Whether so many rows are unproven that a finer search is cheaper: near-duplicates, quantised.
-  bool too_coarse() const {
-    constexpr int64_t kSampled = 64, kUnproven = 4;
-    Neighbour list[2 * kKept];
-    int64_t unproven = 0;
-    const int64_t n = state->sample.n;
-    for (int64_t t = 0; t < kSampled && lists.length <= 2 * kKept; t++) {
-      const int64_t i = t * n / kSampled;
-      unproven += prove(lists, i, i, n - 1, list) < state->wanted;
-    }
-    return unproven > kUnproven;
+  // m and the nearest of slot i from row `row` of `found`; false if they are not proven.
+  bool set_nearest(const Lists& found, const Form<A>& form, int64_t row, int64_t i, Neighbour* list) const {
+    const int64_t proven = prove(found, form, row, i, state->sample.n - 1, list);
+    if (proven < state->wanted) return false;
+    state->set_nearest(i, list, proven);
+    return true;
   }
 
   // The largest squared distance: rows whose largest tile distance may be the largest of all, in float64.
@@ -175,7 +170,8 @@ struct Streamed {
     float most = 0;
     for (int64_t i = 0; i < sample.n; i++) most = furthest[i] > most ? furthest[i] : most;
     if (most == 0 && state->all_equal()) return 0;
-    const float from = sample.bound.floor_of(sample.bound.least(most));
+    const Bound& bound = sample.form.bound;
+    const float from = bound.floor_of(bound.least(most));
     parallel_for(pool, sample.n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         of_row[i] = 0;
@@ -191,37 +187,88 @@ struct Streamed {
   }
 };
 
-// The search for denser tokens of the slots that have none among their proven neighbours: tiles against panels in order
-// of density, so that the denser tokens of each slot are a prefix.
+// Some slots (rows) against all slots in some order (columns): the nearest of each row's first `among` columns.
+template <class A>
+struct RowSearch {
+  static constexpr int64_t kBlock = 4;  // panels of rows per task
+
+  const Sample<A>& sample;
+  const Form<A>& form;
+  const int32_t* row;     // slots
+  const int64_t* among;   // per row, not descending; null: all
+  const int32_t* column;  // [n] slots
+
+  struct Memory {
+    float *rows, *columns;
+    Lists lists;
+
+    void carve(Carver& memory, int64_t C, int64_t list) {
+      rows = memory.take<float>(kBlock * kPanel * C);
+      columns = memory.take<float>(kPanel * C);
+      lists.carve(memory, kBlock * kPanel, list);
+    }
+    static int64_t bytes(int64_t C, int64_t list) {
+      Carver count(nullptr);
+      Memory().carve(count, C, list);
+      return count.bytes();
+    }
+  };
+
+  void pack(const int32_t* slot, int64_t count, float* panel) const {
+    int32_t token[kPanel];
+    for (int64_t p = 0; p < count; p++) token[p] = sample.token[slot[p]];
+    form.pack(token, count, panel);
+  }
+  int64_t columns_of(int64_t i) const { return among ? among[i] : sample.n; }
+
+  // Rows [begin, end), at most kBlock panels of them: row i is row i - begin of memory.lists.
+  void search(int64_t begin, int64_t end, Memory& memory) const {
+    const int64_t size = form.panel_size();
+    Lists& lists = memory.lists;
+    lists.clear(end - begin);
+    for (int64_t first = begin; first < end; first += kPanel) {
+      pack(row + first, smaller(kPanel, end - first), memory.rows + (first - begin) / kPanel * size);
+    }
+    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    for (int64_t at = 0; at < columns_of(end - 1); at += kPanel) {
+      pack(column + at, smaller(kPanel, sample.n - at), memory.columns);
+      for (int64_t r = begin; r < end; r += kRows) {
+        const int64_t last = smaller(r + kRows, end), panel = (r - begin) / kPanel;
+        if (columns_of(last - 1) <= at) continue;
+        form.template tile<2>(memory.rows + panel * size + (r - begin) % kPanel, memory.columns, tile);
+        for (int64_t i = r; i < last; i++) {
+          for (int64_t p = 0; p < kPanel; p += kFloats) {
+            const float* v = tile + (i - r) * kPanel + p;
+            uint32_t bits = at_most(load(v), fill(lists.threshold[i - begin]));
+            for (; bits; bits &= bits - 1) {
+              const int64_t lane = __builtin_ctz(bits), c = at + p + lane;
+              if (c < columns_of(i) && column[c] != row[i]) lists.offer(i - begin, v[lane], column[c]);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+// The search for denser tokens of the slots that have none among their proven neighbours: against columns in order of
+// density, so that the denser tokens of each slot are a prefix.
 template <class A>
 struct PeakSearch {
-  static constexpr int64_t kList = 4, kBlock = 4;  // candidates per slot, panels of slots per task
+  static constexpr int64_t kList = 4;  // candidates per slot
 
   Streamed<A>* streamed;
   Neighbour* order;  // [n] (key, slot) ascending: the densest first
-  int32_t* ordered;  // [n] its slots' tokens
+  int32_t* column;   // [n] its slots
   int32_t* peak;     // [peaks] slots, ascending in density order
-  int32_t* denser;   // [peaks] how many tokens are denser
+  int64_t* denser;   // [peaks] how many tokens are denser
   int64_t peaks;
 
   void carve(Carver& memory, int64_t N) {
     order = memory.take<Neighbour>(N);
-    ordered = memory.take<int32_t>(N);
+    column = memory.take<int32_t>(N);
     peak = memory.take<int32_t>(N);
-    denser = memory.take<int32_t>(N);
-  }
-
-  static int64_t worker_bytes(int64_t C) {
-    Carver count(nullptr);
-    float* unused;
-    Lists lists;
-    carve_worker(count, C, unused, unused, lists);
-    return count.bytes();
-  }
-  static void carve_worker(Carver& memory, int64_t C, float*& rows, float*& columns, Lists& lists) {
-    rows = memory.take<float>(kBlock * kPanel * C);
-    columns = memory.take<float>(kPanel * C);
-    lists.carve(memory, kBlock * kPanel, kList);
+    denser = memory.take<int64_t>(N);
   }
 
   // The slots to search for are those whose parent is kUnknownParent.
@@ -234,55 +281,25 @@ struct PeakSearch {
     int64_t equal_from = 0;
     for (int64_t at = 0; at < n; at++) {
       const int32_t slot = order[at].slot;
-      ordered[at] = state.sample.token[slot];
+      column[at] = slot;
       if (order[at].s != order[equal_from].s) equal_from = at;
       if (state.parent[slot] != kUnknownParent) continue;
       peak[peaks] = slot;
-      denser[peaks++] = int32_t(state.strict ? equal_from : at);
+      denser[peaks++] = state.strict ? equal_from : at;
     }
   }
 
-  // Peaks [begin, end), at most kBlock panels of them. memory: worker_bytes.
-  void search(int64_t begin, int64_t end, void* memory) const {
+  void search(int64_t begin, int64_t end, typename RowSearch<A>::Memory& memory) const {
     State<A>& state = *streamed->state;
-    const Sample<A>& sample = state.sample;
-    const int64_t size = sample.panel_size();
-    float *rows, *columns;
-    Lists lists;
-    Carver carver(memory);
-    carve_worker(carver, sample.C, rows, columns, lists);
-    lists.clear(end - begin);
-    for (int64_t first = begin; first < end; first += kPanel) {
-      const int64_t count = smaller(kPanel, end - first);
-      int32_t token[kPanel];
-      for (int64_t p = 0; p < count; p++) token[p] = sample.token[peak[first + p]];
-      sample.pack(token, count, rows + (first - begin) / kPanel * size);
-    }
-    float tile[kRows * kPanel] __attribute__((aligned(64)));
-    for (int64_t column = 0; column < denser[end - 1]; column += kPanel) {
-      const int64_t width = smaller(kPanel, sample.n - column);
-      sample.pack(ordered + column, width, columns);
-      for (int64_t row = begin; row < end; row += kRows) {
-        const int64_t last = smaller(row + kRows, end), panel = (row - begin) / kPanel;
-        if (denser[last - 1] <= column) continue;
-        sample.template tile<2>(rows + panel * size + (row - begin) % kPanel, columns, tile);
-        for (int64_t i = row; i < last; i++) {
-          for (int64_t p = 0; p < kPanel; p += kFloats) {
-            const float* v = tile + (i - row) * kPanel + p;
-            uint32_t bits = at_most(load(v), fill(lists.threshold[i - begin]));
-            for (; bits; bits &= bits - 1) {
-              const int64_t at = __builtin_ctz(bits);
-              if (column + p + at < denser[i]) lists.offer(i - begin, v[at], order[column + p + at].slot);
-            }
-          }
-        }
-      }
-    }
+    bool is_fine = false;
+    for (int64_t i = begin; i < end; i++) is_fine |= streamed->open[peak[i]];
+    const Form<A>& form = is_fine ? state.sample.fine : state.sample.form;
+    RowSearch<A>{state.sample, form, peak, denser, column}.search(begin, end, memory);
     for (int64_t i = begin; i < end; i++) {
       Neighbour list[kList];
       if (denser[i] == 0) {
         state.parent[peak[i]] = -1;
-      } else if (streamed->prove(lists, i - begin, peak[i], denser[i], list) > 0) {
+      } else if (streamed->prove(memory.lists, form, i - begin, peak[i], denser[i], list) > 0) {
         state.delta[peak[i]] = list[0].s;
         state.parent[peak[i]] = list[0].slot;
       } else {

@@ -12,6 +12,7 @@ const Kernels table = {
     H2OT_NAME(H2OT_ISA),
     score,
     plan_score,
+    cluster,
     select,
     motion,
     attention_score,

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..cluster import assign_clusters
+from ..cluster import assign_clusters, cluster_tokens
 from ..score import score_tokens
+from ..select import select_tokens
 
 
 def select_and_assign(
@@ -18,16 +19,17 @@ def select_and_assign(
     """
     noise = torch.rand(x.shape[0], x.shape[1], device=x.device, dtype=x.dtype) * 1e-6
     mask = None if token_mask is None else token_mask > 0
-    score = score_tokens(x, k, mask=mask, noise=noise).score
-    selectable = x.shape[1]
-    if without is not None:
-        selectable -= 1
-        lowest = torch.finfo(score.dtype).min  # a masked token still comes before the excluded one
-        score = score.clamp(min=lowest)
-        score[:, without] = -torch.inf
+    selectable = x.shape[1] - (without is not None)
     if not 1 <= cluster_num <= selectable:
         raise ValueError(f"cluster_num: got {cluster_num}, wanted 1 to {selectable}")
-    index_down = score.sort(dim=-1, descending=True, stable=True).indices[:, :cluster_num]
-    index, position = index_down.sort(dim=-1)
-    labels = assign_clusters(x, index, mask=mask)
-    return index_down, torch.where(labels >= 0, position.gather(1, labels.clamp(min=0)), -1)
+    if without is None:
+        index, labels, score = cluster_tokens(x, cluster_num, k, mask=mask, noise=noise)
+    else:
+        score = score_tokens(x, k, mask=mask, noise=noise).score
+        score = score.clamp(min=torch.finfo(score.dtype).min)  # a masked token still comes before the excluded one
+        score[:, without] = -torch.inf
+        index = select_tokens(score, cluster_num)
+        labels = assign_clusters(x, index, mask=mask)
+    order = score.gather(1, index).sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(cluster_num, device=x.device).expand_as(order))
+    return index.gather(1, order), torch.where(labels >= 0, rank.gather(1, labels.clamp(min=0)), -1)
