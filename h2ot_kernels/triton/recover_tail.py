@@ -11,7 +11,7 @@ from ..recover_attention import PROJECTED_TAIL, project_inside
 from .common import divide, launch, narrow, number, pow2, product, widen
 from .distance import load_tokens
 
-PROGRAMS = 128  # at least so many, or as few rows as a program can own: a large GPU has 108 to 148 multiprocessors
+PROGRAMS = 128  # to be had before a program owns more rows: large GPUs have 108 to 148 multiprocessors
 
 
 @triton.jit
@@ -136,6 +136,7 @@ def recover_projected_tail(
     head_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
+    """token [F, C], attended [R, F, C], proj_weight [C, C], head_weight [M, C] -> [R, F, M]."""
     R, F, C = attended.shape
     rows = attended.reshape(R * F, C)  # a view of what recover_attention gives
     M = head_weight.shape[0]
