@@ -28,8 +28,10 @@ def key(row: dict) -> tuple:
 
 
 def name(row: dict) -> str:
-    """gather_tokens B1 J17 F243 C512 K81 smooth"""
-    return " ".join([row["op"], *(f"{size}{value}" for size, value in row["shape"].items()), row.get("kind", "")])
+    """gather_tokens B1 J17 F243 C512 K81 smooth, and the dtype where it is not float32"""
+    sizes = (f"{size}{value}" for size, value in row["shape"].items())
+    dtype = row.get("dtype", "float32")
+    return " ".join([row["op"], *sizes, row.get("kind", ""), *([dtype] if dtype != "float32" else [])])
 
 
 def changes(before: list[dict], after: list[dict]) -> list[dict]:
