@@ -2,7 +2,9 @@
 
 import base64
 import json
+import logging
 import re
+import warnings
 
 import pytest
 import torch
@@ -204,6 +206,23 @@ def test_hosts_are_checked_and_timed():
     assert [row["tokens"] for row in rows] == [[27], [27, 16, 9]]
     assert all(row["is_right"] and row["frames_per_second"] > 0 for row in rows)
     assert rows[0]["gflops"] > rows[1]["gflops"] > 0
+
+
+def test_only_known_messages_of_an_export_are_dropped():
+    def passes(name, message):
+        return bool(logging.getLogger(name).filter(logging.makeLogRecord({"msg": message})))
+
+    for name, start in bench_onnx.KNOWN_MESSAGES.items():
+        with bench_onnx.without_known_messages():
+            assert not passes(name, f"{start}, and so on")
+            assert passes(name, f"wrong, not {start}")
+        assert passes(name, start)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with bench_onnx.without_known_messages():
+            for message in ("`isinstance(treespec, LeafSpec)` is deprecated, use another", "another"):
+                warnings.warn(message, FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["another"]
 
 
 def test_deviation_of_a_quantised_graph():
