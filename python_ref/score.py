@@ -49,7 +49,11 @@ def metric_tokens(x: Tensor, metric: str) -> Tensor:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of squared differences over C, [B, N, C] and [B, M, C] -> [B, N, M], row by row and by direct difference."""
+    """Sums of squared differences over C, [B, N, C] and [B, M, C] -> [B, N, M], row by row and by direct difference.
+
+    Without a gradient, like everything that is made of them.
+    """
+    x, y = x.detach(), y.detach()
     B, M, C = y.shape
     squared = x.new_empty(B, x.shape[1], M)
     columns = max(IN_CACHE // max(B * C, 1), 1)
