@@ -10,8 +10,8 @@
 #define H2OT_GAP 64
 #else
 #define H2OT_GAP 0
-#define ASAN_POISON_MEMORY_REGION(at, bytes)
-#define ASAN_UNPOISON_MEMORY_REGION(at, bytes)
+#define ASAN_POISON_MEMORY_REGION(at, bytes) ((void)0)
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes) ((void)0)
 #endif
 
 namespace h2ot {
