@@ -23,7 +23,7 @@ STEMS = {
     "recover_interpolation": ("recover_interpolate",),
 }
 
-# B, N, C, K, k: HoT at batch 1, 4, 32; MotionBERT; MHFormer; FTP-Pose; TCFormer. Longer ones: bench_large.py.
+# B, N, C, K, k: HoT at batch 1, 4, 32; MotionBERT; MHFormer; FTP-Pose; TCFormer; a long one (longer: bench_large.py).
 _DPC = [
     (1, 243, 512, 81, 2),
     (4, 243, 512, 81, 2),
@@ -32,6 +32,7 @@ _DPC = [
     (32, 243, 512, 81, 2),
     (64, 351, 1536, 117, 2),
     (1, 3136, 256, 784, 5),
+    (1, 8192, 256, 2048, 2),
 ]
 _DPC_SIZES = [dict(zip("BNCKk", sizes, strict=True)) for sizes in _DPC]
 _FRAMES = [{"B": B, "F": 243, "C": 512, "K": 81} for B in (1, 4)]
