@@ -16,7 +16,7 @@ import python_ref
 from h2ot_kernels.comparison import Comparison
 
 STAGE_1 = "stage 1 only"
-SCORING = ("score_tokens", "prune_cluster", "prune_and_assign")
+SCORING = ("score_tokens", "prune_cluster", "cluster_tokens")
 
 
 @dataclass(frozen=True)

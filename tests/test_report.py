@@ -60,7 +60,7 @@ def every_row():
     rates = {"pytorch": 100.0, "onnx float32": 90.0, "onnx int8": 170.0}
     edge = {"op": "onnx_host", "shape": {"B": 1, "F": 243}, "kind": "h2ot_mixste", "tokens": [243, 121, 81]}
     edge |= {"deviation": {"onnx float32": 1e-6, "onnx int8": 0.02}, "frames_per_second": rates, "timings": {}}
-    large = {"op": "prune_and_assign", "shape": {"B": 1, "N": 8192, "C": 8, "K": 9, "k": 5}, "kind": "smooth"}
+    large = {"op": "cluster_tokens", "shape": {"B": 1, "N": 8192, "C": 8, "K": 9, "k": 5}, "kind": "smooth"}
     large |= {"timings": {"ours": timing(0.125)}, "extra_bytes": {"ours": 4e6, "official": 1.3e9}}
     return [*rows, ENVIRONMENT | edge, ENVIRONMENT | large]
 
