@@ -68,8 +68,6 @@ struct RowRoom {
   }
 };
 
-H2OT_INLINE double smaller_of(double a, double b) { return a < b ? a : b; }
-
 template <class A>
 struct Stored {
   State<A>* state;
