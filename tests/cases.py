@@ -158,10 +158,10 @@ TOKEN_CASES = [
         for kind in ("random", "still", "integers")
     ),
     *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, noisy=True) for kind in ("smooth", "duplicates")),
-    *(replace(_BASE, kind="still", B=1, N=1601, C=40, K=300, dtype=dtype) for dtype in DTYPES),
+    *(replace(_BASE, kind="still", B=1, N=1601, C=80, K=300, dtype=dtype) for dtype in DTYPES),
     *(replace(_BASE, kind=kind, N=100, C=64, K=33) for kind in ("still", "offset", "tiny", "huge", "duplicates")),
     *(replace(_BASE, kind=kind, N=100, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
-    *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, k=5, keep=9) for kind in ("still", "clump")),
+    *(replace(_BASE, kind=kind, B=1, N=1601, C=72, K=300, k=5, keep=9) for kind in ("smooth", "clump")),
 ]
 
 
