@@ -39,7 +39,8 @@ def by_machine(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows that may be compared with each other: of one device, number of threads and torch."""
     found: dict[str, list[dict]] = {}
     for row in rows:
-        found.setdefault(f"{row['device']}, {row['threads']} threads, torch {row['torch']}", []).append(row)
+        threads = f"{row['threads']} thread{'s' * (row['threads'] != 1)}"
+        found.setdefault(f"{row['device']}, {threads}, torch {row['torch']}", []).append(row)
     return {title: latest(of_machine) for title, of_machine in found.items()}
 
 
