@@ -108,6 +108,9 @@ H2OT_INLINE Doubles load_doubles(const A* p) {
   memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, Doubles);
 }
+#if defined(__aarch64__)
+H2OT_INLINE Doubles load_doubles(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }  // g++ 12 converts lane by lane
+#endif
 
 // sum over c of (a - b)^2 in float64: the same bits for (a, b) and (b, a).
 template <class A>
@@ -145,6 +148,8 @@ H2OT_INLINE uint32_t at_most(Floats a, Floats b) {
   return uint32_t(__builtin_ia32_movmskps256(reinterpret_cast<Floats>(a <= b)));
 #elif defined(__SSE__)
   return uint32_t(__builtin_ia32_movmskps(reinterpret_cast<Floats>(a <= b)));
+#elif defined(__aarch64__)
+  return vaddvq_u32(vcleq_f32(a, b) & uint32x4_t{1, 2, 4, 8});
 #else
   const auto less = a <= b;
   uint32_t bits = 0;
@@ -170,7 +175,11 @@ inline float least_of(const float* v, int64_t count) {
   Floats least = load(v);
   for (int64_t j = kFloats; j < count; j += kFloats) {
     const Floats next = load(v + j);
+#if defined(__aarch64__)
+    least = vminnmq_f32(least, next);  // half the latency of a comparison and a selection
+#else
     least = next < least ? next : least;
+#endif
   }
   float result = least[0];
   for (int p = 1; p < kFloats; p++) result = least[p] < result ? least[p] : result;

@@ -220,7 +220,7 @@ struct Form {
   // Squared distances of kRows tokens from `a` on to kVectors vectors of tokens from `b` on.
   template <int kVectors>
   void tile(const float* a, const float* b, float* out) const {
-    if (!packing.quantised) {
+    if (!kQuantises || !packing.quantised) {
       distance_tile<kVectors>(a, b, rows.C, out);
     } else if (vnni) {
       quantised_tile<kVectors, true>(a, b, rows.C, out);
