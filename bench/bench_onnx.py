@@ -7,9 +7,14 @@ is reported. Then PyTorch, float32 and int8 are timed in turn at batch 1. A row 
 """
 
 import argparse
+import contextlib
+import functools
 import json
+import logging
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime
@@ -30,6 +35,27 @@ from .run import environment_row
 # Reduced hosts are held to rounding: of the largest coordinate, two or three blocks in float32, sums in another order.
 # That needs input at which a perturbation of 1e-6 changes no host's decisions, which a walk is not.
 REDUCED_BOUND, REDUCED_NOISE = 1e-5, 1.0
+
+# Logger -> how its messages begin that say nothing of a host; and a warning of PyTorch about its own use of itself.
+KNOWN_MESSAGES = {
+    "torch.onnx._internal.exporter._registration": "torchvision is not installed",
+    "onnxscript.optimizer._constant_folding": "Skipping constant folding for op",
+    "root": "Please consider to run pre-processing before quantization",
+}
+KNOWN_WARNING = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+
+
+@contextlib.contextmanager
+def without_known_messages() -> Iterator[None]:
+    """Drops these messages of the exporter and the quantiser, and no others."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.filterwarnings("ignore", KNOWN_WARNING, FutureWarning)
+        for name, start in KNOWN_MESSAGES.items():
+            logger = logging.getLogger(name)
+            told = functools.partial(lambda start, record: not record.getMessage().startswith(start), start)
+            logger.addFilter(told)
+            stack.callback(logger.removeFilter, told)
+        yield
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -64,8 +90,9 @@ def measure(name: str, *, reduced: bool, seconds: float) -> dict:
     x, two = hosts.keypoints(model, 1, **noise), hosts.keypoints(model, 2, **noise)
     with tempfile.TemporaryDirectory() as folder:
         full, small = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
-        h2ot_kernels.onnx.export(model, (two,), full)
-        quantize_dynamic(full, small, weight_type=QuantType.QInt8)
+        with without_known_messages():
+            h2ot_kernels.onnx.export(model, (two,), full)
+            quantize_dynamic(full, small, weight_type=QuantType.QInt8)
         float32, int8 = session(full), session(small)
         sizes = {"float32": full.stat().st_size, "int8": small.stat().st_size}
         pairs = [(given, outputs(model, given)) for given in (x, two)]

@@ -9,17 +9,28 @@ from rich.table import Table
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a result file. Raises ValueError that names the line which is no row."""
+    """The rows of a result file. Raises ValueError that names the line which is no row.
+
+    Rows of bench_hosts are of a model: they get the op "model", and the names that other rows have for their values.
+    """
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if isinstance(row, dict) and "model" in row:
+            row = _of_model(row)
         if not isinstance(row, dict) or "op" not in row:
             raise ValueError(f'{path}:{number}: got {line[:40]!r}, wanted an object with "op"')
         rows.append(row)
     return rows
+
+
+def _of_model(row: dict) -> dict:
+    kind = f"{row['model']} {row['mode']}"
+    shared = {"op": "model", "shape": {"B": row["batch"]}, "kind": f"{kind} {row['whose']}"}
+    return row | shared | {"timings": {row["whose"]: {"p50": row["seconds"]}}}
 
 
 def key(row: dict) -> tuple:
@@ -28,8 +39,10 @@ def key(row: dict) -> tuple:
 
 
 def name(row: dict) -> str:
-    """gather_tokens B1 J17 F243 C512 K81 smooth"""
-    return " ".join([row["op"], *(f"{size}{value}" for size, value in row["shape"].items()), row.get("kind", "")])
+    """gather_tokens B1 J17 F243 C512 K81 smooth, and the dtype where it is not float32"""
+    sizes = (f"{size}{value}" for size, value in row["shape"].items())
+    dtype = row.get("dtype", "float32")
+    return " ".join([row["op"], *sizes, row.get("kind", ""), *([dtype] if dtype != "float32" else [])])
 
 
 def changes(before: list[dict], after: list[dict]) -> list[dict]:

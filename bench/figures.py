@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from .compare import name
 
 COLOURS = {"official": "#8c8c8c", "ours": "#0b6e4f", "compile": "#c98a00"}
+MARKERS = "osD^vP<X>*dph"
 WIDTH = 6.4  # inches at 150 dots: legible on a phone without zooming
 
 
@@ -54,30 +55,34 @@ def speed_up(rows: list[dict]) -> Figure | None:
     axes.bar_label(bars, [f"{row['speed_up']:.1f}x" for row in shown], padding=3, fontsize=8)
     axes.set_yticks(places, [name(row) for row in shown], fontsize=7)
     axes.set(xscale="log", xlabel="official formulation / ours, medians")
+    axes.xaxis.set_major_formatter("{x:g}x")
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.margins(x=0.15, y=0.6 / len(shown))
     axes.invert_yaxis()
-    axes.margins(x=0.15)
     return figure
 
 
 def roofline(rows: list[dict]) -> Figure | None:
-    """Achieved seconds over the counted floor; on the diagonal nothing is left to gain."""
+    """Achieved seconds over the counted floor, a marker per operation; below the line work was saved, not done."""
     shown = [row for row in operations(rows) if row.get("floor")]
     if not shown:
         return None
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.6))
-    floors = np.array([row["floor"] for row in shown]) * 1e3
-    for rival in ("official", "ours"):
-        times = [row["timings"][rival]["p50"] * 1e3 for row in shown]
-        axes.scatter(floors, times, color=COLOURS[rival], label=rival, s=26, alpha=0.8)
-    for op in {row["op"] for row in shown}:
-        largest = max((row for row in shown if row["op"] == op), key=lambda row: row["floor"])
-        place = largest["floor"] * 1e3, largest["timings"]["ours"]["p50"] * 1e3
-        axes.annotate(op, place, fontsize=7, xytext=(4, -8), textcoords="offset points")
-    ends = floors.min() / 2, floors.max() * 2
+    figure, axes = plt.subplots(figsize=(WIDTH, 5.4))
+    for place, op in enumerate(dict.fromkeys(row["op"] for row in shown)):
+        of_op = [row for row in shown if row["op"] == op]
+        floors = [row["floor"] * 1e3 for row in of_op]
+        style = {"marker": MARKERS[place % len(MARKERS)], "s": 34, "linewidths": 0.8}
+        for rival, colours in (
+            ("official", {"facecolors": "none", "edgecolors": COLOURS["official"]}),
+            ("ours", {"color": f"C{place % 10}", "label": op}),
+        ):
+            axes.scatter(floors, [row["timings"][rival]["p50"] * 1e3 for row in of_op], **style, **colours)
+    floors = [row["floor"] * 1e3 for row in shown]
+    ends = min(floors) / 2, max(floors) * 2
     axes.plot(ends, ends, color="black", linewidth=0.8, label="floor")
+    axes.scatter([], [], facecolors="none", edgecolors=COLOURS["official"], label="official, of each")
     axes.set(xscale="log", yscale="log", xlabel="counted floor, ms", ylabel="measured median, ms")
-    axes.legend()
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     return figure
 
 

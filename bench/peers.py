@@ -3,6 +3,7 @@
 "stage 1 only": the k nearest neighbours, from which density follows; nothing is ranked, compared or selected.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import python_ref
 from h2ot_kernels.comparison import Comparison
 
 STAGE_1 = "stage 1 only"
-SCORING = ("score_tokens", "prune_cluster", "prune_and_assign")
+SCORING = ("score_tokens", "prune_cluster", "cluster_tokens")
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,22 @@ def versions(device: torch.device) -> dict[str, str]:
 def rivals(comparison: Comparison, device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
     """(label -> call, label -> why it is not timed) of the peers that do something of this operation."""
     ready, absent = {}, {}
+    if comparison.op not in (*SCORING, "assign_clusters"):
+        return ready, absent
+    scoring, x = comparison.op in SCORING, comparison.arguments[0]
+    among = x if scoring else python_ref.gather_tokens(x, comparison.arguments[1])
+    arguments = (x, comparison.shape["k"]) if scoring else (x, among)
+    squared = functools.cache(lambda: python_ref.squared_distances(x[:1].double(), among[:1].double()))
     for peer in PEERS:
-        if comparison.op in SCORING and peer.neighbours:
-            label, make, is_right = f"{peer.name} ({STAGE_1})", peer.neighbours, _right_distances
-            x, k = comparison.arguments[0], comparison.shape.get("k")
-            arguments = (x, k)
-        elif comparison.op == "assign_clusters" and peer.nearest:
-            label, make, is_right = peer.name, peer.nearest, _right_labels
-            x, index = comparison.arguments
-            arguments = (x, python_ref.gather_tokens(x, index))
-        else:
+        make = peer.neighbours if scoring else peer.nearest
+        if make is None:
             continue
+        label = f"{peer.name} ({STAGE_1})" if scoring else peer.name
         reason = peer.why_not(device)
         if reason is None:
             call = make(*arguments)
-            if is_right(call(), *arguments):
+            found, oracle, bound = torch.as_tensor(call()[:1]), squared(), _bound(x)
+            if _right_distances(found, oracle, arguments[1], bound) if scoring else _right_labels(found, oracle, bound):
                 ready[label] = call
                 continue
             reason = "wrong, not timed"
@@ -71,16 +73,14 @@ def _bound(x: Tensor) -> float:
     return 4 * torch.finfo(torch.float32).eps * x.shape[-1] ** 0.5 * x.double().square().sum(-1).max().item()
 
 
-def _right_distances(found, x: Tensor, k: int) -> bool:
-    oracle = python_ref.squared_distances(x[:1].double(), x[:1].double()).sort(-1).values[..., :k]
-    found = torch.as_tensor(found[:1]).to(oracle)
-    return found.shape == oracle.shape and bool((found.sort(-1).values - oracle).abs().max() <= _bound(x))
+def _right_distances(found: Tensor, squared: Tensor, k: int, bound: float) -> bool:
+    nearest = squared.topk(k, largest=False).values
+    return found.shape == nearest.shape and bool((found.to(nearest).sort(-1).values - nearest).abs().max() <= bound)
 
 
-def _right_labels(found, x: Tensor, centres: Tensor) -> bool:
-    oracle = python_ref.squared_distances(x[:1].double(), centres[:1].double())
-    chosen = oracle.gather(-1, torch.as_tensor(found[:1]).to(oracle.device).long()[..., None])[..., 0]
-    return bool((chosen - oracle.amin(-1)).max() <= _bound(x))
+def _right_labels(found: Tensor, squared: Tensor, bound: float) -> bool:
+    chosen = squared.gather(-1, found.to(squared.device).long()[..., None])[..., 0]
+    return bool((chosen - squared.amin(-1)).max() <= bound)
 
 
 def _sklearn_neighbours(x, k):

@@ -1,6 +1,6 @@
 """`./dev report [--rows FILE ...] [--out DIR]`: one self-contained HTML page and its pictures as PNG files.
 
---rows: result files of ./dev bench, bench.bench_kept and bench.bench_onnx. Without them this machine is measured
+--rows: result files of ./dev bench, bench.bench_large, _hosts, _kept and _onnx. Without them this machine is measured
 first, briefly (about 6 minutes), into DIR/rows.jsonl.
 """
 
@@ -85,6 +85,33 @@ def host_table(rows: list[dict]) -> dict | None:
     return {"title": "Whole hosts, batch 1", "columns": columns, "lines": lines} if lines else None
 
 
+def model_table(rows: list[dict]) -> dict | None:
+    """A line per host, mode and dtype: ours, and how many times faster than the official formulation."""
+    columns = ["host", "mode", "dtype", "batch", "ours, ms", "ours, FPS", "speed-up", "over float32", "deviation"]
+    lines = []
+    for row in (row for row in rows if row["op"] == "model" and row["whose"] == "ours"):
+        over = [f"{row[over]:.2f}x" if row[over] else "-" for over in ("over_official", "over_official_float32")]
+        speed = f"{row['seconds'] * 1e3:.1f}", f"{row['frames_per_second']:.0f}", *over
+        case = row["model"], row["mode"], row["dtype"], str(row["batch"])
+        lines.append([*case, *speed, f"{row['deviation']:.1e}"])
+    title = "Whole hosts beside the official formulation, in its dtype and in float32"
+    return {"title": title, "columns": columns, "lines": lines} if lines else None
+
+
+def large_table(rows: list[dict]) -> dict | None:
+    """A line per number of tokens: time and extra memory of every rival."""
+    shown = [row for row in rows if "extra_bytes" in row]
+    rivals = list(dict.fromkeys(rival for row in shown for rival in row["extra_bytes"]))
+    columns = ["tokens", *(f"{rival}, {unit}" for rival in rivals for unit in ("ms", "extra MB"))]
+    lines = []
+    for row in shown:
+        extra = [f"{row['extra_bytes'][rival] / 1e6:.1f}" if rival in row["extra_bytes"] else "-" for rival in rivals]
+        times = [_milliseconds(row["timings"].get(rival)) for rival in rivals]
+        pairs = zip(times, extra, strict=True)
+        lines.append([name(row) if row["timings"] else "WRONG", *(cell for pair in pairs for cell in pair)])
+    return {"title": "Many tokens", "columns": columns, "lines": lines} if lines else None
+
+
 def onnx_table(rows: list[dict]) -> dict | None:
     """A line per host: frames per second and deviation of the float32 and the int8 graph."""
     rivals = ("pytorch", "onnx float32", "onnx int8")
@@ -97,6 +124,9 @@ def onnx_table(rows: list[dict]) -> dict | None:
         lines.append([row["kind"], " > ".join(map(str, row["tokens"])), *cells, *deviations])
     title = "onnxruntime on the CPU; deviation relative to the largest coordinate"
     return {"title": title, "columns": columns, "lines": lines} if lines else None
+
+
+TABLES = (operation_table, large_table, model_table, host_table, onnx_table)
 
 
 def write(rows: list[dict], out: Path) -> Path:
@@ -114,7 +144,7 @@ def write(rows: list[dict], out: Path) -> Path:
             plt.close(figure)
             (out / f"{number}-{stem}.png").write_bytes(buffer.getvalue())
             pictures.append({"title": caption, "data": base64.b64encode(buffer.getvalue()).decode()})
-        tables = [make(of_machine) for make in (operation_table, host_table, onnx_table)]
+        tables = [make(of_machine) for make in TABLES]
         dates = sorted(row["date"][:10] for row in of_machine)
         detail = f"measured {dates[0]}" + ("" if dates[0] == dates[-1] else f" to {dates[-1]}")
         tables = [table for table in tables if table]

@@ -15,15 +15,15 @@ from python_ref import official
 JOINTS = 17
 
 STEMS = {
-    "score": ("score_tokens", "prune_cluster", "prune_and_assign"),
+    "score": ("score_tokens", "prune_cluster"),
     "select": ("prune_step", "prune_sample", "prune_motion", "prune_attention"),
     "gather": ("gather_tokens",),
-    "cluster": ("assign_clusters", "merge_tokens"),
+    "cluster": ("cluster_tokens", "assign_clusters", "merge_tokens"),
     "recover_attention": ("recover_attention", "recover_pose"),
     "recover_interpolation": ("recover_interpolate",),
 }
 
-# B, N, C, K, k: HoT at batch 1, 4, 32; MotionBERT; MHFormer; FTP-Pose; TCFormer. Longer ones: bench_large.py.
+# B, N, C, K, k: HoT at batch 1, 4, 32; MotionBERT; MHFormer; FTP-Pose; TCFormer; a long one (longer: bench_large.py).
 _DPC = [
     (1, 243, 512, 81, 2),
     (4, 243, 512, 81, 2),
@@ -32,6 +32,7 @@ _DPC = [
     (32, 243, 512, 81, 2),
     (64, 351, 1536, 117, 2),
     (1, 3136, 256, 784, 5),
+    (1, 8192, 256, 2048, 2),
 ]
 _DPC_SIZES = [dict(zip("BNCKk", sizes, strict=True)) for sizes in _DPC]
 _FRAMES = [{"B": B, "F": 243, "C": 512, "K": 81} for B in (1, 4)]
@@ -39,7 +40,7 @@ _FRAMES = [{"B": B, "F": 243, "C": 512, "K": 81} for B in (1, 4)]
 _SIZES: dict[str, list[dict[str, int]]] = {
     "score_tokens": _DPC_SIZES[:2],
     "prune_cluster": _DPC_SIZES[:2],
-    "prune_and_assign": _DPC_SIZES,
+    "cluster_tokens": _DPC_SIZES,
     "prune_step": _FRAMES,
     "prune_sample": [{"F": 243, "K": 81}],
     "prune_motion": [{"B": B, "F": 243, "K": 81} for B in (1, 64)],
@@ -51,7 +52,7 @@ _SIZES: dict[str, list[dict[str, int]]] = {
     "recover_pose": _FRAMES,
     "recover_interpolate": [{"B": B, "F": 243, "C": C, "K": 81} for B, C in ((1, 3), (4, 3), (1, 512))],
 }
-_KINDS = {"prune_and_assign": ("smooth", "random")}
+_KINDS = {"cluster_tokens": ("smooth", "random")}
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,12 @@ def build(case: Case, device: torch.device | str) -> Comparison:
     """The case's comparison, its inputs on device."""
     device, sizes, dtype = torch.device(device), dict(case.sizes), getattr(torch, case.dtype)
     K = sizes["K"]
-    if case.op in ("score_tokens", "prune_cluster", "prune_and_assign", "assign_clusters", "merge_tokens"):
+    if case.op in ("score_tokens", "prune_cluster", "cluster_tokens", "assign_clusters", "merge_tokens"):
         B, N, C, _, k = sizes.values()
         x = _tokens(case, B, N, C).to(device, dtype)
         if case.op == "score_tokens":
             return operations.score_tokens(x, k)
-        if case.op in ("prune_cluster", "prune_and_assign"):
+        if case.op in ("prune_cluster", "cluster_tokens"):
             return getattr(operations, case.op)(x, K, k)
         return getattr(operations, case.op)(x, python_ref.prune_sample(N, K, device=device).repeat(B, 1))
     if case.op == "prune_sample":

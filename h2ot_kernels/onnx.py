@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import python_ref
+from python_ref.recover_interpolation import blend
 from python_ref.score import GAUSSIAN_STEPS, rank_tokens
 
 from .backend import use_backend
@@ -238,4 +239,4 @@ def _recover_interpolate(x, index, num_frames, nearest):
     weight = weight.reshape(*weight.shape, *[1] * (x.dim() - 2))
     first = _gather_tokens(x.to(wide), before, None, 1, 1)
     second = _gather_tokens(x.to(wide), (before + 1).clamp(max=K - 1), None, 1, 1)
-    return (first * (1 - weight) + second * weight).to(x.dtype)
+    return blend(first, second, weight).to(x.dtype)

@@ -54,6 +54,9 @@ def recover_attention(
     return dispatch("recover_attention", value, backend)(query, key, value, num_heads, scale)
 
 
+_TAIL_INPUTS = ("token", "proj.weight", "proj.bias", "norm.weight", "norm.bias", "head.weight", "head.bias")
+
+
 def recover_pose(
     token: Tensor,
     query: Tensor,
@@ -71,8 +74,9 @@ def recover_pose(
 
     token: [F, C] or [1, F, C], the recovery token; query: the same, projected; key, value: [B * J, K, C] with
     J = num_joints; num_heads = H divides C; proj: Linear(C, C); norm: LayerNorm(C); head: Linear(C, 3).
-    [B, J, F, C] is never written after the projection. Returns [B, J, F, 3] of key's dtype; the norm and the head are
-    summed in float32 (float64 for float64).
+    [B, J, F, C] is never written after the projection; in Triton, which projects in one kernel with the norm and the
+    head, not after the attention. Of norm and head (in Triton of proj, too) only the parameters count, cast to key's
+    dtype. Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
     Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
     argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: SPEC section 5.
 
@@ -87,8 +91,9 @@ def recover_pose(
     for name, module, kind in (("proj", proj, nn.Linear), ("norm", norm, nn.LayerNorm), ("head", head, nn.Linear)):
         if not isinstance(module, kind):
             raise TypeError(f"{name}: got {type(module).__name__}, wanted {kind.__name__}")
-    inputs = (token, query, key, value, proj.weight, norm.weight, head.weight)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    vectors = norm.weight, norm.bias, head.weight, head.bias
+    given = token, proj.weight, proj.bias, *vectors
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, *given)):
         raise RuntimeError("recover_pose is for inference: call it under torch.no_grad() or torch.inference_mode()")
     checks.integer("num_joints", num_joints, 1)
     if key.shape[0] % num_joints:
@@ -97,16 +102,46 @@ def recover_pose(
     F, C = attended.shape[1:]
     checks.tensor("token", token, (2, 3), "[F, C] or [1, F, C]")
     checks.has_shape("token", token, (1, F, C)[3 - token.dim() :], "that of query")
-    for name, width in (("proj.in_features", proj.in_features), ("head.in_features", head.in_features)):
-        if width != C:
-            raise ValueError(f"{name}: got {width}, wanted C = {C}")
+    if proj.in_features != C or proj.out_features != C:
+        raise ValueError(f"proj: got {proj.in_features} to {proj.out_features} features, wanted C = {C} to {C}")
+    if head.in_features != C:
+        raise ValueError(f"head.in_features: got {head.in_features}, wanted C = {C}")
     if tuple(norm.normalized_shape) != (C,):
         raise ValueError(f"norm.normalized_shape: got {tuple(norm.normalized_shape)}, wanted ({C},)")
-    projected = proj(attended)
-    tail = dispatch("recover_tail", projected, backend)
-    same = [x if x is None else x.to(projected.dtype) for x in (norm.weight, norm.bias, head.weight, head.bias)]
-    pose = tail(token.reshape(F, C).to(projected.dtype), projected, *same, norm.eps)
+    device = key.device
+    for name, x in zip(_TAIL_INPUTS, given, strict=True):
+        if x is not None and x.device != device:
+            checks.same_device(name, x, "key", key)
+    if proj.weight.dtype != key.dtype and not torch.is_autocast_enabled(key.device.type):
+        checks.same_dtype("proj.weight", proj.weight, "key", key)
+    pose = dispatch("recover_tail", attended, backend)(token.reshape(F, C), attended, proj, *vectors, norm.eps)
     return pose.unflatten(0, (key.shape[0] // num_joints, num_joints))
+
+
+def _cast(dtype: torch.dtype, *given: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.to(dtype) for x in given]
+
+
+def project_first(tail):
+    """What runs as "recover_tail": the projection as the module `proj` does it, then the operator `tail`."""
+
+    def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
+        projected, (*vectors, eps) = proj(attended), rest
+        token, *vectors = _cast(projected.dtype, token, *vectors)
+        return tail(token, projected, *vectors, eps)
+
+    return run
+
+
+def project_inside(tail):
+    """The same of an operator `tail` that projects, too."""
+
+    def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
+        *vectors, eps = rest
+        token, *vectors = _cast(attended.dtype, token, proj.weight, proj.bias, *vectors)
+        return tail(token, attended, *vectors, eps)
+
+    return run
 
 
 def _fake(query, key, value, num_heads, scale):
@@ -135,6 +170,10 @@ def _tail_fake(token, projected, norm_weight, norm_bias, head_weight, head_bias,
     return projected.new_empty(*projected.shape[:2], head_weight.shape[0])
 
 
+def _projected_tail_fake(token, attended, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, eps):
+    return attended.new_empty(*attended.shape[:2], head_weight.shape[0])
+
+
 def _forward_flops(query, key, value, *rest) -> int:
     return 4 * math.prod(value) * query[-2]
 
@@ -146,6 +185,10 @@ def _backward_flops(grad, query, key, value, *rest) -> int:
 
 def _tail_flops(token, projected, norm_weight, norm_bias, head_weight, *rest) -> int:
     return 2 * math.prod(projected) * head_weight[0]
+
+
+def _projected_tail_flops(token, attended, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, *rest) -> int:
+    return 2 * math.prod(attended) * (proj_weight[0] + head_weight[0])
 
 
 FORWARD = {
@@ -166,6 +209,13 @@ TAIL = {
     "Tensor? head_bias, float eps) -> Tensor",
     "fake": _tail_fake,
     "flops": _tail_flops,
+}
+
+PROJECTED_TAIL = {
+    "schema": "(Tensor token, Tensor attended, Tensor proj_weight, Tensor? proj_bias, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor head_weight, Tensor? head_bias, float eps) -> Tensor",
+    "fake": _projected_tail_fake,
+    "flops": _projected_tail_flops,
 }
 
 
@@ -190,5 +240,5 @@ implement(
 )
 declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
-implement("recover_tail", "cpp", declare("recover_tail", **TAIL))
-implement("recover_tail", "reference", _reference_tail)
+implement("recover_tail", "cpp", project_first(declare("recover_tail", **TAIL)))
+implement("recover_tail", "reference", project_first(_reference_tail))

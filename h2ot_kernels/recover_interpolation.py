@@ -23,6 +23,7 @@ def recover_interpolate(
 
     x: [B, K, ...], float32, float64, bfloat16 or float16 (3D poses, or features). index: int64 [B, K] or [1, K],
     strictly ascending in 0 .. F - 1. Frames before the first kept one or after the last hold its value.
+    A kept frame comes back bit for bit, even beside NaN or infinity; only the frames between are spoilt by those.
     mode: "linear", or "nearest" (the earlier on a tie). align: "index", or "uniform", which ignores the index (None
     will do) and reads position t (K - 1) / (F - 1).
     Returns [B, F, ...] of x's dtype, weights and sums in float32 (float64 for float64). Gradients to x of any order,

@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def blend(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """first (1 - weight) + second weight; a token of weight 0 is not read, whatever it holds."""
+    mixed = first * (1 - weight) + second * weight
+    return torch.where(weight == 0, first, torch.where(weight == 1, second, mixed))
+
+
 def recover_interpolate(
     x: Tensor, index: Tensor | None, num_frames: int, *, mode: str = "linear", align: str = "index"
 ) -> Tensor:
@@ -11,6 +17,7 @@ def recover_interpolate(
 
     Frames before the first kept one or after the last hold its value. align="uniform" ignores the index:
     frame t reads position t (K - 1) / (num_frames - 1). mode="nearest": the earlier one on a tie.
+    A frame that is one token's alone, as a kept one is, has its bits, even beside NaN or infinity.
     """
     B, K, F = x.shape[0], x.shape[1], num_frames
     precision = torch.promote_types(x.dtype, torch.float32)
@@ -38,4 +45,4 @@ def recover_interpolate(
         return x.to(precision).gather(1, position)
 
     weight = weight.reshape(B, F, *[1] * (x.dim() - 2))
-    return (frames(before) * (1 - weight) + frames(after) * weight).to(x.dtype)
+    return blend(frames(before), frames(after), weight).to(x.dtype)

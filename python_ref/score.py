@@ -1,11 +1,14 @@
 """Density-peak scoring (DPC-kNN): how dense each token is and how far the next denser one."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 GAUSSIAN_STEPS = 2.0**40  # terms of the Gaussian density are multiples of 1 / GAUSSIAN_STEPS
+# Sizes of temporaries, which change no bit: elements that stay in cache, and pairs of tokens that are ranked at once.
+IN_CACHE, PAIRS = 1 << 16, 1 << 22
 
 
 class TokenScores(NamedTuple):
@@ -46,9 +49,18 @@ def metric_tokens(x: Tensor, metric: str) -> Tensor:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Sums of squared differences over C, [B, N, C] and [B, M, C] -> [B, N, M], row by row and by direct difference."""
-    rows = [(row.unsqueeze(1) - y).square().sum(-1) for row in x.unbind(1)]
-    return torch.stack(rows, 1) if rows else x.new_empty(x.shape[0], 0, y.shape[1])
+    """Sums of squared differences over C, [B, N, C] and [B, M, C] -> [B, N, M], row by row and by direct difference.
+
+    Without a gradient, like everything that is made of them.
+    """
+    x, y = x.detach(), y.detach()
+    B, M, C = y.shape
+    squared = x.new_empty(B, x.shape[1], M)
+    columns = max(IN_CACHE // max(B * C, 1), 1)
+    for part, to in zip(y.split(columns, 1), squared.split(columns, 2), strict=True):
+        for i, row in enumerate(x.unbind(1)):
+            to[:, i] = (row.unsqueeze(1) - part).square().sum(-1)
+    return squared
 
 
 def valid_tokens(tokens: Tensor, mask: Tensor | None, lengths: Tensor | None = None) -> Tensor:
@@ -85,18 +97,30 @@ def score_tokens(
     tokens = tokens.masked_fill(~valid[..., None], 0.0)
     B, N, C = tokens.shape
     position = torch.arange(N, device=x.device)
-    pair = valid[:, :, None] & valid[:, None, :]
     squared = squared_distances(tokens, tokens)
     area = C if scale is None else scale * scale
-    near = pair & (position[None, :] != position[:, None]) if exclude_self else pair
+    rows = max(PAIRS // max(B * N, 1), 1)
+    blocks = [slice(start, start + rows) for start in range(0, max(N, 1), rows)]
+
+    def near(block: slice) -> Tensor:
+        """[B, rows, N]: which tokens each token of the block counts in its density."""
+        pair = valid[:, block, None] & valid[:, None, :]
+        return pair & (position != position[block, None]) if exclude_self else pair
 
     if density == "gaussian":
-        terms = torch.exp(-squared / (area * cutoff * cutoff)).mul(GAUSSIAN_STEPS).round().masked_fill(~near, 0.0)
-        rho = terms.to(torch.int64).sum(-1).double() / GAUSSIAN_STEPS
+        terms = (
+            torch.exp(-squared[:, block] / (area * cutoff * cutoff))
+            .mul(GAUSSIAN_STEPS)
+            .round()
+            .masked_fill(~near(block), 0.0)
+            for block in blocks
+        )
+        rho = torch.cat([part.to(torch.int64).sum(-1) for part in terms], 1).double() / GAUSSIAN_STEPS
         key, log_rho = -rho, rho.log()
     else:
         # m_i: mean of the k smallest d^2, added in ascending order and divided once.
-        nearest = squared.masked_fill(~near, float("inf")).sort(-1).values[..., :k]
+        others = (squared[:, block].masked_fill(~near(block), float("inf")) for block in blocks)
+        nearest = torch.cat([part.topk(min(k, N), largest=False).values for part in others], 1)
         count = (valid.sum(-1, keepdim=True) - int(exclude_self)).clamp(0, k)
         total = torch.zeros_like(nearest[..., 0])
         for rank in range(nearest.shape[-1]):
@@ -104,33 +128,44 @@ def score_tokens(
         m = total / (count.clamp(min=1).double() * area)
         key, rho, log_rho = m, torch.exp(-m), -m
 
-    return rank_tokens(squared, key, rho, log_rho, valid, noise, area)
+    return rank_tokens(squared, key, rho, log_rho, valid, noise, area, blocks)
 
 
 def rank_tokens(
-    squared: Tensor, key: Tensor, rho: Tensor, log_rho: Tensor, valid: Tensor, noise: Tensor | None, area: float
+    squared: Tensor,
+    key: Tensor,
+    rho: Tensor,
+    log_rho: Tensor,
+    valid: Tensor,
+    noise: Tensor | None,
+    area: float,
+    blocks: Sequence[slice] = (slice(None),),
 ) -> TokenScores:
     """Distances to denser tokens, scores and parents from densities rho [B, N] and squared distances [B, N, N].
 
     key orders the densities, the densest first; with noise, rho + noise does. area: the square of the scale of d.
+    blocks: the rows that are ranked at once.
     """
     position = torch.arange(key.shape[1], device=key.device)
-    pair = valid[:, :, None] & valid[:, None, :]
-    if noise is None:
-        earlier = position[None, :] < position[:, None]
-        denser = (key[:, None, :] < key[:, :, None]) | ((key[:, None, :] == key[:, :, None]) & earlier)
-    else:
-        rho = rho + noise
-        denser = rho[:, None, :] > rho[:, :, None]
-    denser = denser & pair
+    rho = rho if noise is None else rho + noise
+    found = []
+    for block in blocks:
+        pair = valid[:, block, None] & valid[:, None, :]
+        if noise is None:
+            earlier = position < position[block, None]
+            denser = (key[:, None, :] < key[:, block, None]) | ((key[:, None, :] == key[:, block, None]) & earlier)
+        else:
+            denser = rho[:, None, :] > rho[:, block, None]
+        denser = denser & pair
+        to_denser = squared[:, block].masked_fill(~denser, float("inf"))
+        least = to_denser.amin(-1)
+        parent = torch.where(to_denser == least[..., None], position, key.shape[1]).amin(-1)
+        found.append((least, parent, denser.any(-1), squared[:, block].masked_fill(~pair, 0.0).amax(-1)))
+    least, parent, has_denser, furthest = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
 
     # delta_i: the nearest denser token; for a token with none, the largest distance of its sample.
-    to_denser = squared.masked_fill(~denser, float("inf"))
-    least = to_denser.amin(-1)
-    is_peak = valid & ~denser.any(-1)
-    parent = torch.where(to_denser == least[..., None], position, key.shape[1]).amin(-1)
-    largest = squared.masked_fill(~pair, 0.0).amax((-2, -1))
-    distance = torch.where(is_peak, largest[:, None], least).div(area).sqrt()
+    is_peak = valid & ~has_denser
+    distance = torch.where(is_peak, furthest.amax(-1, keepdim=True), least).div(area).sqrt()
 
     if noise is None:
         score = (distance.log() + log_rho).masked_fill(is_peak, float("inf"))

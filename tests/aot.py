@@ -106,6 +106,7 @@ def build_of(launch: common.Launch) -> Build:
             constants.append((parameter.name, value))
             continue
         kind, key = native_specialize_impl(BaseBackend, value, False, True, True)
+        kind = parameter.annotation_type or kind
         signature.append((parameter.name, kind))
         parts = dict(_walk(value, (position,)))
         constants += [(path, parts[path]) for path, name in _walk(kind, (position,)) if name == "constexpr"]

@@ -11,6 +11,7 @@ from h2ot_kernels.triton import (
     gather,
     recover_attention,
     recover_interpolation,
+    recover_tail,
     score,
     select,
 )
@@ -87,22 +88,29 @@ def recovery_calls() -> Iterator[Callable]:
             yield partial(recover_attention.recover_attention, query, key, key, 8, 0.125)
             grad = tensor(34, 243, C, dtype=dtype)
             yield partial(recover_attention.recover_attention_backward, grad, query, key, key, 8, 0.125)
-        rows = [tensor(512, dtype=dtype) for _ in range(2)]
-        head = tensor(3, 512, dtype=dtype), tensor(3, dtype=dtype)
-        projected = tensor(34, 243, 512, dtype=dtype)
-        yield partial(recover_attention.recover_tail, tensor(243, 512, dtype=dtype), projected, *rows, *head, 1e-5)
         for S in (3, 51, 512) if dtype == torch.float32 else (51,):
             x = tensor(2, 81, S, dtype=dtype)
             yield partial(recover_interpolation.recover_interpolate, x, index(2, 81), 243, False)
             if S == 51:
                 grad = tensor(2, 243, S, dtype=dtype)
                 yield partial(recover_interpolation.recover_interpolate_backward, grad, index(2, 81), 81, False)
-    for C in (64, 100, 200, 1024, 2048, 4096, 5120):
-        args = tensor(27, C), tensor(17, 27, C), None, None, tensor(3, C), None, 1e-5
-        yield partial(recover_attention.recover_tail, *args)
     for S in (3, 51, 512):
         yield partial(recover_interpolation.recover_interpolate, tensor(2, 81, S), None, 243, True)
         yield partial(recover_interpolation.recover_interpolate_backward, tensor(2, 243, S), None, 81, True)
+
+
+def tail_calls() -> Iterator[Callable]:
+    """Few to many rows, few and many outputs, C a multiple of 16 or not; and without all that can be left out."""
+    shapes = [(R, C, M) for R, C in ((17, 512), (51, 512), (68, 512), (68, 100)) for M in (3, 51)]
+    for dtype in DTYPES:
+        for R, C, M in shapes if dtype in (torch.float32, torch.bfloat16) else shapes[:2]:
+            vectors = [tensor(C, dtype=dtype) for _ in range(3)]
+            token, attended, proj = (tensor(*shape, C, dtype=dtype) for shape in ((243,), (R, 243), (C,)))
+            head = tensor(M, C, dtype=dtype), tensor(M, dtype=dtype)
+            yield partial(recover_tail.recover_projected_tail, token, attended, proj, *vectors, *head, 1e-5)
+    token, attended, proj = (tensor(*shape, 512) for shape in ((243,), (68, 243), (512,)))
+    bare = proj, None, None, None, tensor(3, 512), None
+    yield partial(recover_tail.recover_projected_tail, token, attended, *bare, 1e-5)
 
 
 def calls() -> Iterator[Callable]:
@@ -112,3 +120,4 @@ def calls() -> Iterator[Callable]:
     yield from attention_calls()
     yield from cluster_calls()
     yield from recovery_calls()
+    yield from tail_calls()

@@ -89,6 +89,14 @@ def _still(shape, g):
     return x
 
 
+def _rounds(shape, g):
+    """The same places visited 24 times, each round less exactly: near tokens are far in time."""
+    length = -(-shape[1] // 24)
+    place = _random((shape[0], length, *shape[2:]), g).repeat(1, 24, *[1] * (len(shape) - 2))[:, : shape[1]]
+    error = 0.004 * 1.2 ** (torch.arange(shape[1], dtype=torch.float64) // length)
+    return place + error.reshape(-1, *[1] * (len(shape) - 2)) * _random(shape, g)
+
+
 def _clump(shape, g):
     """Tokens near one point, and one far away: all are near-duplicates beside the sample's extent."""
     x = 1e-4 * _random(shape, g)
@@ -122,6 +130,7 @@ _KINDS = {
     "smooth": _smooth,
     "still": _still,
     "clump": _clump,
+    "rounds": _rounds,
     "static": _static,
     "duplicates": _duplicates,
     "integers": _integers,
@@ -158,10 +167,10 @@ TOKEN_CASES = [
         for kind in ("random", "still", "integers")
     ),
     *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, noisy=True) for kind in ("smooth", "duplicates")),
-    *(replace(_BASE, kind="still", B=1, N=1601, C=40, K=300, dtype=dtype) for dtype in DTYPES),
+    *(replace(_BASE, kind="still", B=1, N=1601, C=80, K=300, dtype=dtype) for dtype in DTYPES),
     *(replace(_BASE, kind=kind, N=100, C=64, K=33) for kind in ("still", "offset", "tiny", "huge", "duplicates")),
     *(replace(_BASE, kind=kind, N=100, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
-    *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, k=5, keep=9) for kind in ("still", "clump")),
+    *(replace(_BASE, kind=kind, B=1, N=1601, C=72, K=300, keep=9) for kind in ("rounds", "clump")),
 ]
 
 

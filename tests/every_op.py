@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import h2ot_kernels as h2ot
 import python_ref
@@ -44,6 +45,17 @@ def inputs(many: int) -> dict[str, torch.Tensor]:
     }
 
 
+def pose_arguments(t: dict[str, torch.Tensor]) -> tuple:
+    """token, query, key, value, and modules of the weights in t."""
+    query, kept = t["query"].detach(), t["kept"].detach()
+    proj, norm, head = nn.Linear(20, 20), nn.LayerNorm(20), nn.Linear(20, 3)
+    values = {"weight": query[:20], "bias": query[20]}, {"weight": query[21], "bias": query[22]}
+    for module, own in zip((proj, norm, head), (*values, {"weight": query[23:26], "bias": query[26, :3]}), strict=True):
+        for name, value in own.items():
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return query, query, kept, kept, proj, norm, head
+
+
 Call = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -69,6 +81,7 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "assign_clusters", lambda m, t, **b: (m.assign_clusters(t["x"], t["index"], mask=t["mask"], **b),)
     yield "merge_tokens", lambda m, t, **b: (m.merge_tokens(t["x"][:, :, 0], t["labels"], 9, t["weight"], **b),)
     yield "recover_attention", lambda m, t, **b: (m.recover_attention(t["query"], t["kept"], t["kept"], 4, **b),)
+    yield "recover_tail", lambda m, t, **b: (m.recover_pose(*pose_arguments(t), 4, num_joints=3, **b),)
     yield "recover_interpolate", lambda m, t, **b: (m.recover_interpolate(t["kept"][:2], t["index"], 33, **b),)
 
 

@@ -1,5 +1,6 @@
 """Where the mutants of tests/mutants.py run: scratch trees under build/mutants, and the tests that each file meets."""
 
+import filecmp
 import os
 import platform
 import resource
@@ -33,6 +34,7 @@ TRITON = {
     "score_large": ("tests/test_triton_score.py",),
     "distance": ("tests/test_triton_score.py", "tests/test_score.py", "tests/test_cluster.py"),
     "gather": ("tests/test_triton_gather.py", "tests/test_gather.py"),
+    "recover_tail": ("tests/test_recover_attention.py", "tests/test_triton.py"),
     "attention_scores": ("tests/test_select.py", "tests/test_triton.py"),
     "common": ("tests/test_triton.py", "tests/test_gather.py", "tests/test_select.py"),
 }
@@ -41,6 +43,12 @@ TRITON = {
 def versions() -> dict:
     compiler = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
     return {"python": platform.python_version(), "torch": torch.__version__, "g++": compiler}
+
+
+def copy_if_changed(source: str, target: str) -> None:
+    """The time of the copy is its own, so that a build after a run that was cut off makes the mutant's object again."""
+    if not (os.path.exists(target) and filecmp.cmp(source, target, shallow=False)):
+        shutil.copyfile(source, target)
 
 
 class Tree:
@@ -53,7 +61,8 @@ class Tree:
         self.folder = BUILD / self.name
         self.sound: set[tuple[str, ...]] = set()  # tests that pass on the unchanged source
         for part in ("h2ot_kernels", "python_ref", "tests", "bench", "csrc"):
-            shutil.copytree(ROOT / part, self.folder / part, dirs_exist_ok=True, ignore=self.ignored)
+            options = {"dirs_exist_ok": True, "ignore": self.ignored, "copy_function": copy_if_changed}
+            shutil.copytree(ROOT / part, self.folder / part, **options)
         for file in ("pyproject.toml", "CMakeLists.txt"):
             shutil.copy(ROOT / file, self.folder)
 

@@ -36,9 +36,23 @@ FILES = {
 # Lines on which a change alters speed or a message, not a result.
 SPEED = re.compile(
     r"prefetch|grain|unroll|flops|static_assert|raise |error\b|unlikely|template|pragma|kMaxDims|<k[A-Z]\w* - 1"
+    r"|credit|stops\(|kFew|kWorth|may_open|nearby"
 )
+# A minimum or maximum: at equality both sides of the choice are the same.
+MINIMUM = re.compile(r"([\w.\[\]]+) [<>] ([\w.\[\]<>]+) \? \1 : \2(?![\w.(\[])")
+
+
+def can_matter(line: str, replacement: str) -> bool:
+    return not (SPEED.search(line) or (replacement in ("<=", ">=") and MINIMUM.search(line)))
+
+
 # (file, line, replacement): why no test can tell.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "csrc/cpu/pack.h",
+        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
+        "if (!(radius >= 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
+    ): "the limits only choose between two searches with the same result",
     (
         "h2ot_kernels/triton/recover_interpolation.py",
         "inside = (row < rows)[:, None] & (column < S)[None, :]",
@@ -121,7 +135,7 @@ def all_mutants(language: str) -> list[Mutant]:
             source, file = path.read_text(), str(path.relative_to(ROOT))
             lines = source.splitlines()
             sites = python_sites(source) if path.suffix == ".py" else cpp_sites(source)
-            made += [Mutant(language, file, *site) for site in sites if not SPEED.search(lines[site[0] - 1])]
+            made += [Mutant(language, file, *site) for site in sites if can_matter(lines[site[0] - 1], site[3])]
     return made
 
 

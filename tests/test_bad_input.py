@@ -10,6 +10,13 @@ X = torch.randn(2, 9, 4)
 INDEX = torch.tensor([[0, 4, 8]])
 KEPT = torch.randn(2, 3, 4)
 LINEAR, NORM, HEAD = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+WIDE, DOUBLE, ELSEWHERE = nn.Linear(4, 8), nn.Linear(4, 4).double(), nn.Linear(4, 4, device="meta")
+
+
+def tail(proj):
+    with torch.no_grad():
+        return h2ot.recover_pose(X[0], X[0], KEPT, KEPT, proj, NORM, HEAD, 2, num_joints=1)
+
 
 BAD = {
     "score rank": (lambda: h2ot.score_tokens(X[0]), ValueError, r"x: got shape \[9, 4\], wanted \[B, N, C\]"),
@@ -132,6 +139,9 @@ BAD = {
         (ValueError, RuntimeError),
         "num_joints: got 17|inference",
     ),
+    "projected width": (lambda: tail(WIDE), ValueError, "proj: got 4 to 8 features, wanted C = 4 to 4"),
+    "projection dtype": (lambda: tail(DOUBLE), TypeError, "proj.weight: got dtype torch.float64"),
+    "projection elsewhere": (lambda: tail(ELSEWHERE), ValueError, "proj.weight: got device meta"),
     "not a module": (lambda: h2ot.recover_pose(X[0], X[0], KEPT, KEPT, 1, NORM, HEAD, 2), TypeError, "proj: got int"),
     "mode": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 9, mode="cubic"), ValueError, "mode: got 'cubic'"),
     "align": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 9, align="left"), ValueError, "align: got 'left'"),

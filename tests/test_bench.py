@@ -13,7 +13,7 @@ from h2ot_kernels.timing import Machine, interleave
 TINY = {
     "score_tokens": {"B": 3, "N": 27, "C": 32, "K": 9, "k": 2},
     "prune_cluster": {"B": 3, "N": 27, "C": 32, "K": 9, "k": 2},
-    "prune_and_assign": {"B": 3, "N": 27, "C": 32, "K": 9, "k": 5},
+    "cluster_tokens": {"B": 3, "N": 27, "C": 32, "K": 9, "k": 5},
     "prune_step": {"B": 2, "F": 27, "C": 32, "K": 9},
     "prune_sample": {"F": 27, "K": 9},
     "prune_motion": {"B": 2, "F": 27, "K": 9},

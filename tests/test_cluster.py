@@ -35,6 +35,19 @@ def test_clusters_in_one_call_equal_the_oracle(case, runner):
     assert torch.equal(score, runner(h2ot.score_tokens, x, case.k, **given).score)
 
 
+@pytest.mark.parametrize(
+    "runner", [p for p in runners("cluster_tokens") if p.values[0].backend in ("cpp", "reference")]
+)
+def test_wrong_kept_tokens_are_errors(runner):
+    x = torch.randn(3, 9, 4)
+    for keep, error in (
+        (torch.tensor([[0], [1], [9]]), IndexError),
+        (torch.tensor([[3, 3], [0, 1], [0, 0]]), ValueError),
+    ):
+        with pytest.raises(error, match="cluster_tokens|keep"):
+            runner(h2ot.cluster_tokens, x, 1, keep=keep)
+
+
 @pytest.mark.parametrize(("case", "runner"), [p for p in pairs("assign_by_parent") if p.values[0].B])
 def test_labels_by_parent_equal_the_oracle(case, runner):
     given = label_arguments(case) | {"parent": oracle_scores(case).parent}

@@ -192,13 +192,19 @@ MUTANTS = {
         "t < tiles * (split + 1) / job.splits",
         "t < tiles * (split + 1) / job.splits - (split > 0)",
     ),
+    "a neighbour past the last of a list": (
+        "score_stream.cuh",
+        "while (proven < list.count",
+        "while (proven <= list.count",
+    ),
     "ties to the higher index": ("score_finish.cuh", "(s == own && j < i)", "(s == own && j > i)"),
 }
 HUNTED = [
     TokenCase("smooth"),
     TokenCase("offset", C=40),
     TokenCase("integers", N=33, C=20, K=11),
-    TokenCase("random", N=70, C=40, k=5, K=40),
+    TokenCase("random", B=1, N=70, C=40, k=5, K=40),
+    TokenCase("random", B=1, N=96, C=3, K=20),  # lists of two splits, proven to the last
     TokenCase("still", N=65),
     TokenCase("static"),
 ]

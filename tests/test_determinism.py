@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
 
 import h2ot_kernels as h2ot
 
@@ -15,6 +16,7 @@ POSE = torch.randn(3, 81, 17, 3)
 QUERY, KEY, VALUE = torch.randn(243, 64), torch.randn(3, 81, 64), torch.randn(3, 81, 64)
 PARENT = h2ot.score_tokens(X).parent
 LABELS = h2ot.assign_clusters(X, INDEX)
+TAIL = [module.requires_grad_(False) for module in (nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 3))]
 
 
 def gradients(function, *inputs):
@@ -43,6 +45,7 @@ CALLS = {
     "merge_tokens": lambda rows: [h2ot.merge_tokens(X[rows, :, 0], LABELS[rows], 81)],
     "merge gradient": lambda rows: gradients(lambda x: h2ot.merge_tokens(x, LABELS[rows], 81), X[rows, :, 0]),
     "recover_attention": lambda rows: [h2ot.recover_attention(QUERY, KEY[rows], VALUE[rows], 8)],
+    "recover_pose": lambda rows: [h2ot.recover_pose(QUERY, QUERY, KEY[rows], VALUE[rows], *TAIL, 8, num_joints=1)],
     "recover_attention gradient": lambda rows: gradients(
         lambda k, v: h2ot.recover_attention(QUERY, k, v, 8), KEY[rows], VALUE[rows]
     ),

@@ -33,6 +33,9 @@ if sys.argv[1] == "ours":
     h2ot.merge_tokens(x, h2ot.assign_clusters(x, h2ot.select_tokens(scores.score, N // 4)), N // 4)
     h2ot.prune_cluster(x, N // 4, k)
     h2ot.score_tokens(x, density="gaussian", cutoff=0.1)
+elif sys.argv[1] == "definition":
+    import python_ref
+    python_ref.prune_cluster(x[:, :2048], 512, k)
 else:
     torch.cdist(x[:, :4096], x[:, :4096])
 print(memory("VmHWM") - before)
@@ -48,6 +51,25 @@ def peak(which):
 def test_extra_memory_stays_below_32_megabytes():
     """Scores, index, labels and clusters of N 16384, C 128, k 5: 8 MB of tokens and 2 MB of clusters among it."""
     assert peak("ours") < 32 * MEGABYTE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_the_definition_holds_one_matrix_of_distances():
+    """N 2048: 32 MB of distances, and as much for each step that ranks 2^22 pairs of tokens; no more for larger N."""
+    assert peak("definition") < 256 * MEGABYTE
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_the_size_of_a_block_changes_no_bit_of_the_definition(monkeypatch, noise):
+    x, mask = TokenCase("random", B=2, N=37, C=24).tokens(), torch.arange(74).reshape(2, 37) % 5 > 0
+    options = {"mask": mask, "noise": torch.rand(2, 37) * 1e-6 if noise else None}
+    variants = ({}, {"exclude_self": True}, {"density": "gaussian", "cutoff": 0.5})
+    whole = [python_ref.score_tokens(x, 5, **options, **variant) for variant in variants]
+    monkeypatch.setattr(python_ref.score, "IN_CACHE", 500)
+    monkeypatch.setattr(python_ref.score, "PAIRS", 700)
+    for variant, wanted in zip(variants, whole, strict=True):
+        found = python_ref.score_tokens(x, 5, **options, **variant)
+        assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")

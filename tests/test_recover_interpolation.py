@@ -38,6 +38,53 @@ def test_interpolation_within_bound(B, K, F, trailing, rows, options, dtype, run
             assert torch.equal(ours[b, index[b % rows]], x[b])
 
 
+def bits(x):
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+@pytest.mark.parametrize("runner", runners("recover_interpolate"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [3, 7, 40])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+def test_a_frame_that_is_one_token_has_its_bits_whatever_the_others_hold(options, channels, dtype, runner):
+    inf, nan = float("inf"), float("nan")
+    x = torch.randn(1, 9, channels).to(dtype)
+    x[:, 1::2] = torch.tensor([nan, inf, -inf, inf]).to(dtype)[:, None]
+    x[:, 4, 1] = -0.0
+    # Uniform: every third of 25 frames is a token. By the index: held frames before the first and after the last, too.
+    first = 0 if options["align"] == "uniform" else 2
+    index, F = torch.arange(first, first + 25, 3)[None], 25 + 2 * first
+    ours = runner(h2ot.recover_interpolate, x, index, F, **options)
+    finite = torch.arange(0, 9, 2)
+    assert torch.equal(bits(ours[:, index[0, finite]]), bits(x[:, finite]))
+    assert torch.equal(ours[:, index[0, 1::2]].isnan(), x[:, 1::2].isnan())
+    assert torch.equal(ours[:, index[0, 3::2]], x[:, 3::2])
+    assert torch.equal(bits(ours[:, :first]), bits(x[:, :1].expand(-1, first, -1)))
+    assert torch.equal(bits(ours[:, F - first :]), bits(x[:, -1:].expand(-1, first, -1)))
+    wanted = python_ref.recover_interpolate(x, index, F, **options)
+    torch.testing.assert_close(ours, wanted, rtol=0 if dtype.itemsize > 2 else 1e-2, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("runner", runners("recover_interpolate"))
+@pytest.mark.parametrize("channels", [3, 40])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+def test_a_gradient_reaches_only_the_tokens_that_its_frame_reads(options, channels, runner):
+    index, F = torch.arange(0, 25, 3)[None], 25
+    for bad in (float("nan"), float("inf")):
+        for position in (0, 4, 8):
+            x = torch.randn(1, 9, channels, requires_grad=True)
+            given = torch.randn(1, F, channels)
+            given[:, index[0, position]] = bad
+            (ours,) = torch.autograd.grad(runner(h2ot.recover_interpolate, x, index, F, **options), x, given)
+            (wanted,) = torch.autograd.grad(python_ref.recover_interpolate(x, index, F, **options), x, given)
+            others = torch.arange(9) != position
+            assert ours[:, others].isfinite().all()
+            assert wanted[:, others].isfinite().all()
+            spoilt = torch.full((1, channels), bad)
+            assert torch.equal(ours[:, position].nan_to_num(7), spoilt.nan_to_num(7))
+            torch.testing.assert_close(ours[:, others], wanted[:, others])
+
+
 @pytest.mark.parametrize("runner", runners("recover_interpolate"))
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 def test_gradcheck_first_and_second_order(options, runner):

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import logging
 import re
+import warnings
 
 import pytest
 import torch
@@ -58,7 +60,16 @@ def every_row():
     rates = {"pytorch": 100.0, "onnx float32": 90.0, "onnx int8": 170.0}
     edge = {"op": "onnx_host", "shape": {"B": 1, "F": 243}, "kind": "h2ot_mixste", "tokens": [243, 121, 81]}
     edge |= {"deviation": {"onnx float32": 1e-6, "onnx int8": 0.02}, "frames_per_second": rates, "timings": {}}
-    return [*rows, ENVIRONMENT | edge]
+    large = {"op": "cluster_tokens", "shape": {"B": 1, "N": 8192, "C": 8, "K": 9, "k": 5}, "kind": "smooth"}
+    large |= {"timings": {"ours": timing(0.125)}, "extra_bytes": {"ours": 4e6, "official": 1.3e9}}
+    return [*rows, ENVIRONMENT | edge, ENVIRONMENT | large]
+
+
+def model_row(whose, seconds):
+    """As bench_hosts writes it."""
+    case = {"model": "hot_mixste", "whose": whose, "dtype": "bfloat16", "mode": "inference", "batch": 4}
+    rate = {"seconds": seconds, "frames_per_second": 243 / seconds, "over_official": 1.5, "over_official_float32": None}
+    return ENVIRONMENT | case | rate | {"deviation": 0.5}
 
 
 def test_the_page_holds_everything_and_needs_nothing(tmp_path):
@@ -70,6 +81,7 @@ def test_the_page_holds_everything_and_needs_nothing(tmp_path):
     assert text.count("<img") == len(figures.FIGURES)
     assert not re.search(r"""(src|href)=["'](?!data:)|@import|<script|url\(""", text)
     assert 'name="viewport"' in text
+    assert "<td>125.000</td><td>4.0</td><td>-</td><td>1300.0</td>" in text
     for shown in ("peer (stage 1 only)", "WRONG", "h2ot_mixste", "1.0e-06", "24.30x", "measured 2026-01-02"):
         assert shown in text, shown
 
@@ -107,6 +119,17 @@ def test_the_command_reads_files(tmp_path, capsys):
         with pytest.raises(SystemExit):
             report.main(["--rows", str(rows), "--out", str(tmp_path / "out")])
         assert message in capsys.readouterr().err
+
+
+def test_hosts_beside_the_official_formulation(tmp_path, capsys):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    a.write_text("".join(json.dumps(model_row(*given)) + "\n" for given in (("official", 0.3), ("ours", 0.2))))
+    b.write_text(json.dumps(model_row("ours", 0.1)) + "\n")
+    assert report.main(["--rows", str(a), "--out", str(tmp_path)]) == 0
+    cells = ("hot_mixste", "inference", "bfloat16", "4", "200.0", "1215", "1.50x", "-", "5.0e-01")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in (tmp_path / "report.html").read_text()
+    assert run.main(["--compare", str(a), str(b)]) == 0
+    assert "2.00" in capsys.readouterr().out
 
 
 def test_two_files_compared(tmp_path, capsys):
@@ -204,6 +227,23 @@ def test_hosts_are_checked_and_timed():
     assert [row["tokens"] for row in rows] == [[27], [27, 16, 9]]
     assert all(row["is_right"] and row["frames_per_second"] > 0 for row in rows)
     assert rows[0]["gflops"] > rows[1]["gflops"] > 0
+
+
+def test_only_known_messages_of_an_export_are_dropped():
+    def passes(name, message):
+        return bool(logging.getLogger(name).filter(logging.makeLogRecord({"msg": message})))
+
+    for name, start in bench_onnx.KNOWN_MESSAGES.items():
+        with bench_onnx.without_known_messages():
+            assert not passes(name, f"{start}, and so on")
+            assert passes(name, f"wrong, not {start}")
+        assert passes(name, start)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with bench_onnx.without_known_messages():
+            for message in ("`isinstance(treespec, LeafSpec)` is deprecated, use another", "another"):
+                warnings.warn(message, FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["another"]
 
 
 def test_deviation_of_a_quantised_graph():

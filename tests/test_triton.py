@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton.language as tl
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import h2ot_kernels as h2ot
 from h2ot_kernels.triton import common
@@ -93,6 +96,7 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
         gather,
         recover_attention,
         recover_interpolation,
+        recover_tail,
         score,
         score_large,
         select,
@@ -107,7 +111,13 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
         "delta_kernel": [score.delta_tile(N, False) for N in range(1, score.SMALL + 1)],
         "assign_kernel": [cluster.assign_tile(double) for double in (False, True)],
         "merge_kernel": [cluster.merge_tile(C) for C in (*range(1, 600), 5120)],
-        "tail_kernel": [recover_attention.tail_tile(C) for C in range(1, 5121)],
+        "projected_tail_kernel": [
+            recover_tail.tail_tile(rows, C, M, dtype)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            for rows in (1, 27, 4131, 9000, 16524, 10**6)
+            for C in (3, 100, 512, 5120)
+            for M in (1, 3, 5, 51)
+        ],
         "nearest_kernel": [
             score_large.stream_tile(B, N, slots, dtype)
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -136,6 +146,11 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tail_modules(C):
+    modules = nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 3)
+    return [module.to(DEVICE).requires_grad_(False) for module in modules]
 
 
 INT = torch.int64
@@ -171,11 +186,17 @@ COUNTS = {
         lambda t: t.recover_attention.recover_attention(meta(243, 64), meta(34, 81, 64), meta(34, 81, 64), 8, 1.0),
         ["attention_kernel"],
     ),
-    "tail": (
-        lambda t: t.recover_attention.recover_tail(
-            meta(243, 64), meta(34, 243, 64), meta(64), meta(64), meta(3, 64), meta(3), 1e-5
+    "projection, residual, norm and head": (
+        lambda t: t.recover_tail.recover_projected_tail(
+            meta(243, 64), meta(34, 243, 64), meta(64, 64), meta(64), meta(64), meta(64), meta(3, 64), meta(3), 1e-5
         ),
-        ["tail_kernel"],
+        ["projected_tail_kernel"],
+    ),
+    "recovery tail": (
+        lambda t: h2ot.recover_pose(
+            rand(3, 8), rand(3, 8), rand(2, 2, 8), rand(2, 2, 8), *tail_modules(8), 2, num_joints=1, backend="triton"
+        ),
+        ["attention_kernel", "projected_tail_kernel"],
     ),
     "interpolation": (
         lambda t: t.recover_interpolation.recover_interpolate(meta(4, 81, 17, 3), meta(4, 81, dtype=INT), 243, False),
@@ -196,6 +217,21 @@ def test_kernels_per_call(name):
 
     call, expected = COUNTS[name]
     assert counted(lambda: call(stems)) == expected
+
+
+def test_numbers_are_arguments_not_constants():
+    """One compilation serves every scale and eps, and none is rounded to float32 on the way to a float64 kernel."""
+    with common.record() as launches:
+        for call in calls():
+            call()
+    numbers = set()
+    for launch in launches:
+        assert not any(isinstance(value, float) for value in launch.constants.values()), launch.kernel.__name__
+        for name, value in zip(launch.kernel.arg_names, launch.arguments, strict=False):
+            if isinstance(value, float):
+                assert launch.kernel.fn.__annotations__.get(name) is tl.float64, (launch.kernel.__name__, name)
+                numbers.add(launch.kernel.__name__)
+    assert {"attention_kernel", "level_kernel", "projected_tail_kernel"} <= numbers
 
 
 @pytest.mark.parametrize("scores", [False, True])
@@ -231,7 +267,8 @@ def samples():
         yield OPS.recover_interpolate_triton, (x, None, 20, False)
         yield OPS.recover_interpolate_backward_triton, (x, INDEX, 3, True)
         yield OPS.recover_attention_triton, (rand(1, 7, 4, grad=True), x, rand(2, 9, 4, grad=True), 1, 0.5)
-        yield OPS.recover_tail_triton, (rand(9, 4), y, rand(4), rand(4), rand(3, 4), rand(3), 1e-5)
+        vectors = rand(4), rand(4), rand(4)
+        yield OPS.recover_projected_tail_triton, (rand(9, 4), y, rand(4, 4), *vectors, rand(3, 4), rand(3), 1e-5)
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention_triton, (heads, heads, 3, None, 0.5)
 
@@ -270,6 +307,14 @@ def test_compile_fullgraph():
         torch.testing.assert_close(ours, eager)
 
 
+def test_flop_counter_counts_the_projection_in_the_tail():
+    with FlopCounterMode(display=False) as counter:
+        h2ot.recover_pose(
+            rand(3, 8), rand(3, 8), rand(2, 5, 8), rand(2, 5, 8), *tail_modules(8), 2, num_joints=1, backend="triton"
+        )
+    assert counter.get_total_flops() == 4 * 2 * 3 * 5 * 8 + 2 * 2 * 3 * 8 * (8 + 3)
+
+
 def test_fakes_of_a_cuda_device():
     with FakeTensorMode():
         x = torch.empty(2, 9, 17, 8, device="cuda", dtype=torch.bfloat16)
@@ -284,3 +329,6 @@ def test_fakes_of_a_cuda_device():
         pose = torch.empty(2, 3, 8, device="cuda")
         assert OPS.recover_interpolate_triton(pose, index, 9, False).shape == (2, 9, 8)
         assert OPS.recover_attention_triton(torch.empty(1, 8, device="cuda"), pose, pose, 2, 1.0).shape == (2, 1, 8)
+        weights = torch.empty(8, 8, device="cuda"), None, None, None, torch.empty(5, 8, device="cuda"), None
+        tail = OPS.recover_projected_tail_triton(torch.empty(3, 8, device="cuda"), pose, *weights, 1e-5)
+        assert (tail.shape, tail.dtype, tail.is_contiguous()) == ((2, 3, 5), torch.float32, True)

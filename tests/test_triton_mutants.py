@@ -46,6 +46,12 @@ MUTANTS = {
         "(other[None, :] > column[:, None])",
         "tests/test_select.py::test_selection_is_exact[243-81-ties-triton]",
     ),
+    "blocks of channels beside each other": (
+        "recover_tail.py",
+        " + gap * gap * before * share",
+        "",
+        "tests/test_recover_attention.py::test_tail_within_bound[1-5-512-3-there3-dtype0-triton]",
+    ),
     "one frame too early": (
         "recover_interpolation.py",
         "<= frame)",

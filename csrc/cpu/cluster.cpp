@@ -43,28 +43,45 @@ struct Assigner {
   }
 
   // Labels a panel of tokens: tile distances to all centres, then float64 among those within reach of the least.
+  // Centres that stand near the tokens come first; of the others, tiles that are beyond reach by their first channels
+  // are left out.
   void label(const int32_t* token, int64_t count, int64_t* labels, void* memory) {
-    const int64_t C = args.x.C, stride = ceil_div(centres, kPanel) * kPanel;
+    const Form<A>& form = sample.form;
+    const int64_t C = args.x.C, stride = ceil_div(centres, kPanel) * kPanel, size = form.panel_size();
     float* rows = static_cast<float*>(memory);
     float* distances = rows + C * kPanel;  // [kPanel][stride]
     float tile[kRows * kPanel] __attribute__((aligned(64)));
-    sample.form.pack(token, count, rows);
-    for (int64_t q = 0; q < stride; q += kPanel) {
+    float limit[kPanel];
+    for (int64_t r = 0; r < kPanel; r++) limit[r] = __builtin_inff();
+    form.pack(token, count, rows);
+    EarlyStop stops(form);
+    int64_t nearby = 0;
+    while (nearby < centres && centre[nearby] < token[0]) nearby++;
+    const int64_t start = larger(0, nearby / kPanel - 1) * kPanel;
+    for (int64_t at = 0; at < stride; at += kPanel) {
+      const int64_t q = (start + at) % stride;
+      const float* columns = panels + q / kPanel * size;
       for (int64_t r = 0; r < count; r += kRows) {
-        sample.form.template tile<2>(rows + r, panels + q / kPanel * sample.form.panel_size(), tile);
+        const auto far = [&] {
+          form.prefix_tile(rows + r, columns, tile);
+          return !any_within(tile, limit + r);
+        };
+        const bool left_out = stops(far);
+        if (!left_out) form.template tile<2>(rows + r, columns, tile);
         for (int64_t i = 0; i < kRows; i++) {
-          memcpy(distances + (r + i) * stride + q, tile + i * kPanel, kPanel * sizeof(float));
+          float* to = distances + (r + i) * stride + q;
+          for (int64_t p = 0; p < kPanel; p++) to[p] = left_out ? __builtin_inff() : tile[i * kPanel + p];
+          if (left_out || !(least_of(to, kPanel) < limit[r + i])) continue;
+          limit[r + i] = smaller_of(limit[r + i], form.bound.reach(form.bound.most(least_of(to, kPanel))));
         }
       }
     }
     for (int64_t r = 0; r < count; r++) {
       const float* v = distances + r * stride;
-      const float least = least_of(v, stride);
       const A* row = sample.rows[token[r]];
-      const float limit = sample.form.bound.reach(sample.form.bound.most(least));
       int64_t best = -1;
       double best_distance = 0;
-      for_each_within(v, centres, limit, [&](int64_t j) {
+      for_each_within(v, centres, limit[r], [&](int64_t j) {
         const double s = exact_distance(row, sample.rows[centre[j]], C);
         if (best < 0 || s < best_distance) {
           best_distance = s;

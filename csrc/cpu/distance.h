@@ -25,6 +25,7 @@ static_assert(kPanel % kRows == 0);
 
 H2OT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 H2OT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+H2OT_INLINE double smaller_of(double a, double b) { return a < b ? a : b; }
 H2OT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 H2OT_INLINE Floats fill(float v) { return v - Floats{}; }
@@ -156,6 +157,15 @@ H2OT_INLINE uint32_t at_most(Floats a, Floats b) {
   for (int p = 0; p < kFloats; p++) bits |= uint32_t(less[p] & 1) << p;
   return bits;
 #endif
+}
+
+// Whether a value of a tile is at most the limit of its row.
+H2OT_INLINE bool any_within(const float* tile, const float* limit) {
+  uint32_t any = 0;
+  for (int64_t at = 0; at < kRows * kPanel; at += kFloats) {
+    any |= at_most(load(tile + at), fill(limit[at / kPanel]));
+  }
+  return any != 0;
 }
 
 // Calls f(j) for ascending j < count with v[j] <= limit, until f says stop by returning false.

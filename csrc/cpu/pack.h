@@ -138,17 +138,20 @@ H2OT_INLINE void pack_floats(const Rows<double>& rows, const Packing<double>& pa
 template <class A>
 void pack_integers(const Rows<A>& rows, const Packing<A>& packing, const int32_t* token, int64_t count, float* panel) {
   constexpr int64_t kStep = 256;  // channels at a time
+  const int64_t prefix = prefix_of(rows.C);
   int16_t q[4][kStep] __attribute__((aligned(64)));
   for (int64_t p = 0; p < kPanel; p += 4) {
-    int32_t norm[4] = {};
-    for (int64_t begin = 0; begin < rows.C; begin += kStep) {
-      const int64_t width = smaller(kStep, rows.C - begin), pairs = pairs_of(width);
+    int32_t norm[4] = {}, of_prefix[4] = {};
+    for (int64_t begin = 0, width; begin < rows.C; begin += width) {
+      width = smaller(kStep, (begin < prefix ? prefix : rows.C) - begin);
+      const int64_t pairs = pairs_of(width);
       for (int t = 0; t < 4; t++) {
         if (p + t < count) {
           norm[t] += quantise(rows[token[p + t]] + begin, packing.origin + begin, A(packing.scale), width, q[t]);
         } else {
           memset(q[t], 0, sizeof q[t]);
         }
+        if (begin + width == prefix) of_prefix[t] = norm[t];
       }
       float* out = panel + (kHeader + begin / 2) * kPanel + p;
       int64_t c = 0;
@@ -162,7 +165,8 @@ void pack_integers(const Rows<A>& rows, const Packing<A>& packing, const int32_t
       }
     }
     memcpy(panel + p, norm, sizeof norm);
-    for (int t = 0; t < 4; t++) panel[kPanel + p + t] = p + t < count ? 0 : __builtin_inff();
+    memcpy(panel + kPanel + p, of_prefix, sizeof of_prefix);
+    for (int t = 0; t < 4; t++) panel[(kHeader - 1) * kPanel + p + t] = p + t < count ? 0 : __builtin_inff();
   }
 }
 
@@ -220,16 +224,55 @@ struct Form {
   // Squared distances of kRows tokens from `a` on to kVectors vectors of tokens from `b` on.
   template <int kVectors>
   void tile(const float* a, const float* b, float* out) const {
-    if (!kQuantises || !packing.quantised) {
-      distance_tile<kVectors>(a, b, rows.C, out);
-    } else if (vnni) {
-      quantised_tile<kVectors, true>(a, b, rows.C, out);
+    if (kQuantises && packing.quantised) {
+      quantised<kVectors>(a, b, pairs_of(rows.C), 0, out);
     } else {
-      quantised_tile<kVectors, false>(a, b, rows.C, out);
+      distance_tile<kVectors>(a, b, rows.C, out);
+    }
+  }
+  // The same over the first channels only: never more than `tile` gives, rounding included.
+  void prefix_tile(const float* a, const float* b, float* out) const {
+    if (kQuantises && packing.quantised) {
+      quantised<2>(a, b, prefix_of(rows.C) / 2, 1, out);
+    } else {
+      distance_tile<2>(a, b, prefix_of(rows.C), out);
+    }
+  }
+  template <int kVectors>
+  void quantised(const float* a, const float* b, int64_t pairs, int64_t norms, float* out) const {
+    if (vnni) {
+      quantised_tile<kVectors, true>(a, b, pairs, norms, out);
+    } else {
+      quantised_tile<kVectors, false>(a, b, pairs, norms, out);
     }
   }
   // The bound of this form's distances once they are multiplied to the unit of `other`.
   Bound bound_in(const Form& other) const { return {bound.beta + 0x1p-22, bound.eta * sqrt(other.unit() / unit())}; }
+};
+
+// Whether to look at the first channels of a tile before the others: in a clip most tiles are far from all that is
+// sought, and the first channels show it. Where few are, the next ones are not tried.
+struct EarlyStop {
+  static constexpr int64_t kTried = 64, kUntried = 1024;
+  bool enabled;
+  int64_t credit = kTried;
+
+  template <class A>
+  explicit EarlyStop(const Form<A>& form) : enabled(prefix_of(form.rows.C) * 4 <= form.rows.C) {}
+
+  // far(): computes the tile of first channels and says whether nothing in it can be near.
+  template <class F>
+  bool operator()(const F& far) {
+    if (!enabled) return false;
+    if (credit <= 0) {
+      if (++credit > 0) credit = kTried;
+      return false;
+    }
+    const bool is_far = far();
+    credit = is_far ? smaller(credit + 1, kTried) : credit - 1;
+    if (credit == 0) credit = -kUntried;
+    return is_far;
+  }
 };
 
 // One sample: its valid tokens in ascending order, as slots 0 .. n - 1 of `token`, and the forms they are searched in.

@@ -6,7 +6,8 @@
 // most kRounding sqrt(C). Near-duplicates fall inside that and are left to float64, or to the float tile if there are
 // many.
 //
-// Panel: [norms, int32][infinity past the last token, float][C / 2, rounded up][kPanel] pairs of channels.
+// Panel: [norms, int32][norms of the prefix, int32][infinity past the last token, float][C / 2, rounded up][kPanel]
+// pairs of channels.
 #pragma once
 
 #include "distance.h"
@@ -21,7 +22,7 @@ constexpr bool kQuantises = true;
 constexpr bool kQuantises = false;
 #endif
 constexpr double kRadius = 23000, kRounding = 0.504;
-constexpr int64_t kHeader = 2;              // rows of a panel before its channels
+constexpr int64_t kHeader = 3;              // rows of a panel before its channels
 constexpr int64_t kQuantisedChannels = 32;  // fewer are not worth it
 
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
@@ -37,6 +38,9 @@ struct IntegerOf<double> {
 };
 
 H2OT_INLINE int64_t pairs_of(int64_t C) { return (C + 1) / 2; }
+
+// The first channels, whose distances may already show that two tokens are not near: an even number, at most C.
+H2OT_INLINE int64_t prefix_of(int64_t C) { return C < 64 ? C / 2 * 2 : smaller(C / 16 * 2, kChunk); }
 
 H2OT_INLINE bool has_vnni() {
 #if defined(__AVX512F__)
@@ -77,12 +81,14 @@ H2OT_INLINE Ints load_ints(const float* p) {
   return v;
 }
 
-// out[r][p] = |q_r - q_p|^2, as distance_tile; infinity past the last token of either panel.
+// out[r][p] = |q_r - q_p|^2 over the first `pairs` pairs of channels, whose norms are row `norms` of the panels, as
+// distance_tile; infinity past the last token of either panel.
 template <int kVectors, bool kVnni>
-__attribute__((noinline)) void quantised_tile(const float* a, const float* b, int64_t C, float* out) {
+__attribute__((noinline)) void quantised_tile(const float* a, const float* b, int64_t pairs, int64_t norms,
+                                              float* out) {
   Ints sum[kRows][kVectors] = {};
   const float *row = a + kHeader * kPanel, *columns = b + kHeader * kPanel;
-  for (int64_t c = 0; c < pairs_of(C); c++, row += kPanel, columns += kPanel) {
+  for (int64_t c = 0; c < pairs; c++, row += kPanel, columns += kPanel) {
     Ints column[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) column[v] = load_ints(columns + v * kFloats);
@@ -95,12 +101,13 @@ __attribute__((noinline)) void quantised_tile(const float* a, const float* b, in
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r++) {
     int32_t norm;
-    memcpy(&norm, a + r, 4);
-    const float past = a[kPanel + r];
+    memcpy(&norm, a + norms * kPanel + r, 4);
+    const float past = a[(kHeader - 1) * kPanel + r];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
-      const Ints s = (norm - sum[r][v]) + (load_ints(b + v * kFloats) - sum[r][v]);
-      store(out + r * kPanel + v * kFloats, __builtin_convertvector(s, Floats) + load(b + kPanel + v * kFloats) + past);
+      const Ints s = (norm - sum[r][v]) + (load_ints(b + norms * kPanel + v * kFloats) - sum[r][v]);
+      const Floats past_column = load(b + (kHeader - 1) * kPanel + v * kFloats);
+      store(out + r * kPanel + v * kFloats, __builtin_convertvector(s, Floats) + past_column + past);
     }
   }
 }

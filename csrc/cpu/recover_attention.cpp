@@ -225,7 +225,7 @@ Status backward(const RecoverAttentionBackwardArgs& args, const Parallel& pool) 
       const int64_t from = task % groups * group, to = from + group < a.B ? from + group : a.B;
       const int64_t h = task / groups * at.D;
       memset(g.grad_query, 0, size_t(a.F * at.width) * sizeof(E));
-      for (int64_t b = from; b < to && a.K > 0; b++) {
+      for (int64_t b = from; b < to; b++) {
         const int64_t kept = b * a.K * a.C + h;
         const T* const query = static_cast<const T*>(a.query) + (shared ? 0 : b * rows) + h;
         const T* const grad = static_cast<const T*>(args.grad) + b * rows + h;

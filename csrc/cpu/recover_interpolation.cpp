@@ -131,6 +131,12 @@ H2OT_INLINE V blend(V x0, V x1, V rest, V weight) {
   return rounded(x0 * rest) + rounded(x1 * weight);
 }
 
+// The same, and a token of weight 0 is not read, whatever it holds.
+template <class V>
+H2OT_INLINE V blend_or_keep(V x0, V x1, V rest, V weight) {
+  return weight == 0 ? x0 : rest == 0 ? x1 : blend(x0, x1, rest, weight);
+}
+
 // Frames [t, stop) of a sample whose tokens have at least a vector of channels: the last vector overlaps the one
 // before.
 template <class T>
@@ -144,6 +150,10 @@ H2OT_INLINE void blend_wide(const InterpolateArgs& a, const Plan<Accumulator<T>>
     for (; t < last; t++) {
       const Vector<T> weight = splat<T>(plan.weight[t]), rest = splat<T>(1 - plan.weight[t]);
       T* const to = out + t * a.S;
+      if (plan.weight[t] == 0 || plan.weight[t] == 1) {
+        memcpy(to, plan.weight[t] == 0 ? x0 : x1, size_t(a.S) * sizeof(T));
+        continue;
+      }
       for (int64_t s = 0;; s = s + kLanes<T> < last_vector ? s + kLanes<T> : last_vector) {
         store_narrow(to + s, blend(load_wide(x0 + s), load_wide(x1 + s), rest, weight));
         if (s == last_vector) break;
@@ -172,7 +182,7 @@ H2OT_INLINE void blend_narrow(const InterpolateArgs& a, const Plan<E>& plan, con
     memcpy(&x0, padded + int64_t(plan.before[t]) * W, sizeof x0);
     memcpy(&x1, padded + int64_t(plan.before[t]) * W + W, sizeof x1);
     const E weight = plan.weight[t];
-    const Row value = blend(x0, x1, (1 - weight) - Row{}, weight - Row{});
+    const Row value = blend_or_keep(x0, x1, (1 - weight) - Row{}, weight - Row{});
     memcpy(out, &value, sizeof value);
   }
 }
@@ -252,30 +262,25 @@ Status backward(const InterpolateBackwardArgs& args, const Parallel& pool) {
         const Status status = make_plan(a, b, plan);
         if (status != Status::ok) return outcome.fail(status);
       }
-      // Frames of the interval before read token i with their weight, those of its own with the rest of 1; at the end
-      // of the clip a frame reads the last token twice.
+      // Frames of the interval before read token i with their weight, those of its own with the rest of 1. Weights of 0
+      // read nothing; after the last token all are.
       const int64_t start = plan.first[i > 0 ? i - 1 : 0], own = plan.first[i], stop = plan.first[i + 1];
-      const bool last = i == a.K - 1;
       const T* const grad = static_cast<const T*>(args.grad) + b * a.F * a.S;
       T* const out = static_cast<T*>(args.grad_x) + task * a.S;
       int64_t s = 0;
       for (; s + kLanes<T> <= a.S; s += kLanes<T>) {
         Vector<T> sum = {};
-        for (int64_t t = start; t < own; t++) sum += load_wide(grad + t * a.S + s) * plan.weight[t];
-        for (int64_t t = own; t < stop; t++) {
-          const Vector<T> g = load_wide(grad + t * a.S + s);
-          sum += g * (1 - plan.weight[t]);
-          if (last) sum += g * plan.weight[t];
+        for (int64_t t = start; t < stop; t++) {
+          const E share = t < own ? plan.weight[t] : 1 - plan.weight[t];
+          if (share != 0) sum += load_wide(grad + t * a.S + s) * share;
         }
         store_narrow(out + s, sum);
       }
       for (; s < a.S; s++) {
         E sum = 0;
-        for (int64_t t = start; t < own; t++) sum += widen(grad[t * a.S + s]) * plan.weight[t];
-        for (int64_t t = own; t < stop; t++) {
-          const E g = widen(grad[t * a.S + s]);
-          sum += g * (1 - plan.weight[t]);
-          if (last) sum += g * plan.weight[t];
+        for (int64_t t = start; t < stop; t++) {
+          const E share = t < own ? plan.weight[t] : 1 - plan.weight[t];
+          if (share != 0) sum += widen(grad[t * a.S + s]) * share;
         }
         narrow(sum, out[s]);
       }

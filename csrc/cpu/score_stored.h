@@ -68,8 +68,6 @@ struct RowRoom {
   }
 };
 
-H2OT_INLINE double smaller_of(double a, double b) { return a < b ? a : b; }
-
 template <class A>
 struct Stored {
   State<A>* state;
@@ -217,7 +215,7 @@ struct Stored {
       if (j != i) list[count++].slot = int32_t(j);
       return true;
     };
-    if (open[i] && refined[i / kPanel]) {
+    if (refined[i / kPanel]) {
       split(i, n, [](int64_t j) { return j; }, room);
       const double s = smaller_of(bound.most(ranked), fine.most(ranked_smallest(room.fine, n, wanted)));
       if (s < __builtin_inf()) for_each_in_reach(i, room, n, s, collect);
@@ -280,7 +278,7 @@ struct Stored {
       }
       return true;
     };
-    if (open[i] && refined[i / kPanel]) {
+    if (refined[i / kPanel]) {
       split(i, n, [](int64_t j) { return j; }, room);
       const int32_t finer = least_denser(room.fine);
       if (finer < kInfinite) s = smaller_of(s, fine.most(as_float(finer)));

@@ -95,20 +95,46 @@ struct Streamed {
     for (int64_t i = 0; furthest && i < n; i++) furthest[i] = 0;
   }
 
+  // Whether a value of a tile would be offered to its rows or its columns.
+  bool reaches_lists(const float* tile, int64_t row, int64_t column) const {
+    uint32_t any = 0;
+    for (int64_t at = 0; at < kRows * kPanel; at += kFloats) {
+      any |= at_most(load(tile + at), load(lists.threshold + column + at % kPanel));
+    }
+    return any != 0 || any_within(tile, lists.threshold + row);
+  }
+
   // All pairs between the panels [row_begin, row_end) and [column_begin, column_end): the same range, or a later one.
+  // Neighbours in time come first: they fill the lists, and what is farther is soon left out.
   void search(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
-    const int64_t n = state->sample.n, size = state->sample.form.panel_size();
-    const int64_t block = larger(1, 65536 / size);  // panels of rows that stay in the second-level cache
+    const Form<A>& form = state->sample.form;
+    const int64_t n = state->sample.n, size = form.panel_size();
+    const bool same = row_begin == column_begin;
+    EarlyStop stops(form);
+    stops.enabled &= furthest == nullptr;
     float tile[kRows * kPanel] __attribute__((aligned(64)));
+    const auto search_panels = [&](int64_t p, int64_t q) {
+      const float* b = state->panels + q * size;
+      for (int64_t r = 0; r < kPanel && p * kPanel + r < n; r += kRows) {
+        const float* a = state->panels + p * size + r;
+        const auto far = [&] {
+          form.prefix_tile(a, b, tile);
+          return !reaches_lists(tile, p * kPanel + r, q * kPanel);
+        };
+        if (q > p + 1 && stops(far)) continue;
+        form.template tile<2>(a, b, tile);
+        offer_tile(tile, p * kPanel + r, q * kPanel);
+      }
+    };
+    for (int64_t q = row_begin; same && q < row_end; q++) {
+      if (q > row_begin) search_panels(q - 1, q);
+      search_panels(q, q);
+    }
+    const int64_t block = larger(1, 65536 / size);  // panels of rows that stay in the second-level cache
     for (int64_t first = row_begin; first < row_end; first += block) {
       const int64_t last = smaller(first + block, row_end);
-      for (int64_t q = larger(column_begin, row_begin == column_begin ? first : 0); q < column_end; q++) {
-        for (int64_t p = first; p < last && (row_begin != column_begin || p <= q); p++) {
-          for (int64_t r = 0; r < kPanel && p * kPanel + r < n; r += kRows) {
-            state->sample.form.template tile<2>(state->panels + p * size + r, state->panels + q * size, tile);
-            offer_tile(tile, p * kPanel + r, q * kPanel);
-          }
-        }
+      for (int64_t q = same ? first + 2 : column_begin; q < column_end; q++) {
+        for (int64_t p = first; p < (same ? smaller(last, q - 1) : last); p++) search_panels(p, q);
       }
     }
   }
@@ -229,13 +255,20 @@ struct RowSearch {
     for (int64_t first = begin; first < end; first += kPanel) {
       pack(row + first, smaller(kPanel, end - first), memory.rows + (first - begin) / kPanel * size);
     }
+    EarlyStop stops(form);
     float tile[kRows * kPanel] __attribute__((aligned(64)));
     for (int64_t at = 0; at < columns_of(end - 1); at += kPanel) {
       pack(column + at, smaller(kPanel, sample.n - at), memory.columns);
       for (int64_t r = begin; r < end; r += kRows) {
         const int64_t last = smaller(r + kRows, end), panel = (r - begin) / kPanel;
         if (columns_of(last - 1) <= at) continue;
-        form.template tile<2>(memory.rows + panel * size + (r - begin) % kPanel, memory.columns, tile);
+        const float* a = memory.rows + panel * size + (r - begin) % kPanel;
+        const auto far = [&] {
+          form.prefix_tile(a, memory.columns, tile);
+          return !any_within(tile, lists.threshold + r - begin);
+        };
+        if (stops(far)) continue;
+        form.template tile<2>(a, memory.columns, tile);
         for (int64_t i = r; i < last; i++) {
           for (int64_t p = 0; p < kPanel; p += kFloats) {
             const float* v = tile + (i - r) * kPanel + p;

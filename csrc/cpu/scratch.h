@@ -4,6 +4,16 @@
 #include <cstdint>
 #include <cstdlib>
 
+// Under AddressSanitizer the rest of a reservation, and a gap behind each array in it, are out of bounds.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define H2OT_GAP 64
+#else
+#define H2OT_GAP 0
+#define ASAN_POISON_MEMORY_REGION(at, bytes) ((void)0)
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes) ((void)0)
+#endif
+
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
@@ -23,6 +33,10 @@ class Scratch {
       size_ = (bytes + bytes / 4 + 4095) / 4096 * 4096;
       data_ = aligned_alloc(4096, size_t(size_));
       if (data_ == nullptr) size_ = 0;
+    }
+    if (data_ != nullptr) {
+      ASAN_POISON_MEMORY_REGION(data_, size_);
+      ASAN_UNPOISON_MEMORY_REGION(data_, bytes);
     }
     return data_;
   }
@@ -46,7 +60,9 @@ class Carver {
   template <class T>
   T* take(int64_t count) {
     T* at = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    const int64_t bytes = count * int64_t(sizeof(T)), room = (bytes + 63) / 64 * 64 + H2OT_GAP;
+    if (at != nullptr) ASAN_POISON_MEMORY_REGION(base_ + used_ + bytes, room - bytes);
+    used_ += room;
     return at;
   }
   int64_t bytes() const { return used_; }

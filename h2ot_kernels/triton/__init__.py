@@ -1,6 +1,15 @@
 """The operations in Triton, one stem each: for any NVIDIA GPU, or with TRITON_INTERPRET=1 for CPU tensors."""
 
-from . import attention_scores, cluster, gather, recover_attention, recover_interpolation, score, select
+from . import (
+    attention_scores,
+    cluster,
+    gather,
+    recover_attention,
+    recover_interpolation,
+    recover_tail,
+    score,
+    select,
+)
 
 __all__ = [
     "attention_scores",
@@ -8,6 +17,7 @@ __all__ = [
     "gather",
     "recover_attention",
     "recover_interpolation",
+    "recover_tail",
     "score",
     "select",
 ]

@@ -25,8 +25,8 @@ def _head(pid, blocks, H, P):
 @triton.jit
 def level_kernel(
     query, key, level, P, H, F, D,
-    query_b, query_p, query_h, query_f, query_d, key_b, key_p, key_h, key_f, key_d,
-    SCALE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    query_b, query_p, query_h, query_f, query_d, key_b, key_p, key_h, key_f, key_d, scale: tl.float64,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """level [B, P, H, F]: per query the log of its softmax's denominator."""
     block, h, p, b = _head(tl.program_id(0), tl.cdiv(F, QUERIES), H, P)
@@ -38,7 +38,7 @@ def level_kernel(
     for first in range(0, F, KEYS):
         other = first + tl.arange(0, KEYS)
         key_at = b * key_b + p * key_p + h * key_h + other.to(tl.int64) * key_f
-        logit = _logits(query, query_at, frame < F, query_d, key, key_at, other < F, key_d, D, SCALE, like, BLOCK)
+        logit = _logits(query, query_at, frame < F, query_d, key, key_at, other < F, key_d, D, scale, like, BLOCK)
         higher = tl.maximum(top, tl.max(logit, 1))
         mass = mass * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), 1)
         top = higher
@@ -49,8 +49,8 @@ def level_kernel(
 @triton.jit
 def received_kernel(
     query, key, level, received, P, H, F, D,
-    query_b, query_p, query_h, query_f, query_d, key_b, key_p, key_h, key_f, key_d,
-    SCALE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    query_b, query_p, query_h, query_f, query_d, key_b, key_p, key_h, key_f, key_d, scale: tl.float64,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """received [B, P, H, F]: per key the sum of its weights over the queries, in ascending order."""
     block, h, p, b = _head(tl.program_id(0), tl.cdiv(F, KEYS), H, P)
@@ -62,7 +62,7 @@ def received_kernel(
     for first in range(0, F, QUERIES):
         frame = first + tl.arange(0, QUERIES)
         query_at = b * query_b + p * query_p + h * query_h + frame.to(tl.int64) * query_f
-        logit = _logits(query, query_at, frame < F, query_d, key, key_at, other < F, key_d, D, SCALE, like, BLOCK)
+        logit = _logits(query, query_at, frame < F, query_d, key, key_at, other < F, key_d, D, scale, like, BLOCK)
         weight = tl.exp(logit - tl.load(level + row + frame, frame < F, 0)[:, None])
         total += tl.sum(tl.where((frame < F)[:, None], weight, 0), 0)
     tl.store(received + row + other, total, other < F)
@@ -107,13 +107,10 @@ def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     level, received = (query.new_empty((B, P, H, F), dtype=precise) for _ in range(2))
     score = query.new_empty((B, F), dtype=precise)
     config = scores_tile(F, D, query.dtype == torch.float64)
-    sizes = (P, H, F, D, *query.stride(), *key.stride())
+    sizes = (P, H, F, D, *query.stride(), *key.stride(), scale)
     heads = B * P * H
-    launch(level_kernel, (heads * triton.cdiv(F, config["QUERIES"]),), query, key, level, *sizes, SCALE=scale, **config)
-    launch(
-        received_kernel, (heads * triton.cdiv(F, config["KEYS"]),), query, key, level, received, *sizes,
-        SCALE=scale, **config,
-    )  # fmt: skip
+    launch(level_kernel, (heads * triton.cdiv(F, config["QUERIES"]),), query, key, level, *sizes, **config)
+    launch(received_kernel, (heads * triton.cdiv(F, config["KEYS"]),), query, key, level, received, *sizes, **config)
     launch(
         mean_kernel, (B * triton.cdiv(F, 64),), received, score, P * H, F, P * H * F, FRAMES=64, num_warps=2
     )  # fmt: skip

@@ -97,6 +97,12 @@ def widen(value):
 
 
 @triton.jit
+def number(value, dtype: tl.constexpr):
+    """A float argument of a kernel, declared tl.float64 there so that none of its digits is lost, as dtype."""
+    return tl.full([], value, dtype)
+
+
+@triton.jit
 def product(a, b, total):
     """total + a b: float32 as three TF32 products, 16-bit types exactly, float64 (few columns of a) without tl.dot."""
     if a.dtype == tl.float64:

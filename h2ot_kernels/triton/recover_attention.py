@@ -1,4 +1,4 @@
-"""Recovery by cross-attention without stored weights, forward and backward, and the tail of HoT: norm and head."""
+"""Recovery by cross-attention without stored weights, forward and backward."""
 
 import torch
 import triton
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..backend import implement
 from ..library import declare_custom
-from ..recover_attention import BACKWARD, FORWARD, TAIL, attention_gradient
-from .common import divide, launch, narrow, pow2, product, wide, widen
+from ..recover_attention import BACKWARD, FORWARD, attention_gradient
+from .common import divide, launch, narrow, number, product, wide, widen
 from .distance import load_tokens
 
 
@@ -23,7 +23,7 @@ def _logits(
         a = load_tokens(query, query_at, query_inside, first, query_c, D, BLOCK)
         b = load_tokens(key, key_at, key_inside, first, key_c, D, BLOCK)
         total = product(a, tl.trans(b), total)
-    return tl.where(key_inside[None, :], total * scale, float("-inf"))
+    return tl.where(key_inside[None, :], total * number(scale, like.dtype), float("-inf"))
 
 
 # FLOPs: 4 B F K C (x 3 in float32). Bytes: query (shared: from L2), key, value once each per block of frames, out once.
@@ -31,8 +31,8 @@ def _logits(
 @triton.jit
 def attention_kernel(
     query, key, value, out,
-    F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c,
-    SCALE: tl.constexpr, FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c, scale: tl.float64,
+    FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """out [B, F, C]. One program: FRAMES queries of one head, BLOCK of its channels out."""
     parts = tl.cdiv(D, BLOCK)
@@ -49,7 +49,7 @@ def attention_kernel(
     for first in range(0, K, KEYS):
         kept = first + tl.arange(0, KEYS)
         key_at = b * key_b + kept.to(tl.int64) * key_k + head.to(tl.int64) * D * key_c
-        logit = _logits(query, query_at, frame < F, query_c, key, key_at, kept < K, key_c, D, SCALE, like, STEP)
+        logit = _logits(query, query_at, frame < F, query_c, key, key_at, kept < K, key_c, D, scale, like, STEP)
         higher = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp(logit - higher[:, None])
         shrink = tl.exp(top - higher)
@@ -69,7 +69,8 @@ def attention_kernel(
 def statistics_kernel(
     query, key, value, grad, level, delta,
     F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c, grad_b, grad_f, grad_c,
-    SCALE: tl.constexpr, FRAMES: tl.constexpr, KEYS: tl.constexpr, STEP: tl.constexpr,
+    scale: tl.float64,
+    FRAMES: tl.constexpr, KEYS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Per query [B, H, F]: level, the log of its softmax's denominator, and delta, the weighted mean of grad v^T."""
     frames = tl.cdiv(F, FRAMES)
@@ -86,7 +87,7 @@ def statistics_kernel(
         kept = first + tl.arange(0, KEYS)
         key_at = b * key_b + kept.to(tl.int64) * key_k + head.to(tl.int64) * D * key_c
         value_at = b * value_b + kept.to(tl.int64) * value_k + head.to(tl.int64) * D * value_c
-        logit = _logits(query, query_at, frame < F, query_c, key, key_at, kept < K, key_c, D, SCALE, like, STEP)
+        logit = _logits(query, query_at, frame < F, query_c, key, key_at, kept < K, key_c, D, scale, like, STEP)
         gain = _logits(grad, grad_at, frame < F, grad_c, value, value_at, kept < K, value_c, D, 1.0, like, STEP)
         higher = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp(logit - higher[:, None])
@@ -105,7 +106,8 @@ def statistics_kernel(
 def key_gradient_kernel(
     query, key, value, grad, level, delta, grad_key, grad_value,
     F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c, grad_b, grad_f, grad_c,
-    SCALE: tl.constexpr, FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    scale: tl.float64,
+    FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value [B, K, C]: sums over the queries in ascending order, no atomics."""
     parts = tl.cdiv(D, BLOCK)
@@ -123,12 +125,13 @@ def key_gradient_kernel(
         frame = first + tl.arange(0, FRAMES)
         query_at = b * query_b + frame.to(tl.int64) * query_f + head.to(tl.int64) * D * query_c
         grad_at = b * grad_b + frame.to(tl.int64) * grad_f + head.to(tl.int64) * D * grad_c
-        logit = _logits(query, query_at, frame < F, query_c, key, key_at, kept < K, key_c, D, SCALE, like, STEP)
+        logit = _logits(query, query_at, frame < F, query_c, key, key_at, kept < K, key_c, D, scale, like, STEP)
         gain = _logits(grad, grad_at, frame < F, grad_c, value, value_at, kept < K, value_c, D, 1.0, like, STEP)
         at = (b * H + head) * F + frame
         both = (frame < F)[:, None] & (kept < K)[None, :]
         weight = tl.where(both, tl.exp(logit - tl.load(level + at, frame < F, 0)[:, None]), 0)
-        slope = tl.where(both, weight * (gain - tl.load(delta + at, frame < F, 0)[:, None]), 0) * SCALE
+        own_delta = tl.load(delta + at, frame < F, 0)[:, None]
+        slope = tl.where(both, weight * (gain - own_delta), 0) * number(scale, like.dtype)
         asked = load_tokens(query, query_at, frame < F, part * BLOCK, query_c, D, BLOCK)
         pulled = load_tokens(grad, grad_at, frame < F, part * BLOCK, grad_c, D, BLOCK)
         key_total = product(tl.trans(slope), widen(asked), key_total)
@@ -145,8 +148,8 @@ def key_gradient_kernel(
 def query_gradient_kernel(
     query, key, value, grad, level, delta, out,
     B, F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c, grad_b, grad_f, grad_c,
-    per_split,
-    SCALE: tl.constexpr, FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    scale: tl.float64, per_split,
+    FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """out [B / per_split, F, C]: the gradient of the query summed over per_split samples each, in ascending order."""
     parts = tl.cdiv(D, BLOCK)
@@ -170,11 +173,11 @@ def query_gradient_kernel(
             key_at = b * key_b + kept.to(tl.int64) * key_k + head.to(tl.int64) * D * key_c
             value_at = b * value_b + kept.to(tl.int64) * value_k + head.to(tl.int64) * D * value_c
             there = (kept < K) & (b < B)
-            logit = _logits(query, query_at, asked, query_c, key, key_at, there, key_c, D, SCALE, like, STEP)
+            logit = _logits(query, query_at, asked, query_c, key, key_at, there, key_c, D, scale, like, STEP)
             gain = _logits(grad, grad_at, asked, grad_c, value, value_at, there, value_c, D, 1.0, like, STEP)
             both = asked[:, None] & there[None, :]
             weight = tl.where(both, tl.exp(logit - own_level[:, None]), 0)
-            slope = tl.where(both, weight * (gain - own_delta[:, None]), 0) * SCALE
+            slope = tl.where(both, weight * (gain - own_delta[:, None]), 0) * number(scale, like.dtype)
             shown = load_tokens(key, key_at, there, part * BLOCK, key_c, D, BLOCK)
             total = product(slope, widen(shown), total)
     channel = part * BLOCK + tl.arange(0, BLOCK)
@@ -193,39 +196,6 @@ def sum_kernel(partial, out, size, count, BLOCK: tl.constexpr):
         partial += size
         total += tl.load(partial + at, at < size, 0)
     tl.store(out + at, narrow(total, out.dtype.element_ty), at < size)
-
-
-# Bytes: projected once, token from L2, M outputs. Floor: those at the copy bandwidth.
-@triton.jit
-def tail_kernel(
-    token, projected, norm_weight, norm_bias, head_weight, head_bias, out,
-    rows, F, C, M, token_f, token_c, projected_r, projected_f, projected_c, norm_c, bias_c, head_m, head_c, head_bias_m,
-    EPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """out [rows, M] = head(norm(token + projected)): all C <= WIDTH channels of a row at once, in two passes."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.arange(0, WIDTH)
-    inside = (row < rows)[:, None] & (channel < C)[None, :]
-    frame = row % F
-    first = tl.load(token + (frame * token_f)[:, None] + (channel.to(tl.int64) * token_c)[None, :], inside, 0)
-    at = (row // F * projected_r + frame * projected_f)[:, None] + (channel.to(tl.int64) * projected_c)[None, :]
-    x = widen(first) + widen(tl.load(projected + at, inside, 0))
-    size = tl.zeros([ROWS], x.dtype) + C
-    centred = tl.where(inside, x - divide(tl.sum(x, 1), size)[:, None], 0)
-    spread = tl.sqrt(divide(tl.sum(centred * centred, 1), size) + EPS)
-    normed = divide(centred, tl.broadcast_to(spread[:, None], centred.shape))
-    if norm_weight is not None:
-        normed *= widen(tl.load(norm_weight + channel * norm_c, channel < C, 0))[None, :]
-    if norm_bias is not None:
-        normed += widen(tl.load(norm_bias + channel * bias_c, channel < C, 0))[None, :]
-    for m in range(M):
-        weight = widen(tl.load(head_weight + channel * head_c, channel < C, 0))
-        value = tl.sum(normed * weight[None, :], 1)
-        if head_bias is not None:
-            value += widen(tl.load(head_bias))
-            head_bias += head_bias_m
-        tl.store(out + row * M + m, narrow(value, out.dtype.element_ty), row < rows)
-        head_weight += head_m
 
 
 def attention_tile(F: int, K: int, D: int, double: bool) -> dict[str, int]:
@@ -259,8 +229,7 @@ def recover_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int,
     launch(
         attention_kernel,
         (B * num_heads * triton.cdiv(F, config["FRAMES"]) * triton.cdiv(D, config["BLOCK"]),),
-        query, key, value, out, F, K, num_heads, D, *_rows(query), *key.stride(), *value.stride(),
-        SCALE=scale,
+        query, key, value, out, F, K, num_heads, D, *_rows(query), *key.stride(), *value.stride(), scale,
         **config,
     )  # fmt: skip
     return out
@@ -275,18 +244,15 @@ def recover_attention_backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     level, delta = (value.new_empty((B, H, F), dtype=precise) for _ in range(2))
     config = attention_tile(F, K, D, value.dtype == torch.float64)
-    strides = (F, K, H, D, *_rows(query), *key.stride(), *value.stride(), *grad.stride())
+    sizes = (F, K, H, D, *_rows(query), *key.stride(), *value.stride(), *grad.stride(), scale)
     both = {**config, "KEYS": min(config["KEYS"], 32)}  # two sums in registers
     frames, keys = triton.cdiv(F, config["FRAMES"]), triton.cdiv(K, both["KEYS"])
     whole = {name: size for name, size in config.items() if name != "BLOCK"}
-    launch(
-        statistics_kernel, (B * H * frames,), query, key, value, grad, level, delta, *strides, SCALE=scale, **whole
-    )  # fmt: skip
+    launch(statistics_kernel, (B * H * frames,), query, key, value, grad, level, delta, *sizes, **whole)
     launch(
         key_gradient_kernel,
         (B * H * keys * triton.cdiv(D, config["BLOCK"]),),
-        query, key, value, grad, level, delta, grad_key, grad_value, *strides,
-        SCALE=scale,
+        query, key, value, grad, level, delta, grad_key, grad_value, *sizes,
         **both,
     )  # fmt: skip
     shared = query.numel() != B * F * C
@@ -296,43 +262,12 @@ def recover_attention_backward(
     launch(
         query_gradient_kernel,
         ((splits if shared else B) * H * frames * triton.cdiv(D, config["BLOCK"]),),
-        query, key, value, grad, level, delta, partial, B, *strides, per_split,
-        SCALE=scale,
+        query, key, value, grad, level, delta, partial, B, *sizes, per_split,
         **config,
     )  # fmt: skip
     if shared:
         launch(sum_kernel, (triton.cdiv(F * C, 512),), partial, grad_query, F * C, splits, BLOCK=512, num_warps=4)
     return grad_query, grad_key, grad_value
-
-
-def tail_tile(C: int) -> dict[str, int]:
-    """Rows and channels of one program of tail_kernel: all channels of a row together.
-
-    >>> tail_tile(512)
-    {'ROWS': 4, 'WIDTH': 512, 'num_warps': 4}
-    """
-    width = pow2(C, 64)
-    return {"ROWS": max(2048 // width, 1), "WIDTH": width, "num_warps": 4 if width <= 2048 else 8}
-
-
-def recover_tail(
-    token: Tensor, projected: Tensor, norm_weight, norm_bias, head_weight: Tensor, head_bias, eps: float
-) -> Tensor:
-    R, F, C = projected.shape
-    M = head_weight.shape[0]
-    out = projected.new_empty((R, F, M))
-    config = tail_tile(C)
-    launch(
-        tail_kernel,
-        (triton.cdiv(R * F, config["ROWS"]),),
-        token, projected, norm_weight, norm_bias, head_weight, head_bias, out,
-        R * F, F, C, M, *token.stride(), *projected.stride(),
-        *(0 if x is None else x.stride(0) for x in (norm_weight, norm_bias)),
-        *head_weight.stride(), 0 if head_bias is None else head_bias.stride(0),
-        EPS=eps,
-        **config,
-    )  # fmt: skip
-    return out
 
 
 _ops = torch.ops.h2ot_kernels
@@ -347,4 +282,3 @@ implement(
     ),
 )
 declare_custom("recover_attention_backward_triton", function=recover_attention_backward, **BACKWARD)
-implement("recover_tail", "triton", declare_custom("recover_tail_triton", function=recover_tail, **TAIL))

@@ -63,7 +63,7 @@ def interpolate_kernel(
     x, index, out, rows, F, K, S, sizes, steps, x_b, x_k, index_b, index_k,
     AXES: tl.constexpr, NEAREST: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """out [B F, S]: (1 - w) x[before] + w x[after]. NaN where an index that is used lies outside 0 .. F - 1."""
+    """out [B F, S]: (1 - w) x[before] + w x[after], weights of 0 reading nothing. NaN where an index used is wrong."""
     columns = tl.cdiv(S, INNER)
     row = (tl.program_id(0) // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % columns).to(tl.int64) * INNER + tl.arange(0, INNER)
@@ -79,7 +79,8 @@ def interpolate_kernel(
     first = widen(tl.load(x + at + (before * x_k)[:, None], inside, 0))
     second = widen(tl.load(x + at + (after * x_k)[:, None], inside, 0))
     weight = weight[:, None]
-    value = first * (1 - weight) + second * weight
+    value = tl.where(weight == 1, second, first * (1 - weight) + second * weight)
+    value = tl.where(weight == 0, first, value)
     if index is not None:
         start, end = tl.load(index_row + before * index_k), tl.load(index_row + after * index_k)
         good = (start >= 0) & (start < F) & (end >= 0) & (end < F)
@@ -122,8 +123,9 @@ def interpolate_backward_kernel(
         frame = tl.where(there, frame, 0)
         before, after, weight = _position(index_row, index_k, frame, K, F, like, NEAREST, STEPS)
         share = tl.where(before == position, 1 - weight, 0) + tl.where(after == position, weight, 0)
-        value = widen(tl.load(at + (frame * grad_f)[:, None], inside & there[:, None], 0))
-        total += value * tl.where(there, share, 0)[:, None]
+        reads = there & (share != 0)
+        value = widen(tl.load(at + (frame * grad_f)[:, None], inside & reads[:, None], 0))
+        total += value * tl.where(reads, share, 0)[:, None]
     tl.store(grad_x + row[:, None] * S + column[None, :], narrow(total, grad_x.dtype.element_ty), inside)
 
 

@@ -1,0 +1,163 @@
+"""What follows the attention of a recovery in inference, in one kernel: projection, residual, LayerNorm and head."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import implement
+from ..library import declare_custom
+from ..recover_attention import PROJECTED_TAIL, project_inside
+from .common import divide, launch, narrow, number, pow2, product, widen
+from .distance import load_tokens
+
+PROGRAMS = 128  # to be had before a program owns more rows: large GPUs have 108 to 148 multiprocessors
+
+
+@triton.jit
+def _vector(x, at, step, inside):
+    """x[at] in float32 or float64; 0 outside."""
+    return widen(tl.load(x + at.to(tl.int64) * step, inside, 0))
+
+
+@triton.jit
+def _projected(
+    attended, row_at, row_inside, attended_c, weight, weight_n, weight_c, bias, bias_n, channel, C, like,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Channels `channel` of attended weight^T + bias, of like's dtype; 0 outside."""
+    total = tl.zeros([row_at.shape[0], channel.shape[0]], like.dtype)
+    for first in range(0, C, STEP):
+        a = load_tokens(attended, row_at, row_inside, first, attended_c, C, STEP)
+        b = load_tokens(weight, channel.to(tl.int64) * weight_n, channel < C, first, weight_c, C, STEP)
+        total = product(a, tl.trans(b), total)
+    if bias is not None:
+        total += _vector(bias, channel, bias_n, channel < C)[None, :]
+    return total
+
+
+# FLOPs: 2 R F C^2 (x 3 in float32) + 2 R F C M. Bytes: attended once (again from L2 for every COLUMNS of its channels),
+# proj_weight and token from L2, R F M written. Floor: the larger of the bytes at the copy bandwidth and the FLOPs at
+# the product rate; from L2 come (1 / ROWS + 1 / COLUMNS) R F C^2 elements.
+@triton.jit
+def projected_tail_kernel(
+    token, attended, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, out,
+    rows, F, C, M, token_f, token_c, attended_r, attended_c, proj_n, proj_c, proj_bias_n,
+    norm_c, norm_bias_c, head_m, head_c, head_bias_m, eps: tl.float64,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """out [rows, M] = head(norm(y)), y = token + proj(attended). One program: ROWS rows, OUTPUTS of their outputs.
+
+    COLUMNS channels of y at a time, never stored. Kept of them are their mean, the sum of their squared deviations and,
+    per output, the deviations times w = norm_weight head_weight: sums about the mean of the block, moved to the common
+    mean as it changes (Chan et al.). What is added is of the size of the deviations: nothing as large as the mean
+    cancels, as it would in E[y^2] - E[y]^2 or in sum y w - mean sum w.
+    """
+    parts = tl.cdiv(M, OUTPUTS)
+    first_output = tl.program_id(0) % parts * OUTPUTS
+    output = first_output + tl.arange(0, OUTPUTS)
+    row = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_at = row * attended_r
+    token_at = row % F * token_f
+    like = widen(tl.zeros([1], attended.dtype.element_ty))
+    mean = tl.zeros([ROWS], like.dtype)
+    squares = tl.zeros([ROWS], like.dtype)
+    forms = tl.zeros([ROWS, OUTPUTS], like.dtype)  # sums of (y - mean) w
+    weights = tl.zeros([OUTPUTS], like.dtype)  # sums of w
+    shift = tl.zeros([OUTPUTS], like.dtype)
+    if head_bias is not None:
+        shift += _vector(head_bias, output, head_bias_m, output < M)
+    for first in range(0, C, COLUMNS):
+        channel = first + tl.arange(0, COLUMNS)
+        inside = channel < C
+        y = _projected(
+            attended, row_at, row < rows, attended_c, proj_weight, proj_n, proj_c, proj_bias, proj_bias_n,
+            channel, C, like, STEP,
+        )  # fmt: skip
+        y += widen(load_tokens(token, token_at, row < rows, first, token_c, C, COLUMNS))
+        before = tl.zeros_like(mean) + first
+        count = tl.zeros_like(mean) + tl.minimum(C - first, COLUMNS)
+        own_mean = divide(tl.sum(y, 1), count)
+        y = tl.where(inside[None, :], y - own_mean[:, None], 0)
+        share = divide(count, before + count)
+        gap = own_mean - mean
+        mean += gap * share
+        squares += tl.sum(y * y, 1) + gap * gap * before * share
+        forms -= (gap * share)[:, None] * weights[None, :]
+        rest = gap - gap * share
+        for m in range(tl.minimum(M - first_output, OUTPUTS)):
+            this = output == first_output + m
+            weight = _vector(head_weight + (first_output + m).to(tl.int64) * head_m, channel, head_c, inside)
+            if norm_bias is not None:
+                bias = _vector(norm_bias, channel, norm_bias_c, inside)
+                shift += tl.where(this, tl.sum(weight * bias), 0)
+            if norm_weight is not None:
+                weight *= _vector(norm_weight, channel, norm_c, inside)
+            total = tl.sum(weight)
+            form = tl.sum(y * weight[None, :], 1) + rest * total
+            forms += tl.where(this[None, :], form[:, None], 0)
+            weights += tl.where(this, total, 0)
+    spread = tl.sqrt(divide(squares, tl.zeros_like(mean) + C) + number(eps, like.dtype))
+    value = divide(forms, tl.broadcast_to(spread[:, None], forms.shape)) + shift[None, :]
+    at = out + (row * M)[:, None] + output[None, :]
+    tl.store(at, narrow(value, out.dtype.element_ty), (row < rows)[:, None] & (output < M)[None, :])
+
+
+def tail_tile(rows: int, C: int, M: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows and outputs of one program, channels of a block and of a step of its product.
+
+    As many rows as leave a large GPU busy: the more, the less often the weights are read. Where C is not a multiple of
+    16 a thread loads single elements: their addresses leave registers for small tiles only.
+
+    >>> tail_tile(68 * 243, 512, 3, torch.float32)
+    {'ROWS': 128, 'COLUMNS': 64, 'STEP': 16, 'OUTPUTS': 4, 'num_warps': 8, 'num_stages': 4}
+    """
+    outputs = 4 if M <= 4 else 16
+    if dtype == torch.float64:
+        return {"ROWS": 16, "COLUMNS": 16, "STEP": 16, "OUTPUTS": outputs, "num_warps": 4, "num_stages": 1}
+    return {
+        "ROWS": 32 if C % 16 else pow2(rows // PROGRAMS // 2 + 1, 32, 128),
+        "COLUMNS": 64,
+        "STEP": 16 if dtype == torch.float32 else 32,
+        "OUTPUTS": outputs,
+        "num_warps": 8,
+        "num_stages": 4,
+    }
+
+
+def recover_projected_tail(
+    token: Tensor,
+    attended: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """token [F, C], attended [R, F, C], proj_weight [C, C], head_weight [M, C] -> [R, F, M]."""
+    R, F, C = attended.shape
+    rows = attended.reshape(R * F, C)  # a view of what recover_attention gives
+    M = head_weight.shape[0]
+    out = attended.new_empty((R, F, M))
+    config = tail_tile(R * F, C, M, attended.dtype)
+    proj_bias_n, norm_c, norm_bias_c, head_bias_m = (
+        0 if x is None else x.stride(0) for x in (proj_bias, norm_weight, norm_bias, head_bias)
+    )
+    launch(
+        projected_tail_kernel,
+        (triton.cdiv(R * F, config["ROWS"]) * triton.cdiv(M, config["OUTPUTS"]),),
+        token, rows, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, out,
+        R * F, F, C, M, *token.stride(), *rows.stride(), *proj_weight.stride(), proj_bias_n,
+        norm_c, norm_bias_c, *head_weight.stride(), head_bias_m, eps,
+        **config,
+    )  # fmt: skip
+    return out
+
+
+implement(
+    "recover_tail",
+    "triton",
+    project_inside(declare_custom("recover_projected_tail_triton", function=recover_projected_tail, **PROJECTED_TAIL)),
+)
