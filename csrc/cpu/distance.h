@@ -161,11 +161,17 @@ H2OT_INLINE uint32_t at_most(Floats a, Floats b) {
 
 // Whether a value of a tile is at most the limit of its row.
 H2OT_INLINE bool any_within(const float* tile, const float* limit) {
+#if defined(__aarch64__)
+  uint32x4_t any = {};
+  for (int64_t at = 0; at < kRows * kPanel; at += kFloats) any |= vcleq_f32(load(tile + at), fill(limit[at / kPanel]));
+  return vmaxvq_u32(any) != 0;
+#else
   uint32_t any = 0;
   for (int64_t at = 0; at < kRows * kPanel; at += kFloats) {
     any |= at_most(load(tile + at), fill(limit[at / kPanel]));
   }
   return any != 0;
+#endif
 }
 
 // Calls f(j) for ascending j < count with v[j] <= limit, until f says stop by returning false.
