@@ -7,9 +7,15 @@
 
 namespace h2ot {
 
+#ifdef __aarch64__
+namespace neon {
+extern const Kernels table;
+}
+#else
 namespace portable {
 extern const Kernels table;
 }
+#endif
 #ifdef H2OT_X86
 namespace avx2 {
 extern const Kernels table;
@@ -37,7 +43,11 @@ struct Runnable {
       add(&avx2::table);
     }
 #endif
+#ifdef __aarch64__
+    add(&neon::table);  // every 64-bit ARM processor has NEON with fused multiply-adds
+#else
     add(&portable::table);
+#endif
   }
 
   void add(const Kernels* table) {

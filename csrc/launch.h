@@ -212,7 +212,7 @@ struct InterpolateBackwardArgs {
 
 // One table per instruction set; capability.cpp picks one at run time.
 struct Kernels {
-  const char* name;  // "portable", "avx2", "avx512"
+  const char* name;  // "portable", "avx2", "avx512"; "neon"
   Status (*score)(const ScoreArgs&, const Parallel&);
   ScorePlan (*plan_score)(const ScoreArgs&);  // reads sizes, strides and which pointers are null
   Status (*cluster)(const ClusterArgs&, const Parallel&);
@@ -230,8 +230,8 @@ struct Kernels {
   Status (*interpolate_backward)(const InterpolateBackwardArgs&, const Parallel&);
 };
 
-// The table in use. The environment variable H2OT_KERNELS_CAPABILITY (portable, avx2, avx512) overrides the choice
-// at load; set_capability overrides it later and returns false for a name that this machine cannot run.
+// The table in use. The environment variable H2OT_KERNELS_CAPABILITY (portable, avx2, avx512, neon) overrides the
+// choice at load; set_capability overrides it later and returns false for a name that this machine cannot run.
 const Kernels& kernels();
 bool set_capability(const char* name);
 // The names that this machine can run, best first, comma-separated; "" ends the choice.

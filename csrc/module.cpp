@@ -80,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
       "Version, compiler, ABI target and the CUDA architectures that were compiled in ('' for none).");
   m.def(
       "capability", [] { return std::string(h2ot::kernels().name); },
-      "The instruction set whose CPU kernels run: 'portable', 'avx2' or 'avx512'.");
+      "The instruction set whose CPU kernels run: 'portable', 'avx2', 'avx512' or 'neon'.");
   m.def(
       "runnable_capabilities", [] { return std::string(h2ot::runnable_capabilities()); },
       "The instruction sets that this machine can run, best first, comma-separated.");

@@ -152,7 +152,7 @@ TOKEN_CASES = [
     *(replace(_BASE, kind="smooth", J=5, dtype=dtype, keep=13) for dtype in DTYPES),
     *(replace(_BASE, k=k, K=K, keep=3) for k, K in ((1, 1), (5, 27), (16, 9), (27, 26))),
     *(replace(_BASE, N=N, k=1, K=1) for N in (1, 2, 5)),
-    *(replace(_BASE, N=N, C=C, K=2) for N, C in ((2, 1), (5, 3), (33, 100), (64, 64), (123, 7), (65, 128))),
+    *(replace(_BASE, N=N, C=C, K=2) for N, C in ((2, 1), (5, 3), (33, 100), (64, 64), (123, 7), (65, 128), (19, 1030))),
     replace(_BASE, B=0),
     *(
         replace(_BASE, kind=kind, N=243, C=512, K=81)

@@ -29,6 +29,7 @@ PROOFS = {
     "fuzz": [*PYTEST, "--hypothesis-profile=nightly", "tests/test_fuzz.py"],
     "tidy": ["-m", "tests.tidy"],
     "sanitize": ["-m", "tests.sanitize"],
+    "arm": ["-m", "tests.arm"],
     "mutants": ["-m", "tests.mutants"],
 }  # fmt: skip
 _TESTS = re.compile(r"(\d+) (passed|failed|skipped|deselected|error)")

@@ -109,6 +109,9 @@ H2OT_INLINE Doubles load_doubles(const A* p) {
   memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, Doubles);
 }
+#if defined(__aarch64__)
+H2OT_INLINE Doubles load_doubles(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }  // g++ 12 converts lane by lane
+#endif
 
 // sum over c of (a - b)^2 in float64: the same bits for (a, b) and (b, a).
 template <class A>
@@ -146,6 +149,8 @@ H2OT_INLINE uint32_t at_most(Floats a, Floats b) {
   return uint32_t(__builtin_ia32_movmskps256(reinterpret_cast<Floats>(a <= b)));
 #elif defined(__SSE__)
   return uint32_t(__builtin_ia32_movmskps(reinterpret_cast<Floats>(a <= b)));
+#elif defined(__aarch64__)
+  return vaddvq_u32(vcleq_f32(a, b) & uint32x4_t{1, 2, 4, 8});
 #else
   const auto less = a <= b;
   uint32_t bits = 0;
@@ -156,11 +161,17 @@ H2OT_INLINE uint32_t at_most(Floats a, Floats b) {
 
 // Whether a value of a tile is at most the limit of its row.
 H2OT_INLINE bool any_within(const float* tile, const float* limit) {
+#if defined(__aarch64__)
+  uint32x4_t any = {};
+  for (int64_t at = 0; at < kRows * kPanel; at += kFloats) any |= vcleq_f32(load(tile + at), fill(limit[at / kPanel]));
+  return vmaxvq_u32(any) != 0;
+#else
   uint32_t any = 0;
   for (int64_t at = 0; at < kRows * kPanel; at += kFloats) {
     any |= at_most(load(tile + at), fill(limit[at / kPanel]));
   }
   return any != 0;
+#endif
 }
 
 // Calls f(j) for ascending j < count with v[j] <= limit, until f says stop by returning false.
@@ -180,7 +191,11 @@ inline float least_of(const float* v, int64_t count) {
   Floats least = load(v);
   for (int64_t j = kFloats; j < count; j += kFloats) {
     const Floats next = load(v + j);
+#if defined(__aarch64__)
+    least = vminnmq_f32(least, next);  // half the latency of a comparison and a selection
+#else
     least = next < least ? next : least;
+#endif
   }
   float result = least[0];
   for (int p = 1; p < kFloats; p++) result = least[p] < result ? least[p] : result;

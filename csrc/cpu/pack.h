@@ -224,7 +224,7 @@ struct Form {
   // Squared distances of kRows tokens from `a` on to kVectors vectors of tokens from `b` on.
   template <int kVectors>
   void tile(const float* a, const float* b, float* out) const {
-    if (packing.quantised) {
+    if (kQuantises && packing.quantised) {
       quantised<kVectors>(a, b, pairs_of(rows.C), 0, out);
     } else {
       distance_tile<kVectors>(a, b, rows.C, out);
@@ -232,7 +232,7 @@ struct Form {
   }
   // The same over the first channels only: never more than `tile` gives, rounding included.
   void prefix_tile(const float* a, const float* b, float* out) const {
-    if (packing.quantised) {
+    if (kQuantises && packing.quantised) {
       quantised<2>(a, b, prefix_of(rows.C) / 2, 1, out);
     } else {
       distance_tile<2>(a, b, prefix_of(rows.C), out);

@@ -52,7 +52,7 @@ H2OT_INLINE bool has_vnni() {
 
 // sum + the products of column's 16-bit pairs with the pair at `row`, added in pairs.
 template <bool kVnni>
-H2OT_INLINE Ints add_products(Ints sum, Ints column, const float* row) {
+H2OT_INLINE Ints add_products(Ints sum, [[maybe_unused]] Ints column, [[maybe_unused]] const float* row) {
 #if defined(__AVX512F__)
   if (kVnni) {
     asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(column), "m"(*row));

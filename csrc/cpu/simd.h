@@ -1,9 +1,14 @@
 // Vectors of the instruction set that this file is compiled for, and conversions of the four element types.
 //
-// Each csrc/cpu/*.cpp is compiled once per instruction set, with H2OT_ISA naming the namespace (portable, avx2, avx512)
-// and the compiler flags deciding the width. Only always-inline or static functions here, and no std:: templates in
-// the kernels: a weak symbol compiled with AVX-512 must never be the copy that the linker keeps for an older machine.
+// Each csrc/cpu/*.cpp is compiled once per instruction set, with H2OT_ISA naming the namespace (portable, avx2, avx512,
+// neon) and the compiler flags deciding the width. Only always-inline or static functions here, and no std:: templates
+// in the kernels: a weak symbol compiled with AVX-512 must never be the copy that the linker keeps for an older
+// machine.
 #pragma once
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -38,8 +43,13 @@ H2OT_INLINE Doubles load(const double* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+#if defined(__aarch64__)  // g++ 12 takes a memcpy of them through the integer registers
+H2OT_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
+H2OT_INLINE void store(double* p, Doubles v) { vst1q_f64(p, v); }
+#else
 H2OT_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 H2OT_INLINE void store(double* p, Doubles v) { memcpy(p, &v, sizeof v); }
+#endif
 
 // Storage types of the half formats; arithmetic is in float.
 struct BFloat16 {

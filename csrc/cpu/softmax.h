@@ -89,11 +89,15 @@ H2OT_INLINE void transpose_quad(const T* x, int64_t row_stride, Accumulator<T> s
   typedef Accumulator<T> E;
   typedef E Quad __attribute__((vector_size(4 * sizeof(E))));
   typedef decltype(Quad{} < Quad{}) Mask;
-  Quad row[4] = {};
+  Quad row[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-#pragma GCC unroll 4
-    for (int d = 0; d < 4; d++) row[i][d] = widen(x[i * row_stride + d]) * sign;
+    const T* const at = x + i * row_stride;
+    if constexpr (kLanes<T> == 4) {
+      row[i] = load_wide(at) * sign;
+    } else {
+      row[i] = Quad{widen(at[0]), widen(at[1]), widen(at[2]), widen(at[3])} * sign;
+    }
   }
   const Quad low02 = __builtin_shuffle(row[0], row[2], Mask{0, 4, 1, 5});
   const Quad low13 = __builtin_shuffle(row[1], row[3], Mask{0, 4, 1, 5});

@@ -31,6 +31,10 @@ H2OT_INLINE Vector<T> splat(Accumulator<T> v) {
   return v - Vector<T>{};  // exact for every v, so no subtraction is left
 }
 
+#if defined(__aarch64__)  // g++ 12 converts these lane by lane
+H2OT_INLINE Words load_halves(const void* p) { return vmovl_u16(vld1_u16(static_cast<const uint16_t*>(p))); }
+H2OT_INLINE void store_halves(void* p, Words v) { vst1_u16(static_cast<uint16_t*>(p), vmovn_u32(v)); }
+#else
 H2OT_INLINE Words load_halves(const void* p) {
   HalfWords half;
   memcpy(&half, p, sizeof half);
@@ -40,6 +44,7 @@ H2OT_INLINE void store_halves(void* p, Words v) {
   const HalfWords half = __builtin_convertvector(v, HalfWords);
   memcpy(p, &half, sizeof half);
 }
+#endif
 H2OT_INLINE Floats as_floats(Words v) { return reinterpret_cast<Floats>(v); }
 H2OT_INLINE Words as_words(Floats v) { return reinterpret_cast<Words>(v); }
 
