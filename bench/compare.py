@@ -11,7 +11,8 @@ from rich.table import Table
 def read_rows(path: Path) -> list[dict]:
     """The rows of a result file. Raises ValueError that names the line which is no row.
 
-    Rows of bench_hosts are of a model: they get the op "model", and the names that other rows have for their values.
+    Rows of bench_hosts are of a model: they get the op "model", and, like those of bench_ftp_pose, the names that other
+    rows have for their values.
     """
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -21,6 +22,8 @@ def read_rows(path: Path) -> list[dict]:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
         if isinstance(row, dict) and "model" in row:
             row = _of_model(row)
+        if isinstance(row, dict) and row.get("op") == "ftp_pose":
+            row = _of_ftp_pose(row)
         if not isinstance(row, dict) or "op" not in row:
             raise ValueError(f'{path}:{number}: got {line[:40]!r}, wanted an object with "op"')
         rows.append(row)
@@ -31,6 +34,12 @@ def _of_model(row: dict) -> dict:
     kind = f"{row['model']} {row['mode']}"
     shared = {"op": "model", "shape": {"B": row["batch"]}, "kind": f"{kind} {row['whose']}"}
     return row | shared | {"timings": {row["whose"]: {"p50": row["seconds"]}}}
+
+
+def _of_ftp_pose(row: dict) -> dict:
+    kind = f"{row['size']} epsilon {row['epsilon']} prune_at {row['prune_at']}"
+    timings = {"ours": row["timing"]} if row["timing"] else {}
+    return row | {"shape": {"B": row["batch"]}, "kind": kind, "timings": timings}
 
 
 def key(row: dict) -> tuple:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,13 @@ def test_machines_are_kept_apart_and_the_last_row_of_a_case_counts():
     second["date"] = "2026-05-05T00:00:00+00:00"
     found = report.by_machine([first, other, second])
     assert [list(rows) for rows in found.values()] == [[second], [other]]
+
+
+def test_every_committed_row_can_be_read():
+    folder = Path(report.__file__).parent / "results"
+    read = [row for path in folder.glob("cpu*/*.jsonl") for row in compare.read_rows(path)]
+    assert {"cluster_tokens", "model", "ftp_pose", "onnx_host", "host"} <= {row["op"] for row in read}
+    assert all(compare.name(row) and isinstance(row["timings"], dict) for row in report.latest(read))
 
 
 def test_slopes_are_the_exponents():
