@@ -169,7 +169,7 @@ TOKEN_CASES = [
     *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, noisy=True) for kind in ("smooth", "duplicates")),
     *(replace(_BASE, kind="still", B=1, N=1601, C=80, K=300, dtype=dtype) for dtype in DTYPES),
     *(replace(_BASE, kind=kind, N=100, C=64, K=33) for kind in ("still", "offset", "tiny", "huge", "duplicates")),
-    *(replace(_BASE, kind=kind, N=100, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
+    *(replace(_BASE, kind=kind, N=140, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
     *(replace(_BASE, kind=kind, B=1, N=1601, C=72, K=300, keep=9) for kind in ("rounds", "clump")),
 ]
 

@@ -45,16 +45,15 @@ struct Assigner {
   // Labels a panel of tokens: tile distances to all centres, then float64 among those within reach of the least.
   // Centres that stand near the tokens come first; of the others, tiles that are beyond reach by their first channels
   // are left out.
-  void label(const int32_t* token, int64_t count, int64_t* labels, void* memory) {
+  void label(const int32_t* token, int64_t count, int64_t* labels, void* memory, EarlyStop& stops) {
     const Form<A>& form = sample.form;
     const int64_t C = args.x.C, stride = ceil_div(centres, kPanel) * kPanel, size = form.panel_size();
     float* rows = static_cast<float*>(memory);
     float* distances = rows + C * kPanel;  // [kPanel][stride]
     float tile[kRows * kPanel] __attribute__((aligned(64)));
     float limit[kPanel];
-    for (int64_t r = 0; r < kPanel; r++) limit[r] = __builtin_inff();
+    for (int64_t r = 0; r < kPanel; r++) limit[r] = r < count ? __builtin_inff() : -1;
     form.pack(token, count, rows);
-    EarlyStop stops(form);
     int64_t nearby = 0;
     while (nearby < centres && centre[nearby] < token[0]) nearby++;
     const int64_t start = larger(0, nearby / kPanel - 1) * kPanel;
@@ -70,8 +69,14 @@ struct Assigner {
         if (!left_out) form.template tile<2>(rows + r, columns, tile);
         for (int64_t i = 0; i < kRows; i++) {
           float* to = distances + (r + i) * stride + q;
-          for (int64_t p = 0; p < kPanel; p++) to[p] = left_out ? __builtin_inff() : tile[i * kPanel + p];
-          if (left_out || !(least_of(to, kPanel) < limit[r + i])) continue;
+          const Floats limits = fill(limit[r + i]);
+          uint32_t near = 0;
+          for (int64_t p = 0; p < kPanel; p += kFloats) {
+            const Floats v = left_out ? fill(__builtin_inff()) : load(tile + i * kPanel + p);
+            store(to + p, v);
+            near |= at_most(v, limits);
+          }
+          if (left_out || !near) continue;
           limit[r + i] = smaller_of(limit[r + i], form.bound.reach(form.bound.most(least_of(to, kPanel))));
         }
       }
@@ -148,8 +153,9 @@ struct Assigner {
         __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
         return;
       }
+      EarlyStop stops(sample.form);
       for (int64_t p = begin; p < end; p++) {
-        label(other + p * kPanel, smaller(kPanel, others - p * kPanel), labels, scratch);
+        label(other + p * kPanel, smaller(kPanel, others - p * kPanel), labels, scratch, stops);
       }
     });
     return failed ? Status::out_of_memory : Status::ok;
