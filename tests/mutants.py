@@ -9,11 +9,13 @@ EQUIVALENT explains not counted.
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import datetime
 import io
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -155,11 +157,24 @@ def hunt(mutant: Mutant, tree: mutant_runs.Tree) -> dict | None:
     return {**row, "seconds": round(time.monotonic() - began, 1)}
 
 
+def hunt_share(mutants: list[Mutant], tree: mutant_runs.Tree, share: int) -> list[dict]:
+    """The first `share` of the mutants that compile; each is printed as its fate is known."""
+    rows = []
+    for mutant in mutants:
+        if len(rows) == share:
+            break
+        if row := hunt(mutant, tree):
+            rows.append(row)
+            print(f"{row['result']:9} {row['seconds']:5}s {row['file']}:{row['line']} {row['after']}", flush=True)
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, default=60)
     parser.add_argument("--languages", nargs="+", choices=FILES, default=list(FILES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="languages hunted side by side")
     parser.add_argument("--count", action="store_true", help="only say how many mutants there are")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
@@ -168,19 +183,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"mutants: {sizes}; seed {given.seed}", flush=True)
     if given.count:
         return 0
-    rows = []
-    for number, (language, made) in enumerate(mutants.items()):
+    shares = [given.sample // len(mutants) + (n < given.sample % len(mutants)) for n in range(len(mutants))]
+    trees = [mutant_runs.TREES[language]() for language in mutants]
+    for language, made in mutants.items():
         random.Random(f"{given.seed} {language}").shuffle(made)
-        share = given.sample // len(mutants) + (number < given.sample % len(mutants))
-        tree = mutant_runs.TREES[language]()
-        found = 0
-        for mutant in made:
-            if found == share:
-                break
-            if row := hunt(mutant, tree):
-                found += 1
-                rows.append(row)
-                print(f"{row['result']:9} {row['seconds']:5}s {row['file']}:{row['line']} {row['after']}", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+        rows = [row for found in pool.map(hunt_share, mutants.values(), trees, shares) for row in found]
     counts = collections.Counter(row["result"] for row in rows)
     ratio = counts["killed"] / max(counts["killed"] + counts["survived"], 1)
     head = {"date": datetime.date.today().isoformat(), "seed": given.seed, "sample": len(rows), **counts}
