@@ -158,18 +158,19 @@ class TritonTree(Tree):
 
 
 class CudaTree(Tree):
-    """The CUDA source under the simulator: its comparison with the oracle, and what its sanitizers see."""
+    """The CUDA source under the simulator and its sanitizers: a quick comparison with the oracle, then its tests."""
 
-    name = "cuda"
+    name, chosen, memory = "cuda", "not large and not caught and not sanitizer", resource.RLIM_INFINITY
 
     def tests(self, file: str) -> tuple[str, ...]:
         return ("tests/test_cuda_simt.py",)
 
     def prepare(self, file: str) -> bool:
-        shutil.rmtree(self.folder / "driver", ignore_errors=True)
+        for built in ("driver", "build/simt"):
+            shutil.rmtree(self.folder / built, ignore_errors=True)
         try:
             self.driver = simt.build(simt.SANITIZED, self.folder / "csrc", self.folder / "driver")
-        except subprocess.CalledProcessError:
+        except RuntimeError:
             return False
         return True
 
@@ -180,7 +181,7 @@ class CudaTree(Tree):
             alive = test_cuda_simt.survives(self.driver)
         except subprocess.TimeoutExpired:
             return "no end"
-        return "" if alive else "tests/test_cuda_simt.py::survives"
+        return super().run(file) if alive else "tests/test_cuda_simt.py::survives"
 
 
 TREES = {"cpp": CppTree, "cuda": CudaTree, "triton": TritonTree, "python": Tree}
