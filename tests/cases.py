@@ -97,6 +97,12 @@ def _rounds(shape, g):
     return place + error.reshape(-1, *[1] * (len(shape) - 2)) * _random(shape, g)
 
 
+def _places(shape, g, scatter=1e-3):
+    """25 places, each visited again and again, at random."""
+    place = _random((shape[0], 25, *shape[2:]), g)
+    return place[:, torch.randint(0, 25, (shape[1],), generator=g)] + scatter * _random(shape, g)
+
+
 def _clump(shape, g):
     """Tokens near one point, and one far away: all are near-duplicates beside the sample's extent."""
     x = 1e-4 * _random(shape, g)
@@ -131,6 +137,8 @@ _KINDS = {
     "still": _still,
     "clump": _clump,
     "rounds": _rounds,
+    "places": _places,
+    "lattice": lambda shape, g: (64 * _places(shape, g, 0.03)).round(),  # the same, with ties and duplicates
     "static": _static,
     "duplicates": _duplicates,
     "integers": _integers,
@@ -171,6 +179,10 @@ TOKEN_CASES = [
     *(replace(_BASE, kind=kind, N=100, C=64, K=33) for kind in ("still", "offset", "tiny", "huge", "duplicates")),
     *(replace(_BASE, kind=kind, N=140, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
     *(replace(_BASE, kind=kind, B=1, N=1601, C=72, K=300, keep=9) for kind in ("rounds", "clump")),
+    *(replace(_BASE, kind="places", B=1, N=1601, C=70, K=300, k=5, noisy=noisy) for noisy in (False, True)),
+    *(replace(_BASE, kind=kind, B=1, N=1601, C=20, K=300, masked=True) for kind in ("lattice", "static")),
+    replace(_BASE, kind="places", B=1, N=1601, C=33, J=3, K=9, dtype=torch.bfloat16),
+    replace(_BASE, kind="places", B=2, N=1537, C=40, K=300, k=9, dtype=torch.float64),
 ]
 
 

@@ -26,6 +26,7 @@ static_assert(kPanel % kRows == 0);
 H2OT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 H2OT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 H2OT_INLINE double smaller_of(double a, double b) { return a < b ? a : b; }
+H2OT_INLINE double larger_of(double a, double b) { return a > b ? a : b; }
 H2OT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 H2OT_INLINE Floats fill(float v) { return v - Floats{}; }

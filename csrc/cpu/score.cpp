@@ -5,6 +5,7 @@
 // instruction set's vector width, the number of threads or the place in the batch.
 #include "kernels.h"
 #include "score_gaussian.h"
+#include "score_nearby.h"
 #include "score_stored.h"
 #include "score_streamed.h"
 
@@ -36,12 +37,14 @@ struct Scorer {
   Stored<A> matrix;
   Streamed<A> streamed;
   PeakSearch<A> peaks;
+  Nearby<A> nearby;
   double* of_row;
   int64_t* sums;               // of a Gaussian density
   int32_t *centre, *position;  // [K] selected slots, ascending, and their positions in index
   int64_t k;                   // neighbours that a density needs, the token itself included
   bool gaussian, stored, listed, need_largest;
-  bool failed = false;  // out of memory
+  bool gathered = false;  // the tokens are: `nearby` instead of `streamed`
+  bool failed = false;    // out of memory
 
   const ClusterArgs* clusters;  // null: scores only
 
@@ -66,6 +69,7 @@ struct Scorer {
     matrix.state = &state;
     streamed.state = &state;
     peaks.streamed = &streamed;
+    nearby.state = &state;
     if (stored) {
       matrix.carve(memory, N);
       centre = clusters ? memory.take<int32_t>(N) : nullptr;
@@ -77,6 +81,7 @@ struct Scorer {
     streamed.furthest = need_largest ? memory.take<float>(N) : nullptr;
     if (need_largest) of_row = memory.take<double>(N);
     peaks.carve(memory, N);
+    nearby.carve(memory, N, C);
   }
 
   // Memory of the running thread, `bytes` of it; null, and then noted, when there is none.
@@ -84,6 +89,10 @@ struct Scorer {
     void* memory = worker_scratch.reserve(bytes);
     if (memory == nullptr) __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
     return memory;
+  }
+
+  auto reserve() {
+    return [this](int64_t bytes) { return worker_memory(bytes); };
   }
 
   // f(i, room) for the rows [0, n).
@@ -135,6 +144,11 @@ struct Scorer {
       matrix.refine(pool);
       for_rows([&](int64_t i, const RowRoom& room) {
         if (matrix.open[i]) matrix.set_nearest(i, room, false);
+      });
+    } else if (gathered) {
+      nearby.find_nearest(streamed.lists.length, pool, reserve());
+      for_rows([&](int64_t i, const RowRoom& room) {
+        if (state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);
       });
     } else {
       pack_panels(sample.form, sample.token, sample.n, pool, state.panels);
@@ -195,6 +209,7 @@ struct Scorer {
       for_rows([&](int64_t i, const RowRoom& room) { matrix.set_parent(i, room); });
       return;
     }
+    if (gathered) return nearby.find_parents(pool, reserve());
     for_rows([&](int64_t i, const RowRoom&) {
       if (!state.find_parent_nearby(i)) state.parent[i] = kUnknownParent;
     });
@@ -206,6 +221,7 @@ struct Scorer {
 
   double find_largest() {
     if (stored) return matrix.largest();
+    if (gathered) return nearby.largest(pool);
     if (listed) return streamed.largest(pool, of_row);
     for_rows([&](int64_t i, const RowRoom&) {
       of_row[i] = 0;
@@ -266,6 +282,7 @@ struct Scorer {
     state.area = args.area > 0 ? args.area : double(args.x.C);
     state.strict = args.noise != nullptr;
     state.largest = 0;
+    gathered = !stored && listed && !gaussian && nearby.places.gathered(nearby.placed, pool);
     if (n > 0) {
       find_nearest();
       if (gaussian && !failed) sum_gaussian();
@@ -295,10 +312,18 @@ struct Scorer {
     if (status != Status::ok) return status;
     int64_t* labels = clusters->labels + b * N;
     if (stored) return label_from_matrix(one.index, one.K, labels);
+    if (gathered) return label_nearby(one.index, one.K, labels);
     Tokens x = args.x;
     x.B = 1;
     x.data = static_cast<const T*>(x.data) + b * x.stride_b;
     return assign({x, one.index, 1, one.K, one.mask, labels}, pool);
+  }
+
+  Status label_nearby(const int64_t* index, int64_t K, int64_t* labels) {
+    for (int64_t t = 0; t < args.x.N; t++) labels[t] = -1;
+    for (int64_t j = 0; j < K; j++) labels[index[j]] = state.sample.valid[index[j]] ? j : -1;
+    nearby.label(labels, pool, reserve());
+    return failed ? Status::out_of_memory : Status::ok;
   }
 
   Status label_from_matrix(const int64_t* index, int64_t K, int64_t* labels) {

@@ -1,51 +1,13 @@
 // What scoring keeps per sample, and the decisions that both searches (score_stored.h, score_streamed.h) share.
 //
-// Slots 0 .. n - 1 are the valid tokens in ascending order. Neighbours of a slot exclude itself and are ordered by
-// (squared distance in float64, slot): this order decides every tie.
+// Slots 0 .. n - 1 are the valid tokens in ascending order.
 #pragma once
 
-#include "pack.h"
+#include "lists.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
-
-struct Neighbour {
-  double s;
-  int32_t slot;
-};
-
-H2OT_INLINE bool before(const Neighbour& a, const Neighbour& b) { return a.s < b.s || (a.s == b.s && a.slot < b.slot); }
-
-// Heapsort past a handful: ascending.
-inline void sort_neighbours(Neighbour* list, int64_t count) {
-  if (count <= 32) {
-    for (int64_t i = 1; i < count; i++) {
-      const Neighbour moved = list[i];
-      int64_t at = i;
-      for (; at > 0 && before(moved, list[at - 1]); at--) list[at] = list[at - 1];
-      list[at] = moved;
-    }
-    return;
-  }
-  const auto sift = [list](int64_t at, int64_t end) {
-    const Neighbour moved = list[at];
-    for (int64_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
-      if (child + 1 < end && before(list[child], list[child + 1])) child++;
-      if (!before(moved, list[child])) break;
-      list[at] = list[child];
-      at = child;
-    }
-    list[at] = moved;
-  };
-  for (int64_t at = count / 2; at-- > 0;) sift(at, count);
-  for (int64_t end = count; end-- > 1;) {
-    const Neighbour last = list[end];
-    list[end] = list[0];
-    list[0] = last;
-    sift(0, end);
-  }
-}
 
 constexpr int64_t kKept = 16;  // neighbours remembered per slot, at most: enough to find most denser ones
 

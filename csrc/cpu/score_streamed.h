@@ -9,44 +9,7 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int32_t kNoSlot = 0x7fffffff, kUnknownParent = -2;
-
-// Per row the `length` smallest tile distances, ordered by (distance, slot): which ones does not depend on the order of
-// the offers.
-struct Lists {
-  int64_t length;
-  float* v;          // [rows][length]
-  int32_t* slot;     // [rows][length], kNoSlot where there are fewer
-  float* threshold;  // [rows, rounded up to panels] the last v; -1 past the last row
-
-  void carve(Carver& memory, int64_t rows, int64_t list) {
-    length = list;
-    v = memory.take<float>(rows * length);
-    slot = memory.take<int32_t>(rows * length);
-    threshold = memory.take<float>(ceil_div(rows, kPanel) * kPanel);
-  }
-  void clear(int64_t rows) {
-    for (int64_t at = 0; at < rows * length; at++) {
-      v[at] = __builtin_inff();
-      slot[at] = kNoSlot;
-    }
-    for (int64_t row = 0; row < ceil_div(rows, kPanel) * kPanel; row++)
-      threshold[row] = row < rows ? __builtin_inff() : -1;
-  }
-  void offer(int64_t row, float value, int32_t from) {
-    float* values = v + row * length;
-    int32_t* slots = slot + row * length;
-    int64_t at = length - 1;
-    if (value > values[at] || (value == values[at] && from > slots[at])) return;
-    for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from < slots[at - 1])); at--) {
-      values[at] = values[at - 1];
-      slots[at] = slots[at - 1];
-    }
-    values[at] = value;
-    slots[at] = from;
-    threshold[row] = values[length - 1];
-  }
-};
+constexpr int32_t kUnknownParent = -2;
 
 template <class A>
 struct Streamed {
@@ -164,27 +127,9 @@ struct Streamed {
     }
   }
 
-  // Row `row` of `found`, searched in `form`, in float64 order: `list` gets the entries, and the result is how many of
-  // them are proven to be the nearest of the `among` slots that were offered.
-  int64_t prove(const Lists& found, const Form<A>& form, int64_t row, int64_t i, int64_t among, Neighbour* list) const {
-    const float* v = found.v + row * found.length;
-    const int32_t* slot = found.slot + row * found.length;
-    int64_t count = 0;
-    for (; count < found.length && slot[count] != kNoSlot; count++) {
-      list[count] = {state->sample.distance(i, slot[count]), slot[count]};
-    }
-    sort_neighbours(list, count);
-    if (count == among) return count;
-    // What is not listed is no nearer than this, and equal tokens that are not listed have higher slots.
-    const double unlisted = count == found.length ? form.bound.least(v[count - 1]) / form.unit() : 0;
-    int64_t proven = 0;
-    while (proven < count && (list[proven].s == 0 || list[proven].s < unlisted)) proven++;
-    return proven;
-  }
-
   // m and the nearest of slot i from row `row` of `found`; false if they are not proven.
   bool set_nearest(const Lists& found, const Form<A>& form, int64_t row, int64_t i, Neighbour* list) const {
-    const int64_t proven = prove(found, form, row, i, state->sample.n - 1, list);
+    const int64_t proven = prove(state->sample, form, found, row, i, state->sample.n - 1, list);
     if (proven < state->wanted) return false;
     state->set_nearest(i, list, proven);
     return true;
@@ -332,7 +277,7 @@ struct PeakSearch {
       Neighbour list[kList];
       if (denser[i] == 0) {
         state.parent[peak[i]] = -1;
-      } else if (streamed->prove(memory.lists, form, i - begin, peak[i], denser[i], list) > 0) {
+      } else if (prove(state.sample, form, memory.lists, i - begin, peak[i], denser[i], list) > 0) {
         state.delta[peak[i]] = list[0].s;
         state.parent[peak[i]] = list[0].slot;
       } else {
