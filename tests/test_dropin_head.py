@@ -141,7 +141,7 @@ def test_gradients_tangents_transforms_backends_and_devices_see_the_own_forward(
             torch.testing.assert_close(torch.func.vmap(head)(x), before)
             assert copy.deepcopy(head).to("meta")(x.to("meta")).shape == before.shape
             assert not called.tails
-            head(x)
+            head(input=x)
         assert len(called.tails) == 1
 
 

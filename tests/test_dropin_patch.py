@@ -342,7 +342,7 @@ REFUSED = [
     ("head", lambda: nn.Sequential(nn.LayerNorm((J, C)), nn.Linear(C, 3)), "wanted LayerNorm(C)"),
     ("head", lambda: nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 9)), "up to 8"),
     ("head", lambda: nn.Sequential(nn.LayerNorm(C), OtherLinear(C, 3)), "got LayerNorm((32,), eps=1e-05"),
-    ("head", lambda: Doubled(nn.LayerNorm(C), nn.Linear(C, 3)), "something else"),
+    ("head", lambda: Doubled(nn.LayerNorm(C), nn.Linear(C, 3)), "subclass of nn.Sequential"),
 ]
 
 

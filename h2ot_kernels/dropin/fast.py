@@ -94,17 +94,17 @@ class FastHead(Fast):
 
     inputs = 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         layers = norm_and_linear(self)
         records = self.training or torch.is_grad_enabled() or forward_ad._current_level >= 0
         others = layers is None or records or torch.compiler.is_compiling()
         if others or not (self._is_usual() and is_silent(*layers)):
-            return super().forward(x)
+            return super().forward(input)
         norm, linear = layers
-        given = x, norm.weight, norm.bias, linear.weight, linear.bias
+        given = input, norm.weight, norm.bias, linear.weight, linear.bias
         dtypes = _head_dtypes(given, linear.in_features, linear.out_features)
-        if dtypes is None or not has_plain_tail(x):
-            return super().forward(x)
+        if dtypes is None or not has_plain_tail(input):
+            return super().forward(input)
         inside, outside = dtypes
         x, *vectors = (t if t is None else t.to(inside) for t in given)
         return norm_and_head(x, *vectors, eps=norm.eps).to(outside)

@@ -42,6 +42,8 @@ def mlp_class(module: nn.Module) -> type:
 
 
 def head_class(module: nn.Module) -> type:
+    if type(module) is not nn.Sequential:
+        raise NotRecognised("a subclass of nn.Sequential, whose forward may do more")
     layers = fast.norm_and_linear(module)
     if layers is None:
         wanted = f"wanted LayerNorm(C) and Linear(C, up to {fast.LARGEST_HEAD})"
