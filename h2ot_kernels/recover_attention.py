@@ -133,6 +133,24 @@ def project_first(tail):
     return run
 
 
+def has_plain_tail(x: Tensor) -> bool:
+    """Whether what runs for x is a kernel of the tail after the projection, as `norm_and_head` calls it."""
+    return dispatch("recover_tail", x, None) is _plain_tail
+
+
+def norm_and_head(x: Tensor, *vectors: Tensor | None, eps: float) -> Tensor:
+    """head(norm(x)) by the tail's kernel, whose token is zero: x [..., C] of any strides -> [..., M] contiguous.
+
+    vectors: as the tail takes them, of x's dtype. x is read in the order of its memory: a permuted view is not copied.
+    """
+    C = x.shape[-1]
+    axes = range(x.dim() - 1)
+    order = sorted(axes, key=x.stride, reverse=True)
+    rows = x.permute(*order, -1)
+    out = _ops.recover_tail(x.new_zeros(1, C), rows.reshape(-1, 1, C), *vectors, eps)
+    return out.reshape(*rows.shape[:-1], out.shape[-1]).movedim(list(axes), order).contiguous()
+
+
 def project_inside(tail):
     """The same of an operator `tail` that projects, too."""
 
@@ -240,5 +258,6 @@ implement(
 )
 declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
-implement("recover_tail", "cpp", project_first(declare("recover_tail", **TAIL)))
+_plain_tail = project_first(declare("recover_tail", **TAIL))
+implement("recover_tail", "cpp", _plain_tail)
 implement("recover_tail", "reference", project_first(_reference_tail))
