@@ -232,8 +232,8 @@ def test_documented_results():
 @pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
 def test_out_within_an_input_is_refused(backend):
     """In eager mode; beside the inputs, in the same memory, is fine."""
-    memory = torch.zeros(300, device=DEVICE)
-    x, index = memory[100:172].view(2, 9, 4).copy_(X), INDEX.to(DEVICE)
+    memory = torch.zeros(400, device=DEVICE)
+    x, index = memory[200:272].view(2, 9, 4).copy_(X), INDEX.to(DEVICE)
     kept = x[:, :3]  # spans 48 of x's 72 numbers
     query = memory[:36].view(9, 4).copy_(X[0])
 
@@ -241,21 +241,21 @@ def test_out_within_an_input_is_refused(backend):
         return memory[start : start + torch.Size(size).numel()].view(size)
 
     with h2ot.use_backend(backend):
-        for start in (100 - 23, 100, 171):
+        for start in (177, 200, 271):
             with pytest.raises(ValueError, match="out: got memory within that of x, wanted its own"):
                 h2ot.gather_tokens(x, index, out=at(start, 2, 3, 4))
         with pytest.raises(ValueError, match="out: got memory within that of pos_embed"):
-            h2ot.gather_tokens(x, index, at(200, 3, 4), out=at(211, 2, 3, 4))
-        for start, name in ((35, "query"), (120, "value")):
+            h2ot.gather_tokens(x, index, at(300, 3, 4), out=at(311, 2, 3, 4))
+        for start, name in ((35, "query"), (220, "value")):
             with pytest.raises(ValueError, match=f"out: got memory within that of {name}"):
                 h2ot.recover_attention(query, kept, kept, 2, out=at(start, 2, 9, 4))
         with pytest.raises(ValueError, match="out: got memory within that of x"):
-            h2ot.recover_interpolate(kept, index, 9, out=at(147, 2, 9, 4))
-        for start in (100 - 24, 172):
+            h2ot.recover_interpolate(kept, index, 9, out=at(247, 2, 9, 4))
+        for start in (176, 272):
             expected = h2ot.gather_tokens(x, index)
             assert torch.equal(h2ot.gather_tokens(x, index, out=at(start, 2, 3, 4)), expected)
         expected = h2ot.recover_interpolate(kept, index, 9)
-        assert torch.equal(h2ot.recover_interpolate(kept, index, 9, out=at(172, 2, 9, 4)), expected)
+        assert torch.equal(h2ot.recover_interpolate(kept, index, 9, out=at(272, 2, 9, 4)), expected)
     assert torch.equal(x.cpu(), X)
 
 
