@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "mutants"
 TORCH = Path(torch.__file__).parent
 STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
-SECONDS = 240  # after which a mutant that runs in circles counts as killed
+PATIENCE = 6  # times what the unchanged source takes, and a minute: a mutant that runs longer counts as killed
 # File stem -> (test files, which of their tests): the shortest that know the file.
 FUZZ = "tests/test_fuzz.py"
 SCORING = (FUZZ, "tests/test_cluster.py", "tests/test_score.py")
@@ -59,7 +60,7 @@ class Tree:
 
     def __init__(self):
         self.folder = BUILD / self.name
-        self.sound: set[tuple[str, ...]] = set()  # tests that pass on the unchanged source
+        self.seconds: dict[tuple[str, ...], float] = {}  # of tests that pass on the unchanged source
         for part in ("h2ot_kernels", "python_ref", "tests", "bench", "csrc"):
             options = {"dirs_exist_ok": True, "ignore": self.ignored, "copy_function": copy_if_changed}
             shutil.copytree(ROOT / part, self.folder / part, **options)
@@ -81,11 +82,13 @@ class Tree:
 
     def assert_sound(self, file: str) -> None:
         """The tests of the file pass while nothing is changed."""
-        if self.tests(file) not in self.sound:
-            failed = self.run(file) if self.prepare(file) else "the build"
-            if failed:
-                sys.exit(f"mutants: the unchanged {self.name} tree fails: {failed}")
-            self.sound.add(self.tests(file))
+        if self.tests(file) in self.seconds:
+            return
+        began = time.monotonic()
+        failed = self.run(file) if self.prepare(file) else "the build"
+        if failed:
+            sys.exit(f"mutants: the unchanged {self.name} tree fails: {failed}")
+        self.seconds[self.tests(file)] = time.monotonic() - began
 
     def outcome(self, file: str, source: str) -> str | None:
         """The first test that fails with `source` as the file, "" if none does, None if it cannot be built."""
@@ -100,14 +103,15 @@ class Tree:
     def run(self, file: str) -> str:
         command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
         environment = self.environment() | {"OMP_NUM_THREADS": "1"}
+        seconds = 60 + PATIENCE * self.seconds[self.tests(file)] if self.tests(file) in self.seconds else None
         try:
             done = subprocess.run(
                 [*command, "-k", self.chosen, *self.tests(file)],
-                cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS,
+                cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=seconds,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory)),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return f"no end after {SECONDS} s"
+            return f"no end after {seconds:.0f} s"
         if done.returncode == 0:
             return ""
         if done.returncode in (4, 5):  # nothing was tested
@@ -158,18 +162,19 @@ class TritonTree(Tree):
 
 
 class CudaTree(Tree):
-    """The CUDA source under the simulator: its comparison with the oracle, and what its sanitizers see."""
+    """The CUDA source under the simulator and its sanitizers: a quick comparison with the oracle, then its tests."""
 
-    name = "cuda"
+    name, chosen, memory = "cuda", "not large and not caught and not sanitizer", resource.RLIM_INFINITY
 
     def tests(self, file: str) -> tuple[str, ...]:
         return ("tests/test_cuda_simt.py",)
 
     def prepare(self, file: str) -> bool:
-        shutil.rmtree(self.folder / "driver", ignore_errors=True)
+        for built in ("driver", "build/simt"):
+            shutil.rmtree(self.folder / built, ignore_errors=True)
         try:
             self.driver = simt.build(simt.SANITIZED, self.folder / "csrc", self.folder / "driver")
-        except subprocess.CalledProcessError:
+        except RuntimeError:
             return False
         return True
 
@@ -180,7 +185,7 @@ class CudaTree(Tree):
             alive = test_cuda_simt.survives(self.driver)
         except subprocess.TimeoutExpired:
             return "no end"
-        return "" if alive else "tests/test_cuda_simt.py::survives"
+        return super().run(file) if alive else "tests/test_cuda_simt.py::survives"
 
 
 TREES = {"cpp": CppTree, "cuda": CudaTree, "triton": TritonTree, "python": Tree}

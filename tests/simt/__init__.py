@@ -32,7 +32,7 @@ def why_not() -> str | None:
 
 
 def build(flags=SANITIZED, sources: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "simt") -> Path:
-    """The driver under `folder`, built from `sources` once per content and flags."""
+    """The driver under `folder`, built from `sources` once per content and flags. RuntimeError: what g++ says."""
     files = sorted([*(sources / "cuda").iterdir(), sources / "launch.h", *_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
     state = hashlib.sha256("\0".join([*flags, *(file.read_text() for file in files)]).encode())
     driver = folder / state.hexdigest()[:16] / "driver"
@@ -42,7 +42,9 @@ def build(flags=SANITIZED, sources: Path = ROOT / "csrc", folder: Path = ROOT / 
     made = driver.with_name(f"driver-{os.getpid()}")
     command = ["g++", "-std=c++20", *flags, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{_HERE}",
                f"-I{sources}", _HERE / "driver.cpp", sources / "cuda" / "plan.cpp", "-o", made]  # fmt: skip
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{sources / 'cuda'} does not compile:\n{done.stderr[-4000:]}")
     made.rename(driver)
     return driver
 
