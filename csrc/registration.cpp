@@ -141,21 +141,8 @@ Tensor prune_attention(const Tensor& query, const Tensor& key, int64_t num_token
   return select(score, num_tokens, keep, nullptr, "prune_attention");
 }
 
-// Sizes and strides of x with axis `from` moved to `to`.
-struct Moved {
-  int64_t size[kMaxDims], stride[kMaxDims];
-
-  Moved(const Tensor& x, int64_t from, int64_t to) {
-    for (int64_t axis = 0, source = 0; axis < x.dim(); axis++) {
-      if (source == from) source++;
-      const int64_t taken = axis == to ? from : source++;
-      size[axis] = x.size(taken);
-      stride[axis] = x.stride(taken);
-    }
-  }
-};
-
-Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim) {
+void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim,
+                       const Tensor& out) {
   const Tensor dense_index = dense(index);
   const MaybeTensor embed = dense(pos_embed, x.scalar_type());
   const Moved moved(x, dim, out_dim);
@@ -169,16 +156,17 @@ Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& po
                      static_cast<const int64_t*>(dense_index.const_data_ptr()),
                      index.size(0),
                      read<void>(embed),
-                     nullptr};
-  std::vector<int64_t> size(moved.size, moved.size + x.dim());
-  size[out_dim] = index.size(1);
+                     out.mutable_data_ptr()};
   for (int64_t axis = 0; axis < x.dim(); axis++) {
-    args.size[axis] = size[axis];
+    args.size[axis] = out.size(axis);
     args.stride[axis] = moved.stride[axis];
   }
-  const Tensor out = make(x, size);
-  args.out = out.mutable_data_ptr();
   check(kernels().gather(args, pool()), "gather_tokens");
+}
+
+Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim) {
+  const Tensor out = make_moved(x, dim, out_dim, index.size(1));
+  gather_tokens_out(x, index, pos_embed, dim, out_dim, out);
   return out;
 }
 
@@ -186,6 +174,7 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
   const Tensor dense_index = dense(index);
   if (grad.size(out_dim) != index.size(1)) throw std::invalid_argument("scatter_tokens: grad and index differ in K");
   const Moved moved(grad, out_dim, dim);
+  const Tensor out = make_moved(grad, out_dim, dim, num_frames);
   ScatterArgs args = {grad.const_data_ptr(),
                       dtype_of(grad),
                       static_cast<int32_t>(grad.dim()),
@@ -195,15 +184,11 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
                       index.size(1),
                       static_cast<const int64_t*>(dense_index.const_data_ptr()),
                       index.size(0),
-                      nullptr};
-  std::vector<int64_t> size(moved.size, moved.size + grad.dim());
-  size[dim] = num_frames;
+                      out.mutable_data_ptr()};
   for (int64_t axis = 0; axis < grad.dim(); axis++) {
-    args.size[axis] = size[axis];
+    args.size[axis] = out.size(axis);
     args.stride[axis] = moved.stride[axis];
   }
-  const Tensor out = make(grad, size);
-  args.out = out.mutable_data_ptr();
   check(kernels().scatter(args, pool()), "gather_tokens");
   return out;
 }
@@ -283,11 +268,16 @@ struct RecoverInputs {
   static Tensor readable(const Tensor& x, bool as_dense) { return !as_dense && x.stride(-1) == 1 ? x : dense(x); }
 };
 
-Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale) {
+void recover_attention_out(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale,
+                           const Tensor& out) {
   RecoverInputs in(query, key, value, num_heads, scale, false);
-  const Tensor out = make(value, {in.args.B, in.args.F, in.args.C});
   in.args.out = out.mutable_data_ptr();
   check(kernels().recover_attention(in.args, pool()), "recover_attention");
+}
+
+Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale) {
+  const Tensor out = make(value, {value.size(0), query.size(-2), value.size(2)});
+  recover_attention_out(query, key, value, num_heads, scale, out);
   return out;
 }
 
@@ -344,27 +334,25 @@ InterpolateArgs interpolate_args(const Tensor& x, const MaybeTensor& index, int6
           nullptr};
 }
 
-std::vector<int64_t> with_frames(const Tensor& x, int64_t frames) {
-  std::vector<int64_t> size;
-  size.reserve(size_t(x.dim()));
-  for (int64_t axis = 0; axis < x.dim(); axis++) size.push_back(axis == 1 ? frames : x.size(axis));
-  return size;
-}
-
-Tensor recover_interpolate(const Tensor& x, const MaybeTensor& index, int64_t num_frames, bool nearest) {
+void recover_interpolate_out(const Tensor& x, const MaybeTensor& index, int64_t num_frames, bool nearest,
+                             const Tensor& out) {
   const Tensor dense_x = dense(x);
   const MaybeTensor dense_index = dense(index, ScalarType::Long);
   InterpolateArgs args = interpolate_args(dense_x, dense_index, x.size(1), num_frames, nearest);
-  const Tensor out = make(x, with_frames(x, num_frames));
   args.out = out.mutable_data_ptr();
   check(kernels().interpolate(args, pool()), "recover_interpolate");
+}
+
+Tensor recover_interpolate(const Tensor& x, const MaybeTensor& index, int64_t num_frames, bool nearest) {
+  const Tensor out = make_moved(x, 1, 1, num_frames);
+  recover_interpolate_out(x, index, num_frames, nearest, out);
   return out;
 }
 
 Tensor recover_interpolate_backward(const Tensor& grad, const MaybeTensor& index, int64_t num_kept, bool nearest) {
   const Tensor dense_grad = dense(grad);
   const MaybeTensor dense_index = dense(index, ScalarType::Long);
-  const Tensor grad_x = make(grad, with_frames(grad, num_kept));
+  const Tensor grad_x = make_moved(grad, 1, 1, num_kept);
   const InterpolateBackwardArgs args = {interpolate_args(dense_grad, dense_index, num_kept, grad.size(1), nearest),
                                         dense_grad.const_data_ptr(), grad_x.mutable_data_ptr()};
   check(kernels().interpolate_backward(args, pool()), "recover_interpolate");
@@ -384,13 +372,16 @@ STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("prune_attention", TORCH_BOX(&h2ot::prune_attention));
   m.impl("attention_scores", TORCH_BOX(&h2ot::attention_scores));
   m.impl("gather_tokens", TORCH_BOX(&h2ot::gather_tokens));
+  m.impl("gather_tokens_out", TORCH_BOX(&h2ot::gather_tokens_out));
   m.impl("scatter_tokens", TORCH_BOX(&h2ot::scatter_tokens));
   m.impl("assign_clusters", TORCH_BOX(&h2ot::assign_clusters));
   m.impl("assign_by_parent", TORCH_BOX(&h2ot::assign_by_parent));
   m.impl("merge_tokens", TORCH_BOX(&h2ot::merge_tokens));
   m.impl("recover_attention", TORCH_BOX(&h2ot::recover_attention));
+  m.impl("recover_attention_out", TORCH_BOX(&h2ot::recover_attention_out));
   m.impl("recover_attention_backward", TORCH_BOX(&h2ot::recover_attention_backward));
   m.impl("recover_tail", TORCH_BOX(&h2ot::recover_tail));
   m.impl("recover_interpolate", TORCH_BOX(&h2ot::recover_interpolate));
+  m.impl("recover_interpolate_out", TORCH_BOX(&h2ot::recover_interpolate_out));
   m.impl("recover_interpolate_backward", TORCH_BOX(&h2ot::recover_interpolate_backward));
 }

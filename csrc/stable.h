@@ -69,6 +69,27 @@ inline Tensor make(const Tensor& like, const std::vector<int64_t>& size) {
 inline Tensor make(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
   return torch::stable::new_empty(like, size, dtype);
 }
+// Sizes and strides of x with axis `from` moved to `to`.
+struct Moved {
+  int64_t size[kMaxDims], stride[kMaxDims];
+
+  Moved(const Tensor& x, int64_t from, int64_t to) {
+    for (int64_t axis = 0, source = 0; axis < x.dim(); axis++) {
+      if (source == from) source++;
+      const int64_t taken = axis == to ? from : source++;
+      size[axis] = x.size(taken);
+      stride[axis] = x.stride(taken);
+    }
+  }
+};
+
+// A new tensor like x, its axis `from` moved to `to` and `length` long.
+inline Tensor make_moved(const Tensor& x, int64_t from, int64_t to, int64_t length) {
+  const Moved moved(x, from, to);
+  std::vector<int64_t> size(moved.size, moved.size + x.dim());
+  size[size_t(to)] = length;
+  return make(x, size);
+}
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 inline Tensor dense(const Tensor& x, ScalarType dtype) {
   return dense(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));

@@ -162,6 +162,23 @@ def dispatch(op: str, tensor: Tensor, backend: str | None) -> Callable:
     return _resolved.get(choice) or _resolve(*choice)
 
 
+def write(op: str, tensor: Tensor, backend: str | None, arguments: tuple, out: Tensor) -> Tensor:
+    """Run `op` with its result in out, which comes back. What autograd has saved of out is known to be overwritten."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)
+    dispatch(f"{op}_out", tensor, backend)(*arguments, out)
+    return out
+
+
+def copying(function: Callable) -> Callable:
+    """`function` with its result copied into a last argument `out`."""
+
+    def run(*arguments) -> None:
+        arguments[-1].copy_(function(*arguments[:-1]))
+
+    return run
+
+
 def resolve_all() -> None:
     """Fill the table of choices for the devices of this torch, so that no call, compilation or capture pays for it."""
     for op in _implementations:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -137,6 +138,39 @@ def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
     if len(values) == 1:  # full: no copy from the host, safe under CUDA-graph capture
         return torch.full((1, 1), values[0], dtype=torch.int64, device=device)
     return torch.tensor([values], dtype=torch.int64, device=device) if values else None
+
+
+def _memory(x: Tensor) -> tuple[int, int]:
+    """The addresses from the first to behind the last byte of x; both 0 where there is none."""
+    start = x.data_ptr()
+    if start == 0 or x.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size()
+
+
+def out(given: Tensor, size: Sequence[int], **inputs: Tensor | None) -> None:
+    """given can take a result [size] like the first of the inputs: dense, apart from them all, with nothing to record.
+
+    Whether it lies apart is checked in eager mode: a compiled graph sees every write, and keeps its meaning.
+    """
+    if not isinstance(given, Tensor):
+        raise TypeError(f"out: got {type(given).__name__}, wanted a tensor")
+    name, like = next(iter(inputs.items()))
+    has_shape("out", given, size, "the shape of the result")
+    same_dtype("out", given, name, like)
+    same_device("out", given, name, like)
+    if not given.is_contiguous():
+        raise ValueError(f"out: got strides {list(given.stride())}, wanted a contiguous tensor")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (given, *inputs.values())):
+        raise RuntimeError("out: out= does not record gradients, but an input or out requires one: use torch.no_grad()")
+    if torch.compiler.is_compiling() or is_fake(given):
+        return
+    start, end = _memory(given)
+    for name, x in inputs.items():
+        first, last = (0, 0) if x is None else _memory(x)
+        if start < last and first < end:
+            raise ValueError(f"out: got memory within that of {name}, wanted its own")
 
 
 def no_tangent(op: str, *inputs: Tensor | None) -> None:

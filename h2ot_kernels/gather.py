@@ -6,8 +6,8 @@ from torch import Tensor
 import python_ref
 
 from . import checks
-from .backend import dispatch, implement
-from .library import declare
+from .backend import copying, dispatch, implement, write
+from .library import declare, into_out
 
 
 def gather_tokens(
@@ -17,6 +17,7 @@ def gather_tokens(
     *,
     dim: int = 1,
     out_dim: int | None = None,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The frames of x that index names: out[b, ..., i, ...] = x[b, ..., index[b, i], ...] (+ pos_embed[0, i]).
@@ -27,6 +28,8 @@ def gather_tokens(
         (`select_tokens` with a num_tokens per sample): zeros, without gradient. Not together with pos_embed.
     pos_embed: [1, K, C] or [K, C], added along the frame axis and the last axis (HoT's embedding after pruning).
     dim: the frame axis of x. out_dim: where the frame axis stands in the result (default: dim).
+    out: contiguous, of the result's shape and dtype, apart from the inputs: takes the result and is returned, without
+        gradients (undefined after an error that the index causes).
     Returns a contiguous tensor of x's dtype. Gradients to x and pos_embed, first and second order, deterministic.
 
     Raises TypeError or ValueError for a wrong type, shape, dtype or device, IndexError for an index outside 0 .. F - 1
@@ -45,8 +48,12 @@ def gather_tokens(
     if pos_embed is not None:
         pos_embed = _embedding(pos_embed, x, index.shape[1], out_dim)
     if backend != "reference":
-        checks.no_tangent("gather_tokens", x, pos_embed)
-    return dispatch("gather_tokens", x, backend)(x, index, pos_embed, dim, out_dim)
+        checks.no_tangent("gather_tokens", x, pos_embed, out)
+    arguments = x, index, pos_embed, dim, out_dim
+    if out is None:
+        return dispatch("gather_tokens", x, backend)(*arguments)
+    checks.out(out, _moved_size(x, dim, out_dim, index.shape[1]), x=x, index=index, pos_embed=pos_embed)
+    return write("gather_tokens", x, backend, arguments, out)
 
 
 def _axis(name: str, value: int, x: Tensor) -> int:
@@ -67,16 +74,16 @@ def _embedding(pos_embed: Tensor, x: Tensor, K: int, out_dim: int) -> Tensor:
     return pos_embed.reshape(wanted[-2:]).to(x.dtype)
 
 
-def _moved(x: Tensor, from_dim: int, to_dim: int, frames: int) -> Tensor:
-    """A new contiguous tensor like x, its frame axis (from_dim) moved to to_dim and `frames` long."""
+def _moved_size(x: Tensor, from_dim: int, to_dim: int, frames: int) -> list[int]:
+    """The shape of x, its frame axis (from_dim) moved to to_dim and `frames` long."""
     size = list(x.shape)
     del size[from_dim]
     size.insert(to_dim, frames)
-    return x.new_empty(size)
+    return size
 
 
 def _gather_fake(x, index, pos_embed, dim, out_dim):
-    return _moved(x, dim, out_dim, index.shape[1])
+    return x.new_empty(_moved_size(x, dim, out_dim, index.shape[1]))
 
 
 def _gather_setup(ctx, inputs, output):
@@ -102,7 +109,7 @@ def gather_backward(scatter):
 
 
 def _scatter_fake(grad, index, num_frames, dim, out_dim):
-    return _moved(grad, out_dim, dim, num_frames)
+    return grad.new_empty(_moved_size(grad, out_dim, dim, num_frames))
 
 
 def _scatter_setup(ctx, inputs, output):
@@ -147,3 +154,5 @@ implement(
 )
 declare("scatter_tokens", **SCATTER, backward=scatter_backward(lambda *args: _ops.gather_tokens(*args)))
 implement("gather_tokens", "reference", _reference)
+implement("gather_tokens_out", "cpp", declare("gather_tokens_out", **into_out(**GATHER)))
+implement("gather_tokens_out", "reference", copying(_reference))

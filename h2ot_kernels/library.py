@@ -41,11 +41,29 @@ def declare_custom(
 ):
     """The same for an operator whose kernel is `function`, written in Python (Triton)."""
     qualified = f"{NAMESPACE}::{name}"
-    op = torch.library.custom_op(qualified, function, mutates_args=(), schema=schema)
+    written = ("out",) if "(a!) out" in schema else ()
+    op = torch.library.custom_op(qualified, function, mutates_args=written, schema=schema)
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
     return _counted(name, flops)
+
+
+def into_out(schema: str, fake: Callable, flops: Callable | None = None, **gradient) -> dict:
+    """What declares the form of an operator that writes its result into a last argument `out`: without gradient."""
+    schema = schema.replace(") -> Tensor", ", Tensor(a!) out) -> ()")
+    return {"schema": schema, "fake": lambda *arguments: None, "flops": flops}
+
+
+def allocating(make: Callable, write: Callable) -> Callable:
+    """The kernel of an operator that returns its result, made by its fake, from the one of its `into_out` form."""
+
+    def run(*arguments) -> torch.Tensor:
+        out = make(*arguments)
+        write(*arguments, out)
+        return out
+
+    return run
 
 
 def _counted(name: str, flops: Callable | None):

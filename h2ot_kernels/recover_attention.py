@@ -9,18 +9,26 @@ from torch.nn import functional
 import python_ref
 
 from . import checks
-from .backend import dispatch, implement
-from .library import declare, no_second_order
+from .backend import copying, dispatch, implement, write
+from .library import declare, into_out, no_second_order
 
 
 def recover_attention(
-    query: Tensor, key: Tensor, value: Tensor, num_heads: int, *, scale: float | None = None, backend: str | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(Q K^T scale) V per head, heads side by side on C; without storing the weights.
 
     query: [F, C] or [1, F, C] (shared by every sample and joint: the recovery token, projected once), or [B, F, C].
     key, value: [B, K, C], projected; B is the batch times the joints. All float32, float64, bfloat16 or float16.
     num_heads = H divides C. scale: default (C / H) ** -0.5.
+    out: [B, F, C] of value's dtype, contiguous, apart from the inputs: takes the result and is returned, no gradients.
     Returns [B, F, C], accumulated in float32 (float64 for float64). Gradients to query, key and value, first order
     (a second derivative raises; backend="reference" has one).
     Raises TypeError or ValueError that name the argument. Cost: 4 B F K C FLOPs.
@@ -49,9 +57,13 @@ def recover_attention(
     if C % num_heads:
         raise ValueError(f"num_heads: got {num_heads}, wanted a divisor of C = {C}")
     if backend != "reference":
-        checks.no_tangent("recover_attention", query, key, value)
+        checks.no_tangent("recover_attention", query, key, value, out)
     scale = (C // num_heads) ** -0.5 if scale is None else float(scale)
-    return dispatch("recover_attention", value, backend)(query, key, value, num_heads, scale)
+    arguments = query, key, value, num_heads, scale
+    if out is None:
+        return dispatch("recover_attention", value, backend)(*arguments)
+    checks.out(out, (B, query.shape[-2], C), value=value, key=key, query=query)
+    return write("recover_attention", value, backend, arguments, out)
 
 
 _TAIL_INPUTS = ("token", "proj.weight", "proj.bias", "norm.weight", "norm.bias", "head.weight", "head.bias")
@@ -131,6 +143,24 @@ def project_first(tail):
         return tail(token, projected, *vectors, eps)
 
     return run
+
+
+def has_plain_tail(x: Tensor) -> bool:
+    """Whether what runs for x is a kernel of the tail after the projection, as `norm_and_head` calls it."""
+    return dispatch("recover_tail", x, None) is _plain_tail
+
+
+def norm_and_head(x: Tensor, *vectors: Tensor | None, eps: float) -> Tensor:
+    """head(norm(x)) by the tail's kernel, whose token is zero: x [..., C] of any strides -> [..., M] contiguous.
+
+    vectors: as the tail takes them, of x's dtype. x is read in the order of its memory: a permuted view is not copied.
+    """
+    C = x.shape[-1]
+    axes = range(x.dim() - 1)
+    order = sorted(axes, key=x.stride, reverse=True)
+    rows = x.permute(*order, -1)
+    out = _ops.recover_tail(x.new_zeros(1, C), rows.reshape(-1, 1, C), *vectors, eps)
+    return out.reshape(*rows.shape[:-1], out.shape[-1]).movedim(list(axes), order).contiguous()
 
 
 def project_inside(tail):
@@ -240,5 +270,8 @@ implement(
 )
 declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
-implement("recover_tail", "cpp", project_first(declare("recover_tail", **TAIL)))
+implement("recover_attention_out", "cpp", declare("recover_attention_out", **into_out(**FORWARD)))
+implement("recover_attention_out", "reference", copying(_reference))
+_plain_tail = project_first(declare("recover_tail", **TAIL))
+implement("recover_tail", "cpp", _plain_tail)
 implement("recover_tail", "reference", project_first(_reference_tail))

@@ -6,8 +6,8 @@ from torch import Tensor
 import python_ref
 
 from . import checks
-from .backend import dispatch, implement
-from .library import declare
+from .backend import copying, dispatch, implement, write
+from .library import declare, into_out
 
 
 def recover_interpolate(
@@ -17,6 +17,7 @@ def recover_interpolate(
     *,
     mode: str = "linear",
     align: str = "index",
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """All num_frames = F frames from the K kept ones: linear in time between the kept frames around each.
@@ -26,6 +27,8 @@ def recover_interpolate(
     A kept frame comes back bit for bit, even beside NaN or infinity; only the frames between are spoilt by those.
     mode: "linear", or "nearest" (the earlier on a tie). align: "index", or "uniform", which ignores the index (None
     will do) and reads position t (K - 1) / (F - 1).
+    out: contiguous, of the result's shape and dtype, apart from the inputs: takes the result and is returned, without
+    gradients (undefined after an error that the index causes).
     Returns [B, F, ...] of x's dtype, weights and sums in float32 (float64 for float64). Gradients to x of any order,
     deterministic. Raises TypeError or ValueError that name the argument, IndexError for an index outside 0 .. F - 1
     (a GPU cannot raise: frames beside a wrong entry are NaN there).
@@ -51,8 +54,12 @@ def recover_interpolate(
         if index.shape[0] not in (1, B) or index.shape[1] != K:
             raise ValueError(f"index: got shape {checks.shape(index)}, wanted [1, {K}] or [{B}, {K}]")
     if backend != "reference":
-        checks.no_tangent("recover_interpolate", x)
-    return dispatch("recover_interpolate", x, backend)(x, index, num_frames, mode == "nearest")
+        checks.no_tangent("recover_interpolate", x, out)
+    arguments = x, index, num_frames, mode == "nearest"
+    if out is None:
+        return dispatch("recover_interpolate", x, backend)(*arguments)
+    checks.out(out, (B, num_frames, *x.shape[2:]), x=x, index=index)
+    return write("recover_interpolate", x, backend, arguments, out)
 
 
 def _fake(x, index, frames, nearest):
@@ -107,3 +114,5 @@ implement(
 )
 declare("recover_interpolate_backward", **BACKWARD, backward=transposed(lambda *args: _ops.recover_interpolate(*args)))
 implement("recover_interpolate", "reference", _reference)
+implement("recover_interpolate_out", "cpp", declare("recover_interpolate_out", **into_out(**FORWARD)))
+implement("recover_interpolate_out", "reference", copying(_reference))

@@ -66,6 +66,15 @@ def clusters(module, x: torch.Tensor, **given) -> tuple[torch.Tensor, ...]:
     return index, module.assign_clusters(x, index, **given)
 
 
+def into(module, op: str, *inputs, **given) -> tuple[torch.Tensor]:
+    """An operation that writes into a buffer of the caller's."""
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    result = getattr(module, op)(*inputs, **given)
+    if module is h2ot:
+        result = getattr(module, op)(*inputs, out=torch.full_like(result, float("nan")), **given)
+    return (result,)
+
+
 def calls() -> Iterator[tuple[str, Call]]:
     """(operation, call of (module h2ot_kernels or python_ref, inputs, backend or nothing))."""
     yield "score_tokens", lambda m, t, **b: m.score_tokens(t["x"].detach(), 3, mask=t["mask"], **b)
@@ -83,6 +92,9 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "recover_attention", lambda m, t, **b: (m.recover_attention(t["query"], t["kept"], t["kept"], 4, **b),)
     yield "recover_tail", lambda m, t, **b: (m.recover_pose(*pose_arguments(t), 4, num_joints=3, **b),)
     yield "recover_interpolate", lambda m, t, **b: (m.recover_interpolate(t["kept"][:2], t["index"], 33, **b),)
+    yield "gather_tokens", lambda m, t, **b: into(m, "gather_tokens", t["x"], t["index"], t["embed"], out_dim=2, **b)
+    yield "recover_attention", lambda m, t, **b: into(m, "recover_attention", t["query"], t["kept"], t["kept"], 4, **b)
+    yield "recover_interpolate", lambda m, t, **b: into(m, "recover_interpolate", t["kept"][:2], t["index"], 33, **b)
 
 
 def results(call: Call, module, given: dict[str, torch.Tensor], **named) -> list[torch.Tensor]:

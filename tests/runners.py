@@ -25,6 +25,13 @@ class Runner:
 
     def __call__(self, function, *args, **kwargs):
         """function(*args, backend=...) with tensors moved to the runner's device and results back to the CPU."""
+        result = self.run(function, *args, **kwargs)
+        if isinstance(result, tuple):
+            return type(result)(*(x.cpu() for x in result))
+        return result.cpu()
+
+    def run(self, function, *args, **kwargs):
+        """The same with results left where they are."""
         if self.capability:
             _C.set_capability(self.capability)
 
@@ -32,10 +39,19 @@ class Runner:
             return x.to(self.device) if isinstance(x, torch.Tensor) else x
 
         args = [there(x) for x in args]
-        result = function(*args, backend=self.backend, **{name: there(x) for name, x in kwargs.items()})
-        if isinstance(result, tuple):
-            return type(result)(*(x.cpu() for x in result))
-        return result.cpu()
+        return function(*args, backend=self.backend, **{name: there(x) for name, x in kwargs.items()})
+
+    def assert_fills_out(self, function, *args, **kwargs):
+        """function(out=...) gives the bits that it gives without, in out itself, and writes nothing beside it."""
+        expected, band = self.run(function, *args, **kwargs), 37  # odd: out begins where no allocation does
+        memory = torch.full((expected.numel() + 2 * band,), 7, dtype=expected.dtype, device=self.device)
+        out = memory[band : band + expected.numel()].view(expected.shape)
+        with torch.no_grad():
+            assert self.run(function, *args, out=out, **kwargs) is out
+        assert out.stride() == expected.stride()
+        assert torch.equal(out.contiguous().view(torch.uint8), expected.view(torch.uint8))
+        assert (memory[:band] == 7).all()
+        assert (memory[memory.numel() - band :] == 7).all()
 
 
 def _candidates():

@@ -6,9 +6,12 @@ from torch import nn
 
 import h2ot_kernels as h2ot
 
+from .runners import DEVICE
+
 X = torch.randn(2, 9, 4)
 INDEX = torch.tensor([[0, 4, 8]])
 KEPT = torch.randn(2, 3, 4)
+LEAF = torch.randn(2, 3, 4, requires_grad=True)
 LINEAR, NORM, HEAD = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
 WIDE, DOUBLE, ELSEWHERE = nn.Linear(4, 8), nn.Linear(4, 4).double(), nn.Linear(4, 4, device="meta")
 
@@ -153,6 +156,42 @@ BAD = {
         ValueError,
         "recover_interpolate: index is not strictly ascending",
     ),
+    "out type": (lambda: h2ot.gather_tokens(X, INDEX, out=[]), TypeError, "out: got list, wanted a tensor"),
+    "out shape": (
+        lambda: h2ot.gather_tokens(X, INDEX, out_dim=2, out=torch.empty(2, 3, 4)),
+        ValueError,
+        r"out: got shape \[2, 3, 4\], wanted the shape of the result = \[2, 4, 3\]",
+    ),
+    "out dtype": (
+        lambda: h2ot.recover_attention(X[0], KEPT, KEPT, 2, out=torch.empty(2, 9, 4).double()),
+        TypeError,
+        "out: got dtype torch.float64, wanted torch.float32, that of value",
+    ),
+    "out strides": (
+        lambda: h2ot.recover_interpolate(KEPT, INDEX, 9, out=torch.empty(2, 4, 9).mT),
+        ValueError,
+        r"out: got strides \[36, 1, 9\], wanted a contiguous tensor",
+    ),
+    "out elsewhere": (
+        lambda: h2ot.gather_tokens(X, INDEX, out=torch.empty(2, 3, 4, device="meta")),
+        ValueError,
+        "out: got device meta, wanted cpu, that of x",
+    ),
+    "out, gradient": (
+        lambda: h2ot.recover_interpolate(LEAF, INDEX, 9, out=torch.empty(2, 9, 4)),
+        RuntimeError,
+        "out= does not record gradients",
+    ),
+    "out with gradient": (
+        lambda: h2ot.gather_tokens(X, INDEX, out=LEAF),
+        RuntimeError,
+        "out= does not record gradients",
+    ),
+    "out, index outside": (
+        lambda: h2ot.gather_tokens(X, INDEX + 1, out=torch.empty(2, 3, 4)),
+        IndexError,
+        "gather_tokens: index holds a value outside",
+    ),
     "device mix": (lambda: h2ot.gather_tokens(X, INDEX.to("meta")), ValueError, "index: got device meta, wanted cpu"),
     "backend": (lambda: h2ot.gather_tokens(X, INDEX, backend="fast"), ValueError, "backend: got 'fast'"),
     "backend elsewhere": (lambda: h2ot.gather_tokens(X, INDEX, backend="cuda"), RuntimeError, "tensors are on cpu"),
@@ -190,6 +229,36 @@ def test_documented_results():
     assert h2ot.prune_cluster(X, 3, mask=mask).tolist() == [[0, 1, 5], [0, 1, 2]]
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
+def test_out_within_an_input_is_refused(backend):
+    """In eager mode; beside the inputs, in the same memory, is fine."""
+    memory = torch.zeros(400, device=DEVICE)
+    x, index = memory[200:272].view(2, 9, 4).copy_(X), INDEX.to(DEVICE)
+    kept = x[:, :3]  # spans 48 of x's 72 numbers
+    query = memory[:36].view(9, 4).copy_(X[0])
+
+    def at(start, *size):
+        return memory[start : start + torch.Size(size).numel()].view(size)
+
+    with h2ot.use_backend(backend):
+        for start in (177, 200, 271):
+            with pytest.raises(ValueError, match="out: got memory within that of x, wanted its own"):
+                h2ot.gather_tokens(x, index, out=at(start, 2, 3, 4))
+        with pytest.raises(ValueError, match="out: got memory within that of pos_embed"):
+            h2ot.gather_tokens(x, index, at(300, 3, 4), out=at(311, 2, 3, 4))
+        for start, name in ((35, "query"), (220, "value")):
+            with pytest.raises(ValueError, match=f"out: got memory within that of {name}"):
+                h2ot.recover_attention(query, kept, kept, 2, out=at(start, 2, 9, 4))
+        with pytest.raises(ValueError, match="out: got memory within that of x"):
+            h2ot.recover_interpolate(kept, index, 9, out=at(247, 2, 9, 4))
+        for start in (176, 272):
+            expected = h2ot.gather_tokens(x, index)
+            assert torch.equal(h2ot.gather_tokens(x, index, out=at(start, 2, 3, 4)), expected)
+        expected = h2ot.recover_interpolate(kept, index, 9)
+        assert torch.equal(h2ot.recover_interpolate(kept, index, 9, out=at(272, 2, 9, 4)), expected)
+    assert torch.equal(x.cpu(), X)
+
+
 def test_forward_mode_raises_instead_of_giving_zeros():
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(KEPT, torch.ones_like(KEPT))
@@ -198,6 +267,7 @@ def test_forward_mode_raises_instead_of_giving_zeros():
             lambda: h2ot.recover_interpolate(x, INDEX, 9),
             lambda: h2ot.merge_tokens(x, torch.zeros(2, 3).long(), 1),
             lambda: h2ot.recover_attention(X[0], x, KEPT, 2),
+            lambda: h2ot.gather_tokens(X, INDEX, out=x),
         ):
             with pytest.raises(NotImplementedError, match="forward-mode"):
                 call()

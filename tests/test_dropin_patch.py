@@ -35,8 +35,8 @@ def tcformer_block():
 
 MODELS = (hot_mixste, tpc_mixste, hot_motionbert, tcformer_block)
 REPLACED = {
-    hot_mixste: {"cluster", "gather", "cross_attention", "attention", "linear", "mlp"},
-    tpc_mixste: {"cluster", "gather", "attention", "linear", "mlp"},
+    hot_mixste: {"cluster", "gather", "cross_attention", "attention", "linear", "mlp", "head"},
+    tpc_mixste: {"cluster", "gather", "attention", "linear", "mlp", "head"},
     hot_motionbert: {"cluster", "gather", "cross_attention", "attention", "linear", "mlp"},
     tcformer_block: {"cluster", "gather", "merge", "linear"},
 }
@@ -48,6 +48,7 @@ CALLED = {
     "attention": {"h2ot_kernels::recover_attention"},
     "cross_attention": {"h2ot_kernels::recover_attention"},
     "linear": {"mkldnn::_linear_pointwise"},
+    "head": {"h2ot_kernels::recover_tail"},
 }
 NOT_CALLED = {"aten::cdist", "aten::_cdist_forward", "aten::_softmax", "aten::bmm", "aten::gelu"}
 
@@ -56,9 +57,12 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.names = set()
+        self.tails = []  # where the rows of each call of recover_tail lie
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.add(func.name().split(".")[0])
+        if func.name() == "h2ot_kernels::recover_tail":
+            self.tails.append(args[1].data_ptr())
         return func(*args, **(kwargs or {}))
 
 
@@ -174,9 +178,11 @@ def test_hooks_on_what_would_be_skipped_still_fire():
     model.eval()
     model.TTEblocks[0].attn.attn_drop.register_forward_hook(lambda m, args, out: seen.append(out.shape))
     model.TTEblocks[1].mlp.act.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    act = model.TTEblocks[0].mlp.act
+    act.forward = lambda x: seen.append("put on the instance") or nn.functional.gelu(x)
     with torch.no_grad(), dropin.patch(model):
         run(model, x)
-    assert seen == [(2 * J, H, F, F), (2 * J, K, 2 * C)]
+    assert seen == [(2 * J, H, F, F), "put on the instance", (2 * J, K, 2 * C)]
 
 
 def test_packed_weights_follow_the_weights():
@@ -213,6 +219,7 @@ def test_copies_pickles_and_replicas():
             assert_agree(run(other, x), before, 1e-9)
         assert type(loaded.STEblocks[0].attn) is mixste.Attention
         assert type(loaded.STEblocks[0].attn.qkv) is nn.Linear
+        assert type(loaded.head) is nn.Sequential
         with Recorder() as called:
             twin.STEblocks[0].attn(tokens)
         assert "h2ot_kernels::recover_attention" in called.names
@@ -236,7 +243,7 @@ def test_autocast():
     # as near to float32 as the unpatched model is, with the factor of tests/compare.py
     errors = [(out[0].float() - exact[0]).abs().max() for out in (after, before)]
     assert errors[0] <= 4 * errors[1]
-    assert {"h2ot_kernels::recover_attention", "mkldnn::_linear_pointwise"} <= called.names
+    assert set().union(*(CALLED[kernel] for kernel in ("cross_attention", "linear", "head"))) <= called.names
 
 
 def test_compiles_patched_and_sees_the_patch():
@@ -266,7 +273,7 @@ def test_a_module_object_as_target():
         assert mixste.cluster_dpc_knn is clustering.cluster_dpc_knn is dropin.hot.cluster_dpc_knn
         made, _ = hot_mixste()
         made.load_state_dict(plain.state_dict())
-        assert {"cluster", "gather", "attention", "cross_attention", "linear", "mlp"} == replaced(handle)
+        assert REPLACED[hot_mixste] == replaced(handle)
         made.double().eval()
         with torch.no_grad(), Recorder() as called:
             patched = run(made, x.double())
@@ -282,8 +289,9 @@ def test_a_module_object_as_target():
 def test_switches():
     model, x = hot_mixste()
     with dropin.patch(model, attention=False, linear=False) as handle:
-        assert replaced(handle) == {"cluster", "gather", "cross_attention"}
+        assert replaced(handle) == {"cluster", "gather", "cross_attention", "head"}
         assert type(model.STEblocks[0].attn) is mixste.Attention
+        assert "replaced 1 head: head" in handle.report()
     assert "left mlp" in handle.report()  # without packed weights there is nothing to fuse with
     with pytest.raises(TypeError, match="atention"):
         dropin.patch(model, atention=False)
@@ -303,6 +311,11 @@ class Normed(mixste.Attention):
 class OtherLinear(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 def overridden():
@@ -326,6 +339,10 @@ REFUSED = [
     ("mlp", lambda: mixste.Mlp(C, C, act_layer=nn.ReLU), "not the exact GELU"),
     ("linear", lambda: OtherLinear(C, C), "subclass of nn.Linear"),
     ("linear", lambda: nn.Linear(C, 3), "fewer than 16 features"),
+    ("head", lambda: nn.Sequential(nn.LayerNorm((J, C)), nn.Linear(C, 3)), "wanted LayerNorm(C)"),
+    ("head", lambda: nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 9)), "up to 8"),
+    ("head", lambda: nn.Sequential(nn.LayerNorm(C), OtherLinear(C, 3)), "got LayerNorm((32,), eps=1e-05"),
+    ("head", lambda: Doubled(nn.LayerNorm(C), nn.Linear(C, 3)), "subclass of nn.Sequential"),
 ]
 
 

@@ -60,6 +60,13 @@ def test_gradients_within_bound(B, F, K, C, H, shared, dtype, runner):
 
 
 @pytest.mark.parametrize("runner", runners("recover_attention"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_takes_the_result(dtype, runner):
+    for B, F, K, C, H, shared in [SHAPES[3], (2, 5, 3, 6, 2, False)] + SHAPES[:2] * (not runner.interpreted):
+        runner.assert_fills_out(h2ot.recover_attention, *inputs(B, F, K, C, shared, dtype), H, scale=0.3)
+
+
+@pytest.mark.parametrize("runner", runners("recover_attention"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reads_the_parts_of_one_projection_in_place(dtype, runner):
     """Rows far apart, frames on an outer axis, channels apart: the bits of contiguous tensors."""

@@ -38,6 +38,24 @@ def test_interpolation_within_bound(B, K, F, trailing, rows, options, dtype, run
             assert torch.equal(ours[b, index[b % rows]], x[b])
 
 
+@pytest.mark.parametrize("runner", runners("recover_interpolate"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+def test_out_takes_the_result(options, dtype, runner):
+    for B, K, F, trailing, rows in [(2, 5, 23, (7, 3), 2), (1, 2, 6, (70,), 1), *SHAPES[2:4], *SHAPES[5:]]:
+        x = torch.randn(B, K, *trailing).to(dtype)
+        runner.assert_fills_out(h2ot.recover_interpolate, x, some_index(rows, F, K), F, **options)
+
+
+@pytest.mark.parametrize("runner", runners("recover_interpolate"))
+def test_out_of_one_frame_may_have_any_stride_there(runner):
+    """A contiguous tensor's stride along an axis of size 1 says nothing."""
+    out = torch.empty(2, 3, 5, device=runner.device).as_strided((2, 1, 5), (5, 4, 1))
+    assert out.is_contiguous()
+    x = torch.randn(2, 1, 5)
+    assert torch.equal(runner(h2ot.recover_interpolate, x, torch.tensor([[0]]), 1, out=out), x)
+
+
 def bits(x):
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 

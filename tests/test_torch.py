@@ -42,6 +42,10 @@ def samples():
         yield OPS.recover_interpolate, (x, None, 20, False)
         yield OPS.recover_interpolate_backward, (x, INDEX, 3, True)
         yield OPS.recover_attention, (rand(1, 7, C, grad=True), x, rand(2, 9, C, grad=True), 1, 0.5)
+        y = x.detach()
+        yield OPS.gather_tokens_out, (y, INDEX, None, 1, 2, torch.zeros(2, C, 3))
+        yield OPS.recover_interpolate_out, (y, None, 20, False, torch.zeros(2, 20, C))
+        yield OPS.recover_attention_out, (rand(1, 7, C), y, rand(2, 9, C), 1, 0.5, torch.zeros(2, 7, C))
         yield OPS.recover_tail, (rand(9, C), x.detach(), rand(C), rand(C), rand(3, C), rand(3), 1e-5)
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention, (heads, heads, 3, None, 0.5)
@@ -88,6 +92,40 @@ def test_compile_fullgraph(dynamic):
             results.append((out, *torch.autograd.grad(out, inputs)))
         for ours, eager in zip(*reversed(results), strict=True):
             torch.testing.assert_close(ours, eager)
+
+
+def into_buffers(x, query, moved, attended, full):
+    index = h2ot.prune_sample(9, 4, device=x.device)
+    kept = h2ot.gather_tokens(x, index, out_dim=2, out=moved).flatten(0, 1)
+    h2ot.recover_attention(query, kept, kept, 2, out=attended)
+    return h2ot.recover_interpolate(kept, index, 9, out=full)
+
+
+def test_out_compiles_fullgraph():
+    torch._dynamo.reset()
+    compiled = torch.compile(into_buffers, fullgraph=True, dynamic=True)
+    for B in (2, 3):
+        inputs, results = (rand(B, 9, 3, 8), rand(9, 8)), []
+        for function in (into_buffers, compiled, torch.inference_mode()(into_buffers)):
+            buffers = [torch.full(size, math.nan) for size in ((B, 3, 4, 8), (3 * B, 9, 8), (3 * B, 9, 8))]
+            with torch.compiler.set_stance("default" if B == 2 else "fail_on_recompile"):
+                assert function(*inputs, *buffers) is buffers[2]
+            results.append(buffers)
+        for eager, *others in zip(*results, strict=True):
+            assert all(torch.equal(ours, eager) for ours in others)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
+def test_autograd_knows_that_out_was_overwritten(backend):
+    x, index, buffer = rand(2, 9, 4), INDEX, torch.empty(2, 3, 4)
+    weight = rand(4, grad=True)
+    with torch.no_grad():
+        h2ot.gather_tokens(x, index, out=buffer, backend=backend)
+    product = buffer * weight
+    with torch.no_grad():
+        h2ot.gather_tokens(x, index, out=buffer, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 def test_a_host_compiles_once_for_all_batch_sizes():
@@ -164,6 +202,8 @@ def test_flop_counter_counts_the_backward_pass():
     forward = counted(lambda: h2ot.recover_attention(query, x, x, 2))
     both = counted(lambda: h2ot.recover_attention(query, x, x, 2).sum().backward())
     assert forward == 4 * math.prod((2, 7, 9, 8))
+    with torch.no_grad():
+        assert forward == counted(lambda: h2ot.recover_attention(query, x, x, 2, out=torch.empty(2, 7, 8)))
     assert both == forward + 10 * math.prod((2, 7, 9, 8))
 
 

@@ -10,13 +10,17 @@ import inspect
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from ..attention import attend_rows
+from ..checks import FLOATS
 from ..linear import Linear
+from ..recover_attention import has_plain_tail, norm_and_head
 from .hot import shared_rows
 
 PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))
+LARGEST_HEAD = 8  # outputs, four of which share a pass over a row: with more the product by itself is as fast
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -56,9 +60,11 @@ def fast_class(mixin: type, original: type) -> type:
 
 
 def is_silent(*modules: nn.Module | None) -> bool:
-    """No hook would see these modules' calls, which are left out or changed."""
-    listening = any(getattr(module, name) for module in modules if module is not None for name in HOOKS)
-    return not listening and not nn_module._has_any_global_hook()
+    """No hook, nor a forward put on the instance, would see these modules' calls, which are left out or changed."""
+    called = [module for module in modules if module is not None]
+    listening = any(getattr(module, name) for module in called for name in HOOKS)
+    replaced = any("forward" in module.__dict__ for module in called)
+    return not (listening or replaced or nn_module._has_any_global_hook())
 
 
 class FastLinear(Fast, Linear):
@@ -78,6 +84,59 @@ class FastMlp(Fast):
         if records or not (self._is_usual(args, kwargs) and isinstance(self.fc1, Linear) and is_silent(*others)):
             return super().forward(x, *args, **kwargs)
         return self.fc2(self.fc1(x, activation="gelu"))
+
+
+class FastHead(Fast):
+    """LayerNorm and a Linear to few outputs in one pass, where a kernel of the tail without projection runs (C++).
+
+    torch.compile gets the module's own forward, as of packed Linear layers.
+    """
+
+    inputs = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        layers = norm_and_linear(self)
+        records = self.training or torch.is_grad_enabled() or forward_ad._current_level >= 0
+        others = layers is None or records or torch.compiler.is_compiling()
+        if others or not (self._is_usual() and is_silent(*layers)):
+            return super().forward(input)
+        norm, linear = layers
+        given = input, norm.weight, norm.bias, linear.weight, linear.bias
+        dtypes = _head_dtypes(given, linear.in_features, linear.out_features)
+        if dtypes is None or not has_plain_tail(input):
+            return super().forward(input)
+        inside, outside = dtypes
+        x, *vectors = (t if t is None else t.to(inside) for t in given)
+        return norm_and_head(x, *vectors, eps=norm.eps).to(outside)
+
+
+def norm_and_linear(module: nn.Module) -> tuple[nn.LayerNorm, nn.Linear] | None:
+    """The two children of a head: LayerNorm over the last axis, Linear to few outputs; None for anything else."""
+    children = tuple(module._modules.values())
+    if tuple(map(type, children)) != (nn.LayerNorm, nn.Linear):
+        return None
+    norm, linear = children
+    fits = norm.normalized_shape == (linear.in_features,) and linear.out_features <= LARGEST_HEAD
+    return children if fits else None
+
+
+def _head_dtypes(given: tuple[Tensor | None, ...], C: int, M: int) -> tuple[torch.dtype, torch.dtype] | None:
+    """(of the kernel, of the result: the linear layer's) for x [..., C] and a head's vectors; None: not for the kernel.
+
+    Plain tensors of the CPU; the kernel trusts the shapes, so what does not fit is left to the own forward to refuse.
+    """
+    tensors = [t for t in given if t is not None]
+    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and not t.is_nested for t in tensors):
+        return None
+    x, *vectors = given
+    sizes = zip(vectors, ((C,), (C,), (M, C), (M,)), strict=True)
+    if x.shape[-1:] != (C,) or any(t is not None and t.shape != size for t, size in sizes):
+        return None
+    dtypes = {t.dtype for t in tensors}
+    if torch.is_autocast_enabled("cpu"):
+        casts = dtypes <= {torch.float32, torch.bfloat16, torch.float16}
+        return (torch.float32, torch.get_autocast_dtype("cpu")) if casts else None
+    return (x.dtype, x.dtype) if len(dtypes) == 1 and x.dtype in FLOATS else None
 
 
 class FastAttention(Fast):

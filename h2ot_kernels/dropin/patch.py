@@ -11,7 +11,7 @@ from torch import nn
 
 from .recognise import FUNCTIONS, NotRecognised, function_for, kind_of
 
-KERNELS = ("cluster", "merge", "gather", "cross_attention", "attention", "linear", "mlp")
+KERNELS = ("cluster", "merge", "gather", "cross_attention", "attention", "linear", "mlp", "head")
 PLAIN = (bool, int, float, str, tuple, type(None))
 _OURS = __name__.split(".")[0]
 
@@ -34,7 +34,9 @@ def patch(target, **kernels: bool) -> "Patch":
     target: a model (instance of nn.Module), a module object (`import model.mixste as m; patch(m)`), or a list of such.
     kernels: switches, all True: cluster (`cluster_dpc_knn`, `cluster_dpc_knn_center`), merge (`merge_tokens`), gather
     (`index_points`), cross_attention, attention (no N x N weights are stored), linear (packed weights in CPU inference,
-    followed when they change), mlp (the GELU in the same pass).
+    followed when they change), mlp (the GELU in the same pass), head (an nn.Sequential of a LayerNorm and a Linear to
+    at most 8 outputs in one pass, in CPU inference; the residual before it stands in the parent's forward, which no
+    module shows, and stays there).
 
     Functions are replaced under every name, in every loaded module, that holds the same function object: for a model,
     those that the modules defining its classes hold. A model's submodules get a subclass of their own class;
@@ -53,7 +55,7 @@ def patch(target, **kernels: bool) -> "Patch":
     >>> with dropin.patch(model) as handle:
     ...     print(handle.report())
     replaced 1 linear: 0
-    left linear 1: fewer than 16 features: nothing to gain
+    left linear 1: fewer than 16 features: packing gains nothing
     """
     return Patch(target, **kernels)
 

@@ -27,7 +27,7 @@ def linear_class(module: nn.Module) -> type:
     if type(module) is not nn.Linear:
         raise NotRecognised("a subclass of nn.Linear, whose forward may do more")
     if min(module.in_features, module.out_features) < SMALLEST:
-        raise NotRecognised(f"fewer than {SMALLEST} features: nothing to gain")
+        raise NotRecognised(f"fewer than {SMALLEST} features: packing gains nothing")
     return fast.fast_class(fast.FastLinear, nn.Linear)
 
 
@@ -39,6 +39,16 @@ def mlp_class(module: nn.Module) -> type:
         raise NotRecognised(f"its act is {module.act}, not the exact GELU")
     _wants_passive(module, "fc1", "act", "fc2")
     return _that_agrees(module, (fast.FastMlp,), [(2, 5, module.fc1.in_features)])
+
+
+def head_class(module: nn.Module) -> type:
+    if type(module) is not nn.Sequential:
+        raise NotRecognised("a subclass of nn.Sequential, whose forward may do more")
+    layers = fast.norm_and_linear(module)
+    if layers is None:
+        wanted = f"wanted LayerNorm(C) and Linear(C, up to {fast.LARGEST_HEAD})"
+        raise NotRecognised(f"{wanted}, got {' and '.join(map(repr, module._modules.values()))}")
+    return _that_agrees(module, (fast.FastHead,), [(2, 3, 5, layers[1].in_features)])
 
 
 def attention_class(module: nn.Module) -> type:
@@ -74,6 +84,8 @@ def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
         return "cross_attention", cross_attention_class
     if has("fc1") and has("act") and has("fc2"):
         return "mlp", mlp_class
+    if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.LayerNorm):
+        return ("head", head_class) if isinstance(module[1], nn.Linear) else None
     return None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import implement
 from ..gather import GATHER, SCATTER, gather_backward, scatter_backward
-from ..library import declare_custom
+from ..library import allocating, declare_custom, into_out
 from .common import launch, narrow, widen
 
 
@@ -119,17 +119,13 @@ def tile(inner: int) -> dict[str, int]:
     return {"ROWS": 2048 // columns, "INNER": columns, "num_warps": 4}
 
 
-def _move(x: Tensor, index: Tensor, embed: Tensor | None, from_dim: int, to_dim: int, frames: int, scatter: bool):
-    size, stride = list(x.shape), list(x.stride())
-    limit = size.pop(from_dim)
-    frame_step = stride.pop(from_dim)
-    C = x.shape[-1]
-    size.insert(to_dim, frames)
-    stride.insert(to_dim, frame_step)
-    out = x.new_empty(size)
+def _move(x: Tensor, index: Tensor, embed: Tensor | None, from_dim: int, to_dim: int, out: Tensor, scatter: bool):
     if out.numel() == 0:
-        return out
-    *axes, (inner, inner_step, frames_inside) = merge_axes(size, stride, to_dim)
+        return
+    stride, limit, C = list(x.stride()), x.shape[from_dim], x.shape[-1]
+    frame_step = stride.pop(from_dim)
+    stride.insert(to_dim, frame_step)
+    *axes, (inner, inner_step, frames_inside) = merge_axes(list(out.shape), stride, to_dim)
     rows = out.numel() // inner
     config = tile(inner)
     launch(
@@ -145,15 +141,18 @@ def _move(x: Tensor, index: Tensor, embed: Tensor | None, from_dim: int, to_dim:
         SEARCH=limit.bit_length() if scatter else 0,
         **config,
     )  # fmt: skip
-    return out
 
 
-def gather_tokens(x: Tensor, index: Tensor, pos_embed: Tensor | None, dim: int, out_dim: int) -> Tensor:
-    return _move(x, index, pos_embed, dim, out_dim, index.shape[1], scatter=False)
+def gather_tokens_out(x: Tensor, index: Tensor, pos_embed: Tensor | None, dim: int, out_dim: int, out: Tensor) -> None:
+    _move(x, index, pos_embed, dim, out_dim, out, scatter=False)
 
 
-def scatter_tokens(grad: Tensor, index: Tensor, num_frames: int, dim: int, out_dim: int) -> Tensor:
-    return _move(grad, index, None, out_dim, dim, num_frames, scatter=True)
+def scatter_tokens_out(grad: Tensor, index: Tensor, num_frames: int, dim: int, out_dim: int, out: Tensor) -> None:
+    _move(grad, index, None, out_dim, dim, out, scatter=True)
+
+
+gather_tokens = allocating(GATHER["fake"], gather_tokens_out)
+scatter_tokens = allocating(SCATTER["fake"], scatter_tokens_out)
 
 
 _ops = torch.ops.h2ot_kernels
@@ -166,6 +165,11 @@ implement(
         **GATHER,
         backward=gather_backward(lambda *args: _ops.scatter_tokens_triton(*args)),
     ),
+)
+implement(
+    "gather_tokens_out",
+    "triton",
+    declare_custom("gather_tokens_out_triton", function=gather_tokens_out, **into_out(**GATHER)),
 )
 declare_custom(
     "scatter_tokens_triton",

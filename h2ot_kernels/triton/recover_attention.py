@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import implement
-from ..library import declare_custom
+from ..library import allocating, declare_custom, into_out
 from ..recover_attention import BACKWARD, FORWARD, attention_gradient
 from .common import divide, launch, narrow, number, product, wide, widen
 from .distance import load_tokens
@@ -221,10 +221,9 @@ def _rows(query: Tensor) -> tuple[int, int, int]:
     return (0 if shared else query.stride(0), query.stride(-2), query.stride(-1))
 
 
-def recover_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
+def recover_attention_out(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float, out: Tensor) -> None:
     B, K, C = key.shape
     F, D = query.shape[-2], C // num_heads
-    out = value.new_empty((B, F, C))
     config = attention_tile(F, K, D, value.dtype == torch.float64)
     launch(
         attention_kernel,
@@ -232,7 +231,9 @@ def recover_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int,
         query, key, value, out, F, K, num_heads, D, *_rows(query), *key.stride(), *value.stride(), scale,
         **config,
     )  # fmt: skip
-    return out
+
+
+recover_attention = allocating(FORWARD["fake"], recover_attention_out)
 
 
 def recover_attention_backward(
@@ -280,5 +281,10 @@ implement(
         **FORWARD,
         backward=attention_gradient(lambda *args: _ops.recover_attention_backward_triton(*args)),
     ),
+)
+implement(
+    "recover_attention_out",
+    "triton",
+    declare_custom("recover_attention_out_triton", function=recover_attention_out, **into_out(**FORWARD)),
 )
 declare_custom("recover_attention_backward_triton", function=recover_attention_backward, **BACKWARD)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import implement
-from ..library import declare_custom
+from ..library import allocating, declare_custom, into_out
 from ..recover_interpolation import BACKWARD, FORWARD, transposed
 from .common import divide, launch, narrow, widen
 from .gather import merge_axes
@@ -139,13 +139,12 @@ def interpolate_tile(S: int) -> dict[str, int]:
     return {"ROWS": 1024 // inner, "INNER": inner, "num_warps": 4}
 
 
-def _run(kernel, x: Tensor, index: Tensor | None, frames: int, nearest: bool, F: int, K: int) -> Tensor:
-    out = x.new_empty((x.shape[0], frames, *x.shape[2:]))
+def _run(kernel, x: Tensor, index: Tensor | None, nearest: bool, F: int, K: int, out: Tensor) -> None:
     if out.numel() == 0:
-        return out
-    S = out.stride(1)
+        return
+    rows = x.shape[0] * out.shape[1]
+    S = out.numel() // rows
     config = interpolate_tile(S)
-    rows = x.shape[0] * frames
     axes = merge_axes(list(x.shape), list(x.stride()), 1)[2:] or [(1, 0, False)]
     index_strides = (0, 0) if index is None else (index.stride(0) if index.shape[0] > 1 else 0, index.stride(1))
     launch(
@@ -158,15 +157,20 @@ def _run(kernel, x: Tensor, index: Tensor | None, frames: int, nearest: bool, F:
         STEPS=K.bit_length(),
         **config,
     )  # fmt: skip
-    return out
 
 
-def recover_interpolate(x: Tensor, index: Tensor | None, num_frames: int, nearest: bool) -> Tensor:
-    return _run(interpolate_kernel, x, index, num_frames, nearest, num_frames, x.shape[1])
+def recover_interpolate_out(x: Tensor, index: Tensor | None, num_frames: int, nearest: bool, out: Tensor) -> None:
+    _run(interpolate_kernel, x, index, nearest, num_frames, x.shape[1], out)
 
 
-def recover_interpolate_backward(grad: Tensor, index: Tensor | None, num_kept: int, nearest: bool) -> Tensor:
-    return _run(interpolate_backward_kernel, grad, index, num_kept, nearest, grad.shape[1], num_kept)
+def recover_interpolate_backward_out(
+    grad: Tensor, index: Tensor | None, num_kept: int, nearest: bool, out: Tensor
+) -> None:
+    _run(interpolate_backward_kernel, grad, index, nearest, grad.shape[1], num_kept, out)
+
+
+recover_interpolate = allocating(FORWARD["fake"], recover_interpolate_out)
+recover_interpolate_backward = allocating(BACKWARD["fake"], recover_interpolate_backward_out)
 
 
 _ops = torch.ops.h2ot_kernels
@@ -179,6 +183,11 @@ implement(
         **FORWARD,
         backward=transposed(lambda *args: _ops.recover_interpolate_backward_triton(*args)),
     ),
+)
+implement(
+    "recover_interpolate_out",
+    "triton",
+    declare_custom("recover_interpolate_out_triton", function=recover_interpolate_out, **into_out(**FORWARD)),
 )
 declare_custom(
     "recover_interpolate_backward_triton",

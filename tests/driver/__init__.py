@@ -217,6 +217,17 @@ class Driver:
         return self.call("interpolate_backward", x, DTYPES[grad.dtype], *given, dense(grad), out)[0]
 
 
+def _into_out(name: str):
+    """The operator that writes the result of `name` into its last argument."""
+
+    def run(self, *arguments):
+        arguments[-1].copy_(getattr(self, name)(*arguments[:-1]))
+
+    return run
+
+
+for _name in ("gather_tokens", "recover_attention", "recover_interpolate"):
+    setattr(Driver, f"{_name}_out", _into_out(_name))
 OPERATORS = [name for name in vars(Driver) if name.startswith(("score_", "prune_", "select_", "attention_", "gather_",
              "scatter_", "assign_", "cluster_", "merge_", "recover_"))]  # fmt: skip
 
