@@ -17,11 +17,6 @@ thread_local Scratch sample_scratch, worker_scratch;
 
 constexpr int64_t kKeptBytes = int64_t(64) << 20;  // scratch above this goes back after the call
 
-// Neighbours remembered beyond those that m averages, when streaming: they prove the others and find denser tokens.
-constexpr int64_t kSpare = 3;
-// A longer neighbour list than this is not worth keeping sorted at every tile: rows are then searched in float64.
-constexpr int64_t kLongest = 64;
-
 constexpr int64_t kRowGrain = 32;
 
 // Neighbours that a Gaussian density asks for, the token itself included: they find most denser tokens.
@@ -63,7 +58,7 @@ struct Scorer {
     const int64_t N = args.x.N, C = args.x.C;
     state.sample.carve(memory, N, C, readable_in_place<T>(args.x));
     const int64_t list = stored ? smaller(k, kKept) : smaller(N, listed ? k + kSpare : kKept);
-    state.carve(memory, N, C, list);
+    state.carve(memory, N, stored ? C : Nearby<A>::channels(C), list);
     of_row = nullptr;
     sums = gaussian ? memory.take<int64_t>(ceil_div(N, kPanel) * kPanel) : nullptr;
     matrix.state = &state;
@@ -82,6 +77,8 @@ struct Scorer {
     if (need_largest) of_row = memory.take<double>(N);
     peaks.carve(memory, N);
     nearby.carve(memory, N, C);
+    nearby.row = peaks.peak;
+    nearby.other = peaks.column;
   }
 
   // Memory of the running thread, `bytes` of it; null, and then noted, when there is none.

@@ -19,23 +19,26 @@ H2OT_INLINE auto any_ball(int64_t, int64_t) {
 
 template <class A>
 struct Nearby {
-  static constexpr int64_t kList = 4, kLongestList = 80;  // candidates that prove the nearest one; at most
+  static constexpr int64_t kList = 4;  // candidates that prove the nearest one
 
   State<A>* state;
-  Places<A> places;
+  Places<A> places;  // in the memory of state->panels, until the tokens are packed there
   Balls<A> balls;
-  Placed* placed;                 // [N]
-  int32_t *place, *row, *centre;  // [N] slots in an order by place: all; those that ask; those that are asked
-  double* of_ball;                // [balls]
+  Placed* placed;        // [N]
+  int32_t* place;        // [N] slots in an order by place
+  int32_t *row, *other;  // [N] some of them: those that ask, those that are asked; lent
+  double* of_ball;       // [balls]
+  double far_apart;      // a large distance, squared
+
+  // Channels for which panels have room for the places, too.
+  static int64_t channels(int64_t C) { return larger(C, kPanel); }
 
   void carve(Carver& memory, int64_t N, int64_t C) {
     const int64_t most = ceil_div(N, kPanel);
-    places = {&state->sample, memory.take<float>(N * kPanel)};
+    places = {&state->sample, state->panels};
     balls.carve(memory, most, C);
     placed = memory.take<Placed>(N);
     place = memory.take<int32_t>(N);
-    row = memory.take<int32_t>(N);
-    centre = memory.take<int32_t>(N);
     of_ball = memory.take<double>(most);
   }
 
@@ -45,11 +48,13 @@ struct Nearby {
   void find_nearest(int64_t length, const Parallel& pool, const Reserve& reserve) {
     const int64_t n = state->sample.n;
     places.order(placed, place, pool);
+    const int32_t far = places.far_from(0, placed, n);
+    far_apart = state->sample.distance(far, places.far_from(far, placed, n));
     balls.build(state->sample, place, n, kPanel, state->panels, pool);
     const NearbySearch<A> search = {state->sample, balls, place};
     search.for_blocks(n, length, pool, reserve, [&](int64_t begin, int64_t end, auto& memory) {
       search.search(begin, end, memory, another_token, any_ball);
-      Neighbour list[kLongestList];
+      Neighbour list[kLongest + kSpare];
       for (int64_t at = begin; at < end; at++) {
         const int32_t i = place[at];
         const int64_t proven = search.prove(memory.lists, at - begin, i, list);
@@ -98,9 +103,7 @@ struct Nearby {
   }
 
   double largest(const Parallel& pool) const {
-    const int64_t n = state->sample.n;
-    const int32_t a = places.far_from(0, placed, n), b = places.far_from(a, placed, n);
-    return largest_distance(state->sample, balls, state->sample.distance(a, b), pool, of_ball);
+    return largest_distance(state->sample, balls, far_apart, pool, of_ball);
   }
 
   // labels[t]: at a selected token its position, else -1; becomes that of the nearest selected one. The balls are then
@@ -111,10 +114,10 @@ struct Nearby {
     int64_t centres = 0, rows = 0;
     for (int64_t at = 0; at < sample.n; at++) {
       const bool selected = labels[sample.token[place[at]]] >= 0;
-      (selected ? centre[centres++] : row[rows++]) = place[at];
+      (selected ? other[centres++] : row[rows++]) = place[at];
     }
     if (centres == 0) return;
-    balls.build(sample, centre, centres, kPanel, state->panels, pool);
+    balls.build(sample, other, centres, kPanel, state->panels, pool);
     const NearbySearch<A> search = {sample, balls, row};
     search.for_blocks(rows, kList, pool, reserve, [&](int64_t begin, int64_t end, auto& memory) {
       search.search(begin, end, memory, any_token, any_ball);
@@ -131,7 +134,7 @@ struct Nearby {
   Neighbour nearest_centre(int32_t i, int64_t centres) const {
     Neighbour nearest = {__builtin_inf(), kNoSlot};
     for (int64_t at = 0; at < centres; at++) {
-      const Neighbour next = {state->sample.distance(i, centre[at]), centre[at]};
+      const Neighbour next = {state->sample.distance(i, other[at]), other[at]};
       if (before(next, nearest)) nearest = next;
     }
     return nearest;

@@ -11,6 +11,11 @@ namespace {
 
 constexpr int64_t kKept = 16;  // neighbours remembered per slot, at most: enough to find most denser ones
 
+// Neighbours remembered beyond those that m averages, when streaming: they prove the others and find denser tokens.
+constexpr int64_t kSpare = 3;
+// A longer neighbour list than this is not worth keeping sorted at every tile: rows are then searched in float64.
+constexpr int64_t kLongest = 64;
+
 template <class A>
 struct State {
   Sample<A> sample;
