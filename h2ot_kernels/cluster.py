@@ -73,7 +73,8 @@ def assign_clusters(
     parent: int64 [B, N], `score_tokens(...).parent`: labels then follow the chain of parents to the first selected
     token, as Rodriguez & Laio do, in place of the nearest one; x only says which tokens are finite.
     A selected token is labelled with itself. Tokens that are masked or hold NaN or infinity get -1 and attract nobody;
-    so do all tokens of a sample with no valid selected token, and those whose chain meets none.
+    so do all tokens of a sample with no valid selected token, those whose chain meets none, and float64 tokens whose
+    squared distances overflow.
     Returns int64 [B, N]. Raises TypeError or ValueError that name the argument, IndexError for an index or parent
     outside -1 .. N - 1. Cost: B N K C differences (parent: B N steps), memory O(N C); decided as in float64. Source:
     SPEC section 4, Rodriguez & Laio 2014.

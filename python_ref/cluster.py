@@ -26,7 +26,7 @@ def assign_clusters(
 
     parent [B, N]: instead the first selected token on the chain of parents from the token on.
     A selected token belongs to itself. Masked tokens, and tokens of a sample without a valid selected one (or whose
-    chain meets none), get -1. Entries of index that are -1 select nothing.
+    chain meets none, or whose squared distances all overflow), get -1. Entries of index that are -1 select nothing.
     """
     tokens = metric_tokens(x, metric).double()
     valid = valid_tokens(tokens, mask, lengths)

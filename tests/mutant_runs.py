@@ -123,7 +123,8 @@ class Tree:
 class CppTree(Tree):
     """The portable kernels alone under AddressSanitizer and UBSan, rebuilt object by object."""
 
-    name, chosen = "cpp", "(portable or any_valid_input) and not 1601 and not 243x"
+    name = "cpp"
+    chosen = "not avx and not triton and not reference and not 243x and not 351x and not large"
     memory = resource.RLIM_INFINITY  # the sanitizer reserves terabytes of addresses
 
     def environment(self) -> dict[str, str]:

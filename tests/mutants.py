@@ -60,6 +60,51 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "inside = (row < rows)[:, None] & (column < S)[None, :]",
         "inside = (row <= rows)[:, None] & (column < S)[None, :]",
     ): "the row after the last is clamped to the last, and writes what the last writes",
+    (
+        "csrc/cpu/recover_interpolation.cpp",
+        "for (int64_t t = from; t < to; t += kLanes<E>) {",
+        "for (int64_t t = from; t <= to; t += kLanes<E>) {",
+    ): "a vector more, which the next interval overwrites and the arrays have room for",
+    (
+        "csrc/cpu/recover_interpolation.cpp",
+        "const bool few = a.S < kLanes<E>;",
+        "const bool few = a.S <= kLanes<E>;",
+    ): "a whole vector of channels comes out the same from both forms",
+    (
+        "csrc/cpu/recover_interpolation.cpp",
+        "for (; past >= step; past -= step) plan.first[++before] = t;",
+        "for (; past > step; past -= step) plan.first[++before] = t;",
+    ): "a frame that is a kept one is kept by weight 1 instead of weight 0",
+    (
+        "csrc/cpu/score.cpp",
+        "if (streamed.open[i] && state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",
+        "if (streamed.open[i] || state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",
+    ): "rows that are proven are decided again, the same",
+    (
+        "csrc/cpu/score.cpp",
+        "for (int64_t i = 0, j = 0; i < sample.n && j < K; i++) {",
+        "for (int64_t i = 0, j = 0; i < sample.n && j <= K; i++) {",
+    ): "with nothing left in index, the body leaves every token out",
+    (
+        "csrc/cuda/score_rows.cuh",
+        "for (int64_t j = lane; j < pitch; j += kLanes) reached += pattern(row.high(j)) <= middle;",
+        "for (int64_t j = lane; j < pitch; j += kLanes) reached += pattern(row.high(j)) < middle;",
+    ): "a limit one step higher: more candidates, the same nearest",
+    (
+        "csrc/cuda/score_tiles.cuh",
+        "A value[kRows][kColumns + 1];",
+        "A value[kRows][kColumns + 2];",
+    ): "another padding between rows of shared memory",
+    (
+        "csrc/cuda/score_stream.cuh",
+        "if (wants_largest && lane == 0) {",
+        "if (wants_largest && lane != 0) {",
+    ): "31 lanes write what one would",
+    (
+        "h2ot_kernels/triton/select.py",
+        "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column < N)",
+        "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column <= N)",
+    ): "what stands behind the last token ranks behind all",
 }
 
 

@@ -6,7 +6,7 @@ import torch
 import h2ot_kernels as h2ot
 import python_ref
 
-from .cases import DTYPES, oracle_index, oracle_labels, oracle_scores
+from .cases import DTYPES, TokenCase, oracle_index, oracle_labels, oracle_scores
 from .compare import assert_within
 from .runners import runners
 from .test_score import pairs
@@ -47,6 +47,17 @@ def test_wrong_kept_tokens_are_errors(runner):
     ):
         with pytest.raises(error, match="cluster_tokens|keep"):
             runner(h2ot.cluster_tokens, x, 1, keep=keep)
+
+
+@pytest.mark.parametrize("runner", [p for p in runners("cluster_tokens") if p.values[0].backend == "cpp"])
+@pytest.mark.parametrize(("kind", "N"), [("random", 20), ("places", 100), ("places", 1601)])
+def test_centres_whose_squared_distance_overflows_attract_nobody(kind, N, runner):
+    x = 1e155 * TokenCase(kind, B=1, N=N, C=20, dtype=torch.float64).tokens()
+    clusters = runner(h2ot.cluster_tokens, x, 10 if N > 20 else 2)
+    expected = python_ref.assign_clusters(x, clusters.index)
+    assert (expected < 0).any()
+    assert torch.equal(clusters.labels, expected)
+    assert torch.equal(runner(h2ot.assign_clusters, x, clusters.index), expected)
 
 
 @pytest.mark.parametrize(("case", "runner"), [p for p in pairs("assign_by_parent") if p.values[0].B])

@@ -63,6 +63,10 @@ def test_any_strides_give_the_same_bits(runner):
     expected = runner(h2ot.score_tokens, x)
     for name, view in views.items():
         assert torch.equal(runner(h2ot.score_tokens, view).score, expected.score), name
+    tokens = x[:, :, 0].contiguous()
+    expected = runner(h2ot.score_tokens, tokens)
+    for view in (tokens.mT.contiguous().mT, tokens.repeat_interleave(2, -1)[..., ::2], x[:, :, 0]):
+        assert torch.equal(runner(h2ot.score_tokens, view).score, expected.score)
     row = x[:, :, 0].mean(0, keepdim=True)
     expanded = runner(h2ot.score_tokens, row.expand(3, -1, -1)).score
     assert torch.equal(expanded, runner(h2ot.score_tokens, row).score.expand(3, -1))

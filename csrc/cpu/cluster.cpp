@@ -94,10 +94,7 @@ struct Assigner {
         }
         return best_distance > 0;
       });
-      for (int64_t j = 0; best < 0 && j < centres; j++) {  // float64 tokens whose squares overflow
-        if (exact_distance(row, sample.rows[centre[j]], C) <= __builtin_inf()) best = j;
-      }
-      labels[token[r]] = best < 0 ? -1 : position[best];
+      labels[token[r]] = best < 0 || best_distance == __builtin_inf() ? -1 : position[best];
     }
   }
 

@@ -11,11 +11,9 @@ namespace H2OT_ISA {
 namespace {
 
 // What a search may accept: every column, or every one but the row itself.
-H2OT_INLINE bool any_token(int32_t, int32_t) { return true; }
-H2OT_INLINE bool another_token(int32_t i, int32_t j) { return i != j; }
-H2OT_INLINE auto any_ball(int64_t, int64_t) {
-  return [](int64_t) { return true; };
-}
+constexpr auto any_token = [](int32_t, int32_t) { return true; };
+constexpr auto another_token = [](int32_t i, int32_t j) { return i != j; };
+constexpr auto any_ball = [](int64_t, int64_t) { return [](int64_t) { return true; }; };
 
 template <class A>
 struct Nearby {
@@ -125,7 +123,7 @@ struct Nearby {
       for (int64_t at = begin; at < end; at++) {
         const int32_t i = row[at];
         if (search.prove(memory.lists, at - begin, i, list) == 0) list[0] = nearest_centre(i, centres);
-        labels[sample.token[i]] = labels[sample.token[list[0].slot]];
+        if (list[0].s < __builtin_inf()) labels[sample.token[i]] = labels[sample.token[list[0].slot]];
       }
     });
   }

@@ -321,7 +321,8 @@ struct Stored {
     return found;
   }
 
-  // Which of the slots centre[0 .. count) (ascending) is nearest to slot i: a position in centre, the lowest on a tie.
+  // Which of the slots centre[0 .. count) (ascending) is nearest to slot i: a position in centre, the lowest on a
+  // tie; -1 where float64 cannot hold the distance.
   int64_t nearest_centre(int64_t i, const int32_t* centre, int64_t count, const RowRoom& room) const {
     split(i, count, [&](int64_t j) { return centre[j]; }, room);
     double s = bound.most(least_of(room.rest, count));
@@ -340,11 +341,8 @@ struct Stored {
       return true;
     };
     for_each_in_reach(i, room, count, s, consider);
-    // float64 tokens whose squares overflow
-    for (int64_t j = 0; best.slot < 0 && j < count; j++) {
-      if (distance_to(j) <= __builtin_inf()) best.slot = int32_t(j);
-    }
-    return best.slot;
+    const bool overflows = sizeof(A) == 8 && best.slot >= 0 && distance_to(best.slot) == __builtin_inf();
+    return overflows ? -1 : best.slot;
   }
 };
 
