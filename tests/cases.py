@@ -110,6 +110,13 @@ def _clump(shape, g):
     return x
 
 
+def _equidistant(shape, g):
+    """Pairs of tokens along axes of their own: all others are as far as any, but for 1e-6."""
+    axis = torch.arange(shape[1]) // 2 % shape[-1]
+    x = torch.eye(shape[-1], dtype=torch.float64)[axis] * (1 + 0.05 * (torch.arange(shape[1]) % 2))[:, None]
+    return x.reshape(1, shape[1], *[1] * (len(shape) - 3), shape[-1]) + 1e-6 * _random(shape, g)
+
+
 def _static(shape, g):
     return _random((*shape[:1], 1, *shape[2:]), g).expand(shape).contiguous()
 
@@ -139,6 +146,7 @@ _KINDS = {
     "rounds": _rounds,
     "places": _places,
     "lattice": lambda shape, g: (64 * _places(shape, g, 0.03)).round(),  # the same, with ties and duplicates
+    "equidistant": _equidistant,
     "static": _static,
     "duplicates": _duplicates,
     "integers": _integers,
@@ -177,6 +185,7 @@ TOKEN_CASES = [
     *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, noisy=True) for kind in ("smooth", "duplicates")),
     *(replace(_BASE, kind="still", B=1, N=1601, C=80, K=300, dtype=dtype) for dtype in DTYPES),
     *(replace(_BASE, kind=kind, N=100, C=64, K=33) for kind in ("still", "offset", "tiny", "huge", "duplicates")),
+    replace(_BASE, kind="equidistant", N=96, C=48, K=33),
     *(replace(_BASE, kind=kind, N=140, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
     *(replace(_BASE, kind=kind, B=1, N=1601, C=72, K=300, keep=9) for kind in ("rounds", "clump")),
     *(replace(_BASE, kind="places", B=1, N=1601, C=70, K=300, k=5, noisy=noisy) for noisy in (False, True)),

@@ -208,6 +208,7 @@ HUNTED = [
     TokenCase("random", B=1, N=96, C=3, K=20),  # lists of two splits, proven to the last
     TokenCase("still", N=65),
     TokenCase("static"),
+    TokenCase("equidistant", B=1, N=48, C=24),  # lists whose last entries prove nothing
 ]
 HUNTED_PLANS = [plan for plan in PLANS[1:] if plan[1] != "exact_products"]
 
