@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 PACKABLE = (torch.float32, torch.bfloat16)
@@ -66,6 +67,7 @@ class Linear(nn.Linear):
     def _can_pack(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (
             not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and forward_ad._current_level < 0  # a product of oneDNN has no tangent
             and dtype in PACKABLE
             and (dtype == self.weight.dtype or torch.is_autocast_enabled("cpu"))
             and x.device.type == self.weight.device.type == "cpu"

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from h2ot_kernels.linear import Linear
@@ -59,6 +60,17 @@ def test_training_and_gradients_are_those_of_linear():
         layer(x).square().sum().backward()
     assert ours._packed is None
     assert torch.equal(ours.weight.grad, plain.weight.grad)
+
+
+def test_tangents_are_those_of_linear():
+    """Forward mode is not switched off by no_grad."""
+    ours, plain = pair()
+    x, tangent = torch.randn(4, 48), torch.randn(4, 48)
+    with torch.no_grad(), forward_ad.dual_level():
+        got, expected = (
+            forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent for layer in (ours, plain)
+        )
+    assert torch.equal(got, expected)
 
 
 def test_autocast_gives_its_dtype():
