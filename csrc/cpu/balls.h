@@ -132,14 +132,19 @@ struct Places {
     return near >= kAsked - 1;
   }
 
-  // The slots 0 .. n - 1 in an order by place.
+  // The slots 0 .. n - 1 in an order by place: halves of whole panels, then of each panel, down to kRows tokens.
   void order(Placed* list, int32_t* slots, const Parallel& pool) const {
-    const int64_t n = sample->n, runs = ceil_div(n, kRows);
+    const int64_t n = sample->n, panels = ceil_div(n, kPanel);
+    int64_t top = 1;  // parts of at most a panel
+    while (top < panels) top *= 2;
+    const auto from = [&](int64_t part, int64_t parts) {
+      const int64_t whole = smaller(parts, top), inside = parts / whole;
+      const auto first = [&](int64_t p) { return p * panels / whole * kPanel; };
+      const int64_t at = first(part / inside) + part % inside * (kPanel / inside);
+      return smaller(smaller(at, first(part / inside + 1)), n);
+    };
     for (int64_t i = 0; i < n; i++) list[i] = {0, int32_t(i)};
-    for (int64_t parts = 1; parts < runs; parts *= 2) {
-      // Whole panels, as long as there are some.
-      const int64_t run = 2 * parts * kPanel > n ? kRows : kPanel;
-      const auto from = [&](int64_t part, int64_t of) { return smaller(part * ceil_div(n, run) / of * run, n); };
+    for (int64_t parts = 1; parts < top * (kPanel / kRows); parts *= 2) {
       parallel_for(pool, parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; part++) {
           const int64_t first = from(part, parts), middle = from(2 * part + 1, 2 * parts);
