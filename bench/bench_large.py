@@ -1,14 +1,15 @@
-"""Many tokens: `python -m bench.bench_large [--sizes N ...] [--threads T] [--seconds S] [--out FILE]`.
+"""Many tokens: `python -m bench.bench_large [--sizes N ...] [--kinds K ...] [--threads T] [--seconds S] [--out FILE]`.
 
-Per N (C 128, k 5, a quarter kept): scores, index and labels of ours and of the official formulation (up to N 8192,
-where its distance matrices fit), and scikit-learn's brute-force neighbours: stage 1 only, no density, no delta, no
-labels. Sampled rows of ours are first checked in float64. Timed in turn in this process; the extra memory of each rival
-is the growth of VmHWM in a process of its own. One JSON row per N is appended to FILE.
+Per N (C 128, k 5, a quarter kept) and kind (smooth: a long walk; random): index and labels of ours and of the official
+formulation (up to N 16384, 6 GB), index only of both, and scikit-learn's brute-force neighbours: stage 1 only, no
+density, no delta, no labels. Sampled rows of ours are first checked in float64. Timed in turn in this process; the
+extra memory of each rival is the growth of VmHWM in a process of its own. One JSON row per N and kind is appended.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -28,12 +29,15 @@ from python_ref import official
 from .run import environment_row
 
 C, NEIGHBOURS, SHARE = 128, 5, 4
-OFFICIAL_TOKENS = 8192  # above, its five N x N arrays need more than 5 GB
+OFFICIAL_TOKENS = 16384  # above, its N x N arrays need more than 6 GB
 STAGE_1 = "scikit-learn, stage 1 only"
+KINDS = ("smooth", "random")
 
 
-def tokens(N: int) -> Tensor:
-    """[1, N, C]: a long walk, seen through a fixed random map."""
+def tokens(N: int, kind: str = "smooth") -> Tensor:
+    """[1, N, C]: a long walk, seen through a fixed random map, or noise."""
+    if kind == "random":
+        return torch.randn(1, N, C, generator=torch.Generator().manual_seed(0))
     return motion_tokens(torch.from_numpy(walking_clip(N).normalised)[None].flatten(2), C)
 
 
@@ -42,10 +46,21 @@ def ours(x: Tensor) -> tuple[Tensor, Tensor]:
     return h2ot.cluster_tokens(x, x.shape[1] // SHARE, NEIGHBOURS)[:2]
 
 
+def our_index(x: Tensor) -> Tensor:
+    return h2ot.prune_cluster(x, x.shape[1] // SHARE, NEIGHBOURS)
+
+
 def theirs(x: Tensor) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(x.shape[:2], generator=generator) * 1e-6
-    return official.cluster_dpc_knn(x, x.shape[1] // SHARE, NEIGHBOURS, noise=noise)
+    return official.cluster_dpc_knn(x, x.shape[1] // SHARE, NEIGHBOURS, noise=_noise(x))
+
+
+def their_index(x: Tensor) -> Tensor:
+    score = official.density_peaks(x, NEIGHBOURS, noise=_noise(x))[0]
+    return torch.topk(score, x.shape[1] // SHARE, dim=-1).indices
+
+
+def _noise(x: Tensor) -> Tensor:
+    return torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(0)) * 1e-6
 
 
 def stage_1(x: Tensor, threads: int):
@@ -61,9 +76,9 @@ def stage_1(x: Tensor, threads: int):
 
 
 def rivals(N: int, threads: int, with_sklearn: bool) -> dict[str, Callable[[Tensor], object]]:
-    found: dict[str, Callable[[Tensor], object]] = {"ours": ours}
+    found: dict[str, Callable[[Tensor], object]] = {"ours": ours, "ours, index only": our_index}
     if N <= OFFICIAL_TOKENS:
-        found["official"] = theirs
+        found |= {"official": theirs, "official, index only": their_index}
     if with_sklearn:
         found[STAGE_1] = functools.partial(stage_1, threads=threads)
     return found
@@ -85,37 +100,28 @@ def sampled_errors(x: Tensor, count: int = 64) -> tuple[float, int]:
     return error, int(wrong.sum())
 
 
-def extra_memory(name: str, N: int, threads: int) -> int:
+def extra_memory(name: str, N: int, kind: str, threads: int) -> int:
     """Bytes by which one call grows a fresh process beyond its tokens."""
-    arguments = [
-        sys.executable,
-        "-m",
-        "bench.bench_large",
-        "--peak",
-        name,
-        "--sizes",
-        str(N),
-        "--threads",
-        str(threads),
-    ]
-    return int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+    arguments = ["--peak", name, "--sizes", str(N), "--kinds", kind, "--threads", str(threads)]
+    command = [sys.executable, "-m", "bench.bench_large", *arguments]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak(name: str, N: int, threads: int) -> None:
+def print_peak(name: str, N: int, kind: str, threads: int) -> None:
     def status(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith(field)).split()[1]) << 10
 
-    x, call = tokens(N), rivals(N, threads, with_sklearn=True)[name]
+    x, call = tokens(N, kind), rivals(N, threads, with_sklearn=True)[name]
     call(x[:, :1600].clone())
     before = status("VmRSS")
     call(x)
     print(status("VmHWM") - before)
 
 
-def measure(N: int, threads: int, seconds: float, with_sklearn: bool) -> dict:
+def measure(N: int, kind: str, threads: int, seconds: float, with_sklearn: bool) -> dict:
     """One row of the results."""
-    x = tokens(N)
+    x = tokens(N, kind)
     error, wrong = sampled_errors(x)
     calls = {name: functools.partial(call, x) for name, call in rivals(N, threads, with_sklearn).items()}
     timings = {}
@@ -126,8 +132,8 @@ def measure(N: int, threads: int, seconds: float, with_sklearn: bool) -> dict:
         "shape": {"B": 1, "N": N, "C": C, "K": N // SHARE, "k": NEIGHBOURS},
         "checked": {"density_error": error, "wrong_parents": wrong, "rows": 64},
         "timings": {name: dataclasses.asdict(timing) for name, timing in timings.items()},
-        "extra_bytes": {name: extra_memory(name, N, threads) for name in calls},
-        "kind": "smooth",
+        "extra_bytes": {name: extra_memory(name, N, kind, threads) for name in calls},
+        "kind": kind,
         "dtype": "float32",
         **environment_row("cpu"),
     }
@@ -136,7 +142,8 @@ def measure(N: int, threads: int, seconds: float, with_sklearn: bool) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     """0: every size right and timed, 1: something was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.bench_large", description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 16384, 65536], metavar="N")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 16384, 32768, 65536], metavar="N")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0, help="timing per size (default: 5)")
     parser.add_argument("--without-scikit-learn", action="store_true")
@@ -145,14 +152,14 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if given.peak:
-        print_peak(given.peak, given.sizes[0], given.threads)
+        print_peak(given.peak, given.sizes[0], given.kinds[0], given.threads)
         return 0
     given.out.parent.mkdir(parents=True, exist_ok=True)
     right = True
-    for N in given.sizes:
-        row = measure(N, given.threads, given.seconds, not given.without_scikit_learn)
+    for N, kind in itertools.product(given.sizes, given.kinds):
+        row = measure(N, kind, given.threads, given.seconds, not given.without_scikit_learn)
         right &= bool(row["timings"])
-        print(f"N {N}: {row['checked']['wrong_parents']} wrong parents of 64 sampled rows")
+        print(f"N {N}, {kind}: {row['checked']['wrong_parents']} wrong parents of 64 sampled rows")
         for name, timing in row["timings"].items():
             print(f"  {name:28} {timing['p50'] * 1e3:9.1f} ms   {row['extra_bytes'][name] / 2**20:8.1f} MB", flush=True)
         with given.out.open("a") as file:

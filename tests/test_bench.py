@@ -82,13 +82,15 @@ def test_the_command_appends_rows(tmp_path, monkeypatch, capsys):
 
 
 def test_many_tokens_are_checked_and_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_large, "extra_memory", lambda name, N, threads: 3 << 20)
+    monkeypatch.setattr(bench_large, "extra_memory", lambda name, N, kind, threads: 3 << 20)
     threads, out = torch.get_num_threads(), tmp_path / "large.jsonl"
     arguments = ["--sizes", "1700", "--seconds", "0.01", "--without-scikit-learn", "--threads", str(threads)]
     assert bench_large.main([*arguments, "--out", str(out)]) == 0
-    row = json.loads(out.read_text())
-    assert set(row["timings"]) == {"ours", "official"}
-    assert row["shape"]["K"] == 425
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["smooth", "random"]
+    for row in rows:
+        assert set(row["timings"]) == {"ours", "ours, index only", "official", "official, index only"}
+        assert row["shape"]["K"] == 425
     assert "3.0 MB" in capsys.readouterr().out
     genuine = bench_large.h2ot.score_tokens
     monkeypatch.setattr(bench_large.h2ot, "score_tokens", lambda x, k: genuine(x + 1e-3 * torch.randn_like(x), k))
