@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "h2ot_kernels"
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def declare(
@@ -25,9 +26,10 @@ def declare(
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified)(fake)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return _counted(name, flops)
+    if backward is None:
+        return _counted(name, flops)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    return _recorded(_counted(name, flops), backward, setup_context)
 
 
 def declare_custom(
@@ -44,9 +46,10 @@ def declare_custom(
     written = ("out",) if "(a!) out" in schema else ()
     op = torch.library.custom_op(qualified, function, mutates_args=written, schema=schema)
     op.register_fake(fake)
-    if backward is not None:
-        op.register_autograd(backward, setup_context=setup_context)
-    return _counted(name, flops)
+    if backward is None:
+        return _counted(name, flops)
+    op.register_autograd(backward, setup_context=setup_context)
+    return _recorded(_counted(name, flops), backward, setup_context)
 
 
 def into_out(schema: str, fake: Callable, flops: Callable | None = None, **gradient) -> dict:
@@ -71,6 +74,43 @@ def _counted(name: str, flops: Callable | None):
     if flops is not None:
         register_flop_formula(packet)(lambda *shapes, out_shape, **rest: flops(*shapes))
     return packet.default
+
+
+def _recorded(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    """op with its registered gradient, recorded before the dispatcher is asked: half of an eager call's overhead.
+
+    Compiled code, functorch's transforms and tensor subclasses see the operator itself.
+    """
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(ctx, *grads)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return op(*args)
+        needs_grad = False
+        for x in args:
+            if type(x) in _PLAIN:
+                needs_grad = needs_grad or x.requires_grad
+            elif isinstance(x, torch.Tensor):
+                return op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return op(*args)
+        if needs_grad and torch.is_grad_enabled():
+            return Recorded.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
 
 
 def ranged(name: str) -> Callable:
