@@ -106,6 +106,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if (wants_largest && lane != 0) {",
     ): "31 lanes write what one would",
     (
+        "python_ref/cluster.py",
+        "labels = index.new_full((index.shape[0], N + 1), -1)",
+        "labels = index.new_full((index.shape[0], N + 2), -1)",
+    ): "a column more of those that are cut off again",
+    (
         "h2ot_kernels/triton/select.py",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column < N)",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column <= N)",

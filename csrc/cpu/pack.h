@@ -258,7 +258,8 @@ struct EarlyStop {
   int64_t credit = kTried;
 
   template <class A>
-  explicit EarlyStop(const Form<A>& form) : enabled(prefix_of(form.rows.C) * 4 <= form.rows.C) {}
+  explicit EarlyStop(const Form<A>& form)
+      : enabled(prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C) {}
 
   // far(): computes the tile of first channels and says whether nothing in it can be near.
   template <class F>
