@@ -1,11 +1,14 @@
-"""What `./dev gpu` leans on, tried without a GPU: the list of calls for sanitizers, and the guard bands."""
+"""What `./dev gpu` leans on, tried without a GPU: the list of calls for sanitizers, and the guard bands; and fences."""
 
 import ctypes
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from . import every_op, guard
+from . import every_op, fence, guard
 from .runners import DEVICE
 
 
@@ -37,3 +40,27 @@ def test_guard_bands_see_a_byte_beside_the_buffer(tmp_path):
         loaded.guard_free(buffer, 100, 0, None)
         assert guard.counters(library)[1] == wanted
     assert guard.counters(library)[0] == 4
+
+
+PAST_THE_END = """
+import ctypes, torch
+x = torch.ones(100)
+print(ctypes.c_float.from_address(x.data_ptr() + 4 * {index}).value)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+def test_no_operation_leaves_a_tensor(tmp_path):
+    """Triton's interpreted loads and stores among them: the page behind each buffer stops what touches it."""
+    environment = fence.environment(fence.build(tmp_path)) | {"TRITON_INTERPRET": "1"}
+
+    def run(*command):
+        return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+    assert run("-c", PAST_THE_END.format(index=99)).stdout == "1.0\n"
+    assert run("-c", PAST_THE_END.format(index=100)).returncode == -signal.SIGSEGV
+    done = run("-c", "from tests.every_op import run; made, wrong = run('cpu', many=40); print(made, wrong)")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    made, wrong = done.stdout.split(maxsplit=1)
+    assert int(made) > len(list(every_op.calls()))
+    assert wrong == "[]\n"
