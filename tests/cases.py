@@ -148,6 +148,7 @@ _KINDS = {
     "lattice": lambda shape, g: (64 * _places(shape, g, 0.03)).round(),  # the same, with ties and duplicates
     "equidistant": _equidistant,
     "static": _static,
+    "zeros": lambda shape, g: torch.where(torch.rand(shape, generator=g) < 0.5, 0.0, -0.0).double(),
     "duplicates": _duplicates,
     "integers": _integers,
     "nonfinite": _nonfinite,

@@ -101,7 +101,7 @@ def results(call: Call, module, given: dict[str, torch.Tensor], **named) -> list
     """What the call gives and the gradients of its sum, on the CPU in float64 where it is floating."""
     leaves = {name: t.clone().requires_grad_(t.is_floating_point()) for name, t in given.items()}
     out = call(module, leaves, **named)
-    total = sum(part.sum() for part in out if part.requires_grad)
+    total = sum((part * part.detach()).sum() for part in out if part.requires_grad)  # its gradients fill memory
     grads = []
     if isinstance(total, torch.Tensor):
         inputs = [leaf for leaf in leaves.values() if leaf.requires_grad]

@@ -300,7 +300,13 @@ struct Sample {
   }
   const A* row(int64_t slot) const { return rows[token[slot]]; }
   double distance(int64_t a, int64_t b) const { return exact_distance(row(a), row(b), C); }
-  bool equal(int64_t a, int64_t b) const { return memcmp(row(a), row(b), size_t(C) * sizeof(A)) == 0; }
+  // 0 and -0 are equal.
+  bool equal(int64_t a, int64_t b) const {
+    const A *one = row(a), *other = row(b);
+    int64_t c = memcmp(one, other, size_t(C) * sizeof(A)) == 0 ? C : 0;
+    while (c < C && one[c] == other[c]) c++;
+    return c == C;
+  }
 
   void use_floats() {
     fine = {rows, {n ? row(0) : nullptr, unit_scale<A>(most), false}, tile_bound(C, sizeof(A) == 8 ? 1 : 0), false};
