@@ -111,6 +111,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "labels = index.new_full((index.shape[0], N + 2), -1)",
     ): "a column more of those that are cut off again",
     (
+        "python_ref/cluster.py",
+        "labels = torch.where(own >= 0, own, labels)",
+        "labels = torch.where(own > 0, own, labels)",
+    ): "the first selected token is nearest to itself, and the lowest wins a tie",
+    (
+        "h2ot_kernels/triton/score.py",
+        'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
+        'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate <= parent)))',
+    ): "a candidate that is the parent already",
+    (
         "h2ot_kernels/triton/select.py",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column < N)",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column <= N)",
