@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "mutants"
 TORCH = Path(torch.__file__).parent
 STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
-PATIENCE = 6  # times what the unchanged source takes, and a minute: a mutant that runs longer counts as killed
+PATIENCE = 3  # times what the unchanged source takes, and a minute: a mutant that runs longer counts as killed
 # File stem -> (test files, which of their tests): the shortest that know the file.
 FUZZ = "tests/test_fuzz.py"
 SCORING = (FUZZ, "tests/test_cluster.py", "tests/test_score.py")
