@@ -155,11 +155,11 @@ class CppTree(Tree):
 
 
 class TritonTree(Tree):
-    name, chosen = "triton", "triton or Triton"
+    name, chosen, memory = "triton", "triton or Triton", resource.RLIM_INFINITY  # tests/fence reserves a terabyte
 
     def tests(self, file: str) -> tuple[str, ...]:
         stem = Path(file).stem
-        return TRITON.get(stem, (f"tests/test_{stem}.py", "tests/test_triton.py"))
+        return (*TRITON.get(stem, (f"tests/test_{stem}.py", "tests/test_triton.py")), "tests/test_guard.py")
 
 
 class CudaTree(Tree):

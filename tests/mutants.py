@@ -239,6 +239,32 @@ def hunt_share(mutants: list[Mutant], tree: mutant_runs.Tree, share: int) -> lis
     return rows
 
 
+def once_more(row: dict) -> dict:
+    """The row of a survivor after its explanation or its test was written."""
+    if reason := EQUIVALENT.get((row["file"], row["before"], row["after"])):
+        return {**row, "result": "explained", "by": reason}
+    tree, path = mutant_runs.TREES[row["language"]](), row["file"]
+    lines = (ROOT / path).read_text().splitlines(keepends=True)
+    at = row["line"] - 1
+    if lines[at].strip() != row["before"]:
+        sys.exit(f"mutants: {path}:{row['line']} is no longer {row['before']}")
+    lines[at] = lines[at].replace(row["before"], row["after"])
+    outcome = tree.outcome(path, "".join(lines))
+    return {**row, "result": "killed", "by": outcome} if outcome else row
+
+
+def write(rows: list[dict], seed: int, out: Path) -> int:
+    """The results file; 1 if too few are killed."""
+    counts = collections.Counter(row["result"] for row in rows)
+    ratio = counts["killed"] / max(counts["killed"] + counts["survived"], 1)
+    head = {"date": datetime.date.today().isoformat(), "seed": seed, "sample": len(rows), **counts}
+    head |= {"killed_ratio": round(ratio, 3), **mutant_runs.versions()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
+    print(json.dumps(head))
+    return int(ratio < 0.9)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
@@ -247,7 +273,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="languages hunted side by side")
     parser.add_argument("--count", action="store_true", help="only say how many mutants there are")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true", help="only the survivors of --out, with the tests of today")
     given = parser.parse_args(arguments)
+    if given.again:
+        head, *rows = map(json.loads, given.out.read_text().splitlines())
+        return write([once_more(r) if r["result"] == "survived" else r for r in rows], head["seed"], given.out)
     mutants = {language: all_mutants(language) for language in given.languages}
     sizes = ", ".join(f"{len(made)} {language}" for language, made in mutants.items())
     print(f"mutants: {sizes}; seed {given.seed}", flush=True)
@@ -259,14 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         random.Random(f"{given.seed} {language}").shuffle(made)
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         rows = [row for found in pool.map(hunt_share, mutants.values(), trees, shares) for row in found]
-    counts = collections.Counter(row["result"] for row in rows)
-    ratio = counts["killed"] / max(counts["killed"] + counts["survived"], 1)
-    head = {"date": datetime.date.today().isoformat(), "seed": given.seed, "sample": len(rows), **counts}
-    head |= {"killed_ratio": round(ratio, 3), **mutant_runs.versions()}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
-    print(json.dumps(head))
-    return int(ratio < 0.9)
+    return write(rows, given.seed, given.out)
 
 
 if __name__ == "__main__":

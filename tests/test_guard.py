@@ -56,7 +56,7 @@ print(ctypes.c_float.from_address(x.data_ptr() + 4 * {index}).value)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
-def test_no_operation_leaves_a_tensor(tmp_path):
+def test_no_operation_leaves_a_tensor_triton_included(tmp_path):
     """Triton's interpreted loads and stores among them: the page behind each buffer stops what touches it."""
     environment = fence.environment(fence.build(tmp_path)) | {"TRITON_INTERPRET": "1"}
 
