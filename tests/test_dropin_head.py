@@ -11,7 +11,7 @@ import h2ot_kernels as h2ot
 from h2ot_kernels import dropin
 
 from .compare import assert_within
-from .test_dropin_patch import Recorder
+from .runners import Recorder
 
 B, F, J, C = 2, 9, 5, 36
 

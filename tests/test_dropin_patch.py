@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from h2ot_kernels import dropin
 from python_ref import official
 
 from .official_code import clustering, mixste, motionbert, tcformer
+from .runners import Recorder
 
 F, J, C, H, K = 31, 5, 32, 4, 11
 
@@ -51,19 +51,6 @@ CALLED = {
     "head": {"h2ot_kernels::recover_tail"},
 }
 NOT_CALLED = {"aten::cdist", "aten::_cdist_forward", "aten::_softmax", "aten::bmm", "aten::gelu"}
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-        self.tails = []  # where the rows of each call of recover_tail lie
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name().split(".")[0])
-        if func.name() == "h2ot_kernels::recover_tail":
-            self.tails.append(args[1].data_ptr())
-        return func(*args, **(kwargs or {}))
 
 
 def run(model, x):
