@@ -1,7 +1,7 @@
 """Many tokens: `python -m bench.bench_large [--sizes N ...] [--kinds K ...] [--threads T] [--seconds S] [--out FILE]`.
 
 Per N (C 128, k 5, a quarter kept) and kind (smooth: a long walk; random): index and labels of ours and of the official
-formulation (up to N 16384, 6 GB), index only of both, and scikit-learn's brute-force neighbours: stage 1 only, no
+formulation (up to N 16384, 5 GB), index only of both, and scikit-learn's brute-force neighbours: stage 1 only, no
 density, no delta, no labels. Sampled rows of ours are first checked in float64. Timed in turn in this process; the
 extra memory of each rival is the growth of VmHWM in a process of its own. One JSON row per N and kind is appended.
 """
@@ -29,7 +29,7 @@ from python_ref import official
 from .run import environment_row
 
 C, NEIGHBOURS, SHARE = 128, 5, 4
-OFFICIAL_TOKENS = 16384  # above, its N x N arrays need more than 6 GB
+OFFICIAL_TOKENS = 16384  # its N x N arrays take 5 GB there
 STAGE_1 = "scikit-learn, stage 1 only"
 KINDS = ("smooth", "random")
 

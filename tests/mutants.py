@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import io
 import itertools
 import json
@@ -241,16 +242,18 @@ def hunt_share(mutants: list[Mutant], tree: mutant_runs.Tree, share: int) -> lis
 
 def once_more(row: dict) -> dict:
     """The row of a survivor after its explanation or its test was written."""
-    if reason := EQUIVALENT.get((row["file"], row["before"], row["after"])):
-        return {**row, "result": "explained", "by": reason}
-    tree, path = mutant_runs.TREES[row["language"]](), row["file"]
-    lines = (ROOT / path).read_text().splitlines(keepends=True)
-    at = row["line"] - 1
-    if lines[at].strip() != row["before"]:
-        sys.exit(f"mutants: {path}:{row['line']} is no longer {row['before']}")
-    lines[at] = lines[at].replace(row["before"], row["after"])
-    outcome = tree.outcome(path, "".join(lines))
-    return {**row, "result": "killed", "by": outcome} if outcome else row
+    line = (ROOT / row["file"]).read_text().splitlines()[row["line"] - 1]
+    if line.strip() != row["before"]:
+        sys.exit(f"mutants: {row['file']}:{row['line']} is no longer {row['before']}")
+    start = line.index(row["before"])
+    place = row["language"], row["file"], row["line"], start, start + len(row["before"])
+    mutant = Mutant(*place, row["after"], row["rule"])
+    return hunt(mutant, tree_of(row["language"])) or row
+
+
+@functools.cache
+def tree_of(language: str) -> mutant_runs.Tree:
+    return mutant_runs.TREES[language]()
 
 
 def write(rows: list[dict], seed: int, out: Path) -> int:
@@ -284,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.count:
         return 0
     shares = [given.sample // len(mutants) + (n < given.sample % len(mutants)) for n in range(len(mutants))]
-    trees = [mutant_runs.TREES[language]() for language in mutants]
+    trees = [tree_of(language) for language in mutants]
     for language, made in mutants.items():
         random.Random(f"{given.seed} {language}").shuffle(made)
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:

@@ -88,6 +88,7 @@ def test_the_path_is_chosen_from_sizes(capability):
         for k in (2, 5, 32, 500):
             sizes = {N: _C.plan_score_cpu(N, C, k)[1] for N in (8192, 16384, 65536)}
             for N, scratch in sizes.items():
+                # Panels, and the means of balls: an eighth of them where panels are shortest.
                 assert scratch <= N * (4.5 * C + 32 * min(k + 3, 67) + 256) + 65536, (N, C, k)
             assert sizes[65536] < 8.1 * sizes[8192]
     assert _C.plan_score_cpu(4096, 64, dtype="float16")[1] > _C.plan_score_cpu(4096, 64)[1]  # a widened copy

@@ -1,6 +1,7 @@
 """What PyTorch users rely on: opcheck, compile, export, checkpointing, autocast, profiler, FLOP counts, fakes."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -92,6 +93,29 @@ def test_compile_fullgraph(dynamic):
             results.append((out, *torch.autograd.grad(out, inputs)))
         for ours, eager in zip(*reversed(results), strict=True):
             torch.testing.assert_close(ours, eager)
+
+
+class Named(torch.Tensor):
+    """A subclass that says which operators it meets."""
+
+    met: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.met.append(getattr(func, "__name__", str(func)))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_tensor_subclass_meets_the_operator_and_has_its_gradient():
+    """Plain tensors are recorded before the dispatcher is asked (library._recorded); these must not be."""
+    x, index = rand(2, 9, 4, grad=True), h2ot.prune_sample(9, 3)
+    Named.met.clear()
+    named = h2ot.gather_tokens(x.as_subclass(Named), index)
+    plain = h2ot.gather_tokens(x, index)
+    assert any("gather_tokens" in name for name in Named.met)
+    assert type(named) is Named
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (named, plain)]
+    assert torch.equal(torch.Tensor(grads[0]), grads[1])
 
 
 def into_buffers(x, query, moved, attended, full):

@@ -17,6 +17,19 @@ struct Neighbour {
 
 H2OT_INLINE bool before(const Neighbour& a, const Neighbour& b) { return a.s < b.s || (a.s == b.s && a.slot < b.slot); }
 
+// Moves heap[at] down to where nothing below it is to stand above it: above(a, b) where a is.
+template <class Above>
+void sift(Neighbour* heap, int64_t at, int64_t count, const Above& above) {
+  const Neighbour moved = heap[at];
+  for (int64_t child = 2 * at + 1; child < count; child = 2 * at + 1) {
+    if (child + 1 < count && above(heap[child + 1], heap[child])) child++;
+    if (!above(heap[child], moved)) break;
+    heap[at] = heap[child];
+    at = child;
+  }
+  heap[at] = moved;
+}
+
 // Heapsort past a handful: ascending.
 inline void sort_neighbours(Neighbour* list, int64_t count) {
   if (count <= 32) {
@@ -28,22 +41,13 @@ inline void sort_neighbours(Neighbour* list, int64_t count) {
     }
     return;
   }
-  const auto sift = [list](int64_t at, int64_t end) {
-    const Neighbour moved = list[at];
-    for (int64_t child = 2 * at + 1; child < end; child = 2 * at + 1) {
-      if (child + 1 < end && before(list[child], list[child + 1])) child++;
-      if (!before(moved, list[child])) break;
-      list[at] = list[child];
-      at = child;
-    }
-    list[at] = moved;
-  };
-  for (int64_t at = count / 2; at-- > 0;) sift(at, count);
+  const auto farther = [](const Neighbour& a, const Neighbour& b) { return before(b, a); };
+  for (int64_t at = count / 2; at-- > 0;) sift(list, at, count, farther);
   for (int64_t end = count; end-- > 1;) {
     const Neighbour last = list[end];
     list[end] = list[0];
     list[0] = last;
-    sift(0, end);
+    sift(list, 0, end, farther);
   }
 }
 

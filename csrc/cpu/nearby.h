@@ -62,18 +62,19 @@ struct NearbySearch {
       least[q] = __builtin_inff();
       return false;
     });
+    const auto nearer = [](const Neighbour& a, const Neighbour& b) { return before(a, b); };
     int64_t count = 0;
     for_each_within(least, columns.count, lists.reach(from, to), [&](int64_t q) {
       if (least[q] < __builtin_inff()) memory.waiting[count++] = {least[q], int32_t(q)};
       return true;
     });
-    for (int64_t at = count / 2; at-- > 0;) sift(memory.waiting, at, count);
+    for (int64_t at = count / 2; at-- > 0;) sift(memory.waiting, at, count, nearer);
     for (; count > 0; count--) {
       const Neighbour ball = memory.waiting[0];
       if (!lists.may_take(from, to, ball.s, 0)) return;
       if (lists.may_take(from, to, ball.s, columns.first[ball.slot])) compare(r, ball.slot, memory, stops, accepts);
       memory.waiting[0] = memory.waiting[count - 1];
-      sift(memory.waiting, 0, count - 1);
+      sift(memory.waiting, 0, count - 1, nearer);
     }
   }
 
@@ -93,14 +94,11 @@ struct NearbySearch {
     form.template tile<2>(rows.at(r), columns.at(q), tile);
     for (int64_t i = rows.begin(r); i < rows.end(r); i++) {
       const float* v = tile + (i - rows.begin(r)) * kPanel;
-      for (int64_t t = 0; t < tokens; t += kFloats) {
-        for (uint32_t bits = at_most(load(v + t), fill(lists.threshold[i])); bits; bits &= bits - 1) {
-          const int64_t at = t + __builtin_ctz(bits);
-          if (at >= tokens) break;
-          const int32_t column = columns.slot[columns.begin(q) + at];
-          if (accepts(rows.slot[i], column)) lists.offer(i, v[at], column);
-        }
-      }
+      for_each_within(v, tokens, lists.threshold[i], [&](int64_t at) {
+        const int32_t column = columns.slot[columns.begin(q) + at];
+        if (accepts(rows.slot[i], column)) lists.offer(i, v[at], column);
+        return true;
+      });
     }
   }
 
@@ -124,19 +122,6 @@ struct NearbySearch {
       memory.carve(carver, C, columns.count, length);
       for (int64_t b = begin; b < end; b++) f(b * kBlock, smaller((b + 1) * kBlock, count), memory);
     });
-  }
-
- private:
-  // Moves heap[at] down to where nothing below is nearer.
-  static void sift(Neighbour* heap, int64_t at, int64_t count) {
-    const Neighbour moved = heap[at];
-    for (int64_t child = 2 * at + 1; child < count; child = 2 * at + 1) {
-      if (child + 1 < count && before(heap[child + 1], heap[child])) child++;
-      if (!before(heap[child], moved)) break;
-      heap[at] = heap[child];
-      at = child;
-    }
-    heap[at] = moved;
   }
 };
 
