@@ -178,6 +178,7 @@ TOKEN_CASES = [
     *(replace(_BASE, kind="smooth", N=243, C=512, K=81, noisy=noisy, k=k) for noisy, k in ((True, 2), (False, 5))),
     replace(_BASE, kind="smooth", N=243, C=512, K=81, J=17, keep=121, masked=True),
     replace(_BASE, kind="smooth", B=1, N=351, C=1536, K=117),
+    *(replace(_BASE, kind=kind, N=400, C=512, K=40) for kind in ("smooth", "still", "places", "rounds", "huge")),
     replace(_BASE, kind="smooth", B=1, N=243, C=5120, K=81),
     *(
         replace(_BASE, kind=kind, B=1, N=1601, C=20, K=300, k=5, masked=True)

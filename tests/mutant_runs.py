@@ -24,7 +24,9 @@ FUZZ = "tests/test_fuzz.py"
 SCORING = (FUZZ, "tests/test_cluster.py", "tests/test_score.py")
 BY_STEM = {
     **{stem: (FUZZ, f"tests/test_{stem}.py") for stem in STEMS},
-    **dict.fromkeys(("score", "score_state", "score_stored", "score_streamed", "score_gaussian", "pack"), SCORING),
+    **dict.fromkeys(
+        ("score", "score_state", "score_matrix", "score_stored", "score_streamed", "score_gaussian", "pack"), SCORING
+    ),
     **dict.fromkeys(("distance", "product", "quantise"), SCORING),
     "attention_score": (FUZZ, "tests/test_select.py"),
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),

@@ -1,5 +1,5 @@
-// Squared distances between tokens by direct difference: the float32 tile that searches, the float64 row that decides,
-// and the bound that ties the two together.
+// Squared distances between tokens by direct difference: the float32 tile that searches, the float32 row that sifts,
+// the float64 row that decides, and the bounds that tie them together.
 //
 // Tokens are packed into panels of kPanel tokens, [C][kPanel], scaled by a power of two so that the largest magnitude
 // of the sample lies in [1/2, 1): neither squares of 1e30 nor of 1e-30 leave float32. A tile is kRows tokens of one
@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "simd.h"
+#include "vectors.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -94,6 +94,8 @@ struct Bound {
     const double r = (sqrt(s) - eta) / (1 + beta);
     return r > 0 ? float(r * r * (1 - 0x1p-22)) : 0.0f;
   }
+  // What holds for values of either form.
+  Bound or_that(const Bound& other) const { return {larger_of(beta, other.beta), larger_of(eta, other.eta)}; }
 };
 
 // The worst case of distance_tile: each difference is rounded once, each square once and each addition once.
@@ -141,6 +143,32 @@ __attribute__((noinline)) double exact_distance(const A* a, const A* b, int64_t 
   return total;
 }
 
+// |(row - centre) * scale|^2 in the precision of the tokens.
+template <class A>
+A scaled_distance(const A* row, const A* centre, A scale, int64_t C) {
+  constexpr int kUnroll = 4;
+  Vector<A> sum[kUnroll] = {};
+  const auto add = [&](Vector<A>& to, Vector<A> a, Vector<A> b) {
+    const Vector<A> d = (a - b) * scale;
+    to += d * d;
+  };
+  int64_t c = 0;
+  for (; c + kUnroll * kLanes<A> <= C; c += kUnroll * kLanes<A>) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; u++) {
+      add(sum[u], load_wide(row + c + u * kLanes<A>), load_wide(centre + c + u * kLanes<A>));
+    }
+  }
+  for (; c + kLanes<A> <= C; c += kLanes<A>) add(sum[0], load_wide(row + c), load_wide(centre + c));
+  if (c < C) add(sum[1], load_part(row + c, C - c), load_part(centre + c, C - c));
+  return sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// The worst case of scaled_distance between two float tokens, as tile_bound, where no difference overflows.
+H2OT_INLINE Bound scaled_bound(int64_t C) {
+  return {0.6 * 0x1p-24 * double(C / (4 * kFloats) + kFloats + 8), sqrt(double(C)) * 0x1p-62};
+}
+
 // Bit p is set where a[p] <= b[p].
 H2OT_INLINE uint32_t at_most(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -175,6 +203,15 @@ H2OT_INLINE bool any_within(const float* tile, const float* limit) {
 #endif
 }
 
+// Whether a value of a tile is at most the limit of its row or of its column.
+H2OT_INLINE bool any_within(const float* tile, const float* of_row, const float* of_column) {
+  uint32_t any = 0;
+  for (int64_t at = 0; at < kRows * kPanel; at += kFloats) {
+    any |= at_most(load(tile + at), load(of_column + at % kPanel));
+  }
+  return any != 0 || any_within(tile, of_row);
+}
+
 // Calls f(j) for ascending j < count with v[j] <= limit, until f says stop by returning false.
 template <class F>
 H2OT_INLINE void for_each_within(const float* v, int64_t count, float limit, const F& f) {
@@ -200,6 +237,46 @@ inline float least_of(const float* v, int64_t count) {
   }
   float result = least[0];
   for (int p = 1; p < kFloats; p++) result = least[p] < result ? least[p] : result;
+  return result;
+}
+
+// The rank-th smallest of v[0 .. count) (rank from 1), for values that are not negative; v is readable in whole vectors
+// and holds infinity past count.
+inline float ranked_smallest(const float* v, int64_t count, int64_t rank) {
+  constexpr int64_t kListed = 16;
+  if (rank == 1) return least_of(v, count);
+  if (rank <= kListed) {
+    float list[kListed];
+    for (int64_t r = 0; r < rank; r++) list[r] = __builtin_inff();
+    for (int64_t j = 0; j < count; j += kFloats) {
+      for (uint32_t bits = at_most(load(v + j), fill(list[rank - 1])); bits; bits &= bits - 1) {
+        const float value = v[j + __builtin_ctz(bits)];
+        int64_t at = rank - 1;
+        if (!(value < list[at])) continue;
+        for (; at > 0 && value < list[at - 1]; at--) list[at] = list[at - 1];
+        list[at] = value;
+      }
+    }
+    return list[rank - 1];
+  }
+  // Bisection on the bit pattern, which orders like the value.
+  int32_t low = 0, high = 0x7f800000;
+  while (low < high) {
+    const int32_t middle = low + (high - low) / 2;
+    int64_t reached = 0;
+    for (int64_t j = 0; j < count; j++) {
+      int32_t bits;
+      memcpy(&bits, v + j, 4);
+      reached += bits <= middle;
+    }
+    if (reached >= rank) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  float result;
+  memcpy(&result, &low, 4);
   return result;
 }
 

@@ -51,6 +51,15 @@ inline void sort_neighbours(Neighbour* list, int64_t count) {
   }
 }
 
+// Puts `next` in its place in the sorted list[0 .. count), which keeps `most` at most; returns how many there are then.
+inline int64_t insert(Neighbour* list, int64_t count, int64_t most, const Neighbour& next) {
+  if (count == most && !before(next, list[count - 1])) return count;
+  int64_t at = count < most ? count++ : count - 1;
+  for (; at > 0 && before(next, list[at - 1]); at--) list[at] = list[at - 1];
+  list[at] = next;
+  return count;
+}
+
 constexpr int32_t kNoSlot = 0x7fffffff;
 
 // Per row the `length` smallest tile distances, ordered by (distance, slot): which ones does not depend on the order of

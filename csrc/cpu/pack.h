@@ -3,7 +3,6 @@
 
 #include "quantise.h"
 #include "scratch.h"
-#include "vectors.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -179,27 +178,6 @@ H2OT_INLINE double unit_scale(double most) {
   int exponent;
   frexp(most, &exponent);
   return ldexp(1.0, int(larger(-kLargest, smaller(kLargest, -exponent))));
-}
-
-// |(row - centre) * scale|^2.
-template <class A>
-A scaled_distance(const A* row, const A* centre, A scale, int64_t C) {
-  constexpr int64_t kLanes = 4 * kVectorBytes / int64_t(sizeof(A));
-  A sum[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) {
-    for (int64_t u = 0; u < kLanes; u++) {
-      const A d = (row[c + u] - centre[c + u]) * scale;
-      sum[u] += d * d;
-    }
-  }
-  for (; c < C; c++) {
-    const A d = (row[c] - centre[c]) * scale;
-    sum[0] += d * d;
-  }
-  A total = 0;
-  for (int64_t u = 0; u < kLanes; u++) total += sum[u];
-  return total;
 }
 
 // Tokens as a search packs them, and what its tile distances are worth.

@@ -34,9 +34,8 @@ struct Scorer {
   PeakSearch<A> peaks;
   Nearby<A> nearby;
   double* of_row;
-  int64_t* sums;               // of a Gaussian density
-  int32_t *centre, *position;  // [K] selected slots, ascending, and their positions in index
-  int64_t k;                   // neighbours that a density needs, the token itself included
+  int64_t* sums;  // of a Gaussian density
+  int64_t k;      // neighbours that a density needs, the token itself included
   bool gaussian, stored, listed, need_largest;
   bool gathered = false;  // the tokens are: `nearby` instead of `streamed`
   bool failed = false;    // out of memory
@@ -66,9 +65,7 @@ struct Scorer {
     peaks.streamed = &streamed;
     nearby.state = &state;
     if (stored) {
-      matrix.carve(memory, N);
-      centre = clusters ? memory.take<int32_t>(N) : nullptr;
-      position = clusters ? memory.take<int32_t>(N) : nullptr;
+      matrix.carve(memory, N, clusters != nullptr);
       return;
     }
     streamed.lists.carve(memory, N, list);
@@ -106,6 +103,21 @@ struct Scorer {
     });
   }
 
+  // f(i, room, true) for the rows [0, n) and, after `between`, f(i, room, false) for those that the matrix has open
+  // then.
+  template <class F, class G>
+  void for_rows_twice(const F& f, const G& between) {
+    for_rows([&](int64_t i, const RowRoom& room) {
+      matrix.open[i] = false;
+      f(i, room, true);
+    });
+    if (failed || !matrix.any_open()) return;
+    between();
+    for_rows([&](int64_t i, const RowRoom& room) {
+      if (matrix.open[i]) f(i, room, false);
+    });
+  }
+
   // f(begin, end, memory) for blocks of `count` rows of a search that keeps `list` candidates each.
   template <class F>
   void for_blocks(int64_t count, int64_t list, const F& f) {
@@ -135,13 +147,10 @@ struct Scorer {
         state.set_nearest_exactly(i, room.list);
       });
     } else if (stored) {
-      matrix.search(pool);
-      for_rows([&](int64_t i, const RowRoom& room) { matrix.set_nearest(i, room, refines); });
-      if (!matrix.any_open()) return;
-      matrix.refine(pool);
-      for_rows([&](int64_t i, const RowRoom& room) {
-        if (matrix.open[i]) matrix.set_nearest(i, room, false);
-      });
+      matrix.search(pool, need_largest);
+      for_rows_twice(
+          [&](int64_t i, const RowRoom& room, bool may_wait) { matrix.set_nearest(i, room, may_wait && refines); },
+          [&] { matrix.refine(pool); });
     } else if (gathered) {
       nearby.find_nearest(streamed.lists.length, pool, reserve());
       for_rows([&](int64_t i, const RowRoom& room) {
@@ -203,8 +212,9 @@ struct Scorer {
 
   void find_parents() {
     if (stored) {
-      for_rows([&](int64_t i, const RowRoom& room) { matrix.set_parent(i, room); });
-      return;
+      return for_rows_twice(
+          [&](int64_t i, const RowRoom& room, bool may_wait) { matrix.set_parent(i, room, may_wait); },
+          [&] { matrix.complete(pool); });
     }
     if (gathered) return nearby.find_parents(pool, reserve());
     for_rows([&](int64_t i, const RowRoom&) {
@@ -325,21 +335,15 @@ struct Scorer {
 
   Status label_from_matrix(const int64_t* index, int64_t K, int64_t* labels) {
     const Sample<A>& sample = state.sample;
-    for (int64_t t = 0; t < args.x.N; t++) labels[t] = -1;
-    int64_t centres = 0;
-    for (int64_t i = 0, j = 0; i < sample.n && j < K; i++) {
-      while (j < K && index[j] < sample.token[i]) j++;  // selected, but not valid
-      if (j == K || index[j] != sample.token[i]) continue;
-      labels[sample.token[i]] = j;
-      centre[centres] = int32_t(i);
-      position[centres++] = int32_t(j);
-    }
-    for_rows([&](int64_t i, const RowRoom& room) {
-      int64_t& label = labels[sample.token[i]];
-      if (label >= 0 || centres == 0) return;
-      const int64_t nearest = matrix.nearest_centre(i, centre, centres, room);
-      label = nearest < 0 ? -1 : position[nearest];
-    });
+    matrix.set_centres(index, K, labels);
+    if (matrix.centres == 0) return Status::ok;
+    const auto label = [&](int64_t i, const RowRoom& room, bool may_wait) {
+      int64_t& of_row = labels[sample.token[i]];
+      if (of_row >= 0) return;
+      const int32_t nearest = matrix.nearest_centre(i, room, may_wait);
+      if (!may_wait || !matrix.open[i]) of_row = nearest < 0 ? -1 : labels[sample.token[nearest]];
+    };
+    for_rows_twice(label, [&] { matrix.complete(pool); });
     return failed ? Status::out_of_memory : Status::ok;
   }
 };

@@ -13,6 +13,8 @@ constexpr int64_t kKept = 16;  // neighbours remembered per slot, at most: enoug
 
 // Neighbours remembered beyond those that m averages, when streaming: they prove the others and find denser tokens.
 constexpr int64_t kSpare = 3;
+constexpr int64_t kSifted = 256;  // channels from which on float distances before those in float64 pay
+
 // A longer neighbour list than this is not worth keeping sorted at every tile: rows are then searched in float64.
 constexpr int64_t kLongest = 64;
 
@@ -53,22 +55,61 @@ struct State {
     for (int64_t r = 0; r < near_count[i]; r++) near[i * kept + r] = sorted[r];
   }
 
-  // The same from all distances in float64. list: room for n.
+  // Brings the `wanted` nearest to slot i (one at least) of the candidates list[0 .. count) to the front, in order,
+  // with their distances.
+  void resolve(int64_t i, Neighbour* list, int64_t count, int64_t wanted) const {
+    const bool pays = sizeof(A) == 4 && sample.form.packing.quantised && sample.C >= kSifted;
+    // Below that no difference overflows.
+    if (pays && count > 2 * wanted - (wanted == 1) && sample.most < 0x1p126) count = sift(i, list, count, wanted);
+    const bool many = wanted > 2 * kKept;
+    int64_t found = 0;
+    for (int64_t c = 0; c < count; c++) {
+      list[c].s = sample.distance(i, list[c].slot);
+      if (!many) found = insert(list, found, wanted, Neighbour(list[c]));
+    }
+    if (many) sort_neighbours(list, count);
+  }
+
+  // Leaves those of list[0 .. count) that may be among the `wanted` nearest to slot i by float distances, at a third of
+  // the cost of float64; returns how many.
+  int64_t sift(int64_t i, Neighbour* list, int64_t count, int64_t wanted) const {
+    constexpr int64_t kAlike = 8;  // if so many cannot be told apart, the others cannot, either
+    const Bound bound = scaled_bound(sample.C);
+    const A scale = A(sample.fine.packing.scale);
+    double least = __builtin_inf(), most = 0;
+    for (int64_t c = 0; c < count; c++) {
+      const double s = list[c].s = double(scaled_distance(sample.row(i), sample.row(list[c].slot), scale, sample.C));
+      least = smaller_of(least, s);
+      most = larger_of(most, s);
+      if (c + 1 == kAlike && most <= bound.reach(bound.most(float(least)))) return count;
+    }
+    if (wanted > 1) {
+      sort_neighbours(list, count);
+      least = list[wanted - 1].s;
+    }
+    const double reach = bound.reach(bound.most(float(least)));
+    int64_t near = 0;
+    for (int64_t c = 0; c < count; c++) {
+      if (list[c].s <= reach) list[near++] = list[c];
+    }
+    return near;
+  }
+
+  // m and the nearest neighbours from all distances in float64. list: room for n.
   void set_nearest_exactly(int64_t i, Neighbour* list) {
     const int64_t needed = larger(wanted, kept);
+    const bool many = needed > 2 * kKept;
     int64_t count = 0;
     for (int64_t j = 0; j < sample.n; j++) {
       if (j == i) continue;
       const Neighbour next = {sample.distance(i, j), int32_t(j)};
-      if (needed > 2 * kKept) {
+      if (many) {
         list[count++] = next;
-      } else if (count < needed || before(next, list[count - 1])) {
-        int64_t at = count < needed ? count++ : count - 1;
-        for (; at > 0 && before(next, list[at - 1]); at--) list[at] = list[at - 1];
-        list[at] = next;
+      } else {
+        count = insert(list, count, needed, next);
       }
     }
-    if (needed > 2 * kKept) sort_neighbours(list, count);
+    if (many) sort_neighbours(list, count);
     set_nearest(i, list, count);
   }
 

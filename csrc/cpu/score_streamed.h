@@ -58,15 +58,6 @@ struct Streamed {
     for (int64_t i = 0; furthest && i < n; i++) furthest[i] = 0;
   }
 
-  // Whether a value of a tile would be offered to its rows or its columns.
-  bool reaches_lists(const float* tile, int64_t row, int64_t column) const {
-    uint32_t any = 0;
-    for (int64_t at = 0; at < kRows * kPanel; at += kFloats) {
-      any |= at_most(load(tile + at), load(lists.threshold + column + at % kPanel));
-    }
-    return any != 0 || any_within(tile, lists.threshold + row);
-  }
-
   // All pairs between the panels [row_begin, row_end) and [column_begin, column_end): the same range, or a later one.
   // Neighbours in time come first: they fill the lists, and what is farther is soon left out.
   void search(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
@@ -82,7 +73,7 @@ struct Streamed {
         const float* a = state->panels + p * size + r;
         const auto far = [&] {
           form.prefix_tile(a, b, tile);
-          return !reaches_lists(tile, p * kPanel + r, q * kPanel);
+          return !any_within(tile, lists.threshold + p * kPanel + r, lists.threshold + q * kPanel);
         };
         if (q > p + 1 && stops(far)) continue;
         form.template tile<2>(a, b, tile);
