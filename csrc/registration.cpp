@@ -286,8 +286,9 @@ std::tuple<Tensor, Tensor, Tensor> recover_attention_backward(const Tensor& grad
                                                               double scale) {
   const RecoverInputs in(query, key, value, num_heads, scale, true);
   const Tensor dense_grad = dense(grad);
-  const Tensor grad_query = torch::stable::empty_like(in.query), grad_key = torch::stable::empty_like(in.key);
-  const Tensor grad_value = torch::stable::empty_like(in.value);
+  const Tensor grad_query = in_huge_pages(torch::stable::empty_like(in.query));
+  const Tensor grad_key = in_huge_pages(torch::stable::empty_like(in.key));
+  const Tensor grad_value = in_huge_pages(torch::stable::empty_like(in.value));
   const RecoverAttentionBackwardArgs args = {in.args, dense_grad.const_data_ptr(), grad_query.mutable_data_ptr(),
                                              grad_key.mutable_data_ptr(), grad_value.mutable_data_ptr()};
   check(kernels().recover_attention_backward(args, pool()), "recover_attention");

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -63,11 +67,24 @@ inline ScalarType precision_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor make(const Tensor& like, const std::vector<int64_t>& size) {
-  return torch::stable::new_empty(like, size);
+// x, new; a large one on the CPU in huge pages where the system has them for the asking, as NumPy's arrays are: faults
+// of 4 KB each take longer than the kernels that write there.
+inline Tensor in_huge_pages(Tensor x) {
+#if defined(__linux__)
+  constexpr uintptr_t kLarge = 4 << 20, kPage = 2 << 20;
+  const uintptr_t bytes = uintptr_t(x.numel()) * x.element_size();
+  if (bytes >= kLarge && x.is_cpu()) {
+    const uintptr_t data = reinterpret_cast<uintptr_t>(x.const_data_ptr()), begin = (data + kPage - 1) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(begin), (data + bytes) / kPage * kPage - begin, MADV_HUGEPAGE);  // a wish only
+  }
+#endif
+  return x;
 }
 inline Tensor make(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
+  return in_huge_pages(torch::stable::new_empty(like, size, dtype));
+}
+inline Tensor make(const Tensor& like, const std::vector<int64_t>& size) {
+  return in_huge_pages(torch::stable::new_empty(like, size));
 }
 // Sizes and strides of x with axis `from` moved to `to`.
 struct Moved {
