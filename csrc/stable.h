@@ -71,11 +71,12 @@ inline ScalarType precision_of(const Tensor& x) {
 // of 4 KB each take longer than the kernels that write there.
 inline Tensor in_huge_pages(Tensor x) {
 #if defined(__linux__)
-  constexpr uintptr_t kLarge = 4 << 20, kPage = 2 << 20;
-  const uintptr_t bytes = uintptr_t(x.numel()) * x.element_size();
+  constexpr size_t kLarge = 4 << 20, kPage = 2 << 20;
+  const size_t bytes = size_t(x.numel()) * x.element_size();
   if (bytes >= kLarge && x.is_cpu()) {
-    const uintptr_t data = reinterpret_cast<uintptr_t>(x.const_data_ptr()), begin = (data + kPage - 1) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(begin), (data + bytes) / kPage * kPage - begin, MADV_HUGEPAGE);  // a wish only
+    char* const data = static_cast<char*>(x.mutable_data_ptr());
+    const size_t before = (kPage - reinterpret_cast<uintptr_t>(data) % kPage) % kPage;  // a page begins
+    madvise(data + before, (bytes - before) / kPage * kPage, MADV_HUGEPAGE);            // a wish only
   }
 #endif
   return x;

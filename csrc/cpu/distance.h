@@ -166,7 +166,7 @@ A scaled_distance(const A* row, const A* centre, A scale, int64_t C) {
 
 // The worst case of scaled_distance between two float tokens, as tile_bound, where no difference overflows.
 H2OT_INLINE Bound scaled_bound(int64_t C) {
-  return {0.6 * 0x1p-24 * double(C / (4 * kFloats) + kFloats + 8), sqrt(double(C)) * 0x1p-62};
+  return {0.6 * 0x1p-24 * double(ceil_div(C, 4 * kFloats) + kFloats + 8), sqrt(double(C)) * 0x1p-62};
 }
 
 // Bit p is set where a[p] <= b[p].
