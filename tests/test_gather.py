@@ -1,7 +1,5 @@
 """Gathering moves data: the bound is zero, the embedding one rounding."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -142,26 +140,3 @@ def test_backward_refuses_an_index_that_is_not_ascending():
     for index in ([5, 5], [-1, 5]):
         with pytest.raises(ValueError, match="ascending"):
             h2ot.gather_tokens(x, torch.tensor([index])).sum().backward()
-
-
-def flags_of(x: torch.Tensor) -> list[str]:
-    """The kernel's flags of the memory in the middle of x."""
-    at, inside = x.data_ptr() + x.nbytes // 2, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if "-" in first and not first.endswith(":"):
-            begin, end = (int(part, 16) for part in first.split("-"))
-            inside = begin <= at < end
-        elif inside and first == "VmFlags:":
-            return rest
-    return []
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages for the asking"
-)
-def test_a_large_output_asks_for_huge_pages():
-    x, index = torch.randn(1, 2048, 1024), some_index(1, 2048, 1536)  # 6 MB come out
-    ours = h2ot.gather_tokens(x, index, backend="cpp")
-    assert "hg" in flags_of(ours)
-    assert torch.equal(ours, python_ref.gather_tokens(x, index))

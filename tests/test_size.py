@@ -1,10 +1,13 @@
-"""More than 2^31 elements: strides that reach beyond, for real on the CPU; shapes of results by fakes everywhere."""
+"""Large results' memory; more than 2^31 elements: strides that reach beyond, for real on the CPU; shapes by fakes."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import h2ot_kernels as h2ot
+import python_ref
 from h2ot_kernels import _C
 
 BEYOND = 2**31 + 2**20  # elements
@@ -75,3 +78,26 @@ def test_shapes_of_results_beyond_2_31_elements(device):
         assert ops.recover_attention(query, flat, flat, 8, 1.0).shape == (B * J, F, C)
         assert ops.recover_interpolate(flat, None, F, False).shape == (B * J, F, C)
         assert ops.merge_tokens(torch.empty(B, F * J, C, device=device), index, F, None)[0].shape == (B, F, C)
+
+
+def flags_of(x: torch.Tensor) -> list[str]:
+    """The kernel's flags of the memory in the middle of x."""
+    at, inside = x.data_ptr() + x.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= at < end
+        elif inside and first == "VmFlags:":
+            return rest
+    return []
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages for the asking"
+)
+def test_a_large_output_asks_for_huge_pages():
+    x, index = torch.randn(1, 2048, 1024), torch.arange(1536)[None]  # 6 MB come out
+    ours = h2ot.gather_tokens(x, index, backend="cpp")
+    assert "hg" in flags_of(ours)
+    assert torch.equal(ours, python_ref.gather_tokens(x, index))
