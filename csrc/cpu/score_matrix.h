@@ -21,7 +21,7 @@ struct Matrix {
   int32_t* undecided;   // [panels][panels] candidates of undecided rows; from `refine` on, nonzero: a refined block
   bool* open;           // [n] rows that wait for `refine` or `complete`
   bool* far;            // [panels][panels] blocks of lower bounds: no neighbour of their rows or columns is there
-  int32_t* sought;      // [panels][panels] candidates of open rows in far blocks
+  int32_t* sought;      // [panels][panels] candidates of open rows
   bool *refined, *cut;  // [panels] panels of rows with a refined block, with a far one
   float* limit;         // [stride] what no neighbour's value passes, by the blocks beside the diagonal; -1 past n
   bool any_refined;
@@ -150,6 +150,16 @@ struct Matrix {
     for (int64_t at = 0; at < panels * panels; at++) cut[at / panels] |= far[at];
   }
 
+  // Adds the candidates list[0 .. count) of slot i to the counts [panels][panels] of their blocks.
+  void tally(int32_t* counts, int64_t i, const Neighbour* list, int64_t count) const {
+    for (int64_t c = 0, run = 1; c < count; c++, run++) {
+      const int64_t p = list[c].slot / kPanel;
+      if (c + 1 < count && list[c + 1].slot / kPanel == p) continue;
+      __atomic_fetch_add(counts + i / kPanel * panels + p, int32_t(run), __ATOMIC_RELAXED);
+      run = 0;
+    }
+  }
+
   // Whether slot i is to wait for `complete`, many of its candidates list[0 .. count) being in far blocks.
   bool wait(int64_t i, const Neighbour* list, int64_t count) const {
     constexpr int64_t kFew = 8;
@@ -159,13 +169,7 @@ struct Matrix {
     for (int64_t c = 0; c < count; c++) there += far[panel * panels + list[c].slot / kPanel];
     if (there <= kFew) return false;
     open[i] = true;
-    for (int64_t c = 0, run = 0; c < count; c++) {
-      const int64_t block = panel * panels + list[c].slot / kPanel;
-      run++;
-      if (c + 1 < count && list[c + 1].slot / kPanel == list[c].slot / kPanel) continue;
-      if (far[block]) __atomic_fetch_add(sought + block, int32_t(run), __ATOMIC_RELAXED);
-      run = 0;
-    }
+    tally(sought, i, list, count);
     return true;
   }
 
@@ -176,7 +180,7 @@ struct Matrix {
     for (int64_t p = 0; p < panels; p++) {
       for (int64_t q = p; q < panels; q++) {
         int32_t &upper = sought[p * panels + q], &lower = sought[q * panels + p];
-        upper = lower = upper + lower >= kMany;
+        upper = lower = far[p * panels + q] && upper + lower >= kMany;
         any |= upper != 0;
         if (upper) far[p * panels + q] = far[q * panels + p] = false;
       }

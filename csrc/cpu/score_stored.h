@@ -109,10 +109,7 @@ struct Stored : Matrix<A> {
     if (count < wanted) return state->set_nearest_exactly(i, list);
     if (may_wait && count > 2 * wanted + 2) {
       open[i] = true;
-      for (int64_t c = 0; c < count; c++) {
-        __atomic_fetch_add(undecided + i / kPanel * panels + list[c].slot / kPanel, 1, __ATOMIC_RELAXED);
-      }
-      return;
+      return this->tally(undecided, i, list, count);
     }
     state->resolve(i, list, count, wanted);
     state->set_nearest(i, list, wanted);
