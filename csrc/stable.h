@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -81,12 +82,28 @@ inline Tensor in_huge_pages(Tensor x) {
 #endif
   return x;
 }
+// A new contiguous tensor beside `like`, its dtype a code of the shim. aten::new_empty passes the dispatcher twice: 1
+// us.
+inline Tensor make_coded(const Tensor& like, const std::vector<int64_t>& size, int32_t dtype) {
+  int64_t stride[kMaxDims];
+  int64_t step = 1;
+  for (size_t axis = size.size(); axis-- > 0; step *= std::max<int64_t>(size[axis], 1)) stride[axis] = step;
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride, dtype, device,
+                                                         like.get_device_index(), &made));
+  return in_huge_pages(Tensor(made));
+}
 inline Tensor make(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  return in_huge_pages(torch::stable::new_empty(like, size, dtype));
+  return make_coded(like, size, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)));
 }
 inline Tensor make(const Tensor& like, const std::vector<int64_t>& size) {
-  return in_huge_pages(torch::stable::new_empty(like, size));
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return make_coded(like, size, dtype);
 }
+
 // Sizes and strides of x with axis `from` moved to `to`.
 struct Moved {
   int64_t size[kMaxDims], stride[kMaxDims];

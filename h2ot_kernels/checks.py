@@ -142,9 +142,11 @@ def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
 
 def _memory(x: Tensor) -> tuple[int, int]:
     """The addresses from the first to behind the last byte of x; both 0 where there is none."""
-    start = x.data_ptr()
-    if start == 0 or x.numel() == 0:
+    start, size = x.data_ptr(), x.nbytes
+    if start == 0 or size == 0:
         return 0, 0
+    if x.is_contiguous():
+        return start, start + size
     last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
     return start, start + (last + 1) * x.element_size()
 
@@ -162,9 +164,13 @@ def out(given: Tensor, size: Sequence[int], **inputs: Tensor | None) -> None:
     same_device("out", given, name, like)
     if not given.is_contiguous():
         raise ValueError(f"out: got strides {list(given.stride())}, wanted a contiguous tensor")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (given, *inputs.values())):
-        raise RuntimeError("out: out= does not record gradients, but an input or out requires one: use torch.no_grad()")
-    if torch.compiler.is_compiling() or is_fake(given):
+    if torch.is_grad_enabled():
+        for x in (given, *inputs.values()):
+            if x is not None and x.requires_grad:
+                raise RuntimeError(
+                    "out: out= does not record gradients, but an input or out requires one: use torch.no_grad()"
+                )
+    if torch.compiler.is_compiling() or (type(given) is not Tensor and is_fake(given)):
         return
     start, end = _memory(given)
     for name, x in inputs.items():

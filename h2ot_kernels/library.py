@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "h2ot_kernels"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_SCALARS = (int, bool, float, type(None))  # asking whether they are tensors is dear
 
 
 def declare(
@@ -99,9 +100,10 @@ def _recorded(op: Callable, backward: Callable, setup_context: Callable) -> Call
             return op(*args)
         needs_grad = False
         for x in args:
-            if type(x) in _PLAIN:
+            kind = type(x)
+            if kind in _PLAIN:
                 needs_grad = needs_grad or x.requires_grad
-            elif isinstance(x, torch.Tensor):
+            elif kind not in _SCALARS and isinstance(x, torch.Tensor):
                 return op(*args)
         if torch._C._are_functorch_transforms_active():
             return op(*args)

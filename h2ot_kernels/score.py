@@ -100,7 +100,7 @@ def score_checked(x, k, mask, noise, variant: Variant, backend: str | None) -> T
     if variant.metric != "euclidean":
         x = python_ref.metric_tokens(x, variant.metric)
     _, exclude_self, scale, _, cutoff = variant
-    if variant._replace(metric="euclidean").is_default:
+    if not exclude_self and scale is None and cutoff is None:
         return TokenScores(*dispatch("score_tokens", x, backend)(x, k, mask, noise))
     given = 0.0 if scale is None else float(scale), exclude_self, 0.0 if cutoff is None else float(cutoff)
     return TokenScores(*dispatch("score_variant", x, backend)(x, k, mask, noise, *given))

@@ -177,53 +177,103 @@ Status assign_samples(const AssignArgs& args, const Parallel& pool) {
   return Status(worst);
 }
 
-// Channels [from, to) of every cluster of one sample.
-template <class T>
-void merge_channels(const MergeArgs& args, int64_t b, int64_t from, int64_t to, Accumulator<T>* sum) {
-  typedef Accumulator<T> A;
-  const int64_t width = to - from;
-  const T* x = static_cast<const T*>(args.x) + b * args.stride_b + from * args.stride_c;
-  const int64_t* labels = args.labels + b * args.N;
-  const A* weight = args.weight ? static_cast<const A*>(args.weight) + b * args.N : nullptr;
-  A* total = sum + args.K * width;
-  for (int64_t at = 0; at < args.K * (width + 1); at++) sum[at] = 0;
-  for (int64_t t = 0; t < args.N; t++) {
-    if (labels[t] < 0) continue;
-    A* into = sum + labels[t] * width;
-    const T* row = x + t * args.stride_n;
-    const A w = weight ? weight[t] : A(1);
-    total[labels[t]] += w;
-    if (args.stride_c == 1) {
-      for (int64_t c = 0; c < width; c++) into[c] += w * widen(row[c]);
-    } else {
-      for (int64_t c = 0; c < width; c++) into[c] += w * widen(row[c * args.stride_c]);
+// The tokens of each cluster of a sample, ascending: cluster k has token[start[k]] to token[start[k + 1] - 1].
+struct Members {
+  int32_t *start, *token;  // [K + 1], [N]
+
+  void sort(const int64_t* labels, int64_t N, int64_t K) {
+    for (int64_t k = 0; k <= K; k++) start[k] = 0;
+    for (int64_t t = 0; t < N; t++) {
+      if (labels[t] >= 0) start[labels[t]]++;
+    }
+    for (int64_t k = 0, before = 0; k <= K; k++) {
+      before += start[k];
+      start[k] = int32_t(before);  // where cluster k ends: filled from there
+    }
+    for (int64_t t = N - 1; t >= 0; t--) {
+      if (labels[t] >= 0) token[--start[labels[t]]] = int32_t(t);
     }
   }
-  for (int64_t k = 0; k < args.K; k++) {
-    T* out = static_cast<T*>(args.out) + (b * args.K + k) * args.C + from;
-    for (int64_t c = 0; c < width; c++) narrow(total[k] == 0 ? A(0) : sum[k * width + c] / total[k], out[c]);
-    if (from == 0) static_cast<A*>(args.total)[b * args.K + k] = total[k];
+};
+
+// The weighted mean of some tokens, in their order. A few vectors of channels at a time stay in registers over the
+// tokens, so that tokens are read and the mean is written once.
+template <class T>
+struct Mean {
+  typedef Accumulator<T> A;
+  const T* x;
+  int64_t stride_n, stride_c;
+  const A* weight;  // of every token of x, or null
+  const int32_t* token;
+  int64_t count;
+  A total;
+
+  Mean(const MergeArgs& args, int64_t b, const int32_t* first, int64_t tokens)
+      : x(static_cast<const T*>(args.x) + b * args.stride_b),
+        stride_n(args.stride_n),
+        stride_c(args.stride_c),
+        weight(args.weight ? static_cast<const A*>(args.weight) + b * args.N : nullptr),
+        token(first),
+        count(tokens),
+        total(0) {
+    for (int64_t at = 0; at < count; at++) total += weight_of(at);
   }
-}
+
+  A weight_of(int64_t at) const { return weight ? weight[token[at]] : A(1); }
+
+  template <int kVectors>
+  void vectors(int64_t c, T* out) const {
+    Vector<T> sum[kVectors] = {};
+    for (int64_t at = 0; at < count; at++) {
+      const T* const row = x + token[at] * stride_n + c;
+      const A w = weight_of(at);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) sum[v] += w * load_wide(row + v * kLanes<T>);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) {
+      store_narrow(out + c + v * kLanes<T>, total == 0 ? Vector<T>{} : sum[v] / total);
+    }
+  }
+
+  void channel(int64_t c, T* out) const {
+    A sum = 0;
+    for (int64_t at = 0; at < count; at++) sum += weight_of(at) * widen(x[token[at] * stride_n + c * stride_c]);
+    narrow(total == 0 ? A(0) : sum / total, out[c]);
+  }
+
+  void write(int64_t C, T* out) const {
+    int64_t c = 0;
+    if (stride_c == 1) {
+      for (; c + 8 * kLanes<T> <= C; c += 8 * kLanes<T>) vectors<8>(c, out);
+      for (; c + kLanes<T> <= C; c += kLanes<T>) vectors<1>(c, out);
+    }
+    for (; c < C; c++) channel(c, out);
+  }
+};
 
 template <class T>
 Status merge_samples(const MergeArgs& args, const Parallel& pool) {
-  typedef Accumulator<T> A;
-  constexpr int64_t kWidth = 64;  // channels per task
-  const int64_t blocks = larger(1, ceil_div(args.C, kWidth));
-  bool failed = false;
-  parallel_for(pool, args.B * blocks, larger(1, 32768 / (kWidth * larger(1, args.N))), [&](int64_t begin, int64_t end) {
-    A* sum = static_cast<A*>(worker_scratch.reserve(args.K * (kWidth + 1) * int64_t(sizeof(A))));
-    if (sum == nullptr) {
-      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
-      return;
-    }
+  const int64_t N = args.N, K = args.K;
+  int32_t* const memory =
+      static_cast<int32_t*>(sample_scratch.reserve(args.B * (K + 1 + N) * int64_t(sizeof(int32_t))));
+  if (memory == nullptr) return Status::out_of_memory;
+  const auto members = [&](int64_t b) { return Members{memory + b * (K + 1), memory + args.B * (K + 1) + b * N}; };
+  parallel_for(pool, args.B, 1 + 8192 / (N + K + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++) members(b).sort(args.labels + b * N, N, K);
+  });
+  const int64_t read = ceil_div(N, larger(1, K)) * args.C;  // elements of a cluster
+  parallel_for(pool, args.B * K, 1 + 16384 / (read + 1), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
-      const int64_t from = task % blocks * kWidth;
-      merge_channels<T>(args, task / blocks, from, smaller(from + kWidth, args.C), sum);
+      const int64_t b = task / K, k = task % K;
+      const Members of = members(b);
+      const Mean<T> mean(args, b, of.token + of.start[k], of.start[k + 1] - of.start[k]);
+      mean.write(args.C, static_cast<T*>(args.out) + task * args.C);
+      static_cast<Accumulator<T>*>(args.total)[task] = mean.total;
     }
   });
-  return failed ? Status::out_of_memory : Status::ok;
+  sample_scratch.trim(kKeptBytes);
+  return Status::ok;
 }
 
 }  // namespace

@@ -26,20 +26,27 @@ H2OT_INLINE bool readable_in_place(const Tokens& x) {
 }
 
 // One token: the mean over its joints, added in ascending order and divided once. The sums of a few vectors of channels
-// stay in registers over the joints, whose reads do not depend on each other.
+// stay in registers over the joints, whose reads do not depend on each other. A later token is asked for into the
+// second-level cache: the machine foresees only the next lines of each joint (Zen 4, from memory: 13 -> 20 GB/s a
+// core).
 template <class T>
 void pool_token(const Tokens& x, const T* at, Accumulator<T>* out) {
   typedef Accumulator<T> A;
   constexpr int kVectors = 8;
   constexpr int64_t kWidth = kVectors * kLanes<T>;
+  const int64_t later = 4 * x.stride_n;
   int64_t c = 0;
   for (; x.stride_c == 1 && c + kWidth <= x.C; c += kWidth) {
     Vector<T> sum[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; v++) sum[v] = load_wide(at + c + v * kLanes<T>);
     for (int64_t j = 1; j < x.J; j++) {
+      const T* const joint = at + j * x.stride_j + c;
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) sum[v] += load_wide(at + j * x.stride_j + c + v * kLanes<T>);
+      for (int v = 0; v < kVectors; v++) {
+        sum[v] += load_wide(joint + v * kLanes<T>);
+        __builtin_prefetch(joint + v * kLanes<T> + later, 0, 2);
+      }
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; v++) store(out + c + v * kLanes<T>, x.J > 1 ? sum[v] / A(x.J) : sum[v]);
