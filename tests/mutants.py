@@ -127,6 +127,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'if device.type == "cuda" and device.index == torch.cuda.current_device():',
     ): "where to launch for another GPU: a machine with two can tell",
     (
+        "h2ot_kernels/triton/gather.py",
+        "columns = next((width for width in (4, 16, 64) if inner <= width), 256)",
+        "columns = next((width for width in (4, 16, 64) if inner < width), 256)",
+    ): "blocks of another width, the rest of which is masked",
+    (
+        "h2ot_kernels/triton/recover_interpolation.py",
+        "end = tl.where(position == K - 1, F, ((right * span) // tl.maximum(K - 1, 1)) + 1)",
+        "end = tl.where(position == K - 1, F, ((right * span) // tl.maximum(K - 1, 1)) + 2)",
+    ): "a frame more, whose share is 0",
+    (
         "h2ot_kernels/triton/select.py",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column < N)",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column <= N)",

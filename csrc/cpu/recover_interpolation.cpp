@@ -1,5 +1,4 @@
-// Recovery by interpolation in time. Bound by the write of
-// the output.
+// Recovery by interpolation in time. Bound by the write of the output.
 #include "kernels.h"
 #include "vectors.h"
 #include "worker.h"
@@ -137,28 +136,38 @@ H2OT_INLINE V blend_or_keep(V x0, V x1, V rest, V weight) {
   return weight == 0 ? x0 : rest == 0 ? x1 : blend(x0, x1, rest, weight);
 }
 
-// Frames [t, stop) of a sample whose tokens have at least a vector of channels: the last vector overlaps the one
-// before.
+// `count` channels of one frame, at least a vector of them: the last vector overlaps the one before.
+template <class T>
+H2OT_INLINE void blend_row(const T* x0, const T* x1, int64_t count, Accumulator<T> later, T* out) {
+  if (later == 0 || later == 1) {
+    memcpy(out, later == 0 ? x0 : x1, size_t(count) * sizeof(T));
+    return;
+  }
+  const Vector<T> weight = splat<T>(later), rest = splat<T>(1 - later);
+  const auto blend_at = [&](int64_t s) {
+    store_narrow(out + s, blend(load_wide(x0 + s), load_wide(x1 + s), rest, weight));
+  };
+  int64_t s = 0;
+  for (; s + kLanes<T> <= count; s += kLanes<T>) blend_at(s);
+  if (s < count) blend_at(count - kLanes<T>);
+}
+
+// Frames [t, stop) of a sample whose tokens have at least a vector of channels. A tile of the channels of two tokens
+// stays in the first-level cache for all the frames between them.
 template <class T>
 H2OT_INLINE void blend_wide(const InterpolateArgs& a, const Plan<Accumulator<T>>& plan, const T* x, int64_t t,
                             int64_t stop, T* out) {
-  const int64_t last_vector = a.S - kLanes<T>;
+  constexpr int64_t kTile = 4096 / int64_t(sizeof(T));  // channels; the last tile takes what is left over, too
+  const int64_t tiles = a.S < kTile ? 1 : a.S / kTile;
   for (int64_t i = find_interval(plan.first, a.K, t); t < stop; i++) {
     const T* const x0 = x + i * a.S;
     const T* const x1 = i + 1 < a.K ? x0 + a.S : x0;
     const int64_t last = plan.first[i + 1] < stop ? plan.first[i + 1] : stop;
-    for (; t < last; t++) {
-      const Vector<T> weight = splat<T>(plan.weight[t]), rest = splat<T>(1 - plan.weight[t]);
-      T* const to = out + t * a.S;
-      if (plan.weight[t] == 0 || plan.weight[t] == 1) {
-        memcpy(to, plan.weight[t] == 0 ? x0 : x1, size_t(a.S) * sizeof(T));
-        continue;
-      }
-      for (int64_t s = 0;; s = s + kLanes<T> < last_vector ? s + kLanes<T> : last_vector) {
-        store_narrow(to + s, blend(load_wide(x0 + s), load_wide(x1 + s), rest, weight));
-        if (s == last_vector) break;
-      }
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t s = tile * kTile, count = (tile + 1 < tiles ? s + kTile : a.S) - s;
+      for (int64_t f = t; f < last; f++) blend_row(x0 + s, x1 + s, count, plan.weight[f], out + f * a.S + s);
     }
+    t = last;
   }
 }
 
