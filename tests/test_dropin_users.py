@@ -10,11 +10,12 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from h2ot_kernels import dropin
+from h2ot_kernels.dropin.clusters import distance_dtype
 from h2ot_kernels.linear import Linear
 
-from .official_code import clustering, mixste
+from .official_code import clustering, mixste, tcformer
 from .runners import Recorder
-from .test_dropin_patch import C, F, H, J, K, assert_agree, hot_mixste, replaced, run
+from .test_dropin_patch import C, F, H, J, assert_agree, hot_mixste, replaced, run
 
 
 def plain(dtype=torch.float32, **options):
@@ -103,15 +104,15 @@ def chat_univi(token_dict, cluster_num, k=2, token_mask=None):
     return prunevid(token_dict["x"], cluster_num, k, token_mask)
 
 
-def tcformer(token_dict, cluster_num, k=2, token_mask=None):
+def token_dicts(token_dict, cluster_num, k=2, token_mask=None):
     return tensor_form(token_dict["x"], cluster_num, k, token_mask)
 
 
-@pytest.mark.parametrize("form", [prunevid, tensor_form, without_mask, hot_with_default, chat_univi, tcformer])
+@pytest.mark.parametrize("form", [prunevid, tensor_form, without_mask, hot_with_default, chat_univi, token_dicts])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_noise_and_the_defaults_of_each_form(form, dtype, monkeypatch):
     module, x = code(form, monkeypatch), torch.randn(3, 20, 8)
-    given = {"x": x.to(dtype)} if form in (chat_univi, tcformer) else x.to(dtype)
+    given = {"x": x.to(dtype)} if form in (chat_univi, token_dicts) else x.to(dtype)
 
     def call():
         torch.manual_seed(5)
@@ -125,17 +126,12 @@ def test_the_noise_and_the_defaults_of_each_form(form, dtype, monkeypatch):
     assert all(map(torch.equal, after, before))
 
 
-def test_half_tokens_get_the_noise_of_their_distances():
-    x = torch.randn(2, 30, 8)  # from 26 tokens on `torch.cdist` takes them
-    states = []
-    for autocast in (False, True):
-        for function in (clustering.cluster_dpc_knn, dropin.hot.cluster_dpc_knn):
-            torch.manual_seed(5)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                function(x.bfloat16(), 6, 2)
-            states.append(torch.get_rng_state())
-    assert torch.equal(states[0], states[1])
-    assert torch.equal(states[2], states[3])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_noise_has_the_dtype_of_official_distances(dtype, autocast):
+    x = torch.randn(2, 30, 8, dtype=dtype)  # from 26 tokens on `torch.cdist` takes bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert distance_dtype(x) == torch.cdist(x, x).dtype
 
 
 def test_index_points_takes_what_indexing_takes():
@@ -153,14 +149,14 @@ def test_index_points_takes_what_indexing_takes():
         assert torch.equal(forward_ad.unpack_dual(tangent).tangent, clustering.index_points(points + 1, idx))
 
 
-class Mine(mixste.MixSTE):
-    """A user's subclass, in a module that does not import the clustering."""
+class Mine(tcformer.CTM):
+    """A user's subclass, in a module that does not hold the clustering."""
 
 
 def test_the_functions_of_a_base_class_are_replaced():
-    with dropin.patch(Mine(F, J, C, 1, H, K, 1, recover=True)) as handle:
-        assert mixste.cluster_dpc_knn is dropin.hot.cluster_dpc_knn
-    assert {"cluster", "gather"} <= replaced(handle)
+    with dropin.patch(Mine(0.4, C)) as handle:
+        assert tcformer.merge_tokens is dropin.tcformer.merge_tokens
+    assert {"cluster", "merge", "gather"} <= replaced(handle)
 
 
 def test_dropout_of_an_eval_model_whose_dropout_is_active():
@@ -230,7 +226,7 @@ def row(layer):
 
 
 def numpy(layer):
-    layer.bias.detach().numpy()[:] += 1
+    layer.weight.detach().numpy()[:, ::2] += 1
 
 
 def fused_optimizer(layer):

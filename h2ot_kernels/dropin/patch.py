@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import threading
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ class Swap:
         return is_ours
 
 
+_LOCK = threading.RLock()  # of the two below and of what they describe
 _SWAPS: dict[tuple[int, str], Swap] = {}
 _PATCHES: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # those that want the module fast
 
@@ -108,20 +110,24 @@ class Patch:
         self._constructors: list[tuple[type, FunctionType]] = []
         self._found: dict[tuple, type | str] = {}
         try:
-            for one in targets:
-                if isinstance(one, ModuleType):
-                    self._patch_functions([one])
-                    self._patch_constructors(one)
-                else:
-                    classes = (cls for module in one.modules() for cls in type(module).__mro__)
-                    names = dict.fromkeys(cls.__module__ for cls in classes)
-                    self._patch_functions([sys.modules[name] for name in names if name in sys.modules])
-                    self._patch_modules(one)
+            with _LOCK:
+                for one in targets:
+                    self._patch(one)
         except BaseException:
             self.unpatch()
             raise
         if not (self._functions or self._modules or self._constructors):
             raise ValueError(f"target: nothing in it could be replaced\n{self.report()}")
+
+    def _patch(self, target: nn.Module | ModuleType) -> None:
+        if isinstance(target, ModuleType):
+            self._patch_functions([target])
+            self._patch_constructors(target)
+        else:
+            classes = (cls for module in target.modules() for cls in type(module).__mro__)
+            names = dict.fromkeys(cls.__module__ for cls in classes)
+            self._patch_functions([sys.modules[name] for name in names if name in sys.modules])
+            self._patch_modules(target)
 
     def report(self) -> str:
         """What was replaced, by kernel, and what was left as it is, with the reason; one line each."""
@@ -142,6 +148,13 @@ class Patch:
         """Put back what no other patch still wants. What somebody else has replaced since raises RuntimeError, after
         all else is back.
         """
+        with _LOCK:
+            taken = self._put_back()
+        if taken:
+            raise RuntimeError(f"unpatch: replaced by others since: {', '.join(taken)}")
+
+    def _put_back(self) -> list[str]:
+        """What somebody else has replaced since."""
         taken = []
         for swap in self._functions:
             swap.patches.discard(self)
@@ -170,8 +183,7 @@ class Patch:
             else:
                 taken.append(f"a {fast.original.__name__}")
         self._functions, self._constructors, self._modules = [], [], []
-        if taken:
-            raise RuntimeError(f"unpatch: replaced by others since: {', '.join(taken)}")
+        return taken
 
     def __enter__(self) -> "Patch":
         return self
