@@ -1,5 +1,6 @@
 """The hourglass: prune frames before chosen blocks of a video transformer, give all of them back at its end."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -67,6 +68,8 @@ class Hourglass(nn.Module):
         checks.choice("recover", recover, ("attention", "interpolation", None))
         checks.choice("pipeline", pipeline, ("seq2seq", "seq2frame"))
         self.num_frames, self.pruner, self.recovery, self.pipeline = num_frames, pruner, recover, pipeline
+        if channels is not None:
+            checks.integer("channels", channels, 1)
         self.frame_dim, self.num_joints, self.channels = frame_dim, num_joints, channels
         self.stages = _checked_stages({1: 121, 2: 81} if stages is None else stages, num_frames)
         self.centre = (num_frames - 1) // 2
@@ -108,6 +111,7 @@ class Hourglass(nn.Module):
         (scores); mask [B, F] (cluster, scores); noise [B, F] or a generator (cluster). F may be the input frames or
         those still there.
         """
+        checks.integer("block", block, 0)
         if block not in self.stages:
             return x, kept
         stage = list(self.stages).index(block)
@@ -116,7 +120,7 @@ class Hourglass(nn.Module):
                 f"kept: got the indices of {len(kept)} stages, wanted {stage}: "
                 f"the stage before block {block} is number {stage}, and takes what the stages before it returned"
             )
-        self._check_frames(x, kept)
+        self.check_frames(x, kept)
         if index is None:
             given = {"pose": pose, "query": query, "key": key, "scores": scores, "mask": mask, "noise": noise}
             position = self._select(stage, x, kept, given)
@@ -144,7 +148,7 @@ class Hourglass(nn.Module):
         """
         if len(kept) != len(self.stages):
             raise ValueError(f"kept: got the indices of {len(kept)} stages, wanted {len(self.stages)}: {self.stages}")
-        self._check_frames(x, kept)
+        self.check_frames(x, kept)
         only_centre = self.pipeline == "seq2frame"
         if self.recovery == "attention":
             x_token = self.x_token if x_token is None else x_token
@@ -167,7 +171,10 @@ class Hourglass(nn.Module):
             f"pipeline={self.pipeline!r}, keep={list(self.keep)}"
         )
 
-    def _check_frames(self, x: Tensor, kept: Kept) -> None:
+    def check_frames(self, x: Tensor, kept: Kept) -> None:
+        """x holds the frames that are there after `kept`."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
         wanted = kept[-1].shape[1] if kept else self.num_frames
         if x.dim() <= self.frame_dim or x.shape[self.frame_dim] != wanted:
             raise ValueError(f"x: got shape {checks.shape(x)}, wanted {wanted} frames on axis {self.frame_dim}")
@@ -183,6 +190,8 @@ class Hourglass(nn.Module):
             of_frames = name not in ("query", "key") and isinstance(signal, Tensor)
             if kept and of_frames and signal.shape[1:2] == (self.num_frames,):
                 signals[name] = _take(signal, kept[-1])
+            if isinstance(signal, Tensor):
+                check_signal(name, signals[name], x.shape[self.frame_dim], 1 if of_frames else -2)
         if self._sampled_keep is not None:
             signals["keep"] = self._sampled_keep[stage] or None
         elif self.keep:
@@ -203,9 +212,10 @@ class Hourglass(nn.Module):
         if isinstance(keep, str):
             checks.choice("keep", keep, ("centre",))
             keep = self.centre
-        frames = set([] if keep is None else keep if isinstance(keep, Sequence) else [keep])
-        for frame in frames:
+        listed = [] if keep is None else keep if isinstance(keep, Sequence) else [keep]
+        for frame in listed:
             checks.integer("keep", frame, 0, self.num_frames - 1, "num_frames - 1")
+        frames = set(map(int, listed))
         if self.pipeline == "seq2frame":
             frames.add(self.centre)
         fewest = min(self.stages.values(), default=self.num_frames)
@@ -237,6 +247,12 @@ def find_frames(frames: Tensor, *wanted: Tensor | int) -> Tensor:
     return torch.where(same, position, N).amin(-1)
 
 
+def check_signal(name: str, signal: Tensor, frames: int, axis: int = 1) -> None:
+    """A signal of that many frames on an axis, which may also be missing: then the pruner says what it wants."""
+    if signal.dim() > max(axis, ~axis) and signal.shape[axis] != frames:
+        raise ValueError(f"{name}: got shape {checks.shape(signal)}, wanted {frames} frames on axis {axis}")
+
+
 def _take(x: Tensor, position: Tensor) -> Tensor:
     """x [B or 1, N, ...] at position [B or 1, K]: either may be shared by the other's samples."""
     rows = x.shape[0] if position.shape[0] == 1 else position.shape[0]
@@ -255,10 +271,10 @@ def _checked_stages(stages: Mapping[int, int], num_frames: int) -> dict[int, int
         checks.integer("stages", block, 0)
     ordered, most = dict(sorted(stages.items())), num_frames
     for block, tokens in ordered.items():
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= most:
+        if isinstance(tokens, bool) or not isinstance(tokens, numbers.Integral) or not 1 <= tokens <= most:
             raise ValueError(f"stages: got {tokens!r} tokens before block {block}, wanted 1 to {most} that are there")
         most = tokens
-    return ordered
+    return {int(block): int(tokens) for block, tokens in ordered.items()}
 
 
 from .wrapped import WrappedBlocks, wrap  # noqa: E402, F401  (they need Hourglass)

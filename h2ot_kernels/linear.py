@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 PACKABLE = (torch.float32, torch.bfloat16)
+SAMPLED = 1024  # elements of a parameter that are looked at before its packed form is used
 ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
 
@@ -14,7 +15,9 @@ class Linear(nn.Linear):
 
     In eval mode without gradients, in float32 or bfloat16 (autocast included), the weight is packed into oneDNN's
     layout at the first call and again after it changed, and the activation or the addition is part of the product;
-    everywhere else this is nn.Linear. Packed weights are neither in the state_dict nor pickled or copied.
+    everywhere else this is nn.Linear. Packed weights are neither in the state_dict nor pickled or copied. What changes
+    a parameter behind autograd's back (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED elements of it,
+    spread over its rows and columns: edit single elements under `torch.no_grad()`, not through `.data`.
 
     >>> import torch
     >>> from h2ot_kernels.linear import Linear
@@ -24,7 +27,7 @@ class Linear(nn.Linear):
     torch.Size([3, 4])
     """
 
-    _packed: tuple | None = None  # (what the parameters were, the packed weights, the biases in their dtype)
+    _packed: tuple | None = None  # (what the parameters were, samples of them, the packed weights with their biases)
 
     def forward(
         self,
@@ -69,10 +72,13 @@ class Linear(nn.Linear):
             not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
             and forward_ad._current_level < 0  # a product of oneDNN has no tangent
             and dtype in PACKABLE
-            and (dtype == self.weight.dtype or torch.is_autocast_enabled("cpu"))
-            and x.device.type == self.weight.device.type == "cpu"
-            and x.numel() > 0
             and type(x) is Tensor  # no fakes, no functorch wrappers
+            and not (x.is_nested or torch.jit.is_tracing())
+            and (dtype == self.weight.dtype or (torch.is_autocast_enabled("cpu") and _casts(x, self.weight)))
+            and x.device.type == self.weight.device.type == "cpu"
+            and x.layout is self.weight.layout is torch.strided
+            and x.shape[-1:] == self.weight.shape[1:]
+            and x.numel() > 0
             and type(self.weight) is nn.Parameter
             and not self.weight.is_inference()  # such a tensor does not say when it changes
             and torch.backends.mkldnn.is_available()
@@ -85,15 +91,16 @@ class Linear(nn.Linear):
         sources = [tensor for tensor in (self.weight, self.bias, scale) if tensor is not None]
         state = (dtype, chunks, *((tensor.data_ptr(), tensor._version) for tensor in sources))
         packed = self._packed
-        if packed is None or packed[0] != state:
+        if packed is None or packed[0] != state or not all(torch.equal(*pair) for pair in packed[1]):
             weight, bias = self.weight, self.bias
             if scale is not None:
                 weight, bias = weight * scale[:, None], None if bias is None else bias * scale
             rows = x.numel() // self.in_features
             weights = [torch.ops.mkldnn._reorder_linear_weight(part.to(dtype), rows) for part in weight.chunk(chunks)]
             biases = [None] * chunks if bias is None else bias.to(dtype).chunk(chunks)
-            packed = self._packed = (state, list(zip(weights, biases, strict=True)))
-        return packed[1]
+            samples = [(part, part.clone()) for part in map(_sample, sources)]
+            packed = self._packed = (state, samples, list(zip(weights, biases, strict=True)))
+        return packed[2]
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
@@ -101,3 +108,13 @@ class Linear(nn.Linear):
     def train(self, mode: bool = True) -> "Linear":
         self._packed = None
         return super().train(mode)
+
+
+def _casts(*tensors: Tensor) -> bool:
+    """Autocast casts these: it leaves float64 as it is."""
+    return all(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors)
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """SAMPLED elements, as a view: an odd step meets every column of a power of two."""
+    return parameter.detach().flatten()[:: parameter.numel() // SAMPLED | 1]

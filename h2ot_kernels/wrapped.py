@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import checks
-from .hourglass import Hourglass, Kept, _take
+from .hourglass import Hourglass, Kept, _take, check_signal
 
 
 def wrap(
@@ -88,6 +88,10 @@ class WrappedBlocks(nn.Module):
         With recover=None in seq2seq, or return_index=True: (result, the kept input frames), which `index` takes back.
         """
         kept, before = (), None
+        self.hourglass.check_frames(x, kept)
+        if mask is not None:
+            checks.tensor("mask", mask, (2,), "[B, F]", (torch.bool,))
+            check_signal("mask", mask, self.hourglass.num_frames)
         for i, layer in enumerate(self.layers()):
             if i in self.hourglass.stages:
                 if self.hourglass.pruner == "attention" and index is None:
@@ -96,9 +100,12 @@ class WrappedBlocks(nn.Module):
             if self.hourglass.pruner == "attention" and i + 1 in self.hourglass.stages and index is None:
                 before = self._asked(layer, x)
             if mask is not None and isinstance(layer, nn.TransformerEncoderLayer):
-                x = layer(x, src_key_padding_mask=~(_take(mask, kept[-1]) if kept else mask))
+                valid = _take(mask, kept[-1]) if kept else mask
+                x = layer(x, src_key_padding_mask=~valid.repeat_interleave(len(x) // max(len(valid), 1), 0))
             else:
                 x = layer(x)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"blocks: block {i} returned {type(x).__name__}, wanted a tensor")
         if isinstance(self.blocks, nn.TransformerEncoder) and self.blocks.norm is not None:
             x = self.blocks.norm(x)
         result = self.hourglass.recover(x, kept, head)
@@ -138,9 +145,12 @@ def _query_key(layer: nn.Module, x: Tensor, frame_dim: int) -> tuple[Tensor, Ten
 
 
 def _check_independent(block: int, layer: nn.Module, hourglass: Hourglass) -> None:
-    """Raises where a parameter or buffer has an axis as long as the frames: it would not fit the kept ones."""
+    """Raises where a parameter or buffer has an axis as long as the frames: it would not fit the kept ones.
+
+    Of nn.TransformerEncoderLayer all axes hold channels.
+    """
     frames = hourglass.num_frames
-    if hourglass.channels == frames:
+    if hourglass.channels == frames or type(layer) is nn.TransformerEncoderLayer:
         return
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         if frames in tensor.shape:

@@ -1,5 +1,6 @@
 """hourglass.wrap: a user's own blocks, every pruner, recovery and pipeline, in training and inference."""
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -148,3 +149,52 @@ def test_refuses_what_cannot_be_pruned():
     blocks = nn.Sequential(nn.Linear(C, C), nn.Linear(C, C))
     wrap(blocks, F, {1: 9}, "attention", query_key=query_key)(torch.randn(B, F, C))
     assert asked == [blocks[0]]
+
+
+def test_transformer_layers_of_any_width_and_masks_of_joint_rows():
+    layer = nn.TransformerEncoderLayer(9, 3, F, batch_first=True, dropout=0.0)  # 3 C and the hidden features are F
+    encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval()
+    rows, mask = torch.randn(B * J, F, 9), torch.arange(F) < torch.tensor([[F], [20]])
+    model = h2ot.hourglass.wrap(encoder, F, STAGES, "cluster", "attention", channels=9, num_heads=3, num_joints=J)
+    with torch.no_grad():
+        noisy = torch.where(mask.repeat_interleave(J, 0)[..., None], rows, 9.0)
+        torch.testing.assert_close(model(noisy, mask=mask), model(rows, mask=mask))
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+WRONG = {
+    "mask of floats": ({"mask": torch.ones(B, F)}, TypeError, "mask: got dtype float32, wanted bool"),
+    "mask of fewer frames": ({"mask": torch.ones(B, F - 1) > 0}, ValueError, r"mask: got shape \[2, 26\], wanted 27"),
+    "no tensor": ({"x": [0.0]}, TypeError, "x: got list, wanted a tensor"),
+    "fewer frames": ({"x": torch.randn(B, F - 1, C)}, ValueError, r"x: got shape \[2, 26, 16\], wanted 27 frames"),
+    "scores of fewer frames": (
+        {"scores": torch.randn(B, F - 1)},
+        ValueError,
+        r"scores: got shape \[2, 26\], wanted 27",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_named(name):
+    given, error, message = WRONG[name]
+    model = h2ot.hourglass.wrap(encoder_layers(), F, STAGES, "scores")
+    with pytest.raises(error, match=message):
+        model(**{"x": torch.randn(B, F, C), "scores": torch.randn(B, F)} | given)
+
+
+def test_wrong_blocks_and_options_are_named():
+    with pytest.raises(TypeError, match="blocks: block 0 returned tuple, wanted a tensor"):
+        h2ot.hourglass.wrap(nn.ModuleList([Pair(C, C), Pair(C, C)]), F, {1: 9})(torch.randn(B, F, C))
+    hourglass = h2ot.Hourglass(F, {numpy.int64(1): numpy.int64(9)})
+    assert hourglass.stages == {1: 9}
+    with pytest.raises(TypeError, match="block: got str, wanted an integer"):
+        hourglass.prune("1", torch.randn(B, F, C))
+    with pytest.raises(TypeError, match="keep: got set, wanted an integer"):
+        h2ot.Hourglass(F, keep={1, 2}, stages={1: 9})
+    with pytest.raises(ValueError, match="channels: got -8, wanted 1 or more"):
+        h2ot.Hourglass(F, {1: 9}, recover="attention", channels=-8)

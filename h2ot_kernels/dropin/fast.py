@@ -10,14 +10,13 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from ..attention import attend_rows
 from ..checks import FLOATS
 from ..linear import Linear
 from ..recover_attention import has_plain_tail, norm_and_head
-from .hot import shared_rows
+from .hot import is_transformed, shared_rows
 
 PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))
 LARGEST_HEAD = 8  # outputs, four of which share a pass over a row: with more the product by itself is as fast
@@ -25,10 +24,16 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class Fast:
-    """Mixed in by `fast_class`: `original` is the module's own class, `extra` its forward's further arguments."""
+    """Mixed in by `fast_class`: `original` is the module's own class, `extra` its forward's further arguments.
 
+    `kernel`: the switch. `trains`: whether the own forward computes in training what it computes in eval mode, the
+    children's dropout aside.
+    """
+
+    kernel: str
     original: type
     extra: dict
+    trains: bool
 
     def __reduce_ex__(self, protocol):
         """A patched module is pickled as the unpatched one: it loads without this package."""
@@ -40,10 +45,10 @@ class Fast:
         return twin
 
     def _is_usual(self, args: tuple = (), kwargs: dict | None = None) -> bool:
-        """The further arguments have their defaults, and no functorch transform wants to see each operation."""
+        """The further arguments have their defaults, and nothing wants to see each operation."""
         given = dict(zip(self.extra, args, strict=False)) | (kwargs or {})
         usual = all(_same(value, self.extra.get(name, self)) for name, value in given.items())
-        return usual and len(args) <= len(self.extra) and not torch._C._are_functorch_transforms_active()
+        return usual and len(args) <= len(self.extra) and not is_transformed()
 
 
 def _same(value, default) -> bool:
@@ -51,31 +56,37 @@ def _same(value, default) -> bool:
 
 
 @functools.cache
-def fast_class(mixin: type, original: type) -> type:
+def fast_class(mixin: type, original: type, trains: bool = True) -> type:
     """original with mixin's forward, under original's name; `extra`: the defaults of its forward's extra arguments."""
     parameters = list(inspect.signature(original.forward).parameters.values())[1 + mixin.inputs :]
     extra = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY}
-    names = {"original": original, "extra": extra, "__module__": original.__module__, "__doc__": original.__doc__}
+    documented = {"__module__": original.__module__, "__doc__": original.__doc__}
+    names = {"original": original, "extra": extra, "trains": trains} | documented
     return type(original.__name__, (mixin, original), names)
 
 
 def is_silent(*modules: nn.Module | None) -> bool:
-    """No hook, nor a forward put on the instance, would see these modules' calls, which are left out or changed."""
+    """Nothing happens in these modules' calls, which are left out or changed: no active dropout (of a module in
+    training mode, in an MLP that is not, too), no hook, no forward put on the instance.
+    """
     called = [module for module in modules if module is not None]
+    active = any(module.training and getattr(module, "p", 0) for module in called)
     listening = any(getattr(module, name) for module in called for name in HOOKS)
     replaced = any("forward" in module.__dict__ for module in called)
-    return not (listening or replaced or nn_module._has_any_global_hook())
+    return not (active or listening or replaced or nn_module._has_any_global_hook())
 
 
 class FastLinear(Fast, Linear):
     """Packed weights in CPU inference."""
 
+    kernel = "linear"
     inputs = 1
 
 
 class FastMlp(Fast):
     """fc2(act(fc1(x))) with an exact GELU in the same pass as fc1."""
 
+    kernel = "mlp"
     inputs = 1
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -92,11 +103,12 @@ class FastHead(Fast):
     torch.compile gets the module's own forward, as of packed Linear layers.
     """
 
+    kernel = "head"
     inputs = 1
 
     def forward(self, input: Tensor) -> Tensor:
         layers = norm_and_linear(self)
-        records = self.training or torch.is_grad_enabled() or forward_ad._current_level >= 0
+        records = self.training or torch.is_grad_enabled()
         others = layers is None or records or torch.compiler.is_compiling()
         if others or not (self._is_usual() and is_silent(*layers)):
             return super().forward(input)
@@ -140,53 +152,66 @@ def _head_dtypes(given: tuple[Tensor | None, ...], C: int, M: int) -> tuple[torc
 
 
 class FastAttention(Fast):
-    """Self-attention over axis 1 of x [rows, N, C], with `qkv` and `proj`: no N x N weights."""
+    """Self-attention over the last but one axis of x [..., N, C], with `qkv` and `proj`: no N x N weights."""
 
+    kernel = "attention"
     inputs = 1
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if not (self._is_usual(args, kwargs) and stores_nothing(self, "qkv", "proj", "proj_drop")):
+        if not (self._is_usual(args, kwargs) and stores_nothing(self, x)):
             return super().forward(x, *args, **kwargs)
-        attended = attend_rows(*self.qkv(x).chunk(3, -1), self.num_heads, float(self.scale))
-        return project(self, attended)
+        return attend(self, self.qkv(x))
+
+
+class FastAttentionFrames(Fast):
+    """MotionAGFormer's temporal attention: x [B, F, J, C], over the frames of each joint."""
+
+    kernel = "attention"
+    inputs = 1
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not (self._is_usual(args, kwargs) and stores_nothing(self, x)):
+            return super().forward(x, *args, **kwargs)
+        return attend(self, self.qkv(x), frame_dim=1)
 
 
 class FastAttentionInPlace(Fast):
     """MotionBERT's spatial attention: `FastAttention` whatever `seqlen` is."""
 
+    kernel = "attention"
     inputs = 1
 
     def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
-        if not (self._is_usual() and stores_nothing(self, "qkv", "proj", "proj_drop")):
+        if not (self._is_usual() and stores_nothing(self, x)):
             return super().forward(x, seqlen)
-        return project(self, attend_rows(*self.qkv(x).chunk(3, -1), self.num_heads, float(self.scale)))
+        return attend(self, self.qkv(x))
 
 
 class FastAttentionAcross(Fast):
     """MotionBERT's temporal attention: x [(B F), J, C] with F = seqlen, over the frames of each joint."""
 
+    kernel = "attention"
     inputs = 1
 
     def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
-        if not (self._is_usual() and stores_nothing(self, "qkv", "proj", "proj_drop")):
+        if not (self._is_usual() and stores_nothing(self, x)):
             return super().forward(x, seqlen)
-        qkv = self.qkv(x).unflatten(0, (-1, seqlen)).transpose(1, 2).flatten(0, 1)
-        attended = attend_rows(*qkv.chunk(3, -1), self.num_heads, float(self.scale))
-        return project(self, attended.unflatten(0, (-1, x.shape[1])).transpose(1, 2).reshape(x.shape))
+        return attend(self, self.qkv(x).unflatten(0, (-1, seqlen)), frame_dim=1).flatten(0, 1)
 
 
 class FastCrossAttention(Fast):
     """Cross-attention of (x_1, x_2, x_3) with three projections: an x_1 that all rows share is projected once."""
 
+    kernel = "cross_attention"
     inputs = 3
 
     def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor, *args, **kwargs) -> Tensor:
         names = projections(self)
-        if not (self._is_usual(args, kwargs) and stores_nothing(self, *names, "proj", "proj_drop")):
+        if not (self._is_usual(args, kwargs) and stores_nothing(self, x_1, x_3, project=names)):
             return super().forward(x_1, x_2, x_3, *args, **kwargs)
         to_query, to_key, to_value = (getattr(self, name) for name in names)
         query, key, value = to_query(shared_rows(x_1)), to_key(x_2), to_value(x_3)
-        return project(self, attend_rows(query, key, value, self.num_heads, float(self.scale)))
+        return project_out(self, attend_rows(query, key, value, self.num_heads, float(self.scale)))
 
 
 def projections(module: nn.Module) -> tuple[str, str, str] | None:
@@ -197,14 +222,23 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
     return None
 
 
-def stores_nothing(attention: nn.Module, *called: str) -> bool:
-    """Whether the children that the fast path leaves out would do nothing, and nobody listens to them."""
+def stores_nothing(attention: Fast, *inputs: Tensor, project: tuple[str, ...] = ("qkv",)) -> bool:
+    """Whether there is something to attend to, and what the fast path leaves out would do nothing."""
+    called = (*project, "proj", "proj_drop")
     skipped = [module for name, module in attention._modules.items() if name not in called]
-    active = attention.training and any(getattr(module, "p", 0) for module in skipped)
-    return not active and is_silent(*skipped)
+    same = attention.trains or not attention.training
+    return same and all(x.numel() for x in inputs) and is_silent(*skipped)
 
 
-def project(attention: nn.Module, attended: Tensor) -> Tensor:
+def attend(attention: Fast, qkv: Tensor, frame_dim: int = -2) -> Tensor:
+    """Self-attention along frame_dim of qkv [..., 3 C], then the output projection: [..., C]."""
+    qkv = qkv.transpose(frame_dim, -2)
+    rows = qkv.flatten(0, -3).chunk(3, -1)
+    attended = attend_rows(*rows, attention.num_heads, float(attention.scale))
+    return project_out(attention, attended.unflatten(0, qkv.shape[:-2]).transpose(frame_dim, -2).contiguous())
+
+
+def project_out(attention: Fast, attended: Tensor) -> Tensor:
     projected = attention.proj(attended)
     dropout = attention._modules.get("proj_drop")
     return projected if dropout is None else dropout(projected)

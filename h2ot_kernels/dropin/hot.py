@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..attention import attend_rows
+from ..checks import FLOATS
 from ..gather import gather_tokens
 from ..linear import Linear
 from .clusters import select_and_assign
@@ -33,10 +35,12 @@ def cluster_dpc_knn_center(
 
 
 def index_points(points: Tensor, idx: Tensor) -> Tensor:
-    """points [B, N, ...] at idx [B, ...] -> [B, ..., the rest]; idx in any order, repeats too."""
-    plain = not torch.is_grad_enabled() or not points.requires_grad
-    if plain and idx.dim() == 2 and points.dim() > 2 and points.is_floating_point() and len(idx) == len(points):
-        return gather_tokens(points, idx)  # its gradient would need a strictly ascending index
+    """points [B, N, ...] at idx [B, ...] -> [B, ..., the rest]; idx in any order, repeats too, -1 is the last."""
+    records = is_transformed() or (torch.is_grad_enabled() and points.requires_grad)
+    is_usual = points.dtype in FLOATS and 3 <= points.dim() <= 8 and idx.dtype == torch.int64 and idx.dim() == 2
+    if is_usual and not records and len(idx) == len(points) and idx.numel():
+        # its gradient would need a strictly ascending index; and there -1 is padding
+        return gather_tokens(points, torch.where(idx < 0, idx + points.shape[1], idx))
     batch = torch.arange(points.shape[0], device=points.device)
     return points[batch.view(-1, *[1] * (idx.dim() - 1)), idx]
 
@@ -78,6 +82,11 @@ class CrossAttention(nn.Module):
 
 
 Cross_Attention = CrossAttention
+
+
+def is_transformed() -> bool:
+    """Forward-mode AD or a functorch transform wants to see each operation."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def shared_rows(x: Tensor) -> Tensor:

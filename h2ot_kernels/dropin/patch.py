@@ -2,13 +2,17 @@
 
 import functools
 import sys
+import threading
 import weakref
 from collections import Counter
+from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from .fast import Fast
 from .recognise import FUNCTIONS, NotRecognised, function_for, kind_of
 
 KERNELS = ("cluster", "merge", "gather", "cross_attention", "attention", "linear", "mlp", "head")
@@ -39,12 +43,13 @@ def patch(target, **kernels: bool) -> "Patch":
     module shows, and stays there).
 
     Functions are replaced under every name, in every loaded module, that holds the same function object: for a model,
-    those that the modules defining its classes hold. A model's submodules get a subclass of their own class;
-    parameters, hooks, mode, dtype and state_dict stay as they are. Of a module object, the instances that its classes
-    make from now on are treated so. Each replacement was first tried beside the original, in float64 on small random
-    inputs; what gives another result, or is not known, is left as it is: see `report()`.
+    those that the modules defining its classes and their bases hold. A model's submodules get a subclass of their own
+    class; parameters, hooks, mode, dtype and state_dict stay as they are. Of a module object, the instances that its
+    classes make from now on are treated so. Each replacement was first tried beside the original, in float64 on small
+    random inputs; what gives another result, or is not known, is left as it is: see `report()`. Several patches of one
+    thing are undone in any order: it is fast until the last of them is.
     In training and where autograd records, the differentiable forms run (first order); a patched model pickles as
-    the unpatched one.
+    the unpatched one, and a copy stays fast until it is patched and unpatched itself.
 
     Raises TypeError for another target or an unknown switch, ValueError (with the reasons) where nothing at all could
     be replaced. The patch itself changes no random state.
@@ -58,6 +63,31 @@ def patch(target, **kernels: bool) -> "Patch":
     left linear 1: fewer than 16 features: packing gains nothing
     """
     return Patch(target, **kernels)
+
+
+@dataclass(eq=False)
+class Swap:
+    """A name in a module of code that holds a replacement, for as long as a patch wants it."""
+
+    module: ModuleType
+    name: str
+    original: FunctionType
+    replacement: FunctionType
+    patches: set = field(default_factory=set)
+
+    def put_back(self) -> bool:
+        """False where somebody else has replaced it since."""
+        if _SWAPS.get((id(self.module), self.name)) is self:
+            del _SWAPS[id(self.module), self.name]
+        is_ours = self.module.__dict__.get(self.name) is self.replacement
+        if is_ours:
+            setattr(self.module, self.name, self.original)
+        return is_ours
+
+
+_LOCK = threading.RLock()  # of the two below and of what they describe
+_SWAPS: dict[tuple[int, str], Swap] = {}
+_PATCHES: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()  # those that want the module fast
 
 
 class Patch:
@@ -75,24 +105,29 @@ class Patch:
                 )
         self.kernels = {kernel for kernel in KERNELS if kernels.get(kernel, True)}
         self.entries: list[Entry] = []
-        self._functions: list[tuple[ModuleType, str, FunctionType, FunctionType]] = []
-        self._modules: list[tuple[weakref.ref, type, type]] = []
-        self._constructors: list[tuple[type, FunctionType | None, FunctionType]] = []
+        self._functions: list[Swap] = []
+        self._modules: list[tuple[weakref.ref, type]] = []
+        self._constructors: list[tuple[type, FunctionType]] = []
         self._found: dict[tuple, type | str] = {}
         try:
-            for one in targets:
-                if isinstance(one, ModuleType):
-                    self._patch_functions([one])
-                    self._patch_constructors(one)
-                else:
-                    names = dict.fromkeys(type(module).__module__ for module in one.modules())
-                    self._patch_functions([sys.modules[name] for name in names if name in sys.modules])
-                    self._patch_modules(one)
+            with _LOCK:
+                for one in targets:
+                    self._patch(one)
         except BaseException:
             self.unpatch()
             raise
         if not (self._functions or self._modules or self._constructors):
             raise ValueError(f"target: nothing in it could be replaced\n{self.report()}")
+
+    def _patch(self, target: nn.Module | ModuleType) -> None:
+        if isinstance(target, ModuleType):
+            self._patch_functions([target])
+            self._patch_constructors(target)
+        else:
+            classes = (cls for module in target.modules() for cls in type(module).__mro__)
+            names = dict.fromkeys(cls.__module__ for cls in classes)
+            self._patch_functions([sys.modules[name] for name in names if name in sys.modules])
+            self._patch_modules(target)
 
     def report(self) -> str:
         """What was replaced, by kernel, and what was left as it is, with the reason; one line each."""
@@ -110,32 +145,45 @@ class Patch:
     __str__ = report
 
     def unpatch(self) -> None:
-        """Put everything back. What somebody else has replaced since raises RuntimeError, after all else is back."""
-        taken = []
-        for module, name, original, replacement in self._functions:
-            if module.__dict__.get(name) is replacement:
-                setattr(module, name, original)
-            else:
-                taken.append(f"{module.__name__}.{name}")
-        for cls, original, replacement in self._constructors:
-            if cls.__dict__.get("__init__") is not replacement:
-                taken.append(f"{cls.__name__}.__init__")
-            elif original is None:
-                del cls.__init__
-            else:
-                cls.__init__ = original
-        for reference, original, fast in self._modules:
-            module = reference()
-            if module is None:
-                continue
-            if type(module) is fast:
-                module.__class__ = original
-                module.__dict__.pop("_packed", None)
-            else:
-                taken.append(f"a {original.__name__}")
-        self._functions, self._constructors, self._modules = [], [], []
+        """Put back what no other patch still wants. What somebody else has replaced since raises RuntimeError, after
+        all else is back.
+        """
+        with _LOCK:
+            taken = self._put_back()
         if taken:
             raise RuntimeError(f"unpatch: replaced by others since: {', '.join(taken)}")
+
+    def _put_back(self) -> list[str]:
+        """What somebody else has replaced since."""
+        taken = []
+        for swap in self._functions:
+            swap.patches.discard(self)
+            if not swap.patches and not swap.put_back():
+                taken.append(f"{swap.module.__name__}.{swap.name}")
+        for cls, constructor in self._constructors:
+            constructor.patches.remove(self)
+            if constructor.patches:
+                continue
+            if cls.__dict__.get("__init__") is not constructor:
+                taken.append(f"{cls.__name__}.__init__")
+            elif constructor.original is None:
+                del cls.__init__
+            else:
+                cls.__init__ = constructor.original
+        for reference, fast in self._modules:
+            module = reference()
+            if module is None or self not in _PATCHES[module]:
+                continue
+            _PATCHES[module].remove(self)
+            if _PATCHES[module]:
+                continue
+            if type(module) is fast and "forward" not in module.__dict__:
+                module.__class__ = fast.original
+                module.__dict__.pop("_packed", None)
+            else:
+                taken.append(f"a {fast.original.__name__}")
+        self._functions, self._constructors, self._modules = [], [], []
+        return taken
 
     def __enter__(self) -> "Patch":
         return self
@@ -152,7 +200,8 @@ class Patch:
         functions = {}
         for holder in holders:
             if holder.__name__.split(".")[0] not in (_OURS, "torch"):
-                functions |= {id(f): f for f in vars(holder).values() if _is_known(f)}
+                originals = (_original(holder, name) for name in tuple(vars(holder)))
+                functions |= {id(f): f for f in originals if _is_known(f)}
         for function in functions.values():
             kernel = FUNCTIONS[function.__name__][0]
             if kernel not in self.kernels:
@@ -161,35 +210,44 @@ class Patch:
             if function.__module__.split(".")[0] == _OURS:
                 self._note(kernel, where, "it is this package's already")
                 continue
+            replacement = next((swap.replacement for swap in _SWAPS.values() if swap.original is function), None)
             try:
-                replacement = function_for(function)
+                replacement = replacement or function_for(function)
             except NotRecognised as reason:
                 self._note(kernel, where, str(reason))
                 continue
             for module in list(sys.modules.values()):
-                for name, value in list(getattr(module, "__dict__", {}).items()):
-                    if value is function and isinstance(module, ModuleType):
-                        setattr(module, name, replacement)
-                        self._functions.append((module, name, function, replacement))
+                for name in tuple(getattr(module, "__dict__", ())):
+                    if isinstance(module, ModuleType) and _original(module, name) is function:
+                        self._swap(module, name, function, replacement)
                         self._note(kernel, f"{module.__name__}.{name}")
+
+    def _swap(self, module: ModuleType, name: str, function: FunctionType, replacement: FunctionType) -> None:
+        if module.__dict__[name] is function:
+            setattr(module, name, replacement)
+            _SWAPS[id(module), name] = Swap(module, name, function, replacement)
+        swap = _SWAPS[id(module), name]
+        if self not in swap.patches:
+            swap.patches.add(self)
+            self._functions.append(swap)
 
     def _patch_modules(self, root: nn.Module) -> None:
         modules = dict(root.named_modules())
         # Linear layers first: a fused MLP wants its fc1 packed.
         for path, module in sorted(modules.items(), key=lambda item: not isinstance(item[1], nn.Linear)):
-            kind = kind_of(module)
+            kind = (module.kernel, type) if isinstance(module, Fast) else kind_of(module)
             if kind is None or kind[0] not in self.kernels:
                 continue
             kernel, find = kind
             where = path or type(module).__name__
             try:
-                fast = self._fast_class(module, find)
-                original = type(module)
-                module.__class__ = fast
+                module.__class__ = fast = self._fast_class(module, find)
             except (NotRecognised, TypeError) as reason:  # TypeError: a class whose instances cannot change it
                 self._note(kernel, where, str(reason))
                 continue
-            self._modules.append((weakref.ref(module), original, fast))
+            if self not in _PATCHES.setdefault(module, set()):
+                _PATCHES[module].add(self)
+                self._modules.append((weakref.ref(module), fast))
             self._note(kernel, where)
 
     def _fast_class(self, module: nn.Module, find) -> type:
@@ -210,21 +268,34 @@ class Patch:
         for cls in list(vars(holder).values()):
             if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == holder.__name__):
                 continue
-            original = cls.__dict__.get("__init__")
-            replacement = self._constructor(cls)
-            cls.__init__ = replacement
-            self._constructors.append((cls, original, replacement))
+            constructor = cls.__dict__.get("__init__")
+            if not hasattr(constructor, "patches"):
+                constructor = cls.__init__ = _constructor(cls)
+            if self not in constructor.patches:
+                constructor.patches.append(self)
+                self._constructors.append((cls, constructor))
 
-    def _constructor(self, cls: type) -> FunctionType:
-        initialise = cls.__init__
 
-        @functools.wraps(initialise)
-        def constructor(module, *args, **kwargs):
-            initialise(module, *args, **kwargs)
-            if type(module) is cls:
-                self._patch_modules(module)
+def _constructor(cls: type) -> FunctionType:
+    """cls.__init__, after which the patches in its attribute `patches` treat the instance; `original`: its own."""
+    initialise = cls.__init__
 
-        return constructor
+    @functools.wraps(initialise)
+    def constructor(module, *args, **kwargs):
+        initialise(module, *args, **kwargs)
+        if type(module) is cls:
+            for patch in tuple(patches):
+                patch._patch_modules(module)
+
+    constructor.patches = patches = []
+    constructor.original = cls.__dict__.get("__init__")
+    return constructor
+
+
+def _original(module: ModuleType, name: str):
+    """What the module of code holds under name, or held before a patch."""
+    value, swap = module.__dict__.get(name), _SWAPS.get((id(module), name))
+    return swap.original if swap and value is swap.replacement else value
 
 
 def _is_known(value) -> bool:
@@ -235,7 +306,7 @@ def _settings(module: nn.Module) -> tuple:
     """What decides how a module computes, weights aside: its class, plain attributes, shapes, and its children's."""
     attributes = tuple((n, repr(v)) for n, v in module.__dict__.items() if isinstance(v, PLAIN) and n != "training")
     tensors = (*module._parameters.items(), *module._buffers.items())
-    shapes = tuple((n, None if x is None else x.shape) for n, x in tensors)
+    shapes = tuple((n, None if x is None or is_lazy(x) else x.shape) for n, x in tensors)
     children = tuple((n, None if child is None else _settings(child)) for n, child in module._modules.items())
     return type(module), attributes, shapes, children
 

@@ -1,14 +1,23 @@
 """PruneVid's clustering: the tensor form, labels first."""
 
+import torch
 from torch import Tensor
 
 from .clusters import select_and_assign
 
 
-def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5, token_mask: Tensor | None = None) -> tuple[Tensor, int]:
+def cluster_dpc_knn(
+    x: Tensor,
+    cluster_num: int,
+    k: int = 5,
+    token_mask: Tensor | None = None,
+    *,
+    noise_dtype: torch.dtype | None = torch.float32,
+) -> tuple[Tensor, int]:
     """(idx_cluster [B, N] in 0 .. cluster_num - 1, -1 for masked tokens; cluster_num) of x [B, N, C].
 
-    Clusters are numbered by descending score. The noise and everything else: `dropin.hot.cluster_dpc_knn`.
+    Clusters are numbered by descending score. The noise is float32, as there, whatever x is; noise_dtype=None for code
+    that draws it in x's dtype. Everything else: `dropin.hot.cluster_dpc_knn`.
 
     >>> import torch
     >>> from h2ot_kernels.dropin import prunevid
@@ -16,4 +25,4 @@ def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int = 5, token_mask: Tensor 
     >>> (idx[0, 0] == idx[0, 1]).item(), (idx[0, 0] == idx[0, 2]).item(), K
     (True, False, 2)
     """
-    return select_and_assign(x, cluster_num, k, token_mask)[1], cluster_num
+    return select_and_assign(x, cluster_num, k, token_mask, noise_dtype=noise_dtype)[1], cluster_num

@@ -4,9 +4,13 @@ The trial runs on a bare twin of the module (no hooks, random weights, on the CP
 computes what this module's own forward computes, whatever else stands in that forward.
 """
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +22,15 @@ SMALLEST = 16  # features of a linear layer below which packing gains nothing
 PASSIVE = (nn.Identity, nn.Dropout, nn.Softmax)
 
 
+CONTAINERS = (list, dict, set, deque)
+
+
 class NotRecognised(Exception):
     """Why something is left as it is."""
+
+
+class NotTried(NotRecognised):
+    """The same, of what raised with the inputs that it was given."""
 
 
 def linear_class(module: nn.Module) -> type:
@@ -38,7 +49,7 @@ def mlp_class(module: nn.Module) -> type:
     if type(module.act) is not nn.GELU or module.act.approximate != "none":
         raise NotRecognised(f"its act is {module.act}, not the exact GELU")
     _wants_passive(module, "fc1", "act", "fc2")
-    return _that_agrees(module, (fast.FastMlp,), [(2, 5, module.fc1.in_features)])
+    return _that_agrees(module, ([(2, 5, module.fc1.in_features)], (fast.FastMlp,)))
 
 
 def head_class(module: nn.Module) -> type:
@@ -48,7 +59,7 @@ def head_class(module: nn.Module) -> type:
     if layers is None:
         wanted = f"wanted LayerNorm(C) and Linear(C, up to {fast.LARGEST_HEAD})"
         raise NotRecognised(f"{wanted}, got {' and '.join(map(repr, module._modules.values()))}")
-    return _that_agrees(module, (fast.FastHead,), [(2, 3, 5, layers[1].in_features)])
+    return _that_agrees(module, ([(2, 3, 5, layers[1].in_features)], (fast.FastHead,)))
 
 
 def attention_class(module: nn.Module) -> type:
@@ -58,8 +69,10 @@ def attention_class(module: nn.Module) -> type:
     C = module.proj.in_features
     if "seqlen" in inspect.signature(type(module).forward).parameters:
         candidates = (fast.FastAttentionInPlace, fast.FastAttentionAcross)
-        return _that_agrees(module, candidates, [(6, 5, C)], seqlen=3)
-    return _that_agrees(module, (fast.FastAttention,), [(6, 5, C)])
+        return _that_agrees(module, ([(6, 5, C)], candidates), seqlen=3)
+    of_rows = [(6, 5, C)], (fast.FastAttention,)
+    of_frames = [(2, 3, 5, C)], (fast.FastAttention, fast.FastAttentionFrames)
+    return _that_agrees(module, of_rows, of_frames)
 
 
 def cross_attention_class(module: nn.Module) -> type:
@@ -67,8 +80,12 @@ def cross_attention_class(module: nn.Module) -> type:
     _wants_linears(module, *names, "proj")
     _wants_heads(module)
     _wants_passive(module, *names, "proj")
-    sizes = [(2, n, getattr(module, name).in_features) for n, name in zip((5, 3, 3), names, strict=True)]
-    return _that_agrees(module, (fast.FastCrossAttention,), sizes)
+    channels = [getattr(module, name).in_features for name in names]
+    fewer_keys, as_many = (
+        [(2, n, C) for n, C in zip(lengths, channels, strict=True)] for lengths in ((5, 3, 3), (5,) * 3)
+    )
+    candidates = (fast.FastCrossAttention,)
+    return _that_agrees(module, (fewer_keys, candidates), (as_many, candidates))
 
 
 def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
@@ -91,8 +108,9 @@ def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
 
 def _wants_linears(module: nn.Module, *names: str) -> None:
     for name in names:
-        if not isinstance(getattr(module, name), nn.Linear):
-            raise NotRecognised(f"its {name} is {type(getattr(module, name)).__name__}, not Linear")
+        child = getattr(module, name)
+        if not isinstance(child, nn.Linear):
+            raise NotRecognised(f"its {name} is {type(child).__module__}.{type(child).__name__}, not nn.Linear")
 
 
 def _wants_heads(module: nn.Module) -> None:
@@ -107,10 +125,14 @@ def _wants_passive(module: nn.Module, *names: str) -> None:
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
 
 
-def _bare(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """The module without hooks, in eval mode, its parameters and buffers random float64 numbers on the CPU."""
+def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
+    """The module without hooks, in eval mode, its parameters and buffers float64 numbers on the CPU, random but always
+    the same.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     twin = type(module).__new__(type(module))
-    twin.__dict__.update(module.__dict__)
+    own = module.__dict__.items()
+    twin.__dict__.update((name, copy.copy(x) if isinstance(x, CONTAINERS) else x) for name, x in own)
     for name in (*fast.HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
         twin.__dict__[name] = type(module.__dict__[name])()
 
@@ -129,23 +151,62 @@ def _bare(module: nn.Module, generator: torch.Generator) -> nn.Module:
     return twin
 
 
-def _that_agrees(module: nn.Module, mixins: tuple[type, ...], sizes: list[tuple], **extra) -> type:
-    """The first fast class whose forward gives what the module's own forward gives; raises NotRecognised."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.no_grad():
-        twin = _bare(module, generator)
-        inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
-        before = dict(twin.__dict__)
-        expected = _tried(lambda: twin(*inputs, **extra))
-        stored = [name for name, value in twin.__dict__.items() if before.get(name) is not value]
-        if stored:
-            raise NotRecognised(f"its forward stores {', '.join(stored)}")
-        for mixin in mixins:
-            cls = fast.fast_class(mixin, type(module))
-            twin.__class__ = cls
-            if _agree(expected, _tried(lambda: twin(*inputs, **extra))):
-                return cls
+@contextmanager
+def _trial() -> Iterator[None]:
+    """On the CPU, without gradients and autocast, and the random state as before at the end."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _that_agrees(module: nn.Module, *attempts: tuple[list[tuple], tuple[type, ...]], **extra) -> type:
+    """The first fast class whose forward gives what the module's own forward gives; raises NotRecognised.
+
+    attempts: (sizes of the inputs, the candidates). The first attempt whose sizes the own forward takes decides.
+    """
+    reasons = []
+    with _trial():
+        for sizes, mixins in attempts:
+            generator = torch.Generator().manual_seed(1)
+            inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+            try:
+                return _the_same(module, mixins, lambda twin: twin(*inputs, **extra))
+            except NotTried as reason:
+                reasons.append(reason)
+    raise reasons[0]
+
+
+def _the_same(module: nn.Module, mixins: tuple[type, ...], call: Callable[[nn.Module], object]) -> type:
+    twin = _tried(lambda: _bare(module))
+    before = {name: _contents(value) for name, value in twin.__dict__.items()}
+    expected = _tried(lambda: call(twin))
+    stored = [name for name, value in twin.__dict__.items() if before.get(name) != _contents(value)]
+    if stored:
+        raise NotRecognised(f"its forward stores {', '.join(stored)}")
+    trains = _trains(_bare(module), call, expected)
+    for mixin in mixins:
+        cls = fast.fast_class(mixin, type(module), trains)
+        twin.__class__ = cls
+        if _agree(expected, _tried(lambda: call(twin))):
+            return cls
     raise NotRecognised("its forward computes something else than its structure says")
+
+
+def _contents(value) -> tuple:
+    """What tells whether an attribute was set, or a container changed."""
+    if not isinstance(value, CONTAINERS):
+        return (id(value),)
+    return id(value), *map(id, value), *map(id, value.values() if isinstance(value, dict) else ())
+
+
+def _trains(twin: nn.Module, call: Callable[[nn.Module], object], expected) -> bool:
+    """Whether the forward gives the same in training mode, the dropout of its child modules set to 0."""
+    for module in twin.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    try:
+        return _agree(expected, _tried(lambda: call(twin)))
+    except NotTried:
+        return False
 
 
 def _tried(call: Callable):
@@ -153,7 +214,8 @@ def _tried(call: Callable):
     try:
         return call()
     except Exception as error:
-        raise NotRecognised(f"it could not be tried: {type(error).__name__}: {error}") from error
+        first_line = str(error).partition("\n")[0]
+        raise NotTried(f"it could not be tried: {type(error).__name__}: {first_line:.100}") from error
 
 
 def _agree(expected, got) -> bool:
@@ -195,7 +257,9 @@ FUNCTIONS = {
         (
             (hot.cluster_dpc_knn, lambda g: (_tokens(g), 5, 2)),
             (prunevid.cluster_dpc_knn, lambda g: (_tokens(g), 5, 3)),
+            (functools.partial(prunevid.cluster_dpc_knn, noise_dtype=None), lambda g: (_tokens(g), 5, 3)),
             (tcformer.cluster_dpc_knn, lambda g: (_token_dict(g), 5, 3)),
+            (functools.partial(tcformer.cluster_dpc_knn, noise_dtype=torch.float32), lambda g: (_token_dict(g), 5, 3)),
         ),
     ),
     "cluster_dpc_knn_center": ("cluster", ((hot.cluster_dpc_knn_center, lambda g: (_tokens(g), 5, 2, 6)),)),
@@ -211,43 +275,56 @@ FUNCTIONS = {
 
 
 def function_for(function: Callable) -> Callable:
-    """What replaces a function of FUNCTIONS: the form that gives the same on a small input; raises NotRecognised."""
+    """What replaces a function of FUNCTIONS: the form that gives the same on a small input, from as many random
+    numbers; raises NotRecognised.
+    """
     reasons = []
     for form, arguments in FUNCTIONS[function.__name__][1]:
         results = []
         try:
             replacement = _with_the_parameters_of(function, form)
+            with (
+                torch.random.fork_rng(devices=[]),
+                torch.device("cpu"),
+                torch.no_grad(),
+                torch.autocast("cpu", enabled=False),
+            ):
+                for candidate in (function, replacement):
+                    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
+                    given = arguments(torch.Generator().manual_seed(0))
+                    results.append(_tried(lambda: candidate(*given)))
+                    results.append(torch.get_rng_state())
         except NotRecognised as reason:
             reasons.append(str(reason))
             continue
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-            for candidate in (function, replacement):
-                torch.manual_seed(0)
-                given = arguments(torch.Generator().manual_seed(0))
-                try:
-                    results.append(_tried(lambda: candidate(*given)))
-                except NotRecognised as reason:
-                    reasons.append(str(reason))
-                    break
-        if len(results) == 2 and _agree(*results):
+        if _agree(results[:2], results[2:]):
             return replacement
-        if len(results) == 2:
-            reasons.append("it returns something else than the official form")
+        reasons.append("it returns something else than the official form")
     raise NotRecognised("; ".join(dict.fromkeys(reasons)))
 
 
 def _with_the_parameters_of(function: Callable, form: Callable) -> Callable:
-    """form, or, where function takes further optional arguments, form for the calls that do not use them."""
+    """form with function's defaults; calls that use further, optional arguments of function stay function's."""
     theirs, ours = (list(inspect.signature(f).parameters.values()) for f in (function, form))
-    further = theirs[len(ours) :]
-    if [p.name for p in theirs[: len(ours)]] != [p.name for p in ours] or any(p.default is p.empty for p in further):
-        raise NotRecognised(f"its arguments are {inspect.signature(function)}, not {inspect.signature(form)}")
-    if not further:
+    ours = [p for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [p.name for p, own in zip(theirs, ours, strict=False) if p.name == own.name]
+    shared, further = theirs[: len(names)], theirs[len(names) :]
+    if (
+        [p.name for p in shared] != names
+        or len(names) < min(3, len(ours))
+        or any(p.default is p.empty for p in further)
+    ):
+        wanted = ", ".join(p.name for p in ours)
+        raise NotRecognised(f"its arguments are {inspect.signature(function)}, not ({wanted})")
+    if type(form) is FunctionType and [(p.name, p.default) for p in theirs] == [(p.name, p.default) for p in ours]:
         return form
 
     @functools.wraps(function)
-    def with_further_arguments(*args, **kwargs):
-        usual = len(args) <= len(ours) and not any(p.name in kwargs for p in further)
-        return (form if usual else function)(*args, **kwargs)
+    def with_its_defaults(*args, **kwargs):
+        if len(args) > len(names) or not kwargs.keys() <= set(names):
+            return function(*args, **kwargs)
+        absent = {p.name: p.default for p in shared[len(args) :] if p.default is not p.empty}
+        return form(*args, **absent | kwargs)
 
-    return with_further_arguments
+    with_its_defaults.__module__ = __name__  # this package's, not to be replaced again
+    return with_its_defaults

@@ -12,9 +12,16 @@ KEPT = ("map_size", "init_grid_size")
 
 
 def cluster_dpc_knn(
-    token_dict: dict, cluster_num: int, k: int = 5, token_mask: Tensor | None = None
+    token_dict: dict,
+    cluster_num: int,
+    k: int = 5,
+    token_mask: Tensor | None = None,
+    *,
+    noise_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, int]:
     """(idx_cluster [B, N], cluster_num) of token_dict["x"] [B, N, C]; see `dropin.prunevid.cluster_dpc_knn`.
+
+    noise_dtype: x's by default, as in TCFormer; torch.float32 as in Chat-UniVi.
 
     >>> import torch
     >>> from h2ot_kernels.dropin import tcformer
@@ -24,7 +31,7 @@ def cluster_dpc_knn(
     >>> [round(x, 3) for x in sorted(merged["x"].flatten().tolist())], merged["token_num"]
     ([0.1, 5.1], 2)
     """
-    return select_and_assign(token_dict["x"], cluster_num, k, token_mask)[1], cluster_num
+    return select_and_assign(token_dict["x"], cluster_num, k, token_mask, noise_dtype=noise_dtype)[1], cluster_num
 
 
 def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None) -> dict:
