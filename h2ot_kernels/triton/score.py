@@ -1,8 +1,8 @@
 """Density-peak scoring of up to 512 tokens: three kernels, the selection included.
 
-pool_kernel: pooled tokens and which are valid. gram_kernel: tiles of distance bounds over the upper triangle; whoever
-completes a block of rows makes their densities. delta_kernel: the next denser token; whoever completes a sample scores
-and selects. Larger samples: score_large.py.
+pool_kernel: pooled tokens and which are valid. gram_kernel: tiles of distance bounds over the upper triangle, and the
+terms of a Gaussian density; whoever completes a block of rows makes their densities. delta_kernel: the next denser
+token; whoever completes a sample scores and selects. Larger samples: score_large.py.
 """
 
 import torch

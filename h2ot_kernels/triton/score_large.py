@@ -1,8 +1,9 @@
 """Density-peak scoring of any number of tokens with O(N k) memory: tiles of bounds are made, searched and forgotten.
 
-nearest_kernel: the nearest tokens of each, exactly, and its density. resolve_kernel: the next denser token where it is
-among them; the other rows go to a list. scan_kernel: the rows of the list against all tokens. farthest_kernel (only
-where a peak's distance is asked for): the largest distance of a sample. finish_kernel: density, distance, score.
+nearest_kernel: the nearest tokens of each, exactly, and its density, by them or by all tokens. resolve_kernel: the next
+denser token where it is among them; the other rows go to a list. scan_kernel: the rows of the list against all tokens.
+farthest_kernel (only where a peak's distance is asked for): the largest distance of a sample. finish_kernel: density,
+distance, score.
 """
 
 import torch
@@ -229,18 +230,18 @@ def finish_kernel(
         tl.store(distance_out + at, tl.where(inside, distance, 0.0), there)
 
 
-def stream_tile(B: int, N: int, slots: int, dtype: torch.dtype) -> dict:
+def stream_tile(B: int, N: int, slots: int, dtype: torch.dtype, gaussian: bool = False) -> dict:
     """Tile of nearest_kernel, scan_kernel and farthest_kernel; CENTRE: whether the mean is subtracted (not in 16 bits,
-    whose products are exact as they are)."""
+    whose products are exact as they are). gaussian: that of a nearest_kernel that holds a tile of squares, too."""
     double, half = dtype == torch.float64, dtype in (torch.bfloat16, torch.float16)
-    side = 16 if double else 32 if B * N < 8192 or (slots > 8 and not half) else 64
+    side = 16 if double else 32 if gaussian or B * N < 8192 or (slots > 8 and not half) else 64
     return {
         "CENTRE": not half,
         "ROWS": side,
         "COLUMNS": side,
         "BLOCK": side if half else 16,
         "EXACT": 64,
-        "num_warps": 8 if side == 64 else 4,
+        "num_warps": 8 if side == 64 or (gaussian and not double) else 4,
         "num_stages": 2,
     }
 
@@ -261,14 +262,15 @@ def score_large(pool, x: Tensor, k: int, mask, noise, keep, num_tokens: int, sco
     density, distance = (x.new_empty((B, N), dtype=torch.float64) if scores else None for _ in range(2))
     largest = x.new_empty((B,), dtype=torch.float64) if scores or noise is not None else None
     grid = (B * triton.cdiv(N, config["ROWS"]),)
+    nearest_config = stream_tile(B, N, slots, tokens.dtype, by.gaussian)
     launch(
         nearest_kernel,
-        grid,
+        (B * triton.cdiv(N, nearest_config["ROWS"]),),
         tokens, valid, noise, m, rank, near, which, *strides, k, by.area, by.width,
         EXCLUDE=by.exclude_self,
         GAUSSIAN=by.gaussian,
         SLOTS=slots,
-        **config,
+        **nearest_config,
     )  # fmt: skip
     rows = 2048 // max(slots, 16)  # rows times slots stay in registers
     launch(
