@@ -51,13 +51,15 @@ STREAMED += [TokenCase("integers", B=1, N=70, C=3, k=k) for k in (2, 4)]
 STREAMED += [
     case
     for case in OPTION_CASES
-    if case.N < 99
-    and "metric" not in dict(case.options)
-    and (case.kind in ("integers", "nonfinite") or case.N < 3 or case.noisy)
+    if case.N < 99 and "metric" not in dict(case.options) and (case.kind == "nonfinite" or case.N < 3 or case.noisy)
 ]
 STREAMED += [
-    replace(TokenCase("duplicates", B=1), dtype=dtype, options=(("density", "gaussian"), ("cutoff", 0.4)))
-    for dtype in (torch.float64, torch.bfloat16)
+    TokenCase("integers", B=1, N=40, C=3, k=3, options=(("exclude_self", True),)),
+    TokenCase("still", B=1, N=40, C=3, options=(("density", "gaussian"), ("cutoff", 0.4))),
+    *(
+        TokenCase("duplicates", B=1, dtype=dtype, options=(("density", "gaussian"), ("cutoff", 0.4)))
+        for dtype in (torch.float64, torch.bfloat16)
+    ),
 ]
 
 
