@@ -45,7 +45,8 @@ def score_tokens(
     density: "gaussian" (Rodriguez & Laio) makes density_i the sum over j of exp(-(d(i, j) / cutoff)^2), j = i included
         unless exclude_self, each term rounded to a multiple of 2^-40; k is not used. score_i is then
         log(density_i) + log(distance_i). cutoff: d_c, in units of d; about the 2 % quantile of all d is usual.
-    metric is a transformation before any kernel; the others are the operator score_variant: `can_run` says who has it.
+    metric is a transformation before any kernel; the others are the operator score_variant, which C++ has for CPUs and
+    Triton for GPUs: `can_run` says so.
 
     Returns TokenScores(density, distance, score: float64 [B, N]; parent: int64 [B, N]), without gradients.
     A masked token, or one that holds NaN or infinity, gets 0, 0, -inf, -1 and is nobody's neighbour.

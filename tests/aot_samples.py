@@ -56,6 +56,20 @@ def score_calls() -> Iterator[Callable]:
     yield partial(score.score_tokens, tensor(4, 500, 64, dtype=torch.float64), 16, None, None)
 
 
+def variant_calls() -> Iterator[Callable]:
+    """Without the token itself, and Gaussian with it and without, stored and streamed; scale alone is no constant."""
+    nearest, gaussian, gaussian_of_others = (0.5, True, 0.0), (0.0, False, 0.4), (0.5, True, 0.4)
+    for dtype in DTYPES:
+        for N, options in ((243, nearest), (243, gaussian), (4000, nearest), (4000, gaussian), (16384, nearest)):
+            yield partial(score.score_variant, tensor(1, N, 512, dtype=dtype), 2, None, None, *options)
+    for N in (27, 60, 123, 500, 600):
+        noise = tensor(2, N, dtype=torch.float64)
+        yield partial(score.score_variant, tensor(2, N, 64), 2, None, noise, *gaussian_of_others)
+    for N, k in ((27, 1), (123, 5), (500, 16), (600, 16)):
+        yield partial(score.score_variant, tensor(2, N, 64), k, None, None, *nearest)
+    yield partial(score.score_variant, tensor(2, 500, 64, dtype=torch.float64), 2, None, None, *gaussian_of_others)
+
+
 def select_calls() -> Iterator[Callable]:
     for N in (50, 100, 243, 351, 1000, 4000):
         yield partial(select.select_tokens, tensor(4, N, dtype=torch.float64), 20, None, None)
@@ -116,6 +130,7 @@ def tail_calls() -> Iterator[Callable]:
 def calls() -> Iterator[Callable]:
     yield from gather_calls()
     yield from score_calls()
+    yield from variant_calls()
     yield from select_calls()
     yield from attention_calls()
     yield from cluster_calls()

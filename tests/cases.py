@@ -222,6 +222,7 @@ OPTION_CASES = [
         for options in ({"exclude_self": True}, {**_GAUSSIAN, "metric": "cosine", "exclude_self": True})
     ),
     *(_with(replace(_BASE, kind=kind, N=100, C=64, K=33), **_GAUSSIAN) for kind in ("still", "clump")),
+    *(_with(replace(_BASE, kind=kind, N=70, C=3), **_GAUSSIAN, exclude_self=True) for kind in ("still", "integers")),
     *(_with(replace(_BASE, J=5, dtype=dtype), metric="cosine", **_GAUSSIAN) for dtype in DTYPES),
     *(_with(replace(_BASE, kind=kind), metric="cosine") for kind in ("tiny", "huge", "offset")),
     _with(replace(_BASE, N=1, k=1, K=1), **_GAUSSIAN, exclude_self=True),

@@ -9,6 +9,8 @@ import torch
 import h2ot_kernels as h2ot
 from h2ot_kernels import _C, backend
 
+from .runners import DEVICE
+
 
 def test_predicate_gives_reasons():
     assert h2ot.can_run("gather_tokens", "cpp", "cpu") == (True, "cpp kernel on cpu")
@@ -21,7 +23,8 @@ def test_predicate_gives_reasons():
         assert not ok
         assert "has no CUDA" in reason
     assert h2ot.can_run("score_variant", "cpp", "cpu")[0]
-    assert not h2ot.can_run("score_variant", "triton", "cuda")[0]
+    assert h2ot.can_run("score_variant", "triton", DEVICE) == h2ot.can_run("score_tokens", "triton", DEVICE)
+    assert h2ot.can_run("assign_by_parent", "triton", DEVICE) == (False, "assign_by_parent has no triton kernel")
     with pytest.raises(ValueError, match="op: got 'nothing'"):
         h2ot.can_run("nothing", "cpp", "cpu")
 

@@ -79,9 +79,14 @@ BAD = {
         "assign_clusters: parent",
     ),
     "variant elsewhere": (
-        lambda: h2ot.score_tokens(X, exclude_self=True, backend="triton"),
+        lambda: h2ot.score_tokens(X, exclude_self=True, backend="cuda"),
         RuntimeError,
-        "score_variant has no triton kernel|score_variant cannot run",
+        "score_variant cannot run on cpu",
+    ),
+    "no kernel": (
+        lambda: h2ot.assign_clusters(X, INDEX, parent=torch.zeros(2, 9).long(), backend="triton"),
+        RuntimeError,
+        "assign_by_parent has no triton kernel|assign_by_parent cannot run on cpu",
     ),
     "keep outside": (lambda: h2ot.prune_cluster(X, 3, keep=9), IndexError, "keep: got 9, wanted 0 to 8"),
     "keep negative": (lambda: h2ot.select_tokens(X[..., 0], 3, keep=[-1]), IndexError, "keep: got -1"),

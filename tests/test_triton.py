@@ -119,11 +119,11 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
             for M in (1, 3, 5, 51)
         ],
         "nearest_kernel": [
-            score_large.stream_tile(B, N, slots, dtype)
+            score_large.stream_tile(B, N, slots, dtype, gaussian)
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             for B in (1, 4, 256)
             for N in (513, 2048, 16384, 65536)
-            for slots in (4, 8, 32)
+            for slots, gaussian in ((4, False), (8, False), (32, False), (4, True))
         ],
         "gram_kernel": [
             {name: score.gram_tile(N, 512, k, False)[name] for name in ("TILE", "BLOCK", "ROWS", part)}
@@ -162,6 +162,10 @@ COUNTS = {
     ),
     "scores": (
         lambda t: t.score.score_tokens(meta(4, 243, 64), 5, None, meta(4, 243, dtype=torch.float64)),
+        ["pool_kernel", "gram_kernel", "delta_kernel"],
+    ),
+    "Gaussian scores": (
+        lambda t: t.score.score_variant(meta(4, 243, 64), 2, None, None, 0.0, True, 0.4),
         ["pool_kernel", "gram_kernel", "delta_kernel"],
     ),
     "selection": (lambda t: t.select.select_tokens(meta(4, 1024), 81, None, None), ["select_kernel"]),
@@ -234,16 +238,21 @@ def test_numbers_are_arguments_not_constants():
     assert {"attention_kernel", "level_kernel", "projected_tail_kernel"} <= numbers
 
 
-@pytest.mark.parametrize("scores", [False, True])
-def test_no_square_buffer_above_512_tokens(scores):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda score, x: score.score_tokens(x, 5, None, None),
+        lambda score, x: score.score_variant(x, 5, None, None, 0.0, True, 0.4),
+        lambda score, x: score.prune_cluster(x, 1000, 5, None, None, None),
+    ],
+    ids=["scores", "gaussian", "kept tokens"],
+)
+def test_no_square_buffer_above_512_tokens(call):
     import h2ot_kernels.triton as stems
 
     x = meta(1, 16384, 64, dtype=torch.bfloat16)
     with common.record() as launches:
-        if scores:
-            stems.score.score_tokens(x, 5, None, None)
-        else:
-            stems.score.prune_cluster(x, 1000, 5, None, None, None)
+        call(stems.score, x)
     buffers = {id(arg): arg for launch in launches for arg in launch.arguments if isinstance(arg, torch.Tensor)}
     written = sum(arg.numel() * arg.element_size() for arg in buffers.values() if arg is not x)
     assert written < 16384 * 300
@@ -258,6 +267,7 @@ def samples():
     for x in (rand(2, 9, 4, grad=True), rand(2, 4, 9).mT.requires_grad_()):
         y, mask = x.detach(), torch.rand(2, 9, device=DEVICE) > 0.2
         yield OPS.score_tokens_triton, (y, 2, mask, None)
+        yield OPS.score_variant_triton, (y, 2, mask, None, 0.5, True, 0.3)
         yield OPS.prune_cluster_triton, (y, 3, 2, torch.tensor([[4]], device=DEVICE), mask, None)
         yield OPS.select_tokens_triton, (y[..., 0], 3, None, mask)
         yield OPS.prune_motion_triton, (y[..., None], 3, None)

@@ -34,6 +34,12 @@ MUTANTS = {
         "    CENTRE: tl.constexpr = False\n    if CENTRE:\n        chosen = ",
         f"{SCORE}::test_bounds_hold_and_are_tight[40-70-offset]",
     ),
+    "a Gaussian of half the pairs": (
+        "score.py",
+        "tl.store(terms + (b * N + column) * blocks + upper, tl.sum(steps, 0), column < N)",
+        "tl.store(terms + (b * N + column) * blocks + upper, tl.sum(steps, 0) * 0, column < N)",
+        f"{STORED}[integers-2x70x3-k2K9-float32-density=gaussian-cutoff=0.4-exclude_self=True-triton]",
+    ),
     "swapped strides": (
         "score.py",
         "x, sample + row.to(tl.int64) * stride_n,",

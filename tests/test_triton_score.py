@@ -9,9 +9,9 @@ import h2ot_kernels as h2ot
 import python_ref
 from h2ot_kernels.triton import common, score
 
-from .cases import TOKEN_CASES, TokenCase, oracle_tokens
+from .cases import OPTION_CASES, TOKEN_CASES, TokenCase, oracle_index, oracle_scores
 from .compare import assert_scores
-from .runners import DEVICE
+from .runners import DEVICE, Runner
 
 
 def recorded_bounds(x):
@@ -48,19 +48,29 @@ STREAMED = [
 ]
 # Equal distances within and beyond the list of nearest tokens, in two tiles of columns.
 STREAMED += [TokenCase("integers", B=1, N=70, C=3, k=k) for k in (2, 4)]
+STREAMED += [
+    case
+    for case in OPTION_CASES
+    if case.N < 99 and "metric" not in dict(case.options) and (case.kind == "nonfinite" or case.N < 3 or case.noisy)
+]
+STREAMED += [
+    TokenCase("integers", B=1, N=40, C=3, k=3, options=(("exclude_self", True),)),
+    TokenCase("still", B=1, N=40, C=3, options=(("density", "gaussian"), ("cutoff", 0.4))),
+    *(
+        TokenCase("duplicates", B=1, dtype=dtype, options=(("density", "gaussian"), ("cutoff", 0.4)))
+        for dtype in (torch.float64, torch.bfloat16)
+    ),
+]
 
 
 @pytest.mark.parametrize("case", STREAMED, ids=str)
 def test_streaming_equals_the_oracle(case, monkeypatch):
     """What runs above 512 tokens, made to run on small cases."""
     monkeypatch.setattr(score, "SMALL", 0)
-    x = case.tokens().to(DEVICE)
-    given = {name: value.to(DEVICE) for name, value in case.arguments().items()}
-    ours = h2ot.score_tokens(x, case.k, **given, backend="triton")
-    exact = python_ref.score_tokens(oracle_tokens(x), case.k, **given)
-    assert_scores(ours, exact)
-    index = h2ot.prune_cluster(x, case.K, case.k, keep=case.keep, **given, backend="triton")
-    assert torch.equal(index, python_ref.prune_cluster(oracle_tokens(x), case.K, case.k, keep=case.keep, **given))
+    triton = Runner("triton", DEVICE)
+    assert_scores(triton(h2ot.score_tokens, case.tokens(), case.k, **case.arguments()), oracle_scores(case))
+    index = triton(h2ot.prune_cluster, case.tokens(), case.K, case.k, keep=case.keep, **case.arguments())
+    assert torch.equal(index, oracle_index(case))
 
 
 @pytest.mark.parametrize("N", [243, 351])

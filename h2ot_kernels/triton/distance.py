@@ -90,8 +90,8 @@ def insert(near, which, square, column, active):
 
 
 @triton.jit
-def mean_square(near, k, C):
-    """m: the mean of the k smallest entries of each row that are finite, added in ascending order, over C."""
+def mean_square(near, k, area):
+    """m: the mean of the k smallest entries of each row that are finite, added in ascending order, over area."""
     total = tl.zeros([near.shape[0]], tl.float64)
     count = tl.zeros([near.shape[0]], tl.float64)
     slot = tl.arange(0, near.shape[1])
@@ -101,4 +101,4 @@ def mean_square(near, k, C):
         total += tl.where(there, least, 0.0)
         count += there.to(tl.float64)
         near = tl.where(slot[None, :] == at[:, None], float("inf"), near)
-    return total / (tl.maximum(count, 1.0) * C)
+    return total / (tl.maximum(count, 1.0) * area)

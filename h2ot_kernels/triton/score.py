@@ -1,8 +1,8 @@
 """Density-peak scoring of up to 512 tokens: three kernels, the selection included.
 
-pool_kernel: pooled tokens and which are valid. gram_kernel: tiles of distance bounds over the upper triangle; whoever
-completes a block of rows makes their densities. delta_kernel: the next denser token; whoever completes a sample scores
-and selects. Larger samples: score_large.py.
+pool_kernel: pooled tokens and which are valid. gram_kernel: tiles of distance bounds over the upper triangle, and the
+terms of a Gaussian density; whoever completes a block of rows makes their densities. delta_kernel: the next denser
+token; whoever completes a sample scores and selects. Larger samples: score_large.py.
 """
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..backend import implement
 from ..library import declare_custom
-from ..score import SCORE
+from ..score import SCORE, VARIANT
 from ..select import CLUSTER
-from .common import divide, is_last, launch, pow2, wide, widen
+from .common import divide, is_last, launch, number, pow2, wide, widen
+from .density import Definition, definition, gaussian_key, gaussian_steps, score_of, store_keys
 from .distance import bounds, insert, mean_square, next_candidate, pair_squares
-from .score_large import score_large, score_of
+from .score_large import score_large
 from .select import selection_key, write_selected
 
 SMALL = 512  # tokens up to which all bounds of a sample are stored (1 MB in float32)
@@ -58,20 +59,19 @@ def pool_kernel(
 
 
 @triton.jit
-def _densities(
-    x, low, m, rank, noise, valid, first_row, b, N, stride_b, stride_n, stride_c, C, k,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+def _nearest_mean(
+    x, low, valid, row, b, N, stride_b, stride_n, stride_c, C, k, area,
+    EXCLUDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m of rows first_row .. first_row + ROWS - 1, and what ranks them: m, or with noise -(exp(-m) + noise)."""
-    row = first_row + tl.arange(0, ROWS)
+    """m of these rows: the mean square to the k nearest tokens, of which the first is the token itself, or EXCLUDE."""
     column = tl.arange(0, WIDTH)
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     open_pairs = inside[:, None] & (column < N)[None, :] & (column[None, :] != row[:, None])
     bound = tl.load(low + (b * N + row)[:, None] * N + column[None, :], open_pairs, float("inf"), cache_modifier=".cg")
     offset = b * stride_b + row.to(tl.int64) * stride_n
     slot = tl.arange(0, SLOTS)
-    # The token itself is the first neighbour; slots beyond k never count.
-    start = tl.where(slot == 0, 0.0, tl.where(slot < k, float("inf"), float("-inf"))).to(tl.float64)
+    # Slots beyond k never count.
+    start = tl.where(slot < (0 if EXCLUDE else 1), 0.0, tl.where(slot < k, float("inf"), float("-inf"))).to(tl.float64)
     near = tl.zeros([ROWS, 1], tl.float64) + start[None, :]
     which = tl.zeros([ROWS, SLOTS], tl.int32)
     last_low = tl.full([ROWS], -1.0, bound.dtype)
@@ -84,24 +84,24 @@ def _densities(
         near, which = insert(near, which, square, candidate, active)
         least, candidate = next_candidate(bound, open_pairs, least, candidate, column)
         active = inside & (least < float("inf")) & (least.to(tl.float64) < tl.max(near, 1))
-    mean = mean_square(tl.where(slot[None, :] < k, near, float("inf")), k, C)
-    tl.store(m + b * N + row, mean, row < N)
-    if noise is not None:
-        mean = -(tl.exp(-mean) + tl.load(noise + b * N + row, row < N, 0))
-        tl.store(rank + b * N + row, mean, row < N)
+    return mean_square(tl.where(slot[None, :] < k, near, float("inf")), k, area)
 
 
-# FLOPs: B N^2 C (upper triangle, a multiply and an add each), x 3 as TF32 products. Bytes: 2 B N^2 / TILE x TILE C
-# reads of tokens from L2, B N^2 bounds written to L2, B N k C reads for the exact neighbours.
+# FLOPs: B N^2 C (upper triangle, a multiply and an add each), x 3 as TF32 products; for a Gaussian 3 / 2 B N^2 C in
+# float64 where all pairs are in reach. Bytes: 2 B N^2 / TILE x TILE C reads of tokens from L2, B N^2 bounds written to
+# L2, B N k C reads for the exact neighbours.
 # Floor: the products at the rate of TF32; the rest overlaps.
 @triton.jit
 def gram_kernel(
-    x, valid, noise, low, slack_of, m, rank, counters,
-    N, C, stride_b, stride_n, stride_c, k,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    x, valid, noise, low, slack_of, terms, m, rank, counters,
+    N, C, stride_b, stride_n, stride_c, k, area: tl.float64, width: tl.float64,
+    EXCLUDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """low [B, N, N]: bounds of all pairs, inf where one is not valid; slack_of [B, N]: each token's share of slack."""
+    """low [B, N, N]: bounds of all pairs, inf where one is not valid; slack_of [B, N]: each token's share of slack.
+
+    terms [B, N, blocks], for a Gaussian: each token's sum over each block of columns, each written by one program.
+    """
     blocks = tl.cdiv(N, TILE)
     b = (tl.program_id(0) // (blocks * blocks)).to(tl.int64)
     upper = tl.program_id(0) % (blocks * blocks) // blocks
@@ -124,6 +124,15 @@ def gram_kernel(
             tl.store(slack_of + b * N + row, own, row < N)
         else:
             tl.store(low + (b * N + column)[:, None] * N + row[None, :], tl.trans(bound), tl.trans(stored))
+        if terms is not None:
+            pairs = row_inside[:, None] & column_inside[None, :] & (row[:, None] != column[None, :])
+            steps = gaussian_steps(
+                x, sample + row.to(tl.int64) * stride_n, row_inside, sample + column.to(tl.int64) * stride_n,
+                column_inside, bound, pairs, stride_c, C, number(width, tl.float64),
+            )  # fmt: skip
+            tl.store(terms + (b * N + row) * blocks + left, tl.sum(steps, 1), row < N)
+            if upper != left:
+                tl.store(terms + (b * N + column) * blocks + upper, tl.sum(steps, 0), column < N)
         arrived = counters + b * (blocks + 1)
         for side in range(2):
             block = tl.where(side == 0, upper, left)
@@ -131,10 +140,18 @@ def gram_kernel(
             if (side == 0) | (upper != left):  # noqa: SIM102
                 if is_last(arrived + block, blocks):
                     for part in range(0, TILE, ROWS):
-                        _densities(
-                            x, low, m, rank, noise, valid, block * TILE + part, b, N, stride_b, stride_n, stride_c, C,
-                            k, ROWS, WIDTH, SLOTS, EXACT,
-                        )  # fmt: skip
+                        own = block * TILE + part + tl.arange(0, ROWS)
+                        if terms is not None:
+                            tile = tl.arange(0, WIDTH // TILE)
+                            there = (own < N)[:, None] & (tile < blocks)[None, :]
+                            at = ((b * N + own) * blocks)[:, None] + tile[None, :]
+                            mean = gaussian_key(tl.sum(tl.load(terms + at, there, 0, cache_modifier=".cg"), 1), EXCLUDE)
+                        else:
+                            mean = _nearest_mean(
+                                x, low, valid, own, b, N, stride_b, stride_n, stride_c, C, k, number(area, tl.float64),
+                                EXCLUDE, ROWS, WIDTH, SLOTS, EXACT,
+                            )  # fmt: skip
+                        store_keys(mean, m, rank, noise, b * N + own, own < N, terms is not None)
 
 
 # Bytes: B N^2 bounds from L2, B N C tokens and more for the exact parents. Floor: the latency of a few dependent reads.
@@ -142,8 +159,9 @@ def gram_kernel(
 def delta_kernel(
     x, valid, noise, keep, low, slack_of, m, rank, square_of, parent_of, largest_of, keys, counters,
     density_out, distance_out, score_out, index_out,
-    N, C, stride_b, stride_n, stride_c, keep_b, keep_m, M, K, counters_per_sample,
-    LARGEST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr,
+    N, C, stride_b, stride_n, stride_c, keep_b, keep_m, M, K, counters_per_sample, area: tl.float64,
+    LARGEST: tl.constexpr, GAUSSIAN: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Rows of one sample: the nearest denser token (square_of, parent_of) and, with LARGEST, the largest square.
 
@@ -208,7 +226,7 @@ def delta_kernel(
         added = None
         if noise is not None:
             added = tl.load(noise + at, there, 0)
-        density, distance, score = score_of(mean, squares, largest, parents, added, C)
+        density, distance, score = score_of(mean, squares, largest, parents, added, number(area, tl.float64), GAUSSIAN)
         score = tl.where(column_valid, score, float("-inf"))
         if density_out is not None:
             tl.store(density_out + at, tl.where(column_valid, density, 0.0), there)
@@ -279,12 +297,14 @@ def delta_tile(N: int, double: bool) -> dict[str, int]:
     }
 
 
-def _run(x, k, mask, noise, keep, num_tokens: int, scores: bool):
+def _run(x, k, mask, noise, keep, num_tokens: int, scores: bool, by: Definition | None = None):
     """(density, distance, score, parent) where scores, and the index where num_tokens > 0."""
     B, N = x.shape[:2]
     C = x.shape[-1]
+    by = by or definition(C)
+    k = 1 if by.gaussian else k
     if N > SMALL:
-        return score_large(pool, x, k, mask, noise, keep, num_tokens, scores)
+        return score_large(pool, x, k, mask, noise, keep, num_tokens, scores, by)
     config = gram_tile(N, C, k, x.dtype == torch.float64)
     per_sample = triton.cdiv(N, config["TILE"]) + 1
     counters = x.new_empty((B, per_sample), dtype=torch.int32)
@@ -298,10 +318,12 @@ def _run(x, k, mask, noise, keep, num_tokens: int, scores: bool):
     index = x.new_empty((B, num_tokens), dtype=torch.int64) if num_tokens else None
     keys = x.new_empty((B, N), dtype=torch.int64) if num_tokens else None
     blocks = triton.cdiv(N, config["TILE"])
+    terms = x.new_empty((B, N, blocks), dtype=torch.int64) if by.gaussian else None
     launch(
         gram_kernel,
         (B * blocks * blocks,),
-        tokens, valid, noise, low, slack, m, rank, counters, N, C, *tokens.stride(), k,
+        tokens, valid, noise, low, slack, terms, m, rank, counters, N, C, *tokens.stride(), k, by.area, by.width,
+        EXCLUDE=by.exclude_self,
         **config,
     )  # fmt: skip
     config = delta_tile(N, x.dtype == torch.float64)
@@ -311,8 +333,9 @@ def _run(x, k, mask, noise, keep, num_tokens: int, scores: bool):
         (B * triton.cdiv(N, config["ROWS"]),),
         tokens, valid, noise, keep, low, slack, m, rank, square, parent, largest, keys, counters,
         *outputs, index, N, C, *tokens.stride(), *keep_strides, 0 if keep is None else keep.shape[1], num_tokens,
-        per_sample,
+        per_sample, by.area,
         LARGEST=scores or noise is not None,
+        GAUSSIAN=by.gaussian,
         **config,
     )  # fmt: skip
     return (*outputs, parent), index
@@ -322,6 +345,18 @@ def score_tokens(x: Tensor, k: int, mask: Tensor | None, noise: Tensor | None) -
     return _run(x, k, mask, noise, None, 0, scores=True)[0]
 
 
+def score_variant(
+    x: Tensor,
+    k: int,
+    mask: Tensor | None,
+    noise: Tensor | None,
+    scale: float,
+    exclude_self: bool,
+    cutoff: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _run(x, k, mask, noise, None, 0, True, definition(x.shape[-1], scale, exclude_self, cutoff))[0]
+
+
 def prune_cluster(
     x: Tensor, num_tokens: int, k: int, keep: Tensor | None, mask: Tensor | None, noise: Tensor | None
 ) -> Tensor:
@@ -329,4 +364,5 @@ def prune_cluster(
 
 
 implement("score_tokens", "triton", declare_custom("score_tokens_triton", function=score_tokens, **SCORE))
+implement("score_variant", "triton", declare_custom("score_variant_triton", function=score_variant, **VARIANT))
 implement("prune_cluster", "triton", declare_custom("prune_cluster_triton", function=prune_cluster, **CLUSTER))

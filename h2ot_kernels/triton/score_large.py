@@ -1,8 +1,9 @@
 """Density-peak scoring of any number of tokens with O(N k) memory: tiles of bounds are made, searched and forgotten.
 
-nearest_kernel: the nearest tokens of each, exactly, and its density. resolve_kernel: the next denser token where it is
-among them; the other rows go to a list. scan_kernel: the rows of the list against all tokens. farthest_kernel (only
-where a peak's distance is asked for): the largest distance of a sample. finish_kernel: density, distance, score.
+nearest_kernel: the nearest tokens of each, exactly, and its density, by them or by all tokens. resolve_kernel: the next
+denser token where it is among them; the other rows go to a list. scan_kernel: the rows of the list against all tokens.
+farthest_kernel (only where a peak's distance is asked for): the largest distance of a sample. finish_kernel: density,
+distance, score.
 """
 
 import torch
@@ -10,40 +11,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch, pow2
+from .common import launch, number, pow2
+from .density import Definition, gaussian_key, gaussian_steps, score_of, store_keys
 from .distance import bounds, insert, mean_square, next_candidate, pair_squares
 from .select import select_tokens
 
 
-@triton.jit
-def score_of(m, square, largest, parent, noise, C):
-    """(density, distance, score) of valid tokens from m, the square to the parent (-1: none), the largest square."""
-    density = tl.exp(-m)
-    distance = tl.sqrt(tl.where(parent < 0, largest, square) / C)
-    score = tl.where(parent < 0, float("inf"), tl.log(distance) - m)
-    if noise is not None:
-        density += noise
-        score = density * distance
-    return density, distance, score
-
-
-# FLOPs: 2 B N^2 C (x 3 in float32). Bytes: tokens once per block of rows (from L2), 12 B N SLOTS written.
-# Floor: the products at the rate of TF32, or of the 16-bit type.
+# FLOPs: 2 B N^2 C (x 3 in float32), with GAUSSIAN 3 B N^2 C in float64 where all pairs are in reach. Bytes: tokens once
+# per block of rows (from L2), 12 B N SLOTS written. Floor: the products at the rate of TF32, or of the 16-bit type.
 @triton.jit
 def nearest_kernel(
     x, valid, noise, m, rank, near_out, which_out, N, C, stride_b, stride_n, stride_c, k,
+    area: tl.float64, width: tl.float64,
+    EXCLUDE: tl.constexpr, GAUSSIAN: tl.constexpr,
     CENTRE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """near_out, which_out [B, N, SLOTS]: the SLOTS > k nearest tokens, itself included, unordered; inf: too few."""
+    """near_out, which_out [B, N, SLOTS]: the SLOTS > k nearest tokens, unordered; inf: too few. m: of k of them.
+
+    The token itself is one of them unless EXCLUDE.
+    """
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     offset = b * stride_b + row.to(tl.int64) * stride_n
     slot = tl.arange(0, SLOTS)
-    near = tl.zeros([ROWS, 1], tl.float64) + tl.where(slot == 0, 0.0, float("inf")).to(tl.float64)[None, :]
+    itself = slot < (0 if EXCLUDE else 1)
+    near = tl.zeros([ROWS, 1], tl.float64) + tl.where(itself, 0.0, float("inf")).to(tl.float64)[None, :]
     which = tl.zeros([1, SLOTS], tl.int32) + row[:, None]
+    steps = tl.zeros([ROWS], tl.int64)
     tiles = tl.cdiv(N, COLUMNS)
     for i in range(tiles):
         # The row's own neighbourhood first: in a video the nearest tokens stand there.
@@ -65,14 +62,18 @@ def nearest_kernel(
             near, which = insert(near, which, square, first + candidate, active)
             least, candidate = next_candidate(low, pairs, least, candidate, tl.arange(0, COLUMNS))
             active = (least < float("inf")) & (least.to(tl.float64) < tl.max(near, 1))
+        if GAUSSIAN:
+            steps += tl.sum(
+                gaussian_steps(x, offset, inside, at, there, low, pairs, stride_c, C, number(width, tl.float64)), 1
+            )
     at = ((b * N + row) * SLOTS)[:, None] + slot[None, :]
     tl.store(near_out + at, near, (row < N)[:, None])
     tl.store(which_out + at, which, (row < N)[:, None])
-    mean = mean_square(near, k, C)
-    tl.store(m + b * N + row, mean, row < N)
-    if noise is not None:
-        mean = -(tl.exp(-mean) + tl.load(noise + b * N + row, row < N, 0))
-        tl.store(rank + b * N + row, mean, row < N)
+    if GAUSSIAN:
+        mean = gaussian_key(steps, EXCLUDE)
+    else:
+        mean = mean_square(near, k, number(area, tl.float64))
+    store_keys(mean, m, rank, noise, b * N + row, row < N, GAUSSIAN)
 
 
 # Bytes: 12 B N SLOTS read. Floor: those at the copy bandwidth.
@@ -203,7 +204,8 @@ def farthest_kernel(
 # Bytes: 32 B N read, 24 B N written. Floor: those at the copy bandwidth.
 @triton.jit
 def finish_kernel(
-    valid, noise, m, square_of, parent_of, largest, density_out, distance_out, score_out, N, C, ROWS: tl.constexpr
+    valid, noise, m, square_of, parent_of, largest, density_out, distance_out, score_out, N, area: tl.float64,
+    GAUSSIAN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """density and distance (where asked for) and score [B, N]."""
     blocks = tl.cdiv(N, ROWS)
@@ -219,31 +221,32 @@ def finish_kernel(
     if noise is not None:
         added = tl.load(noise + at, there, 0)
     density, distance, score = score_of(
-        tl.load(m + at, there, 0), tl.load(square_of + at, there, 0), most, tl.load(parent_of + at, there, -1), added, C
-    )
+        tl.load(m + at, there, 0), tl.load(square_of + at, there, 0), most, tl.load(parent_of + at, there, -1), added,
+        number(area, tl.float64), GAUSSIAN,
+    )  # fmt: skip
     tl.store(score_out + at, tl.where(inside, score, float("-inf")), there)
     if density_out is not None:
         tl.store(density_out + at, tl.where(inside, density, 0.0), there)
         tl.store(distance_out + at, tl.where(inside, distance, 0.0), there)
 
 
-def stream_tile(B: int, N: int, slots: int, dtype: torch.dtype) -> dict:
+def stream_tile(B: int, N: int, slots: int, dtype: torch.dtype, gaussian: bool = False) -> dict:
     """Tile of nearest_kernel, scan_kernel and farthest_kernel; CENTRE: whether the mean is subtracted (not in 16 bits,
-    whose products are exact as they are)."""
+    whose products are exact as they are). gaussian: that of a nearest_kernel that holds a tile of squares, too."""
     double, half = dtype == torch.float64, dtype in (torch.bfloat16, torch.float16)
-    side = 16 if double else 32 if B * N < 8192 or (slots > 8 and not half) else 64
+    side = 16 if double else 32 if gaussian or B * N < 8192 or (slots > 8 and not half) else 64
     return {
         "CENTRE": not half,
         "ROWS": side,
         "COLUMNS": side,
         "BLOCK": side if half else 16,
         "EXACT": 64,
-        "num_warps": 8 if side == 64 else 4,
+        "num_warps": 8 if side == 64 or (gaussian and not double) else 4,
         "num_stages": 2,
     }
 
 
-def score_large(pool, x: Tensor, k: int, mask, noise, keep, num_tokens: int, scores: bool):
+def score_large(pool, x: Tensor, k: int, mask, noise, keep, num_tokens: int, scores: bool, by: Definition):
     """((density, distance, score, parent), index): what score.py's _run gives, for any N."""
     B, N = x.shape[:2]
     count = x.new_empty((B, 1), dtype=torch.int32)
@@ -259,7 +262,16 @@ def score_large(pool, x: Tensor, k: int, mask, noise, keep, num_tokens: int, sco
     density, distance = (x.new_empty((B, N), dtype=torch.float64) if scores else None for _ in range(2))
     largest = x.new_empty((B,), dtype=torch.float64) if scores or noise is not None else None
     grid = (B * triton.cdiv(N, config["ROWS"]),)
-    launch(nearest_kernel, grid, tokens, valid, noise, m, rank, near, which, *strides, k, SLOTS=slots, **config)
+    nearest_config = stream_tile(B, N, slots, tokens.dtype, by.gaussian)
+    launch(
+        nearest_kernel,
+        (B * triton.cdiv(N, nearest_config["ROWS"]),),
+        tokens, valid, noise, m, rank, near, which, *strides, k, by.area, by.width,
+        EXCLUDE=by.exclude_self,
+        GAUSSIAN=by.gaussian,
+        SLOTS=slots,
+        **nearest_config,
+    )  # fmt: skip
     rows = 2048 // max(slots, 16)  # rows times slots stay in registers
     launch(
         resolve_kernel,
@@ -275,7 +287,8 @@ def score_large(pool, x: Tensor, k: int, mask, noise, keep, num_tokens: int, sco
     launch(
         finish_kernel,
         (B * triton.cdiv(N, 256),),
-        valid, noise, m, square, parent, largest, density, distance, score, N, tokens.shape[2],
+        valid, noise, m, square, parent, largest, density, distance, score, N, by.area,
+        GAUSSIAN=by.gaussian,
         ROWS=256,
         num_warps=4,
     )  # fmt: skip
