@@ -103,6 +103,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "another padding between rows of shared memory",
     (
         "csrc/cuda/score_stream.cuh",
+        "if (count < room || value < shared.low[r][room - 1]) {",
+        "if (count < room || value <= shared.low[r][room - 1]) {",
+    ): "an equal one of a later column finds no place in a full list",
+    (
+        "h2ot_kernels/triton/score_large.py",
+        "side = 16 if double else 32 if gaussian or B * N < 8192 or (slots > 8 and not half) else 64",
+        "side = 16 if double else 32 if gaussian or B * N <= 8192 or (slots > 8 and not half) else 64",
+    ): "another tile, the same results",
+    (
+        "csrc/cuda/score_stream.cuh",
         "if (wants_largest && lane == 0) {",
         "if (wants_largest && lane != 0) {",
     ): "31 lanes write what one would",

@@ -283,12 +283,7 @@ def function_for(function: Callable) -> Callable:
         results = []
         try:
             replacement = _with_the_parameters_of(function, form)
-            with (
-                torch.random.fork_rng(devices=[]),
-                torch.device("cpu"),
-                torch.no_grad(),
-                torch.autocast("cpu", enabled=False),
-            ):
+            with _trial():
                 for candidate in (function, replacement):
                     torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
                     given = arguments(torch.Generator().manual_seed(0))
