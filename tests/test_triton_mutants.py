@@ -42,8 +42,8 @@ MUTANTS = {
     ),
     "swapped strides": (
         "score.py",
-        "x, sample + row.to(tl.int64) * stride_n,",
-        "x, sample + row.to(tl.int64) * stride_c,",
+        "row_offset, column_offset = sample + row.to(tl.int64) * stride_n,",
+        "row_offset, column_offset = sample + row.to(tl.int64) * stride_c,",
         f"{STORED}[random-2x27x16-k2K9-float32-triton]",
     ),
     "ties to the later token": (

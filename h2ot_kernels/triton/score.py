@@ -112,9 +112,10 @@ def gram_kernel(
         row_inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
         column_inside = (column < N) & (tl.load(valid + b * N + column, column < N, 0) != 0)
         sample = b * stride_b
+        row_offset, column_offset = sample + row.to(tl.int64) * stride_n, sample + column.to(tl.int64) * stride_n
         bound, slack = bounds(
-            x, sample + row.to(tl.int64) * stride_n, row_inside, sample + column.to(tl.int64) * stride_n, column_inside,
-            sample, N, stride_n, stride_c, C, valid + b * N, True, BLOCK,
+            x, row_offset, row_inside, column_offset, column_inside, sample, N, stride_n, stride_c, C,
+            valid + b * N, True, BLOCK,
         )  # fmt: skip
         bound = tl.where(row_inside[:, None] & column_inside[None, :], bound, float("inf"))
         stored = (row < N)[:, None] & (column < N)[None, :]
@@ -127,8 +128,8 @@ def gram_kernel(
         if terms is not None:
             pairs = row_inside[:, None] & column_inside[None, :] & (row[:, None] != column[None, :])
             steps = gaussian_steps(
-                x, sample + row.to(tl.int64) * stride_n, row_inside, sample + column.to(tl.int64) * stride_n,
-                column_inside, bound, pairs, stride_c, C, number(width, tl.float64),
+                x, row_offset, row_inside, column_offset, column_inside, bound, pairs, stride_c, C,
+                number(width, tl.float64),
             )  # fmt: skip
             tl.store(terms + (b * N + row) * blocks + left, tl.sum(steps, 1), row < N)
             if upper != left:
