@@ -57,7 +57,7 @@ def score_calls() -> Iterator[Callable]:
 
 
 def variant_calls() -> Iterator[Callable]:
-    """Without the token itself, and Gaussian with it and without, stored and streamed; scale alone is no constant."""
+    """Without the token itself, and Gaussian, stored and streamed; only Gaussian is a constant of its own."""
     nearest, gaussian, gaussian_of_others = (0.5, True, 0.0), (0.0, False, 0.4), (0.5, True, 0.4)
     for dtype in DTYPES:
         for N, options in ((243, nearest), (243, gaussian), (4000, nearest), (4000, gaussian), (16384, nearest)):

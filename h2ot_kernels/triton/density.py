@@ -15,11 +15,14 @@ INTEGERS = tl.constexpr(2.0**52)  # float64 from here on are integers: adding it
 
 
 class Definition(NamedTuple):
-    """How a call defines distances and densities: d^2 = |x_i - x_j|^2 / area, terms exp(-|x_i - x_j|^2 / width)."""
+    """How a call defines distances and densities: d^2 = |x_i - x_j|^2 / area, terms exp(-|x_i - x_j|^2 / width).
+
+    itself: 1 where a token counts among its neighbours, else 0; a float, for which Triton compiles nothing anew.
+    """
 
     area: float
     width: float
-    exclude_self: bool
+    itself: float
     gaussian: bool
 
 
@@ -27,10 +30,10 @@ def definition(C: int, scale: float = 0.0, exclude_self: bool = False, cutoff: f
     """What the options of `score_variant` mean for tokens of C channels; 0: the option is not given.
 
     >>> definition(16, cutoff=0.5)
-    Definition(area=16.0, width=4.0, exclude_self=False, gaussian=True)
+    Definition(area=16.0, width=4.0, itself=1.0, gaussian=True)
     """
     area = scale * scale if scale else float(C)
-    return Definition(area, area * cutoff * cutoff, exclude_self, cutoff > 0)
+    return Definition(area, area * cutoff * cutoff, float(not exclude_self), cutoff > 0)
 
 
 @triton.jit
@@ -58,11 +61,9 @@ def gaussian_steps(x, rows, rows_inside, columns, columns_inside, low, pairs, st
 
 
 @triton.jit
-def gaussian_key(steps, EXCLUDE: tl.constexpr):
-    """m of tokens from the sums of their terms with all others."""
-    if not EXCLUDE:
-        steps += 1 << 40
-    return -steps.to(tl.float64) / STEPS
+def gaussian_key(steps, itself):
+    """m of tokens from the sums of their terms with all others; itself: as in `Definition`, float64."""
+    return -(steps + (itself * STEPS).to(tl.int64)).to(tl.float64) / STEPS
 
 
 @triton.jit

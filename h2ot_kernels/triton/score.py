@@ -60,10 +60,10 @@ def pool_kernel(
 
 @triton.jit
 def _nearest_mean(
-    x, low, valid, row, b, N, stride_b, stride_n, stride_c, C, k, area,
-    EXCLUDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    x, low, valid, row, b, N, stride_b, stride_n, stride_c, C, k, area, itself,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m of these rows: the mean square to the k nearest tokens, of which the first is the token itself, or EXCLUDE."""
+    """m of these rows: the mean square to the k nearest tokens, the token itself first if it counts."""
     column = tl.arange(0, WIDTH)
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     open_pairs = inside[:, None] & (column < N)[None, :] & (column[None, :] != row[:, None])
@@ -71,7 +71,7 @@ def _nearest_mean(
     offset = b * stride_b + row.to(tl.int64) * stride_n
     slot = tl.arange(0, SLOTS)
     # Slots beyond k never count.
-    start = tl.where(slot < (0 if EXCLUDE else 1), 0.0, tl.where(slot < k, float("inf"), float("-inf"))).to(tl.float64)
+    start = tl.where(slot < itself, 0.0, tl.where(slot < k, float("inf"), float("-inf"))).to(tl.float64)
     near = tl.zeros([ROWS, 1], tl.float64) + start[None, :]
     which = tl.zeros([ROWS, SLOTS], tl.int32)
     last_low = tl.full([ROWS], -1.0, bound.dtype)
@@ -94,8 +94,8 @@ def _nearest_mean(
 @triton.jit
 def gram_kernel(
     x, valid, noise, low, slack_of, terms, m, rank, counters,
-    N, C, stride_b, stride_n, stride_c, k, area: tl.float64, width: tl.float64,
-    EXCLUDE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    N, C, stride_b, stride_n, stride_c, k, area: tl.float64, width: tl.float64, itself: tl.float64,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """low [B, N, N]: bounds of all pairs, inf where one is not valid; slack_of [B, N]: each token's share of slack.
@@ -146,11 +146,12 @@ def gram_kernel(
                             tile = tl.arange(0, WIDTH // TILE)
                             there = (own < N)[:, None] & (tile < blocks)[None, :]
                             at = ((b * N + own) * blocks)[:, None] + tile[None, :]
-                            mean = gaussian_key(tl.sum(tl.load(terms + at, there, 0, cache_modifier=".cg"), 1), EXCLUDE)
+                            summed = tl.sum(tl.load(terms + at, there, 0, cache_modifier=".cg"), 1)
+                            mean = gaussian_key(summed, number(itself, tl.float64))
                         else:
                             mean = _nearest_mean(
                                 x, low, valid, own, b, N, stride_b, stride_n, stride_c, C, k, number(area, tl.float64),
-                                EXCLUDE, ROWS, WIDTH, SLOTS, EXACT,
+                                number(itself, tl.float64), ROWS, WIDTH, SLOTS, EXACT,
                             )  # fmt: skip
                         store_keys(mean, m, rank, noise, b * N + own, own < N, terms is not None)
 
@@ -324,7 +325,7 @@ def _run(x, k, mask, noise, keep, num_tokens: int, scores: bool, by: Definition 
         gram_kernel,
         (B * blocks * blocks,),
         tokens, valid, noise, low, slack, terms, m, rank, counters, N, C, *tokens.stride(), k, by.area, by.width,
-        EXCLUDE=by.exclude_self,
+        by.itself,
         **config,
     )  # fmt: skip
     config = delta_tile(N, x.dtype == torch.float64)

@@ -22,14 +22,14 @@ from .select import select_tokens
 @triton.jit
 def nearest_kernel(
     x, valid, noise, m, rank, near_out, which_out, N, C, stride_b, stride_n, stride_c, k,
-    area: tl.float64, width: tl.float64,
-    EXCLUDE: tl.constexpr, GAUSSIAN: tl.constexpr,
+    area: tl.float64, width: tl.float64, itself: tl.float64,
+    GAUSSIAN: tl.constexpr,
     CENTRE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """near_out, which_out [B, N, SLOTS]: the SLOTS > k nearest tokens, unordered; inf: too few. m: of k of them.
 
-    The token itself is one of them unless EXCLUDE.
+    The token itself is one of them if it counts.
     """
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -37,8 +37,8 @@ def nearest_kernel(
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     offset = b * stride_b + row.to(tl.int64) * stride_n
     slot = tl.arange(0, SLOTS)
-    itself = slot < (0 if EXCLUDE else 1)
-    near = tl.zeros([ROWS, 1], tl.float64) + tl.where(itself, 0.0, float("inf")).to(tl.float64)[None, :]
+    own = slot < number(itself, tl.float64)
+    near = tl.zeros([ROWS, 1], tl.float64) + tl.where(own, 0.0, float("inf")).to(tl.float64)[None, :]
     which = tl.zeros([1, SLOTS], tl.int32) + row[:, None]
     steps = tl.zeros([ROWS], tl.int64)
     tiles = tl.cdiv(N, COLUMNS)
@@ -70,7 +70,7 @@ def nearest_kernel(
     tl.store(near_out + at, near, (row < N)[:, None])
     tl.store(which_out + at, which, (row < N)[:, None])
     if GAUSSIAN:
-        mean = gaussian_key(steps, EXCLUDE)
+        mean = gaussian_key(steps, number(itself, tl.float64))
     else:
         mean = mean_square(near, k, number(area, tl.float64))
     store_keys(mean, m, rank, noise, b * N + row, row < N, GAUSSIAN)
@@ -266,8 +266,7 @@ def score_large(pool, x: Tensor, k: int, mask, noise, keep, num_tokens: int, sco
     launch(
         nearest_kernel,
         (B * triton.cdiv(N, nearest_config["ROWS"]),),
-        tokens, valid, noise, m, rank, near, which, *strides, k, by.area, by.width,
-        EXCLUDE=by.exclude_self,
+        tokens, valid, noise, m, rank, near, which, *strides, k, by.area, by.width, by.itself,
         GAUSSIAN=by.gaussian,
         SLOTS=slots,
         **nearest_config,
