@@ -109,8 +109,9 @@ def test_labels_share_one_index_row_and_skip_masked_centres(runner):
 @pytest.mark.parametrize("runner", runners("merge_tokens"))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_merging_within_bound(weighted, dtype, runner):
-    x, labels = torch.randn(3, 60, 33).to(dtype), torch.randint(-1, 7, (3, 60))
+@pytest.mark.parametrize("C", [33, 150])  # less than eight vectors, and more with a rest
+def test_merging_within_bound(C, weighted, dtype, runner):
+    x, labels = torch.randn(3, 60, C).to(dtype), torch.randint(-1, 7, (3, 60))
     labels[labels == 4] = 2
     weight = torch.rand(3, 60, 1) if weighted else None
     for view in (x, x.mT.contiguous().mT):
