@@ -248,8 +248,8 @@ def find_frames(frames: Tensor, *wanted: Tensor | int) -> Tensor:
 
 
 def check_signal(name: str, signal: Tensor, frames: int, axis: int = 1) -> None:
-    """A signal of that many frames on an axis, which may also be missing: then the pruner says what it wants."""
-    if signal.dim() > max(axis, ~axis) and signal.shape[axis] != frames:
+    """A signal of that many frames on axis 1 or -2, which may also be missing: then the pruner says what it wants."""
+    if signal.dim() > 1 and signal.shape[axis] != frames:
         raise ValueError(f"{name}: got shape {checks.shape(signal)}, wanted {frames} frames on axis {axis}")
 
 

@@ -92,6 +92,8 @@ class WrappedBlocks(nn.Module):
         if mask is not None:
             checks.tensor("mask", mask, (2,), "[B, F]", (torch.bool,))
             check_signal("mask", mask, self.hourglass.num_frames)
+            if x.shape[0] % max(mask.shape[0], 1):
+                raise ValueError(f"mask: got shape {checks.shape(mask)}, wanted a row per sample of the {len(x)} of x")
         for i, layer in enumerate(self.layers()):
             if i in self.hourglass.stages:
                 if self.hourglass.pruner == "attention" and index is None:

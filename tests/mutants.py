@@ -87,7 +87,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if (streamed.open[i] || state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",
     ): "rows that are proven are decided again, the same",
     (
-        "csrc/cpu/score.cpp",
+        "csrc/cpu/score_stored.h",
         "for (int64_t i = 0, j = 0; i < sample.n && j < K; i++) {",
         "for (int64_t i = 0, j = 0; i < sample.n && j <= K; i++) {",
     ): "with nothing left in index, the body leaves every token out",

@@ -257,6 +257,22 @@ def test_packed_layers_take_and_refuse_what_linear_layers_do():
             assert packed.double()(x.double()).dtype == torch.float64
 
 
+class OwnNames(mixste.Attention):
+    """What the fast form calls its settings means something else here."""
+
+    def __init__(self):
+        super().__init__(C, H)
+        self.kernel, self.extra, self.trains, self.frame_dim, self.original = "conv", 3, False, 0, None
+
+
+def test_attributes_may_have_the_names_of_the_fast_forms_settings():
+    attention, x = OwnNames().double(), torch.randn(2, 6, C).double()
+    assert "attention" in replaced(agrees(attention.train(), x))
+    with dropin.patch(attention) as first, dropin.patch(attention) as second:
+        assert replaced(first) == replaced(second)
+    assert type(attention) is OwnNames
+
+
 def test_several_patches_in_any_order():
     (one, x), (two, _) = hot_mixste(), hot_mixste()
     original, linear = mixste.cluster_dpc_knn, one.STEblocks[0].attn.qkv

@@ -22,7 +22,9 @@ def affordable(case, runner):
 
 
 def pairs(op, *kinds):
-    """Every affordable case with every runner of op; in Triton's interpreter options with these kinds only, if any."""
+    """Every affordable case with every runner of op; in Triton's interpreter options with these kinds only, if any:
+    kept tokens follow from the scores, which all kinds test.
+    """
     return [
         pytest.param(case, runner.values[0], id=f"{case}-{runner.id}")
         for runner in runners(op)

@@ -169,6 +169,11 @@ class Pair(nn.Linear):
 WRONG = {
     "mask of floats": ({"mask": torch.ones(B, F)}, TypeError, "mask: got dtype float32, wanted bool"),
     "mask of fewer frames": ({"mask": torch.ones(B, F - 1) > 0}, ValueError, r"mask: got shape \[2, 26\], wanted 27"),
+    "mask of other samples": (
+        {"mask": torch.ones(B + 1, F) > 0},
+        ValueError,
+        r"mask: got shape \[3, 27\], wanted a row",
+    ),
     "no tensor": ({"x": [0.0]}, TypeError, "x: got list, wanted a tensor"),
     "fewer frames": ({"x": torch.randn(B, F - 1, C)}, ValueError, r"x: got shape \[2, 26, 16\], wanted 27 frames"),
     "scores of fewer frames": (

@@ -27,7 +27,7 @@ class Fast:
     """Mixed in by `fast_class`: `original` is the module's own class, `extra` its forward's further arguments.
 
     `kernel`: the switch. `trains`: whether the own forward computes in training what it computes in eval mode, the
-    children's dropout aside.
+    children's dropout aside. All are read from the class: a module may have attributes of these names.
     """
 
     kernel: str
@@ -46,9 +46,10 @@ class Fast:
 
     def _is_usual(self, args: tuple = (), kwargs: dict | None = None) -> bool:
         """The further arguments have their defaults, and nothing wants to see each operation."""
-        given = dict(zip(self.extra, args, strict=False)) | (kwargs or {})
-        usual = all(_same(value, self.extra.get(name, self)) for name, value in given.items())
-        return usual and len(args) <= len(self.extra) and not is_transformed()
+        extra = type(self).extra
+        given = dict(zip(extra, args, strict=False)) | (kwargs or {})
+        usual = all(_same(value, extra.get(name, self)) for name, value in given.items())
+        return usual and len(args) <= len(extra) and not is_transformed()
 
 
 def _same(value, default) -> bool:
@@ -156,23 +157,18 @@ class FastAttention(Fast):
 
     kernel = "attention"
     inputs = 1
+    frame_dim = -2
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not (self._is_usual(args, kwargs) and stores_nothing(self, x)):
             return super().forward(x, *args, **kwargs)
-        return attend(self, self.qkv(x))
+        return attend(self, self.qkv(x), type(self).frame_dim)
 
 
-class FastAttentionFrames(Fast):
+class FastAttentionFrames(FastAttention):
     """MotionAGFormer's temporal attention: x [B, F, J, C], over the frames of each joint."""
 
-    kernel = "attention"
-    inputs = 1
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if not (self._is_usual(args, kwargs) and stores_nothing(self, x)):
-            return super().forward(x, *args, **kwargs)
-        return attend(self, self.qkv(x), frame_dim=1)
+    frame_dim = 1
 
 
 class FastAttentionInPlace(Fast):
@@ -226,7 +222,7 @@ def stores_nothing(attention: Fast, *inputs: Tensor, project: tuple[str, ...] = 
     """Whether there is something to attend to, and what the fast path leaves out would do nothing."""
     called = (*project, "proj", "proj_drop")
     skipped = [module for name, module in attention._modules.items() if name not in called]
-    same = attention.trains or not attention.training
+    same = type(attention).trains or not attention.training
     return same and all(x.numel() for x in inputs) and is_silent(*skipped)
 
 

@@ -235,7 +235,7 @@ class Patch:
         modules = dict(root.named_modules())
         # Linear layers first: a fused MLP wants its fc1 packed.
         for path, module in sorted(modules.items(), key=lambda item: not isinstance(item[1], nn.Linear)):
-            kind = (module.kernel, type) if isinstance(module, Fast) else kind_of(module)
+            kind = (type(module).kernel, type) if isinstance(module, Fast) else kind_of(module)
             if kind is None or kind[0] not in self.kernels:
                 continue
             kernel, find = kind
