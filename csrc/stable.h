@@ -89,10 +89,10 @@ inline Tensor make_coded(const Tensor& like, const std::vector<int64_t>& size, i
   int64_t step = 1;
   for (size_t axis = size.size(); axis-- > 0; step *= std::max<int64_t>(size[axis], 1)) stride[axis] = step;
   int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride, dtype, device,
-                                                         like.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride, dtype, device,
+                                                  like.get_device_index(), &made));
   return in_huge_pages(Tensor(made));
 }
 inline Tensor make(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
@@ -100,7 +100,7 @@ inline Tensor make(const Tensor& like, const std::vector<int64_t>& size, ScalarT
 }
 inline Tensor make(const Tensor& like, const std::vector<int64_t>& size) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return make_coded(like, size, dtype);
 }
 
