@@ -1,9 +1,11 @@
 """Drives CMake (the one build description is CMakeLists.txt). Metadata stands in pyproject.toml.
 
-H2OT_KERNELS_CUDA=1 also builds the CUDA library: it needs nvcc, not a GPU.
+H2OT_KERNELS_CUDA=1 also builds the CUDA library: it needs nvcc, not a GPU. H2OT_KERNELS_CUDA_ARCHITECTURES="90;120": for
+these only (default: those of CMakeLists.txt).
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,10 +29,14 @@ class CMakeBuild(build_ext):
             "H2OT_CUDA": "ON" if os.environ.get("H2OT_KERNELS_CUDA") == "1" else "OFF",
             "CMAKE_INSTALL_PREFIX": package,
         }
+        if architectures := os.environ.get("H2OT_KERNELS_CUDA_ARCHITECTURES"):
+            options["H2OT_CUDA_ARCHITECTURES"] = architectures
         configure = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
-        subprocess.run(["cmake", "--install", build], check=True)
+        # cmake and ninja of this Python's environment come first, whether it is activated or not.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        cmake = shutil.which("cmake", path=path) or "cmake"
+        for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *configure], ["--build", build], ["--install", build]):
+            subprocess.run([cmake, *command], check=True, env=os.environ | {"PATH": path})
 
     def get_outputs(self):
         package = Path(self.get_ext_fullpath("h2ot_kernels._C")).parent

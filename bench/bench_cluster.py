@@ -1,4 +1,4 @@
-"""pytest bench/bench_cluster.py --benchmark-enable"""
+"""pytest bench/bench_cluster.py"""
 
 from .rivals import every, run
 

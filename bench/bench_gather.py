@@ -1,4 +1,4 @@
-"""pytest bench/bench_gather.py --benchmark-enable"""
+"""pytest bench/bench_gather.py"""
 
 from .rivals import every, run
 

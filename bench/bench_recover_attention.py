@@ -1,4 +1,4 @@
-"""pytest bench/bench_recover_attention.py --benchmark-enable"""
+"""pytest bench/bench_recover_attention.py"""
 
 from .rivals import every, run
 

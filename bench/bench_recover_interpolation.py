@@ -1,4 +1,4 @@
-"""pytest bench/bench_recover_interpolation.py --benchmark-enable"""
+"""pytest bench/bench_recover_interpolation.py"""
 
 from .rivals import every, run
 

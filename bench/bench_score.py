@@ -1,4 +1,4 @@
-"""pytest bench/bench_score.py --benchmark-enable"""
+"""pytest bench/bench_score.py"""
 
 from .rivals import every, run
 

@@ -1,4 +1,4 @@
-"""pytest bench/bench_select.py --benchmark-enable"""
+"""pytest bench/bench_select.py"""
 
 from .rivals import every, run
 

@@ -59,7 +59,8 @@ def _candidates():
     for capability in _C.runnable_capabilities().split(","):
         yield Runner("cpp", "cpu", capability)
     yield Runner("triton", DEVICE)
-    yield Runner("cuda", "cuda")
+    if DEVICE == "cuda":  # a torch with CUDA loads the library without a device, too
+        yield Runner("cuda", DEVICE)
     yield Runner("reference", "cpu")
 
 
