@@ -1,6 +1,9 @@
 """./dev gpu on a machine without a GPU: the refusal, and the stages' bookkeeping with commands that need none."""
 
+import contextlib
 import json
+import os
+import select
 import sys
 import tarfile
 
@@ -10,10 +13,29 @@ import torch
 from bench import gpu
 
 
-def test_stages_keep_to_nine_minutes(tmp_path):
+def test_the_stages(tmp_path):
     planned = gpu.stages(tmp_path)
-    assert sum(stage.seconds for stage in planned) <= 540
     assert {"memcheck", "racecheck", "initcheck", "guard bands"} <= {stage.name for stage in planned}
+    # What comes first, what every other leans on, leaves the last stage time.
+    assert sum(stage.seconds for stage in planned[:5]) < gpu.SECONDS <= 540
+
+
+def test_a_stage_ends_with_the_time_of_the_command(tmp_path):
+    sleeps = gpu.Stage("sleeps", 60, (sys.executable, "-c", "import threading; threading.Event().wait()"))
+    late = gpu.run(sleeps, tmp_path, left=gpu.LEAST - 1)
+    assert (late.state, late.seconds) == ("not run", 0)
+    assert "--stage 'sleeps'" in late.tail
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for a process that is not its own: Linux")
+def test_a_stage_takes_along_what_it_has_started(tmp_path):
+    child = "import os, threading; print(os.getpid(), flush=True); threading.Event().wait()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    outcome = gpu.run(gpu.Stage("watches", 2, (sys.executable, "-c", parent)), tmp_path)
+    assert outcome.state == "out of time (2 s)"
+    with contextlib.suppress(ProcessLookupError):  # gone already
+        ended, _, _ = select.select([os.pidfd_open(int(outcome.tail))], [], [], 20)
+        assert ended
 
 
 def test_a_failing_stage_does_not_stop_the_others(tmp_path):
@@ -30,7 +52,7 @@ def test_a_failing_stage_does_not_stop_the_others(tmp_path):
     ]
     outcomes = [gpu.run(stage, logs) for stage in planned]
     assert [o.state for o in outcomes] == ["failed (3)", "out of time (1 s)", "not run", "passed"]
-    gpu.write(outcomes, tmp_path, {"device": "none", "date": "today"})
+    gpu.write(outcomes, tmp_path, logs, {"device": "none", "date": "today"})
     summary = (tmp_path / "summary.md").read_text()
     assert "| fails | failed (3) |" in summary
     assert "no-such-program is not on the PATH" in summary
@@ -45,4 +67,4 @@ def test_refuses_without_a_gpu(tmp_path, capsys):
     assert "needs a CUDA device" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu.main(["--stage", "nothing"])
-    assert "wanted some of environment" in capsys.readouterr().err
+    assert "wanted some of device, environment" in capsys.readouterr().err

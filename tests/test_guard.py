@@ -55,7 +55,10 @@ print(ctypes.c_float.from_address(x.data_ptr() + 4 * {index}).value)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None or DEVICE != "cpu",
+    reason="needs Linux and a C compiler, and Triton's interpreter, which is for machines without a GPU",
+)
 def test_no_operation_leaves_a_tensor_triton_included(tmp_path):
     """Triton's interpreted loads and stores among them: the page behind each buffer stops what touches it."""
     environment = fence.environment(fence.build(tmp_path)) | {"TRITON_INTERPRET": "1"}
