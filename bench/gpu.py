@@ -6,6 +6,7 @@ every stage: summary.md, results.jsonl, env.json and logs.tar.gz.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -44,18 +45,11 @@ class Outcome:
 def stages(out: Path) -> list[Stage]:
     """In the order of what is learnt from them: what comes last may find no time left."""
     python = sys.executable
-    tests = [
-        python,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        "-o",
-        "addopts=-ra -q",
-    ]
+    # Whatever plug-ins are here, and whether or not every test file can be imported.
+    pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=-ra -q --tb=short")
+    tests = [python, *pytest, "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist"):  # a test that loses the device costs its worker, which is replaced
-        tests += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+        tests += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
     every_op = (python, "-m", "tests.every_op")
     rows = ("--device", "cuda", "--out", str(out / "results.jsonl"))
     dtypes = ("--dtype", "float32", "bfloat16", "float16", "--seconds", "0.2")
@@ -72,9 +66,9 @@ def stages(out: Path) -> list[Stage]:
         Stage("every operation", 100, every_op),
         Stage("guard bands", 40, (*every_op, "--guard"), "nvcc"),
         Stage("gpu tests", 120, (*tests, "-m", "gpu")),
-        Stage("case list", 150, (*tests, "-m", "not gpu", "-k", shared)),
-        Stage("benchmarks", 150, (python, "-m", "bench.run", *rows, *dtypes)),
+        Stage("case list", 200, (*tests, "-m", "not gpu", "-k", shared)),
         sanitizer("memcheck"),
+        Stage("benchmarks", 150, (python, "-m", "bench.run", *rows, *dtypes)),
         sanitizer("racecheck"),
         sanitizer("initcheck"),
         Stage("compiled rivals", 60, (python, "-m", "bench.run", *rows, "--quick", "--compile", "--no-peers")),
@@ -82,8 +76,15 @@ def stages(out: Path) -> list[Stage]:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """The process and what it has started: a sanitizer's program would go on using the device."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """The process and what it has started: a sanitizer's program would go on using the device.
+
+    Asked first: pytest then says what has failed so far.
+    """
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(LEAST)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
