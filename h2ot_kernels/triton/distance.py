@@ -42,9 +42,11 @@ def bounds(
 ):  # fmt: skip
     """(low, slack) [rows, columns]: low <= |x_i - x_j|^2 <= low + 2 slack, low >= 0; tokens not inside give low 0.
 
-    rows, columns, sample: offsets of tokens, and of the sample's first. The product's error is at most
-    (C / 2 + 64) 2^-23 (|y_i|^2 + |y_j|^2): 3 C / 8 accumulations of three TF32 products (or C / 2 roundings to
-    nearest), and 64 for the norms, the split and this epilogue; float64: C + 64 times 2^-52. y = x - centre.
+    rows, columns, sample: offsets of tokens, and of the sample's first. y = x - centre. In units of 2^-24 (|y_i|^2 +
+    |y_j|^2) the product's error is at most 5 C / 4 + 128: 16-bit tokens run through C / 8 accumulations of eight
+    products, each cut a bit below float32 and the sum to float32, 10 units; float32 ones through such chains of one
+    BLOCK, then C / BLOCK roundings to nearest; 128 for those chains, the norms, the split and this epilogue. float64:
+    C + 64 times 2^-52.
     """
     single = widen(tl.zeros([1], x.dtype.element_ty))
     total = tl.zeros([rows.shape[0], columns.shape[0]], single.dtype)
@@ -70,7 +72,7 @@ def bounds(
     if single.dtype == tl.float64:
         slack = norms * ((C + 64) * 2.0**-52) + 2.0**-900
     else:
-        slack = norms * ((C + 128) * 2.0**-24) + C * 2.0**-116
+        slack = norms * ((C * 1.25 + 128) * 2.0**-24) + C * 2.0**-116
     low = norms - 2 * total - slack
     # Overflow leaves nothing known.
     return tl.where(low < float("inf"), tl.maximum(low, 0), 0), slack
