@@ -3,14 +3,20 @@
 import contextlib
 import json
 import os
+import re
 import select
+import shutil
+import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import gpu
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_stages(tmp_path):
@@ -69,3 +75,37 @@ def test_refuses_without_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--stage", "nothing"])
     assert "wanted some of device, environment" in capsys.readouterr().err
+
+
+PYTHON = """#!/bin/sh
+case "$*" in
+  *"version_info <"* | *"version.cuda is None"*) ;;
+  *get_device_capability*) echo 90 ;;
+  *setup.py*)
+    echo "build $H2OT_KERNELS_CUDA $H2OT_KERNELS_CUDA_ARCHITECTURES" >>calls
+    [ "$H2OT_KERNELS_CUDA" = {builds} ] ;;
+  *bench.gpu*) echo "$*" >>calls ;;
+  *) echo 3.12 2.11 ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="./dev is a bash script")
+@pytest.mark.parametrize(("builds", "built"), [(1, ["build 1 90"]), (0, ["build 1 90", "build 0 90"])])
+def test_dev_builds_for_the_device_and_goes_on_without_the_cuda_library(tmp_path, builds, built):
+    for name in ("dev", "CMakeLists.txt", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc/a.h", "csrc/cpu/a.cpp", "h2ot_kernels/_C.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name, text in (("python3", PYTHON.format(builds=builds)), ("nvcc", "#!/bin/sh\n"), ("c++", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(tmp_path / "python3")}
+    command = ["bash", tmp_path / "dev", "gpu", "--stage", "memcheck"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *builds_made, last = (tmp_path / "calls").read_text().splitlines()
+    assert builds_made == built
+    assert re.fullmatch(r"-m bench.gpu --spent \d+ --stage memcheck", last)
+    assert ("going on without it" in done.stderr) == (builds == 0)
