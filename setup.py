@@ -1,7 +1,7 @@
 """Drives CMake (the one build description is CMakeLists.txt). Metadata stands in pyproject.toml.
 
-H2OT_KERNELS_CUDA=1 also builds the CUDA library: it needs nvcc, not a GPU. H2OT_KERNELS_CUDA_ARCHITECTURES="90;120": for
-these only (default: those of CMakeLists.txt).
+H2OT_KERNELS_CUDA=1 also builds the CUDA library: it needs nvcc, not a GPU. H2OT_KERNELS_CUDA_ARCHITECTURES: for which
+devices, as CMake writes them ("90", "80-real;90"); without it for all that CMakeLists.txt lists.
 """
 
 import os
@@ -29,9 +29,10 @@ class CMakeBuild(build_ext):
             "H2OT_CUDA": "ON" if os.environ.get("H2OT_KERNELS_CUDA") == "1" else "OFF",
             "CMAKE_INSTALL_PREFIX": package,
         }
+        configure = ["-U", "H2OT_CUDA_ARCHITECTURES"]  # what an earlier build was given
         if architectures := os.environ.get("H2OT_KERNELS_CUDA_ARCHITECTURES"):
             options["H2OT_CUDA_ARCHITECTURES"] = architectures
-        configure = [f"-D{name}={value}" for name, value in options.items()]
+        configure += [f"-D{name}={value}" for name, value in options.items()]
         # cmake and ninja of this Python's environment come first, whether it is activated or not.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         cmake = shutil.which("cmake", path=path) or "cmake"

@@ -1,28 +1,37 @@
 """Everything that needs a GPU, in one command and under 9 minutes: `./dev gpu [--stage NAME ...]`.
 
-Each stage is a process with its own time budget; one that fails or runs out does not stop the others. Leaves in $OUT
-(default gpu_out/) summary.md, results.jsonl, env.json and logs.tar.gz.
+Each stage is a process group with its own time budget, and ends when the time of the whole command does; one that
+fails, hangs or loses the device does not stop the others. Leaves in $OUT (default gpu_out/), as far as it came after
+every stage: summary.md, results.jsonl, env.json and logs.tar.gz.
 """
 
 import argparse
+import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+SECONDS = 540  # of the whole command, the build included
+LEAST = 5  # seconds that a stage needs to be worth a start
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
-    seconds: int
+    seconds: float
     command: tuple[str, ...]
     needs: str | None = None  # a program on the PATH
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,55 +43,79 @@ class Outcome:
 
 
 def stages(out: Path) -> list[Stage]:
+    """In the order of what is learnt from them: what comes last may find no time left."""
     python = sys.executable
-    tests = (python, "-m", "pytest", "-p", "no:cacheprovider")
+    # Whatever plug-ins are here, and whether or not every test file can be imported.
+    pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=-ra -q --tb=short")
+    tests = [python, *pytest, "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist"):  # a test that loses the device costs its worker, which is replaced
+        tests += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
     every_op = (python, "-m", "tests.every_op")
     rows = ("--device", "cuda", "--out", str(out / "results.jsonl"))
     dtypes = ("--dtype", "float32", "bfloat16", "float16", "--seconds", "0.2")
+    without = "test_cuda_simt or test_cuda_plan or test_triton_mutants or test_triton_forms"  # need no GPU
 
     def sanitizer(tool: str) -> Stage:
-        watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-        return Stage(tool, 35, (*watch, *every_op), needs="compute-sanitizer")
+        watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
+        alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # else all tensors lie in one allocation
+        return Stage(tool, 70, (*watch, *every_op), "compute-sanitizer", alone)
 
     return [
-        Stage("environment", 20, (python, "-m", "h2ot_kernels", "env")),
-        Stage("every operation", 30, every_op),
-        Stage("gpu tests", 70, (*tests, "-m", "gpu")),
-        Stage("case list", 120, (*tests, "-m", "not gpu", "-k", "triton or cuda")),
-        Stage("benchmarks", 120, (python, "-m", "bench.run", *rows, *dtypes)),
-        Stage("compiled rivals", 50, (python, "-m", "bench.run", *rows, "--quick", "--compile", "--no-peers")),
-        Stage("guard bands", 20, (*every_op, "--guard"), needs="nvcc"),
+        Stage("device", 20, ("nvidia-smi",), "nvidia-smi"),
+        Stage("environment", 60, (python, "-m", "h2ot_kernels", "env")),
+        Stage("every operation", 100, every_op),
+        Stage("guard bands", 40, (*every_op, "--guard"), "nvcc"),
+        Stage("gpu tests", 120, (*tests, "-m", "gpu")),
+        Stage("case list", 200, (*tests, "-m", "not gpu", "-k", f"(triton or cuda) and not ({without})")),
         sanitizer("memcheck"),
+        Stage("benchmarks", 150, (python, "-m", "bench.run", *rows, *dtypes)),
         sanitizer("racecheck"),
         sanitizer("initcheck"),
+        Stage("compiled rivals", 60, (python, "-m", "bench.run", *rows, "--quick", "--compile", "--no-peers")),
     ]
 
 
-def run(stage: Stage, logs: Path) -> Outcome:
-    """Run one stage; its output goes to logs/<name>.log."""
+def _stop(process: subprocess.Popen) -> None:
+    """The process and what it has started: a sanitizer's program would go on using the device.
+
+    Asked first: pytest then says what has failed so far.
+    """
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(LEAST)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run(stage: Stage, logs: Path, left: float = SECONDS) -> Outcome:
+    """Run one stage in at most its own seconds and those left; its output goes to logs/<name>.log."""
     if stage.needs and shutil.which(stage.needs) is None:
         return Outcome(stage, "not run", 0.0, f"{stage.needs} is not on the PATH")
+    seconds = min(stage.seconds, left)
+    if seconds < min(stage.seconds, LEAST):
+        return Outcome(stage, "not run", 0.0, f"no time left: ./dev gpu --stage '{stage.name}' runs it alone")
     log, start = logs / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(stage.environment)}
     with log.open("w") as file:
+        process = subprocess.Popen(
+            stage.command, stdout=file, stderr=subprocess.STDOUT, env=environment, process_group=0
+        )
         try:
-            code = subprocess.run(
-                stage.command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=stage.seconds,
-                env=environment,
-                check=False,
-            ).returncode
+            code = process.wait(seconds)
             state = "passed" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
-            state = f"out of time ({stage.seconds} s)"
+            _stop(process)
+            state = f"out of time ({seconds:.0f} s)"
+        except BaseException:  # Ctrl-C reaches only this process: take the stage along
+            _stop(process)
+            raise
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
     return Outcome(stage, state, time.monotonic() - start, tail)
 
 
-def write(outcomes: list[Outcome], out: Path, environment: dict) -> None:
-    """summary.md, env.json and the archive of logs."""
+def write(outcomes: list[Outcome], out: Path, logs: Path, environment: dict) -> None:
+    """summary.md, env.json and the archive of logs, as far as they go."""
     (out / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
     lines = [f"# {environment.get('device', 'unknown device')}, {environment['date']}", ""]
     lines += ["| stage | outcome | seconds |", "|---|---|---|"]
@@ -91,18 +124,18 @@ def write(outcomes: list[Outcome], out: Path, environment: dict) -> None:
         lines += ["", f"## {o.stage.name}", "", "```", o.tail, "```"]
     (out / "summary.md").write_text("\n".join(lines) + "\n")
     with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
-        archive.add(out / "logs", "logs")
-    shutil.rmtree(out / "logs")
+        archive.add(logs, "logs")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_out")))
     parser.add_argument("--stage", action="append", help="run only this stage (may be repeated)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of the whole command (default: {SECONDS})")
+    parser.add_argument("--spent", type=float, default=0, help="seconds of them that setting up took")
     given = parser.parse_args(arguments)
+    end = time.monotonic() + given.seconds - given.spent
     import torch
-
-    from h2ot_kernels import env_report
 
     known = {stage.name: stage for stage in stages(given.out)}
     unknown = set(given.stage or ()) - set(known)
@@ -111,14 +144,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"./dev gpu needs a CUDA device; torch {torch.__version__} sees none here", file=sys.stderr)
         return 2
-    logs = given.out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for name in given.stage or known:
-        outcomes.append(run(known[name], logs))
-        print(f"{name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
+    from h2ot_kernels import env_report
+
+    given.out.mkdir(parents=True, exist_ok=True)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write(outcomes, given.out, {**env_report(), "date": date})
+    environment, outcomes = {**env_report(), "date": date}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in given.stage or known:
+            outcomes.append(run(known[name], Path(folder), end - time.monotonic()))
+            print(f"{name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
+            write(outcomes, given.out, Path(folder), environment)
+    print(f"summary.md, results.jsonl, env.json and logs.tar.gz are in {given.out.resolve()}")
     return int(any(o.state != "passed" and o.state != "not run" for o in outcomes))
 
 

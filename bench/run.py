@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,21 +70,26 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"best float32 product of this run: {machine.flops() / 1e9:.0f} GFLOP/s")
     with out.open("a") as file:
         for case in chosen:
-            comparison = build(case, machine.device)
-            others, missing = ({}, {}) if given.no_peers else peers.rivals(comparison, machine.device)
-            kernels, unfit, failed = other_backends(comparison, machine.device, given.backends)
-            others |= kernels
-            absent |= missing | unfit
-            wrong += failed
-            result = measure(case, machine, seconds=given.seconds, with_compile=given.compile, others=others)
-            wrong += not result.verdict.is_right
-            print(line(case, result), flush=True)
-            peak = {}
-            if no_memory is None and result.verdict.is_right:
-                peak = {rival: memory.peak_bytes(case, rival, machine.device) for rival in ("official", "ours")}
-            values = row(case, result, machine, environment) | {"peak_bytes": peak}
-            file.write(json.dumps(values, allow_nan=False) + "\n")
-            file.flush()
+            try:
+                comparison = build(case, machine.device)
+                others, missing = ({}, {}) if given.no_peers else peers.rivals(comparison, machine.device)
+                kernels, unfit, failed = other_backends(comparison, machine.device, given.backends)
+                others |= kernels
+                absent |= missing | unfit
+                wrong += failed
+                result = measure(case, machine, seconds=given.seconds, with_compile=given.compile, others=others)
+                wrong += not result.verdict.is_right
+                print(line(case, result), flush=True)
+                peak = {}
+                if no_memory is None and result.verdict.is_right:
+                    peak = {rival: memory.peak_bytes(case, rival, machine.device) for rival in ("official", "ours")}
+                values = row(case, result, machine, environment) | {"peak_bytes": peak}
+                file.write(json.dumps(values, allow_nan=False) + "\n")
+                file.flush()
+            except Exception:  # whatever stops one case: the others are measured
+                traceback.print_exc(file=sys.stdout)
+                print(f"{case!s:58} FAILED, not timed", flush=True)
+                wrong += 1
     for label, reason in absent.items():
         print(f"not timed: {label}: {reason}")
     print(f"peak memory: {no_memory or 'in the rows'}")

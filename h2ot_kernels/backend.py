@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,7 +38,12 @@ def load_library(stem: str) -> str | None:
     path = Path(__file__).parent / f"lib{stem}.so"
     if not path.exists():
         return f"{path.name} is not built (pip install --no-build-isolation .)"
-    torch.ops.load_library(path)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:  # another torch or CUDA than it was built with: said loudly, what else can run runs
+        reason = f"{path.name} cannot be loaded: {error}"
+        warnings.warn(f"h2ot_kernels: {reason}", stacklevel=2)
+        return reason
     return None
 
 

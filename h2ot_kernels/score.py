@@ -124,7 +124,7 @@ def check_scoring(x, k, mask, lengths, noise, variant: Variant) -> tuple[Tensor 
         checks.tensor("noise", noise, (2,), "[B, N]")
         checks.has_shape("noise", noise, x.shape[:2], "[B, N]")
         checks.same_device("noise", noise, "x", x)
-        noise = noise.detach().double()
+        noise = noise.detach().double().contiguous()
     return mask, noise
 
 

@@ -136,3 +136,33 @@ def calls() -> Iterator[Callable]:
     yield from cluster_calls()
     yield from recovery_calls()
     yield from tail_calls()
+
+
+def calls_of_ones() -> Iterator[Callable]:
+    """Sizes and strides of 1, which native Triton compiles in as constants."""
+    one, two, mask = tensor(1, 1, 1), tensor(1, 1), tensor(1, 1, dtype=torch.bool)
+    noise = tensor(1, 1, dtype=torch.float64)
+    for x in (one, tensor(1, 600, 1), tensor(1, 1, 2, 1)):
+        added = noise if x.shape[1] == 1 else None
+        yield partial(score.prune_cluster, x, 1, 1, index(1, 1), mask if x.shape[1] == 1 else None, added)
+        yield partial(score.score_tokens, x, 1, None, added)
+        yield partial(score.score_variant, x, 1, None, None, 0.5, True, 0.4)
+    yield partial(select.select_tokens, two, 1, index(1, 1), mask)
+    yield partial(select.select_tokens, tensor(1, 4000), 1, index(1, 1), tensor(1, 4000, dtype=torch.bool))
+    yield partial(select.prune_motion, tensor(1, 1, 1, 1), 1, None)
+    yield partial(attention_scores.prune_attention, tensor(1, 1, 1, 1), tensor(1, 1, 1, 1), 1, None, 1.0)
+    yield partial(cluster.assign_clusters, one, index(1, 1), None)
+    yield partial(cluster.merge_tokens, one, index(1, 1), 1, two)
+    yield partial(recover_attention.recover_attention, two, one, one, 1, 1.0)
+    for B in (1, 2):
+        many = tensor(B, 1, 1)
+        yield partial(recover_attention.recover_attention_backward, many, two, many, many, 1, 1.0)
+    for given in (None, index(1, 1)):
+        yield partial(recover_interpolation.recover_interpolate, one, given, 1, False)
+        yield partial(recover_interpolation.recover_interpolate_backward, one, given, 1, True)
+    vector = tensor(1)
+    yield partial(recover_tail.recover_projected_tail, two, one, two, vector, vector, vector, two, vector, 1.0)
+    yield partial(recover_tail.recover_projected_tail, two, one, two, None, None, None, two, None, 1e-5)
+    yield partial(gather.gather_tokens, tensor(1, 1, 1, 1), index(1, 1), two, 1, 2)
+    yield partial(gather.gather_tokens, tensor(1, 1, 1, 1), index(1, 1), None, 3, 3)
+    yield partial(gather.scatter_tokens, one, index(1, 1), 1, 1, 2)

@@ -4,6 +4,7 @@ One process per core tests with one thread each; what depends on the number of t
 """
 
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -49,8 +50,21 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def _same_start():
+def _same_start(request):
     torch.manual_seed(0)
     before = _C.capability()
     yield
     _C.set_capability(before)
+    if torch.cuda.is_initialized():
+        _leave_a_lost_device(request.node.nodeid)
+
+
+def _leave_a_lost_device(test):
+    """After an illegal access every later call of this process fails: it ends here, blaming the test that did it."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{test} left the device unusable: {error}", file=sys.__stderr__, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(70)  # xdist counts the test as failed and starts another worker
+        pytest.exit(f"{test} left the device unusable: {error}", returncode=70)

@@ -150,7 +150,18 @@ def compile_torch_facing(folder: Path) -> list[str]:
             names = subprocess.run(["nm", "-C", "--undefined-only", out], capture_output=True, text=True, check=True)
             unstable = [line.strip() for line in names.stdout.splitlines() if re.search(r"\b(at|c10)::", line)]
             faults += [f"{source}: not of the stable ABI: {name}" for name in unstable]
+            faults += [
+                f"{source}: {name} needs a stand-in in CMakeLists.txt" for name in _without_stand_in(names.stdout)
+            ]
     return faults
+
+
+def _without_stand_in(undefined: str) -> list[str]:
+    """Names of torch that libtorch_cpu.so does not have, and that CMake's stand-in for libtorch_cuda.so lacks, too."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    listed = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    known = listed.split() + re.findall(r"\w+", (ROOT / "CMakeLists.txt").read_text())
+    return sorted(set(re.findall(r"\baoti_torch_\w+", undefined)) - set(known))
 
 
 def dynamic_shared() -> dict[str, int]:

@@ -77,3 +77,11 @@ def test_capability_override():
     with pytest.raises(ValueError, match="capability 'sse9' cannot run here"):
         _C.set_capability("sse9")
     assert _C.capability() == plainest
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason_and_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "libbroken.so").write_text("no library")
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    with pytest.warns(UserWarning, match="libbroken.so cannot be loaded"):
+        assert "cannot be loaded" in backend.load_library("broken")
+    assert "is not built" in backend.load_library("absent")

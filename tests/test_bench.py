@@ -199,3 +199,21 @@ def test_the_patch_is_checked_and_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_dropin, "deviation", lambda got, wanted: 1.0)
     assert bench_dropin.main([*small, "--dtype", "float32"]) == 1
     assert "timings" not in json.loads(out.read_text().splitlines()[-1])
+
+
+def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    measure = run.measure
+
+    def fails_first(case, *given, **named):
+        if case.op == "prune_sample":
+            raise ArithmeticError("of this case")
+        return measure(case, *given, **named)
+
+    monkeypatch.setattr(run, "measure", fails_first)
+    out = tmp_path / "rows.jsonl"
+    options = ["--quick", "--no-memory", "--no-peers", "--backends", "--seconds", "0.01", "--out", str(out)]
+    assert run.main(["--ops", "prune_sample", "prune_motion", *options]) == 1
+    assert [json.loads(line)["op"] for line in out.read_text().splitlines()] == ["prune_motion"]
+    said = capsys.readouterr().out
+    assert "ArithmeticError: of this case" in said
+    assert "1 of 2 cases right and timed" in said

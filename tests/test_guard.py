@@ -26,6 +26,18 @@ def test_a_wrong_result_is_seen(monkeypatch):
     assert every_op.main(["--device", DEVICE]) == 1
 
 
+def test_a_call_that_fails_does_not_stop_the_others(monkeypatch):
+    def fails(m, t, **b):
+        if b:
+            raise ArithmeticError("of the\ndevice")
+        return (t["weight"],)
+
+    monkeypatch.setattr(every_op, "calls", lambda: iter([("merge_tokens", fails), ("merge_tokens", fails)]))
+    made, wrong = every_op.run(DEVICE, many=40)
+    assert made == len(wrong) >= 2
+    assert wrong[0].endswith("ArithmeticError: of the device")
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_guard_bands_see_a_byte_beside_the_buffer(tmp_path):
     library = guard.build(tmp_path, "c++", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{guard.HERE / 'host'}")
@@ -55,7 +67,10 @@ print(ctypes.c_float.from_address(x.data_ptr() + 4 * {index}).value)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None or DEVICE != "cpu",
+    reason="needs Linux and a C compiler, and Triton's interpreter, which is for machines without a GPU",
+)
 def test_no_operation_leaves_a_tensor_triton_included(tmp_path):
     """Triton's interpreted loads and stores among them: the page behind each buffer stops what touches it."""
     environment = fence.environment(fence.build(tmp_path)) | {"TRITON_INTERPRET": "1"}

@@ -18,7 +18,7 @@ STORED = "tests/test_score.py::test_scores_equal_the_oracle"
 MUTANTS = {
     "a dropped mask": (
         "score.py",
-        "finite &= tl.load(mask + b * mask_b + row * mask_n, inside, 0) != 0",
+        "finite &= tl.load(mask + b * mask_b + row.to(tl.int64) * mask_n, inside, 0) != 0",
         "pass",
         f"{STREAMED}[integers-2x27x16-k2K9-float32-masked-ragged]",
     ),

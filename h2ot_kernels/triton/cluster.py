@@ -31,7 +31,7 @@ def assign_kernel(
     own = tl.full([ROWS], -1, tl.int32)
     for first in range(0, K, COLUMNS):
         position = first + tl.arange(0, COLUMNS)
-        centre = tl.load(index + b * index_b + position * index_k, position < K, -1)
+        centre = tl.load(index + b * index_b + position.to(tl.int64) * index_k, position < K, -1)
         there = (centre >= 0) & (centre < N)
         there &= tl.load(valid + b * N + centre, there, 0) != 0
         at = b * stride_b + centre * stride_n
@@ -48,7 +48,7 @@ def assign_kernel(
         floor = least.to(tl.float64)
         active = (least < float("inf")) & (floor < best)
         while tl.max(active.to(tl.int32), 0) > 0:
-            chosen = tl.load(index + b * index_b + (first + candidate) * index_k, active, 0)
+            chosen = tl.load(index + b * index_b + (first + candidate).to(tl.int64) * index_k, active, 0)
             square = pair_squares(x, offset, b * stride_b + chosen * stride_n, active, stride_c, C, EXACT)
             nearer = active & ((square < best) | ((square == best) & (first + candidate < label)))
             best = tl.where(nearer, square, best)

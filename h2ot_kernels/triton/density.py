@@ -52,7 +52,7 @@ def gaussian_steps(x, rows, rows_inside, columns, columns_inside, low, pairs, st
             a = tl.load(row, rows_inside, 0).to(tl.float64)
             b = tl.load(column, columns_inside, 0).to(tl.float64)
             difference = a[:, None] - b[None, :]
-            square += difference * difference
+            square = tl.fma(difference, difference, square)
             row += stride_c
             column += stride_c
         term = tl.exp(-square / width) * STEPS

@@ -22,13 +22,17 @@ def load_tokens(x, offset, inside, first, stride_c, C, BLOCK: tl.constexpr):
 
 @triton.jit
 def pair_squares(x, rows, others, inside, stride_c, C, BLOCK: tl.constexpr):
-    """|x_i - x_j|^2 in float64 for pairs of tokens at x + rows and x + others: the same bits for (i, j) and (j, i)."""
-    total = tl.zeros(rows.shape, tl.float64)
+    """|x_i - x_j|^2 in float64 for pairs of tokens at x + rows and x + others: the same bits for (i, j) and (j, i).
+
+    In every row of a tile, too: with `fma` written out there is no product that a compiler may contract here and not
+    there, so neighbours of each other have one distance, and ties stay ties.
+    """
+    total = tl.zeros([rows.shape[0], BLOCK], tl.float64)
     for first in range(0, C, BLOCK):
         a = load_tokens(x, rows, inside, first, stride_c, C, BLOCK).to(tl.float64)
         b = load_tokens(x, others, inside, first, stride_c, C, BLOCK).to(tl.float64)
-        total += tl.sum((a - b) * (a - b), 1)
-    return total
+        total = tl.fma(a - b, a - b, total)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -38,9 +42,11 @@ def bounds(
 ):  # fmt: skip
     """(low, slack) [rows, columns]: low <= |x_i - x_j|^2 <= low + 2 slack, low >= 0; tokens not inside give low 0.
 
-    rows, columns, sample: offsets of tokens, and of the sample's first. The product's error is at most
-    (C / 2 + 64) 2^-23 (|y_i|^2 + |y_j|^2): 3 C / 8 accumulations of three TF32 products (or C / 2 roundings to
-    nearest), and 64 for the norms, the split and this epilogue; float64: C + 64 times 2^-52. y = x - centre.
+    rows, columns, sample: offsets of tokens, and of the sample's first. y = x - centre. In units of 2^-24 (|y_i|^2 +
+    |y_j|^2) the product's error is at most 5 C / 4 + 128: 16-bit tokens run through C / 8 accumulations of eight
+    products, each cut a bit below float32 and the sum to float32, 10 units; float32 ones through such chains of one
+    BLOCK, then C / BLOCK roundings to nearest; 128 for those chains, the norms, the split and this epilogue. float64:
+    C + 64 times 2^-52.
     """
     single = widen(tl.zeros([1], x.dtype.element_ty))
     total = tl.zeros([rows.shape[0], columns.shape[0]], single.dtype)
@@ -55,7 +61,8 @@ def bounds(
         a = load_tokens(x, rows, rows_inside, first, stride_c, C, BLOCK)
         b = load_tokens(x, columns, columns_inside, first, stride_c, C, BLOCK)
         if CENTRE:
-            centre = tl.sum(widen(load_tokens(x, chosen, chosen_inside, first, stride_c, C, BLOCK)), 0) * share
+            # The sum last: a product could be contracted into one of the two differences, which must share the centre.
+            centre = tl.sum(widen(load_tokens(x, chosen, chosen_inside, first, stride_c, C, BLOCK)) * share, 0)
             a = widen(a) - centre[None, :]
             b = widen(b) - centre[None, :]
         row_norm += tl.sum(widen(a) * widen(a), 1)
@@ -65,7 +72,7 @@ def bounds(
     if single.dtype == tl.float64:
         slack = norms * ((C + 64) * 2.0**-52) + 2.0**-900
     else:
-        slack = norms * ((C + 128) * 2.0**-24) + C * 2.0**-116
+        slack = norms * ((C * 1.25 + 128) * 2.0**-24) + C * 2.0**-116
     low = norms - 2 * total - slack
     # Overflow leaves nothing known.
     return tl.where(low < float("inf"), tl.maximum(low, 0), 0), slack

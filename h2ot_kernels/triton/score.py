@@ -50,7 +50,7 @@ def pool_kernel(
             tl.store(tokens + ((b * N + row) * C)[:, None] + channel[None, :], total, there)
         finite &= tl.min((tl.abs(total) < float("inf")).to(tl.int32), 1) != 0
     if mask is not None:
-        finite &= tl.load(mask + b * mask_b + row * mask_n, inside, 0) != 0
+        finite &= tl.load(mask + b * mask_b + row.to(tl.int64) * mask_n, inside, 0) != 0
     tl.store(valid + b * N + row, finite, inside)
     if counters is not None:
         counter = tl.arange(0, COUNTERS)

@@ -240,7 +240,7 @@ def stream_tile(B: int, N: int, slots: int, dtype: torch.dtype, gaussian: bool =
         "ROWS": side,
         "COLUMNS": side,
         "BLOCK": side if half else 16,
-        "EXACT": 64,
+        "EXACT": 32 if slots > 16 and side == 32 and not half else 64,  # sums and lists stay in registers
         "num_warps": 8 if side == 64 or (gaussian and not double) else 4,
         "num_stages": 2,
     }

@@ -22,8 +22,10 @@ def selection_key(score, valid, keep, keep_row, keep_step, M, column):
     bits = score.to(tl.int64, bitcast=True)
     key = tl.where(valid & (score == score), bits ^ ((bits >> 63) & HIGHEST), LOWEST)
     if keep is not None:
-        for i in range(M):
-            key = tl.where(column == tl.load(keep + keep_row + i * keep_step), HIGHEST, key)
+        at = keep + keep_row
+        for _ in range(M):
+            key = tl.where(column == tl.load(at), HIGHEST, key)
+            at += keep_step
     return key
 
 
@@ -63,7 +65,7 @@ def select_kernel(
     inside = column < N
     valid = inside
     if mask is not None:
-        valid &= tl.load(mask + b * mask_b + column * mask_n, inside, 0) != 0
+        valid &= tl.load(mask + b * mask_b + column.to(tl.int64) * mask_n, inside, 0) != 0
     value = tl.load(score + b * score_b + column.to(tl.int64) * score_n, inside, 0).to(tl.float64)
     key = selection_key(value, valid, keep, b * keep_b, keep_m, M, column)
     tl.store(keys + b * N + column, key, inside)

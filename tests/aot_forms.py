@@ -1,0 +1,134 @@
+"""What a compiler may do to the Triton kernels that the interpreter cannot show: `python -m tests.aot_forms`.
+
+Kernels are brought to Triton's own intermediate form, as for a GPU that need not be here, and read:
+- what a kernel stores and then loads, other threads may have stored: a barrier stands between, always;
+- a decision in float64, or the centre that two differences share, holds no product that may be contracted with the sum
+  that follows in one place and not in another (`enable_fp_fusion`): equal distances would differ in their last bit;
+- no Python float arrives in float32: native Triton rounds it, the interpreter does not;
+- sizes and strides of 1 are constants in native Triton: every kernel can be made with them.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+
+EXACT = ("gram_kernel", "delta_kernel", "nearest_kernel", "scan_kernel", "farthest_kernel", "assign_kernel")
+_DEFINED = re.compile(r"^\s*(%[\w.]+)(?::\d+)? = \"?([\w.]+)\"?(.*)$")
+_VALUE = re.compile(r"%[\w.]+(?:#\d+)?")
+_MOVES = ("tt.splat", "tt.addptr", "tt.broadcast", "tt.expand_dims", "tt.bitcast")  # the same values, or memory
+
+
+def definitions(form: str) -> dict[str, tuple[str, list[str], str]]:
+    """value -> (operation, operands, line) of a kernel in Triton's intermediate form; carried values: their start."""
+    found = {}
+    for line in form.splitlines():
+        if match := _DEFINED.match(line):
+            name, operation, rest = match.groups()
+            found[name] = operation, _VALUE.findall(rest), line
+        if "iter_args(" in line or "scf.while (" in line:
+            for carried, start in re.findall(r"(%[\w.]+) = (%[\w.]+(?:#\d+)?)", line.split(" = ", 1)[-1]):
+                found.setdefault(carried, ("carried", [start], line))
+    return found
+
+
+def source(value: str, defined: dict) -> str:
+    """Where a value comes from, before it was moved about: for a pointer the argument of the kernel."""
+    while value in defined and defined[value][0] in (*_MOVES, "carried"):
+        value = defined[value][1][0]
+    return value
+
+
+def unseen_stores(form: str) -> list[str]:
+    """Loads of what the kernel has stored before without a barrier between, in the order of the text."""
+    defined, stored, faults = definitions(form), set(), []
+    for line in form.splitlines():
+        operation = re.search(r"\b(gpu\.barrier|ttg\.barrier|tt\.load|tt\.store)\b", line)
+        if not operation:
+            continue
+        if operation[1].endswith("barrier"):
+            stored.clear()
+            continue
+        argument = source(_VALUE.findall(line[operation.end() :])[0], defined)
+        if operation[1] == "tt.store":
+            stored.add(argument)
+        elif argument in stored:
+            faults.append(f"{argument} is stored and loaded without a barrier between")
+    return faults
+
+
+def contractions(form: str) -> list[str]:
+    """Sums over tiles in float64, and differences of a shared row, that a compiler could contract with a product."""
+    defined, faults = definitions(form), []
+
+    def is_product(value: str) -> bool:
+        operation, operands, _ = defined.get(value, ("", [], ""))
+        return operation == "arith.mulf" and not any(
+            defined.get(operand, ("",))[0] == "arith.constant" for operand in operands
+        )
+
+    for operation, operands, line in defined.values():
+        if operation not in ("arith.addf", "arith.subf", "tt.reduce"):
+            continue
+        products = [defined[operand][2] for operand in operands if is_product(operand)]
+        wide = any(re.search(r"tensor<\d+x\d+xf64>", product) for product in products)
+        row = source(operands[-1], defined)
+        if wide or (operation == "arith.subf" and row != operands[-1] and is_product(row)):
+            faults.append(f"may be contracted: {line.strip()}")
+    return faults
+
+
+def forms() -> Iterator[tuple[str, str]]:
+    """(kernel, form) of a launch of every kernel and dtype in tests/aot_samples.py, and with sizes of 1."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.compiler import ASTSource
+
+    from h2ot_kernels.triton import common
+
+    from . import aot, aot_samples
+
+    target = GPUTarget("cuda", 90, 32)
+    backend = CUDABackend(target)
+    with common.record() as launches:
+        for call in aot_samples.calls():
+            call()
+    ordinary = {}
+    for build in dict.fromkeys(map(aot.build_of, launches)):
+        missing = tuple(name for name, kind in build.signature if kind == "constexpr")
+        ordinary.setdefault((build.kernel, build.signature[0][1], missing), build)
+    with common.record() as launches:
+        for call in aot_samples.calls_of_ones():
+            call()
+    for build in dict.fromkeys((*ordinary.values(), *map(aot.build_of, launches))):
+        attributes = {path: CUDABackend.parse_attr(letters) for path, letters in build.attributes}
+        function = aot.function(build.stem, build.kernel)
+        made = ASTSource(function, dict(build.signature), dict(build.constants), attributes)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        options = backend.parse_options(dict(build.options))
+        module = made.make_ir(
+            target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        )
+        narrow = [name for name, kind in build.signature if kind in ("fp16", "bf16", "fp32")]
+        assert not narrow, f"{build.kernel}: {narrow} arrive in float32: declare them tl.float64"
+        yield build.kernel, str(backend.make_ttir(module, {}, options, target.arch))
+
+
+def main() -> int:
+    faults, kernels = [], []
+    for kernel, form in forms():
+        kernels.append(kernel)
+        found = unseen_stores(form)
+        if kernel in EXACT and re.search(r"%x: !tt\.ptr<(f32|f16|bf16)>", form):
+            found += contractions(form)
+        faults += [f"{kernel}: {fault}" for fault in found]
+    for fault in dict.fromkeys(faults):
+        print(f"FAILED {fault}")
+    print(f"{len(kernels)} forms of {len(set(kernels))} kernels, {len(faults)} faults")
+    return int(bool(faults) or not kernels)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
