@@ -186,10 +186,10 @@ TOKEN_CASES = [
     ),
     *(replace(_BASE, kind=kind, B=1, N=1601, C=40, K=300, noisy=True) for kind in ("smooth", "duplicates")),
     *(replace(_BASE, kind="still", B=1, N=1601, C=80, K=300, dtype=dtype) for dtype in DTYPES),
-    *(replace(_BASE, kind=kind, N=100, C=64, K=33) for kind in ("still", "offset", "duplicates")),
+    *(replace(_BASE, kind=kind, B=1, N=100, C=64, K=33) for kind in ("still", "offset", "duplicates")),
     *(replace(_BASE, kind=kind, B=1, N=70, C=40, K=33) for kind in ("tiny", "huge")),  # three tiles, two of channels
     replace(_BASE, kind="equidistant", B=1, N=96, C=48, K=33),
-    *(replace(_BASE, kind="integers", N=100, C=C, K=70) for C in (1, 2)),
+    *(replace(_BASE, kind="integers", B=1, N=100, C=C, K=70) for C in (1, 2)),
     *(replace(_BASE, kind=kind, N=140, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
     *(replace(_BASE, kind=kind, B=1, N=1601, C=72, K=300, keep=9) for kind in ("rounds", "clump")),
     *(replace(_BASE, kind="places", B=1, N=1601, C=70, K=300, k=5, noisy=noisy) for noisy in (False, True)),
