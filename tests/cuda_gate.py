@@ -1,8 +1,9 @@
 """The compile-only gate of the CUDA library: `python -m tests.cuda_gate [--arch 90 ...]`.
 
-nvcc compiles the kernels for every architecture with warnings as errors, and the two torch-facing files once. A row per
-kernel and architecture; fails on a spill, on more shared memory than every device has, or where the disassembly lacks
-the instructions that a kernel is written for. Needs nvcc, not a GPU; says so and passes where there is none.
+nvcc compiles the kernels for every architecture with warnings as errors, and once the host's side of that file and the
+two torch-facing files. A row per kernel and architecture; fails on a spill, on more shared memory than every device
+has, or where the disassembly lacks the instructions that a kernel is written for. Needs nvcc, not a GPU; says so and
+passes where there is none.
 """
 
 import argparse
@@ -103,9 +104,10 @@ def instructions(sass: str) -> dict[str, str]:
     return {name.replace("void h2ot::cuda::", ""): text for name, text in zip(names, functions, strict=True)}
 
 
-def compile_for(architecture: int, folder: Path, cuobjdump: Path | None) -> Compiled:
-    start, out = time.monotonic(), folder / f"score_{architecture}.o"
-    command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", "-c", "csrc/cuda/score.cu", "-o", out]
+def compile_for(architecture: int, result_as: str, folder: Path, cuobjdump: Path | None) -> Compiled:
+    """result_as: "-c", or "-cubin", which leaves out the host's side."""
+    start, out = time.monotonic(), folder / f"score_{architecture}"
+    command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", result_as, "csrc/cuda/score.cu", "-o", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     result = Compiled(architecture, 0.0)
     if done.returncode:
@@ -182,7 +184,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         folder = Path(name)
         torch_facing = pool.submit(compile_torch_facing, folder)
-        results = list(pool.map(lambda architecture: compile_for(architecture, folder, cuobjdump), architectures))
+        kinds = ["-c"] + ["-cubin"] * (len(architectures) - 1)
+        results = list(pool.map(lambda *wanted: compile_for(*wanted, folder, cuobjdump), architectures, kinds))
         faults = [f"sm_{result.architecture}: {fault}" for result in results for fault in result.faults]
         faults += torch_facing.result()
     shared = dynamic_shared() if simt.why_not() is None else {}

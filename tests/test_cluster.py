@@ -22,20 +22,6 @@ def test_labels_equal_the_oracle(case, runner):
     assert torch.equal(ours, oracle_labels(case))
 
 
-def one_call(case, runner) -> bool:
-    """Options that the call has; and where it is made of other calls, which meet all cases themselves, few cases."""
-    return set(dict(case.options)) <= {"metric"} and (runner.backend == "cpp" or case.N <= 27)
-
-
-@pytest.mark.parametrize(("case", "runner"), [p for p in pairs("cluster_tokens") if one_call(*p.values)])
-def test_clusters_in_one_call_equal_the_oracle(case, runner):
-    x, given = case.tokens(), case.arguments()
-    index, labels, score = runner(h2ot.cluster_tokens, x, case.K, case.k, keep=case.keep, **given)
-    assert torch.equal(index, oracle_index(case))
-    assert torch.equal(labels, oracle_labels(case))
-    assert torch.equal(score, runner(h2ot.score_tokens, x, case.k, **given).score)
-
-
 @pytest.mark.parametrize(
     "runner", [p for p in runners("cluster_tokens") if p.values[0].backend in ("cpp", "reference")]
 )

@@ -167,7 +167,7 @@ def test_the_benchmark_prints_a_table_and_draws(tmp_path, monkeypatch, capsys):
 def test_runs_in_onnxruntime(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model, path = tiny(epsilon=0.5, prune_at=1), tmp_path / "ftp_pose.onnx"
+    model, path = tiny(epsilon=0.5, depth=2, prune_at=1), tmp_path / "ftp_pose.onnx"
     h2ot_kernels.onnx.export(model, (FRAMES,), path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for frames in (FRAMES[:1], torch.cat([FRAMES, FRAMES[:1] + 1])):

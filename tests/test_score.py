@@ -1,4 +1,6 @@
-"""Scoring against the float64 oracle: values to float64 rounding, parents and kept tokens exactly."""
+"""Scoring against the float64 oracle: values to float64 rounding, parents, kept tokens and clusters exactly."""
+
+import functools
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 import h2ot_kernels as h2ot
 import python_ref
 
-from .cases import OPTION_CASES, TOKEN_CASES, oracle_index, oracle_scores
+from .cases import OPTION_CASES, TOKEN_CASES, oracle_index, oracle_labels, oracle_scores
 from .compare import assert_scores
 from .runners import runners
 
@@ -34,15 +36,36 @@ def pairs(op, *kinds):
     ]
 
 
+@functools.cache
+def scores(case, runner):
+    """What the runner gives for a case, computed once for the tests of this file."""
+    return runner(h2ot.score_tokens, case.tokens(), case.k, **case.arguments())
+
+
 @pytest.mark.parametrize(("case", "runner"), pairs("score_tokens"))
 def test_scores_equal_the_oracle(case, runner):
-    assert_scores(runner(h2ot.score_tokens, case.tokens(), case.k, **case.arguments()), oracle_scores(case))
+    assert_scores(scores(case, runner), oracle_scores(case))
 
 
 @pytest.mark.parametrize(("case", "runner"), pairs("prune_cluster", "random", "static"))
 def test_kept_tokens_equal_the_oracle(case, runner):
     ours = runner(h2ot.prune_cluster, case.tokens(), case.K, case.k, keep=case.keep, **case.arguments())
     assert torch.equal(ours, oracle_index(case))
+
+
+def one_call(case, runner) -> bool:
+    """Options that the call has; and where it is made of other calls, which meet all cases themselves, few cases."""
+    return set(dict(case.options)) <= {"metric"} and (runner.backend == "cpp" or case.N <= 27)
+
+
+@pytest.mark.parametrize(("case", "runner"), [p for p in pairs("cluster_tokens") if one_call(*p.values)])
+def test_clusters_in_one_call_equal_the_oracle(case, runner):
+    index, labels, score = runner(
+        h2ot.cluster_tokens, case.tokens(), case.K, case.k, keep=case.keep, **case.arguments()
+    )
+    assert torch.equal(index, oracle_index(case))
+    assert torch.equal(labels, oracle_labels(case))
+    assert torch.equal(score, scores(case, runner).score)
 
 
 @pytest.mark.parametrize("runner", runners("score_tokens"))
