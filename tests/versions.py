@@ -1,9 +1,9 @@
 """`./dev versions [2.10.0 ...]`: other releases of torch, each in an environment of its own under build/versions/.
 
-Twice for each: the extension is built there (with the CUDA library where nvcc is), and its libraries must load; then the
-libraries of this environment are put in their place, as a wheel would bring them, and the tests run with those. A
-registry's torch brings its CUDA packages: some GB a release. A JSON line with the outcomes is printed last and, with
-versions and date, written to bench/results/reliability/versions.json. Exit code 1: something failed.
+Twice for each: the extension is built there (with the CUDA library where nvcc is), and its libraries must load; then
+the libraries of this environment are put in their place, as a wheel would bring them, and the tests run with those. A
+registry's torch brings its CUDA packages: some GB a release. What was seen is printed and, with the date, written to
+bench/results/reliability/versions.json. Exit code 1: something failed.
 """
 
 import argparse
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "versions"
 RESULT = ROOT / "bench" / "results" / "reliability" / "versions.json"
 RELEASES = ("2.10.0", "2.11.0", "2.12.1", "2.14.1", "2.15.0")
-PACKAGES = ("numpy<2.4", "setuptools>=77", "wheel", "cmake>=3.24", "ninja", "pybind11>=2.13", "pytest>=8", "hypothesis>=6",
-            "pytest-xdist>=3", "rich>=13", "matplotlib>=3.9", "jinja2>=3.1")  # fmt: skip
+PACKAGES = ("numpy<2.4", "setuptools>=77", "wheel", "cmake>=3.24", "ninja", "pybind11>=2.13", "pytest>=8",
+            "hypothesis>=6", "pytest-xdist>=3", "rich>=13", "matplotlib>=3.9", "jinja2>=3.1")  # fmt: skip
 LOADED = """
 import json, h2ot_kernels.backend as backend
 print(json.dumps({"cpp": backend.why_no_cpp() or "loaded", "cuda": backend.why_no_cuda() or "loaded"}))
@@ -33,9 +33,8 @@ LEFT_OUT = ("test_triton", "test_onnx", "test_cuda_simt", "test_guard", "test_dr
 
 def run(command: list, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
-    return subprocess.run(
-        command, cwd=folder, env=kept | environment, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(command, cwd=folder, env=kept | environment, text=True, check=False, **output)
 
 
 def environment_of(release: str) -> Path:
@@ -54,7 +53,8 @@ def tree_of(release: str) -> Path:
     """A copy of what git knows of this tree, as it is now."""
     folder = BUILD / release / "tree"
     shutil.rmtree(folder, ignore_errors=True)
-    for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -65,8 +65,7 @@ def examine(release: str, jobs: int) -> dict:
     """What was seen with this release of torch."""
     python, tree = environment_of(release), tree_of(release)
     cuda = "1" if shutil.which("nvcc") else "0"
-    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
-    build = run([python, "setup.py", "-q", "build_ext", "--inplace"], tree, PATH=path, H2OT_KERNELS_CUDA=cuda)
+    build = run([python, "setup.py", "-q", "build_ext", "--inplace"], tree, H2OT_KERNELS_CUDA=cuda)
     row = {"torch": release, "built": build.returncode == 0}
     if build.returncode:
         return row | {"output": build.stdout[-3000:]}
