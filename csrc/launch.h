@@ -14,8 +14,8 @@ enum class Dtype : int32_t { f32, f64, bf16, f16 };
 enum class Status : int32_t {
   ok,
   index_out_of_range,   // an index, label or keep value outside its range: IndexError
-  index_not_ascending,  // an index row that is not strictly ascending: ValueError
-  too_many_kept,        // more distinct keep values than tokens to select: ValueError
+  index_not_ascending,  // an index row that is not strictly ascending: IndexError
+  too_many_kept,        // more distinct keep values than tokens to select: IndexError
   out_of_memory         // no memory for scratch: RuntimeError
 };
 

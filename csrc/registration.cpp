@@ -1,8 +1,9 @@
 // The torch-facing file: the CPU implementations of the operators, through PyTorch's stable ABI only.
 //
 // Schemas, fakes, gradients and argument checks stand in the Python stems (h2ot_kernels/<stem>.py). What only the
-// data can tell (an index out of range) is found by the kernels and raised here: std::out_of_range becomes IndexError
-// and std::invalid_argument ValueError in Python, in eager mode and under torch.compile alike.
+// data can tell (an index out of range) is found by the kernels and raised here as std::out_of_range: the one
+// standard exception that every torch makes more of in Python than a RuntimeError, an IndexError, in eager mode and
+// under torch.compile alike.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

@@ -150,9 +150,9 @@ inline void check(Status status, const char* op) {
     case Status::index_out_of_range:
       throw std::out_of_range(name + ": index holds a value outside its range");
     case Status::index_not_ascending:
-      throw std::invalid_argument(name + ": index is not strictly ascending in every row");
+      throw std::out_of_range(name + ": index is not strictly ascending in every row");
     case Status::too_many_kept:
-      throw std::invalid_argument(name + ": keep names more tokens than num_tokens");
+      throw std::out_of_range(name + ": keep names more tokens than num_tokens");
     case Status::out_of_memory:
       throw std::runtime_error(name + ": no memory for the kernel's scratch");
   }

@@ -31,7 +31,7 @@ def recover_interpolate(
     gradients (undefined after an error that the index causes).
     Returns [B, F, ...] of x's dtype, weights and sums in float32 (float64 for float64). Gradients to x of any order,
     deterministic. Raises TypeError or ValueError that name the argument, IndexError for an index outside 0 .. F - 1
-    (a GPU cannot raise: frames beside a wrong entry are NaN there).
+    or not ascending (a GPU cannot raise: frames beside a wrong entry are NaN there).
     Cost: reads x and writes the result once. Source: H2OT section 3, SPEC section 5.
 
     >>> import torch, h2ot_kernels as h2ot
@@ -99,7 +99,7 @@ def _reference(x, index, num_frames, nearest):
         if (index < 0).any() or (index >= num_frames).any():
             raise IndexError("recover_interpolate: index holds a value outside its range")
         if (index.diff(dim=1) <= 0).any():
-            raise ValueError("recover_interpolate: index is not strictly ascending in every row")
+            raise IndexError("recover_interpolate: index is not strictly ascending in every row")
     mode, align = "nearest" if nearest else "linear", "uniform" if index is None else "index"
     return python_ref.recover_interpolate(x, index, num_frames, mode=mode, align=align)
 

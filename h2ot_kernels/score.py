@@ -118,7 +118,7 @@ def check_scoring(x, k, mask, lengths, noise, variant: Variant) -> tuple[Tensor 
     variant.check()
     if variant.density == "knn":
         counted = "the number of other tokens" if variant.exclude_self else "the number of tokens"
-        checks.integer("k", k, 1, x.shape[1] - variant.exclude_self, counted)
+        checks.integer("k", k, 1, x.shape[1] - int(variant.exclude_self), counted)
     mask = checks.validity(x, mask, lengths)
     if noise is not None:
         checks.tensor("noise", noise, (2,), "[B, N]")

@@ -34,7 +34,9 @@ def select_tokens(
     num_tokens: one int, or a list or int tensor [B] with one in 0 .. N per sample (a tensor on a GPU is read back).
         Then K is the largest of them and every row ends in -1 where it has fewer: `index >= 0` says which entries are
         tokens, `gather_tokens` writes zeros for the others, `assign_clusters` and `merge_tokens` give empty clusters.
-    Returns int64 [B, K]. Raises TypeError or ValueError that name the argument, IndexError for keep outside 0 .. N - 1.
+    Returns int64 [B, K]. Raises TypeError or ValueError that name the argument, IndexError for keep outside 0 .. N - 1
+    and for a tensor that keeps more than K tokens. On a GPU, which cannot raise, such a row is -1 (CUDA C++), or keeps
+    what it can (Triton).
     Cost: O(N) memory per sample. Source: SPEC section 2.
 
     >>> import torch, h2ot_kernels as h2ot
@@ -220,7 +222,7 @@ def _check_kept(keep, N, K):
         if ((keep < 0) | (keep >= N)).any():
             raise IndexError("select_tokens: keep holds a value outside its range")
         if max(row.unique().numel() for row in keep) > K:
-            raise ValueError("select_tokens: keep names more tokens than num_tokens")
+            raise IndexError("select_tokens: keep names more tokens than num_tokens")
 
 
 def _reference_select(score, num_tokens, keep, mask):

@@ -64,7 +64,8 @@ def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) ->
     for frame in kept:
         if frame not in sampled:
             free = [f for f in sampled if f not in kept]
-            sampled.remove(min(free, key=lambda f: (abs(f - frame), f)))
+            distance = min(abs(f - frame) for f in free)
+            sampled.remove(frame - distance if frame - distance in free else frame + distance)
             sampled.append(frame)
     return torch.tensor([sorted(sampled)], dtype=torch.int64, device=device)
 

@@ -98,7 +98,7 @@ BAD = {
     ),
     "keep tensor too many": (
         lambda: h2ot.select_tokens(X[..., 0], 1, keep=torch.tensor([0, 1])),
-        ValueError,
+        IndexError,
         "keep names more",
     ),
     "keep type": (lambda: h2ot.select_tokens(X[..., 0], 3, keep="centre"), TypeError, "keep: got str"),
@@ -158,7 +158,7 @@ BAD = {
     "frame outside": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 8), IndexError, "recover_interpolate: index holds"),
     "not ascending": (
         lambda: h2ot.recover_interpolate(KEPT, INDEX.flip(1), 9),
-        ValueError,
+        IndexError,
         "recover_interpolate: index is not strictly ascending",
     ),
     "out type": (lambda: h2ot.gather_tokens(X, INDEX, out=[]), TypeError, "out: got list, wanted a tensor"),

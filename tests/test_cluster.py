@@ -27,11 +27,8 @@ def test_labels_equal_the_oracle(case, runner):
 )
 def test_wrong_kept_tokens_are_errors(runner):
     x = torch.randn(3, 9, 4)
-    for keep, error in (
-        (torch.tensor([[0], [1], [9]]), IndexError),
-        (torch.tensor([[3, 3], [0, 1], [0, 0]]), ValueError),
-    ):
-        with pytest.raises(error, match="cluster_tokens|keep"):
+    for keep in (torch.tensor([[0], [1], [9]]), torch.tensor([[3, 3], [0, 1], [0, 0]])):
+        with pytest.raises(IndexError, match="cluster_tokens|keep"):
             runner(h2ot.cluster_tokens, x, 1, keep=keep)
 
 

@@ -63,7 +63,7 @@ def test_wrong_values_damage_and_unknown_kernels_are_errors(program):
     with driver.Driver(program) as running:
         with pytest.raises(IndexError, match="gather"):
             running.gather_tokens(x, index, None, 1, 1)
-        with pytest.raises(ValueError, match="ascending"):
+        with pytest.raises(IndexError, match="ascending"):
             running.scatter_tokens(x[:, :2], torch.tensor([[3, 3]]), 9, 1, 1)
         short = driver.Out((1, 8), torch.float64)  # of nine scores
         with pytest.raises(AssertionError, match="band"):
