@@ -40,7 +40,8 @@ def test_the_documentation_is_made_from_docstrings(tmp_path):
 
 def test_the_wheel_gate_sees_what_is_missing_or_left_over(tmp_path):
     packages = [path for name in ("h2ot_kernels", "python_ref") for path in (wheel_gate.ROOT / name).rglob("*.py")]
-    names = [str(path.relative_to(wheel_gate.ROOT)) for path in packages] + ["h2ot_kernels/libh2ot_kernels_cpu.so"]
+    libraries = sorted(wheel_gate.LIBRARIES)
+    names = [str(path.relative_to(wheel_gate.ROOT)) for path in packages] + libraries
     wheel = tmp_path / "h2ot_kernels.whl"
 
     def packed(contents):
@@ -51,5 +52,5 @@ def test_the_wheel_gate_sees_what_is_missing_or_left_over(tmp_path):
 
     assert packed([*names, "h2ot_kernels-1.dist-info/METADATA"]) == []
     assert packed([*names, "h2ot_kernels/deleted.py"]) == ["should not be there: h2ot_kernels/deleted.py"]
-    assert packed(names[:-1]) == ["missing: h2ot_kernels/libh2ot_kernels_cpu.so"]
+    assert packed(names[:-1]) == [f"missing: {libraries[-1]}"]
     assert packed(names[1:]) == [f"missing: {names[0]}"]
