@@ -49,7 +49,8 @@ def patch(target, **kernels: bool) -> "Patch":
     random inputs; what gives another result, or is not known, is left as it is: see `report()`. Several patches of one
     thing are undone in any order: it is fast until the last of them is.
     In training and where autograd records, the differentiable forms run (first order); a patched model pickles as
-    the unpatched one, and a copy stays fast until it is patched and unpatched itself.
+    the unpatched one, and a copy stays fast until it is patched and unpatched itself. torch.compile sees a later patch
+    and its end; before torch 2.12 a graph compiled earlier keeps its numbers and its speed until torch._dynamo.reset().
 
     Raises TypeError for another target or an unknown switch, ValueError (with the reasons) where nothing at all could
     be replaced. The patch itself changes no random state.
