@@ -1,14 +1,17 @@
-"""The patch on the official HoT MixSTE: `python -m bench.bench_dropin [--threads N] [--dtype DTYPE ...] [--frames F]`.
+"""The patch on the official HoT MixSTE: `python -m bench.bench_dropin [--device D] [--batch N ...] [--dtype T ...]`.
 
-dtype: float32, or bfloat16 for float32 weights under autocast; default both. B 1, eval, CPU. Checked first: in float64
-the patched model gives the unpatched one's poses to 1e-9 of their scale, in float32 to 1e-4 (given the same kept
-frames), under autocast it is as near to float32 as the unpatched one. Then both are timed in turn in this process; a
-row is appended to FILE (default bench/results/cpu.jsonl). linear_share: of the patched time, what its linear layers
-took (torch.profiler): they run at what the machine's products can, so the rest is all that could still be won.
+dtype: float32, or bfloat16 for float32 weights under autocast; default both. Eval. Checked first: in float64 the
+patched model gives the unpatched one's poses to 1e-9 of their scale, in float32 to 1e-4 (given the same kept frames),
+under autocast it is as near to float32 as the unpatched one. Then both are timed in turn in this process; a row per
+batch and dtype is appended to FILE (default bench/results/<device>.jsonl). linear_share: of the patched time, what its
+linear layers took (torch.profiler): they run at what the machine's products can, so the rest is all that could still
+be won.
 """
 
 import argparse
 import copy
+import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -30,34 +33,41 @@ DTYPES = ("float32", "bfloat16")
 def main(arguments: list[str] | None = None) -> int:
     """0: right and timed, 1: something was wrong, 2: bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m bench.bench_dropin", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="clips at once (default: 1)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--frames", type=int, default=243, help="input frames; a third is kept (default: 243)")
     parser.add_argument("--channels", type=int, default=512)
-    parser.add_argument("--seconds", type=float, default=30.0, help="timing per dtype (default: 30)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.jsonl")
+    parser.add_argument("--seconds", type=float, default=30.0, help="timing per row (default: 30)")
+    parser.add_argument("--out", type=Path, help="JSONL file to append to (default: bench/results/<device>.jsonl)")
     given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
     if given.threads is not None:
         if given.threads < 1:
             parser.error(f"--threads: got {given.threads}, wanted 1 or more")
         torch.set_num_threads(given.threads)
     if given.frames < 9 or given.channels % 8:
         parser.error(f"--frames, --channels: got {given.frames}, {given.channels}, wanted 9 or more, a multiple of 8")
+    if min(given.batch) < 1:
+        parser.error(f"--batch: got {given.batch}, wanted 1 or more")
     torch.manual_seed(0)
     stages = {3: given.frames // 3}
     plain = official_mixste.build("hot_mixste", num_frames=given.frames, channels=given.channels, stages=stages).eval()
-    x = torch.randn(1, given.frames, 17, 2).cumsum(1) * 0.05
+    plain = plain.to(given.device)
+    inputs = [(torch.randn(batch, given.frames, 17, 2).cumsum(1) * 0.05).to(given.device) for batch in given.batch]
     models = {"unpatched": plain, "patched": copy.deepcopy(plain)}
     namespaces = [vars(official), vars(official_mixste)]
     before = [dict(names) for names in namespaces]
     with dropin.patch(models["patched"]) as handle:
         after = [dict(names) for names in namespaces]
         print(handle.report())
-        environment, machine = environment_row("cpu"), Machine("cpu")
+        environment, machine = environment_row(given.device), Machine(given.device)
         print(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}")
         print(f"products, GFLOP/s: {', '.join(f'{name} {rate / 1e9:.0f}' for name, rate in machine.products.items())}")
 
-        def poses(of: str, x: Tensor = x, index: Tensor | None = None) -> Tensor:
+        def poses(of: str, x: Tensor, index: Tensor | None = None) -> Tensor:
             """The functions are shared by both models: each is run with its own."""
             for names, own in zip(namespaces, after if of == "patched" else before, strict=True):
                 names.update(own)
@@ -67,19 +77,23 @@ def main(arguments: list[str] | None = None) -> int:
                 names.update(own)
             return result
 
-        wrong = 0
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        with given.out.open("a") as file, torch.inference_mode():
-            for dtype in given.dtype:
+        wrong, out = 0, given.out or Path(__file__).parent / "results" / f"{given.device}.jsonl"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file, torch.inference_mode():
+            for x, dtype in itertools.product(inputs, given.dtype):
                 error, bound = check(models, poses, x, dtype)
-                row = {"op": "dropin_hot_mixste", "shape": {"B": 1, "F": given.frames, "C": given.channels}}
-                row |= {"dtype": dtype, "is_right": error <= bound, "error": error, "bound": bound}
+                shape = {"B": len(x), "F": given.frames, "C": given.channels}
+                row = {"op": "dropin_hot_mixste", "shape": shape, "dtype": dtype}
+                row |= {"is_right": error <= bound, "error": error, "bound": bound}
                 wrong += not row["is_right"]
-                print(f"{dtype}: error {error:.3g}, bound {bound:.3g}{'' if row['is_right'] else ': WRONG, not timed'}")
+                print(f"B {len(x)} {dtype}: error {error:.3g}, bound {bound:.3g}")
                 if row["is_right"]:
-                    row |= timed(poses, dtype, given.seconds)
+                    row |= timed(functools.partial(poses, x=x), dtype, given.device, given.seconds)
+                else:
+                    print("WRONG, not timed")
                 file.write(json.dumps(row | environment, allow_nan=False) + "\n")
-    print(f"rows appended to {given.out}")
+                file.flush()
+    print(f"rows appended to {out}")
     return int(wrong > 0)
 
 
@@ -96,7 +110,7 @@ def check(models: dict[str, nn.Module], poses: Callable, x: Tensor, dtype: str) 
     exact = poses("unpatched", x, index)
     if dtype == "float32":
         return deviation(poses("patched", x, index), exact), 1e-4
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         return tuple(deviation(poses(of, x, index), exact) * f for of, f in (("patched", 1), ("unpatched", 4)))
 
 
@@ -104,22 +118,26 @@ def deviation(got: Tensor, wanted: Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.abs().max()).item()
 
 
-def timed(poses: Callable, dtype: str, seconds: float) -> dict:
+def timed(poses: Callable, dtype: str, device: str, seconds: float) -> dict:
     """What a row says about time; seconds."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        timings = interleave({of: lambda of=of: poses(of) for of in ("unpatched", "patched")}, seconds=seconds)
+    calls = {of: functools.partial(poses, of) for of in ("unpatched", "patched")}
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+        timings = interleave(calls, device, seconds=seconds)
+        linear_share = share_of_linear(calls["patched"], device)
     speed_up = timings["unpatched"].p50 / timings["patched"].p50
     times = "  ".join(f"{of} {timing.p50 * 1e3:.1f} ms" for of, timing in timings.items())
-    linear_share = share_of_linear(lambda: poses("patched"), dtype)
     print(f"{dtype}: {times}  {speed_up:.2f}x; linear layers {100 * linear_share:.0f} % of the patched time")
     row = {"timings": {of: asdict(timing) for of, timing in timings.items()}}
     return row | {"speed_up": speed_up, "linear_share": linear_share}
 
 
-def share_of_linear(call: Callable, dtype: str) -> float:
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), torch.profiler.profile() as profile:
+def share_of_linear(call: Callable, device: str) -> float:
+    """Of the device's own time in one call; a GPU's kernels count for the operators that launched them."""
+    with torch.profiler.profile() as profile:
         call()
-    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    of = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    operators = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    times = {event.key: getattr(event, of) for event in operators}
     linear = ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm")
     return sum(times.get(name, 0.0) for name in linear) / sum(times.values())
 

@@ -2,7 +2,7 @@
 
 Each stage is a process group with its own time budget, and ends when the time of the whole command does; one that
 fails, hangs or loses the device does not stop the others. Leaves in $OUT (default gpu_out/), as far as it came after
-every stage: summary.md, results.jsonl, env.json and logs.tar.gz.
+every stage: summary.md, results.jsonl, hosts.jsonl, env.json and logs.tar.gz.
 """
 
 import argparse
@@ -32,6 +32,7 @@ class Stage:
     command: tuple[str, ...]
     needs: str | None = None  # a program on the PATH
     environment: tuple[tuple[str, str], ...] = ()
+    kept: float = 0  # seconds that the stages before leave to it
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,35 @@ def stages(out: Path) -> list[Stage]:
     every_op = (python, "-m", "tests.every_op")
     rows = ("--device", "cuda", "--out", str(out / "results.jsonl"))
     dtypes = ("--dtype", "float32", "bfloat16", "float16", "--seconds", "0.2")
+    models = ("--models", "mixste", "hot_mixste", "h2ot_mixste", "--batch", "1", "4", "--seconds", "3")
+    hosts = ("--device", "cuda", "--out", str(out / "hosts.jsonl"), *models)
     without = "test_cuda_simt or test_cuda_plan or test_triton_mutants or test_triton_forms"  # need no GPU
 
     def sanitizer(tool: str) -> Stage:
         watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
         alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # else all tensors lie in one allocation
-        return Stage(tool, 70, (*watch, *every_op), "compute-sanitizer", alone)
+        return Stage(tool, 70, (*watch, *every_op), "compute-sanitizer", alone, kept=30 if tool == "memcheck" else 0)
 
     return [
         Stage("device", 20, ("nvidia-smi",), "nvidia-smi"),
         Stage("environment", 60, (python, "-m", "h2ot_kernels", "env")),
         Stage("every operation", 100, every_op),
         Stage("guard bands", 40, (*every_op, "--guard"), "nvcc"),
-        Stage("gpu tests", 120, (*tests, "-m", "gpu")),
-        Stage("case list", 200, (*tests, "-m", "not gpu", "-k", f"(triton or cuda) and not ({without})")),
+        Stage("gpu tests", 120, (*tests, "-m", "gpu"), kept=30),
+        Stage("case list", 200, (*tests, "-m", "not gpu", "-k", f"(triton or cuda) and not ({without})"), kept=60),
         sanitizer("memcheck"),
-        Stage("benchmarks", 150, (python, "-m", "bench.run", *rows, *dtypes)),
+        Stage("benchmarks", 150, (python, "-m", "bench.run", *rows, *dtypes), kept=90),
+        Stage("hosts", 60, (python, "-m", "bench.bench_hosts", *hosts), kept=30),
+        Stage("patch", 30, (python, "-m", "bench.bench_dropin", *rows, "--batch", "1", "4", "--seconds", "2"), kept=20),
         sanitizer("racecheck"),
         sanitizer("initcheck"),
         Stage("compiled rivals", 60, (python, "-m", "bench.run", *rows, "--quick", "--compile", "--no-peers")),
     ]
+
+
+def share(stage: Stage, later: list[Stage], left: float) -> float:
+    """Of the seconds left what a stage may take: what the later ones do not keep, or what is kept for it."""
+    return min(left, max(left - sum(other.kept for other in later), stage.kept))
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -150,11 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     environment, outcomes = {**env_report(), "date": date}, []
     with tempfile.TemporaryDirectory() as folder:
-        for name in given.stage or known:
-            outcomes.append(run(known[name], Path(folder), end - time.monotonic()))
-            print(f"{name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
+        chosen = [known[name] for name in given.stage or known]
+        for i, stage in enumerate(chosen):
+            outcomes.append(run(stage, Path(folder), share(stage, chosen[i + 1 :], end - time.monotonic())))
+            print(f"{stage.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
             write(outcomes, given.out, Path(folder), environment)
-    print(f"summary.md, results.jsonl, env.json and logs.tar.gz are in {given.out.resolve()}")
+    print(f"summary.md, result rows, env.json and logs.tar.gz are in {given.out.resolve()}")
     return int(any(o.state != "passed" and o.state != "not run" for o in outcomes))
 
 

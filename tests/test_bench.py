@@ -186,9 +186,10 @@ def test_the_patch_is_checked_and_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_dropin, "Machine", lambda device: Machine(device, seconds=0.01))
     out = tmp_path / "rows.jsonl"
     small = ["--frames", "27", "--channels", "64", "--seconds", "0.01", "--out", str(out)]
-    assert bench_dropin.main(small) == 0
+    assert bench_dropin.main([*small, "--batch", "1", "2"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    wanted = [(batch, dtype) for batch in (1, 2) for dtype in ("float32", "bfloat16")]
+    assert [(row["shape"]["B"], row["dtype"]) for row in rows] == wanted
     for row in rows:
         assert row["is_right"]
         assert 0 < row["error"] <= row["bound"]

@@ -21,8 +21,8 @@ struct Cut {
   int64_t equal;  // and this many that equal it
 };
 
-// The cut that takes `count` of the n keys (0 < count <= n), by radix selection from the highest bit in which they
-// differ. Overwrites keys with the candidates that are left.
+// The cut that takes `count` of the n keys (0 < count <= n, keys above 0), by radix selection from the highest bit in
+// which they differ. Overwrites keys with the candidates that are left.
 Cut find_cut(uint64_t* keys, int64_t n, int64_t count) {
   uint64_t all = keys[0], any = keys[0];
   for (int64_t i = 1; i < n; i++) {
@@ -46,7 +46,7 @@ Cut find_cut(uint64_t* keys, int64_t n, int64_t count) {
     n = left;
     bits = shift;
   }
-  return {keys[0], count};
+  return count == n ? Cut{keys[0] - 1, 0} : Cut{keys[0], count};
 }
 
 Status select_row(const SelectArgs& a, int64_t b, uint64_t* keys, uint64_t* candidates, uint8_t* kept) {
@@ -73,18 +73,22 @@ Status select_row(const SelectArgs& a, int64_t b, uint64_t* keys, uint64_t* cand
   int64_t from_rest = wanted - from_valid;
   Cut cut = {0, 0};  // every valid key is above 0
   if (from_valid < num_valid) cut = from_valid ? find_cut(candidates, num_valid, from_valid) : Cut{~uint64_t(0), 0};
-  int64_t* out = a.index + b * a.K;
-  for (int64_t i = 0; i < a.N; i++) {
-    bool in = kept[i] || keys[i] > cut.key;
-    if (!in && keys[i] == cut.key && cut.equal > 0) {
-      in = true;
-      cut.equal--;
-    } else if (!in && keys[i] == 0 && from_rest > 0) {
-      in = true;
-      from_rest--;
-    }
-    if (in) *out++ = i;
+  const bool by_key = cut.equal == 0 && from_rest == 0;
+  int64_t place = 0;  // candidates becomes what is taken, and one more: no branch that follows the scores
+  for (int64_t i = 0; by_key && i < a.N; i++) {
+    candidates[place] = uint64_t(i);
+    place += (kept[i] != 0) | (keys[i] > cut.key);
   }
+  for (int64_t i = 0; !by_key && i < a.N; i++) {
+    const bool above = (kept[i] != 0) | (keys[i] > cut.key);
+    const bool equal = !above & (keys[i] == cut.key) & (cut.equal > 0);
+    const bool rest = !above & !equal & (keys[i] == 0) & (from_rest > 0);
+    candidates[place] = uint64_t(i);
+    place += above | equal | rest;
+    cut.equal -= equal;
+    from_rest -= rest;
+  }
+  memcpy(a.index + b * a.K, candidates, size_t(place) * 8);
   return Status::ok;
 }
 
@@ -108,6 +112,60 @@ H2OT_INLINE void motion_of(const MotionArgs& a, const T* frame, int64_t frames, 
     }
   }
   for (int64_t f = 0; f < frames; f++) score[f] = total[f];
+}
+
+typedef double Four __attribute__((vector_size(32)));
+typedef int64_t FourWords __attribute__((vector_size(32)));
+
+template <class T>
+H2OT_INLINE Four load_four(const T* p) {
+  return Four{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+
+// Four frames' steps in four coordinates, from columns to lanes, and added in the order of the coordinates.
+H2OT_INLINE Four add_turned(Four total, const Four (&step)[4]) {
+  const Four ab_even = __builtin_shuffle(step[0], step[1], FourWords{0, 4, 2, 6});
+  const Four ab_odd = __builtin_shuffle(step[0], step[1], FourWords{1, 5, 3, 7});
+  const Four cd_even = __builtin_shuffle(step[2], step[3], FourWords{0, 4, 2, 6});
+  const Four cd_odd = __builtin_shuffle(step[2], step[3], FourWords{1, 5, 3, 7});
+  total += __builtin_shuffle(ab_even, cd_even, FourWords{0, 1, 4, 5});
+  total += __builtin_shuffle(ab_odd, cd_odd, FourWords{0, 1, 4, 5});
+  total += __builtin_shuffle(ab_even, cd_even, FourWords{2, 3, 6, 7});
+  return total + __builtin_shuffle(ab_odd, cd_odd, FourWords{2, 3, 6, 7});
+}
+
+// The same of frames whose coordinates lie side by side (at least four), four at a time. The last four may overlap
+// those before: what was added already is 0.
+template <class T>
+H2OT_INLINE void motion_of_rows(const MotionArgs& a, const T* frame, int64_t frames, double* score) {
+  const int64_t L = a.J * a.D;
+  const T* row[kFrames + 1];
+  for (int64_t f = 0; f <= kFrames; f++) row[f] = frame + ((f <= frames ? f : frames) - 1) * a.stride_f;
+  const auto steps = [&](int64_t c, FourWords counted, Four(&total)[kFrames / 4]) __attribute__((always_inline)) {
+    Four before = load_four(row[0] + c);
+#pragma GCC unroll 2
+    for (int group = 0; group < kFrames / 4; group++) {
+      Four step[4];
+#pragma GCC unroll 4
+      for (int f = 0; f < 4; f++) {
+        const Four now = load_four(row[4 * group + f + 1] + c);
+        step[f] = reinterpret_cast<Four>(reinterpret_cast<FourWords>(now - before) & counted);
+        before = now;
+      }
+      total[group] = add_turned(total[group], step);
+    }
+  };
+  constexpr int64_t kMagnitude = 0x7fffffffffffffff;
+  Four total[kFrames / 4] = {};
+  int64_t c = 0;
+  for (; c + 4 <= L; c += 4) steps(c, FourWords{} + kMagnitude, total);
+  if (c < L) {
+    const FourWords lane = {0, 1, 2, 3};
+    steps(L - 4, (lane >= c - (L - 4)) & kMagnitude, total);
+  }
+  double sums[kFrames];
+  memcpy(sums, total, sizeof sums);
+  for (int64_t f = 0; f < frames; f++) score[f] = sums[f];
 }
 
 }  // namespace
@@ -135,13 +193,16 @@ Status motion(const MotionArgs& a, const Parallel& pool) {
   for_dtype(a.dtype, [&](auto element) {
     typedef decltype(element) T;
     const int64_t blocks = (a.F + kFrames - 2) / kFrames;  // of the frames from 1 on
+    const bool rows = a.stride_d == 1 && a.stride_j == a.D && a.J * a.D >= 4;
     for (int64_t b = 0; b < a.B && a.F > 0; b++) a.score[b * a.F] = 0;
     parallel_for(pool, a.B * blocks, 1 + 16384 / (kFrames * a.J * a.D + 1), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; task++) {
         const int64_t b = task / blocks, t = 1 + task % blocks * kFrames;
         const T* const frame = static_cast<const T*>(a.pose) + b * a.stride_b + t * a.stride_f;
         double* const score = a.score + b * a.F + t;
-        if (t + kFrames <= a.F) {
+        if (rows) {
+          motion_of_rows(a, frame, t + kFrames <= a.F ? kFrames : a.F - t, score);
+        } else if (t + kFrames <= a.F) {
           motion_of(a, frame, kFrames, score);
         } else {
           motion_of(a, frame, a.F - t, score);
