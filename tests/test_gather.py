@@ -43,6 +43,23 @@ def test_gather_is_exact(shape, dim, out_dim, rows, K, dtype, runner):
 
 
 @pytest.mark.parametrize("runner", runners("gather_tokens"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_is_widened_and_rounded_right(dtype, runner):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(1, 256, 256)
+    index = torch.arange(256)[None]
+    for embed in (torch.zeros_like(x), x.flatten()[torch.randperm(2**16)].reshape(x.shape), x * 2**-11):
+        wanted = python_ref.gather_tokens(x, index, embed)
+        skipped = torch.zeros_like(x, dtype=torch.bool)
+        if runner.interpreted:  # Triton's interpreter converts subnormal bfloat16 wrongly
+            for value in (x, embed, wanted):
+                skipped |= (value != 0) & (value.abs() < torch.finfo(dtype).tiny)
+        for channels in (256, 77):  # whole vectors, and a part of one
+            ours = runner(h2ot.gather_tokens, x[..., :channels], index, embed[..., :channels])
+            left = ~skipped[..., :channels]
+            torch.testing.assert_close(ours[left], wanted[..., :channels][left], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("runner", runners("gather_tokens"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_out_takes_the_result(dtype, runner):
     for shape, dim, out_dim, rows, K in LAYOUTS[1:4:2] if runner.interpreted else LAYOUTS:

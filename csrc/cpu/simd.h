@@ -8,6 +8,8 @@
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__AVX2__)
+#include <immintrin.h>
 #endif
 
 #include <cstdint>
@@ -67,6 +69,9 @@ H2OT_INLINE float widen(BFloat16 v) {
   memcpy(&f, &bits, 4);
   return f;
 }
+#if defined(__F16C__)
+H2OT_INLINE float widen(Half v) { return _cvtsh_ss(v.bits); }
+#else
 H2OT_INLINE float widen(Half v) {
   // The exponent is moved by a multiplication, which also makes subnormals exact; infinity and NaN stay as they are.
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
@@ -83,6 +88,7 @@ H2OT_INLINE float widen(Half v) {
   memcpy(&f, &bits, 4);
   return f;
 }
+#endif
 
 H2OT_INLINE void narrow(float v, float& out) { out = v; }
 H2OT_INLINE void narrow(double v, double& out) { out = v; }
@@ -95,6 +101,11 @@ H2OT_INLINE void narrow(float v, BFloat16& out) {  // round to nearest even
     out.bits = uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   }
 }
+#if defined(__F16C__)
+H2OT_INLINE void narrow(float v, Half& out) {  // to nearest even; NaN keeps only its sign
+  out.bits = v == v ? _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT) : uint16_t(__builtin_signbit(v) ? 0xfe00u : 0x7e00u);
+}
+#else
 H2OT_INLINE void narrow(float v, Half& out) {  // round to nearest even
   uint32_t bits;
   memcpy(&bits, &v, 4);
@@ -118,6 +129,7 @@ H2OT_INLINE void narrow(float v, Half& out) {  // round to nearest even
   }
   out.bits = uint16_t(sign | half);
 }
+#endif
 
 // The type that arithmetic on T accumulates in.
 template <class T>
