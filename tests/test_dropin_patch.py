@@ -255,9 +255,9 @@ def test_compiles_patched_and_sees_the_patch():
             after = compiled(tokens)
         again = compiled(tokens)
     assert_agree([after], [before], 1e-9)
-    assert torch.equal(again, after if STALE else before)
+    assert torch.equal(again, before)
     assert ["h2ot_kernels.recover_attention.default" in graph for graph in graphs[:2]] == [False, True]
-    assert len(graphs) == 2  # unpatched, the first graph serves again
+    assert len(graphs) == 2 + STALE  # unpatched, the first graph serves again, where it is still there
 
 
 def test_a_module_object_as_target():
