@@ -72,10 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
             for names, own in zip(namespaces, after if of == "patched" else before, strict=True):
                 names.update(own)
             torch.manual_seed(0)  # the noise of the clustering
-            result = models[of](x, index)
-            for names, own in zip(namespaces, after, strict=True):
-                names.update(own)
-            return result
+            try:
+                return models[of](x, index)
+            finally:
+                for names, own in zip(namespaces, after, strict=True):
+                    names.update(own)
 
         wrong, out = 0, given.out or Path(__file__).parent / "results" / f"{given.device}.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def check(models: dict[str, nn.Module], poses: Callable, x: Tensor, dtype: str) 
         model.float()
     if error > 1e-9:
         return error, 1e-9
-    index = official.prune_sample(x.shape[1], x.shape[1] // 3)
+    index = official.prune_sample(x.shape[1], x.shape[1] // 3).to(x.device)
     exact = poses("unpatched", x, index)
     if dtype == "float32":
         return deviation(poses("patched", x, index), exact), 1e-4
@@ -126,20 +127,25 @@ def timed(poses: Callable, dtype: str, device: str, seconds: float) -> dict:
         linear_share = share_of_linear(calls["patched"], device)
     speed_up = timings["unpatched"].p50 / timings["patched"].p50
     times = "  ".join(f"{of} {timing.p50 * 1e3:.1f} ms" for of, timing in timings.items())
-    print(f"{dtype}: {times}  {speed_up:.2f}x; linear layers {100 * linear_share:.0f} % of the patched time")
+    share = "not measured" if linear_share is None else f"{100 * linear_share:.0f} % of the patched time"
+    print(f"{dtype}: {times}  {speed_up:.2f}x; linear layers: {share}")
     row = {"timings": {of: asdict(timing) for of, timing in timings.items()}}
     return row | {"speed_up": speed_up, "linear_share": linear_share}
 
 
-def share_of_linear(call: Callable, device: str) -> float:
-    """Of the device's own time in one call; a GPU's kernels count for the operators that launched them."""
+def share_of_linear(call: Callable, device: str) -> float | None:
+    """Of the device's own time in one call; a GPU's kernels count for the operators that launched them.
+
+    None where the profiler is not allowed to see the GPU.
+    """
     with torch.profiler.profile() as profile:
         call()
     of = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     operators = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
     times = {event.key: getattr(event, of) for event in operators}
     linear = ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm")
-    return sum(times.get(name, 0.0) for name in linear) / sum(times.values())
+    total = sum(times.values())
+    return sum(times.get(name, 0.0) for name in linear) / total if total else None
 
 
 if __name__ == "__main__":
