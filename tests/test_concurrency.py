@@ -38,6 +38,13 @@ def test_16_python_threads_of_mixed_calls_equal_serial(inner):
         assert not [name for wrong in pool.map(worker, range(16)) for name in wrong]
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_the_first_call_of_a_thread_may_have_no_samples(name):
+    with ThreadPoolExecutor(1) as fresh:
+        results = fresh.submit(CALLS[name], slice(0, 0)).result()
+    assert all(part.shape[0] == 0 for part in results if part.dim() > 1)
+
+
 class Pruned(Dataset):
     """Clips of which a worker keeps nine frames."""
 

@@ -26,11 +26,11 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { free(data_); }
 
-  // `bytes` of memory aligned to 64 bytes, or null when there is none.
+  // `bytes` of memory (0, too) aligned to 64 bytes, or null when there is none.
   void* reserve(int64_t bytes) {
-    if (bytes > size_) {
+    if (bytes > size_ || data_ == nullptr) {
       free(data_);
-      size_ = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+      size_ = (bytes + bytes / 4 + 4096) / 4096 * 4096;
       data_ = aligned_alloc(4096, size_t(size_));
       if (data_ == nullptr) size_ = 0;
     }

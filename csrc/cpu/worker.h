@@ -14,7 +14,7 @@ enum class Slot { shared, own };
 // At least `bytes` bytes, valid until the thread asks again for the same slot; null if there is no memory.
 H2OT_INLINE void* scratch(Slot slot, int64_t bytes) {
   static thread_local Scratch slots[2];
-  return slots[int(slot)].reserve(bytes > 0 ? bytes : 1);
+  return slots[int(slot)].reserve(bytes);
 }
 
 // Collects the failures of all threads; the result does not depend on which came first.
