@@ -112,7 +112,7 @@ H2OT_INLINE Doubles load_doubles(const A* p) {
   memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, Doubles);
 }
-// g++ 12 converts the vector above in halves and joins them, or lane by lane; half of an exact distance's time.
+// g++ 12 converts the vector above in halves and joins them, or lane by lane: 100 ns instead of 72 at C 512.
 #if defined(__aarch64__)
 H2OT_INLINE Doubles load_doubles(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
 #elif defined(__AVX512F__)
