@@ -78,6 +78,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def triton_device() -> str:
+    """The type of the tensors that Triton kernels take."""
+    return "cpu" if interpreting() else "cuda"
+
+
 def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, str]:
     """Whether `backend` can run `op` on tensors of `device` ("cpu", "cuda", ...), and why (not).
 
@@ -96,7 +101,7 @@ def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, st
     elif backend == "cuda":
         wanted, missing = "cuda", why_no_cuda
     else:
-        wanted, missing = "cpu" if interpreting() else "cuda", why_no_triton
+        wanted, missing = triton_device(), why_no_triton
     if device != wanted:
         hint = "; TRITON_INTERPRET=1 interprets on the CPU" if (backend, device) == ("triton", "cpu") else ""
         return False, f"tensors are on {device}, not {wanted}{hint}"

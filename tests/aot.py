@@ -34,6 +34,8 @@ from triton.runtime.jit import JITFunction, native_specialize_impl
 
 from h2ot_kernels.triton import common
 
+from .aot_forms import overruns
+
 # Shared memory of one thread block in KiB, by compute capability.
 ARCHITECTURES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 PROVEN = (120, 86, 120, 87, 120, 89)  # in every stem, those that have another's PTX
@@ -190,7 +192,10 @@ def assembled(arch: int, build: Build, code: Code) -> Code:
 def row_of(arch: int, build: Build, code: Code) -> Row:
     numbers = [sum(map(int, re.findall(rf"(\d+) {name}", code.log))) for name in ("registers", "bytes spill stores")]
     assert numbers[0], f"ptxas said nothing of {build.kernel}: {code.log}"
-    return Row(build.kernel, str(build), arch, *numbers, code.shared, _products(code.ptx), _widest_load(code.ptx))
+    error = "; ".join(overruns(code.ptx))
+    return Row(
+        build.kernel, str(build), arch, *numbers, code.shared, _products(code.ptx), _widest_load(code.ptx), error
+    )
 
 
 def start_worker(cache: str) -> None:

@@ -1,4 +1,5 @@
 """Where there is no GPU, Triton kernels run in Triton's interpreter; this must be said before they are imported.
+With H2OT_KERNELS_PTX=90 their PTX for that architecture runs instead (tests/ptx).
 
 One process per core tests with one thread each; what depends on the number of threads sets it.
 """
@@ -11,7 +12,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
-if not torch.cuda.is_available():
+if "H2OT_KERNELS_PTX" in os.environ:
+    from . import ptx
+
+    ptx.install(int(os.environ["H2OT_KERNELS_PTX"]))
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest

@@ -1,5 +1,6 @@
 """Where the mutants of tests/mutants.py run: scratch trees under build/mutants, and the tests that each file meets."""
 
+import ast
 import filecmp
 import os
 import platform
@@ -79,7 +80,11 @@ class Tree:
         return kept | {"PYTHONPATH": str(self.folder)}
 
     def prepare(self, file: str) -> bool:
-        """Whether the changed file could be built."""
+        """Whether the changed file could be built; Python: read."""
+        try:
+            ast.parse((self.folder / file).read_text())
+        except SyntaxError:
+            return False
         return True
 
     def assert_sound(self, file: str) -> None:

@@ -52,6 +52,31 @@ def can_matter(line: str, replacement: str) -> bool:
 # (file, line, replacement): why no test can tell.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "csrc/cpu/recover_interpolation.cpp",
+        "const int64_t s = tile * kTile, count = (tile + 1 < tiles ? s + kTile : a.S) - s;",
+        "const int64_t s = tile * kTile, count = (tile + 2 < tiles ? s + kTile : a.S) - s;",
+    ): "the last tile but one takes what is left over, too; the last writes the same there",
+    (
+        "csrc/cpu/select.cpp",
+        "if (c < L) {",
+        "if (c <= L) {",
+    ): "with nothing left over no lane is counted",
+    (
+        "csrc/cpu/pack.h",
+        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
+        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 || wanted < 0x1p100)) return;",
+    ): "the limits only choose between two searches with the same result",
+    (
+        "csrc/cpu/cluster.cpp",
+        "for (int64_t at = 0; at < stride; at += kPanel) {",
+        "for (int64_t at = 0; at <= stride; at += kPanel) {",
+    ): "the first panel once more: the same distances in the same places",
+    (
+        "csrc/cuda/score_stream.cuh",
+        "if (count < room || value < shared.low[r][room - 1]) {",
+        "if (count <= room || value < shared.low[r][room - 1]) {",
+    ): "behind the last of a full list nothing is written",
+    (
         "csrc/cpu/pack.h",
         "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
         "if (!(radius >= 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",

@@ -1,5 +1,6 @@
 """What runs an operation in a test: a backend, and for the C++ backend an instruction set."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from h2ot_kernels import _C, backend
 
+PTX = os.environ.get("H2OT_KERNELS_PTX")
+TRITON_ON_CPU = f"its PTX for sm_{PTX}, in tests/ptx" if PTX else "interpreted"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -19,6 +22,11 @@ class Runner:
 
     @property
     def interpreted(self) -> bool:
+        return self.backend == "triton" and backend.interpreting()
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a GPU's kernels run on the CPU, interpreted or as PTX: too slow for large cases."""
         return self.backend == "triton" and self.device == "cpu"
 
     def __str__(self) -> str:
@@ -75,7 +83,7 @@ def available() -> list[str]:
     lines = []
     for name, device in (("cpp", "cpu"), ("triton", DEVICE), ("cuda", DEVICE)):
         ok, reason = backend.can_run("gather_tokens", name, device)
-        lines.append(f"{name}: {'interpreted' if name == 'triton' and DEVICE == 'cpu' and ok else reason}")
+        lines.append(f"{name}: {TRITON_ON_CPU if name == 'triton' and DEVICE == 'cpu' and ok else reason}")
     if DEVICE == "cpu":
         lines.append("tests marked gpu are deselected: this machine has no CUDA device")
     return lines

@@ -1,4 +1,5 @@
-"""Any valid input: drawn sizes (zero and one among them), strides, dtypes, masks, lengths and keep, on the CPU kernels.
+"""Any valid input: drawn sizes (zero and one among them), strides, dtypes, masks, lengths and keep, on the CPU kernels
+(on the PTX of the Triton kernels under `./dev ptx`).
 
 `fast` by default, the same inputs in every run; `--hypothesis-profile=nightly` draws new and many more. Each result is
 held to python_ref, and no byte of an input's storage changes, that between the elements included.
@@ -19,7 +20,9 @@ from h2ot_kernels.demo.keypoints import KeypointError, read_clip
 
 from .cases import _KINDS, DTYPES, TokenCase, oracle_index, oracle_labels, oracle_scores
 from .compare import assert_scores, assert_within, attention_scales
+from .runners import PTX
 
+BACKEND = "triton" if PTX else "cpp"
 LAYOUTS = ("contiguous", "permuted", "sliced", "offset", "expanded")
 
 
@@ -44,10 +47,10 @@ def storage(x: torch.Tensor) -> torch.Tensor:
 
 
 def unmodified(function, *args, **kwargs):
-    """function(...) on the C++ backend; no byte behind any argument changes."""
+    """function(...) on the backend; no byte behind any argument changes."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     before = [storage(x.detach()).clone() for x in tensors]
-    result = function(*args, **kwargs, backend="cpp")
+    result = function(*args, **kwargs, backend=BACKEND)
     for x, bytes_before in zip(tensors, before, strict=True):
         assert torch.equal(storage(x.detach()), bytes_before), "an input was modified"
     return result

@@ -62,7 +62,7 @@ def test_every_half_is_widened_and_rounded_right(dtype, runner):
 @pytest.mark.parametrize("runner", runners("gather_tokens"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_out_takes_the_result(dtype, runner):
-    for shape, dim, out_dim, rows, K in LAYOUTS[1:4:2] if runner.interpreted else LAYOUTS:
+    for shape, dim, out_dim, rows, K in LAYOUTS[1:4:2] if runner.simulated else LAYOUTS:
         x, index = torch.randn(shape).to(dtype), some_index(rows, shape[dim], K)
         embed = torch.randn(1, K, shape[-1]).to(dtype) if out_dim < len(shape) - 1 else None
         runner.assert_fills_out(h2ot.gather_tokens, x, index, embed, dim=dim, out_dim=out_dim)

@@ -18,9 +18,9 @@ def affordable(case, runner):
     is_variant = bool(set(dict(case.options)) - {"metric"})
     if is_variant and not h2ot.can_run("score_variant", runner.backend, runner.device)[0]:
         return False
-    if runner.interpreted and is_variant and case.N > 99:
+    if runner.simulated and is_variant and case.N > 99:
         return False
-    return not (case.large and (runner.interpreted or runner.backend == "reference"))
+    return not (case.large and (runner.simulated or runner.backend == "reference"))
 
 
 def pairs(op, *kinds):
@@ -32,7 +32,7 @@ def pairs(op, *kinds):
         for runner in runners(op)
         for case in TOKEN_CASES + OPTION_CASES
         if affordable(case, runner.values[0])
-        and not (kinds and case.options and runner.values[0].interpreted and case.kind not in kinds)
+        and not (kinds and case.options and runner.values[0].simulated and case.kind not in kinds)
     ]
 
 

@@ -24,17 +24,11 @@ BARRIER = """
     %3 = tt.splat %out : !tt.ptr<i64> -> tensor<64x!tt.ptr<i64>>
     tt.store %3, %2 : tensor<64x!tt.ptr<i64>>
 """
-SQUARES = """
-    %d = arith.subf %a, %b : tensor<16x64xf64>
-    %s = arith.mulf %d, %d : tensor<16x64xf64>
-    %t = arith.addf %s, %total : tensor<16x64xf64>
-    %r = "tt.reduce"(%s) <{axis = 1 : i32}> ({
-"""
-CENTRE = """
-    %c = arith.mulf %sum, %share : tensor<32xf32>
-    %row = tt.expand_dims %c {axis = 0 : i32} : tensor<32xf32> -> tensor<1x32xf32>
-    %rows = tt.broadcast %row : tensor<1x32xf32> -> tensor<32x32xf32>
-    %y = arith.subf %x, %rows : tensor<32x32xf32>
+PAIR = """
+	shl.b64 	%rd127, %rd126, 36;
+	mul.wide.u32 	%rd128, %r1, 2147483648;
+	or.b64 	%rd129, %rd128, %rd127;
+	mov.b64 	{_, %r9}, %rd129;
 """
 
 
@@ -50,10 +44,8 @@ def test_the_reading_of_forms_sees_each_fault():
     assert aot_forms.unseen_stores(BARRIER.replace("gpu.barrier", "")) == [
         "%keys is stored and loaded without a barrier between"
     ]
-    assert len(aot_forms.contractions(SQUARES)) == 2
-    assert aot_forms.contractions(SQUARES.replace("arith.mulf %d, %d", "math.fma %d, %d, %total")) == []
-    assert len(aot_forms.contractions(CENTRE)) == 1
-    assert aot_forms.contractions(CENTRE.replace("arith.mulf", "arith.addf")) == []
+    assert aot_forms.overruns(PAIR) == ["%rd128 may run over into %rd127 in %rd129, a pair"]
+    assert aot_forms.overruns(PAIR.replace("mul.wide.u32 \t%rd128, %r1, 2147483648", "cvt.u64.u32 \t%rd128, %r1")) == []
 
 
 X, MASK = (

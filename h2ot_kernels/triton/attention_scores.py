@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import implement
 from ..library import declare_custom
 from ..select import ATTENTION
-from .common import divide, launch, wide, widen
+from .common import divide, launch, modulo, wide, widen
 from .recover_attention import _logits
 from .select import select_tokens
 
@@ -17,7 +17,7 @@ from .select import select_tokens
 def _head(pid, blocks, H, P):
     """(block, head, joint, sample) of a program."""
     rest = pid // blocks
-    return pid % blocks, (rest % H).to(tl.int64), (rest // H % P).to(tl.int64), (rest // H // P).to(tl.int64)
+    return modulo(pid, blocks), (rest % H).to(tl.int64), (rest // H % P).to(tl.int64), (rest // H // P).to(tl.int64)
 
 
 # FLOPs: 2 B P H F^2 D (x 3 in float32). Bytes: query once, key once per block of queries (from L2).
@@ -74,7 +74,7 @@ def mean_kernel(received, score, heads, F, count, FRAMES: tl.constexpr):
     """score [B, F]: the mean over heads (and joints) and queries, added in ascending order."""
     blocks = tl.cdiv(F, FRAMES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    frame = tl.program_id(0) % blocks * FRAMES + tl.arange(0, FRAMES)
+    frame = modulo(tl.program_id(0), blocks) * FRAMES + tl.arange(0, FRAMES)
     at = received + b * heads * F + frame
     total = tl.load(at, frame < F, 0)
     for _ in range(1, heads):

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import implement
 from ..cluster import ASSIGN, MERGE, _merged
 from ..library import declare_custom
-from .common import divide, launch, narrow, wide, widen
+from .common import divide, launch, modulo, narrow, wide, widen
 from .distance import bounds, next_candidate, pair_squares
 from .score import pool
 
@@ -23,7 +23,7 @@ def assign_kernel(
     """labels [B, N]: the lowest of the nearest valid centres; a centre its own; -1 for what is not valid."""
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    row = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     offset = b * stride_b + row.to(tl.int64) * stride_n
     best = tl.full([ROWS], float("inf"), tl.float64)

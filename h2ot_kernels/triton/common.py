@@ -42,6 +42,8 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         return
     # All registers of a thread: left alone, ptxas caps some kernels at 64, 128 or 168 and spills what lies above.
     constants.setdefault("maxnreg", 255)
+    # A product contracted into one sum and not into the other: threads that share a result would hold different bits.
+    constants.setdefault("enable_fp_fusion", False)
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
     device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
@@ -122,6 +124,16 @@ def divide(a, b):
         return a / b
     else:
         return tl.div_rn(a, b)
+
+
+@triton.jit
+def modulo(program, count):
+    """program % count of numbers that are not negative, for what is multiplied by a tile's size.
+
+    LLVM knows the range of `%`, so that the product cannot overflow; then it may compute it beside another shift in one
+    64-bit register, where that one runs over into it (seen with Triton 3.6; tests/aot.py looks for it in the PTX).
+    """
+    return program - program // count * count
 
 
 @triton.jit

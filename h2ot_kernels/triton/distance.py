@@ -24,8 +24,7 @@ def load_tokens(x, offset, inside, first, stride_c, C, BLOCK: tl.constexpr):
 def pair_squares(x, rows, others, inside, stride_c, C, BLOCK: tl.constexpr):
     """|x_i - x_j|^2 in float64 for pairs of tokens at x + rows and x + others: the same bits for (i, j) and (j, i).
 
-    In every row of a tile, too: with `fma` written out there is no product that a compiler may contract here and not
-    there, so neighbours of each other have one distance, and ties stay ties.
+    In every row of a tile, too, so neighbours of each other have one distance, and ties stay ties.
     """
     total = tl.zeros([rows.shape[0], BLOCK], tl.float64)
     for first in range(0, C, BLOCK):
@@ -61,7 +60,6 @@ def bounds(
         a = load_tokens(x, rows, rows_inside, first, stride_c, C, BLOCK)
         b = load_tokens(x, columns, columns_inside, first, stride_c, C, BLOCK)
         if CENTRE:
-            # The sum last: a product could be contracted into one of the two differences, which must share the centre.
             centre = tl.sum(widen(load_tokens(x, chosen, chosen_inside, first, stride_c, C, BLOCK)) * share, 0)
             a = widen(a) - centre[None, :]
             b = widen(b) - centre[None, :]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import implement
 from ..library import allocating, declare_custom, into_out
 from ..recover_attention import BACKWARD, FORWARD, attention_gradient
-from .common import divide, launch, narrow, number, product, wide, widen
+from .common import divide, launch, modulo, narrow, number, product, wide, widen
 from .distance import load_tokens
 
 
@@ -38,7 +38,7 @@ def attention_kernel(
     parts = tl.cdiv(D, BLOCK)
     part = tl.program_id(0) % parts
     frames = tl.cdiv(F, FRAMES)
-    frame = tl.program_id(0) // parts % frames * FRAMES + tl.arange(0, FRAMES)
+    frame = modulo(tl.program_id(0) // parts, frames) * FRAMES + tl.arange(0, FRAMES)
     head = tl.program_id(0) // parts // frames % H
     b = (tl.program_id(0) // parts // frames // H).to(tl.int64)
     query_at = b * query_b + frame.to(tl.int64) * query_f + head.to(tl.int64) * D * query_c
@@ -74,7 +74,7 @@ def statistics_kernel(
 ):  # fmt: skip
     """Per query [B, H, F]: level, the log of its softmax's denominator, and delta, the weighted mean of grad v^T."""
     frames = tl.cdiv(F, FRAMES)
-    frame = tl.program_id(0) % frames * FRAMES + tl.arange(0, FRAMES)
+    frame = modulo(tl.program_id(0), frames) * FRAMES + tl.arange(0, FRAMES)
     head = tl.program_id(0) // frames % H
     b = (tl.program_id(0) // frames // H).to(tl.int64)
     query_at = b * query_b + frame.to(tl.int64) * query_f + head.to(tl.int64) * D * query_c
@@ -113,7 +113,7 @@ def key_gradient_kernel(
     parts = tl.cdiv(D, BLOCK)
     part = tl.program_id(0) % parts
     keys = tl.cdiv(K, KEYS)
-    kept = tl.program_id(0) // parts % keys * KEYS + tl.arange(0, KEYS)
+    kept = modulo(tl.program_id(0) // parts, keys) * KEYS + tl.arange(0, KEYS)
     head = tl.program_id(0) // parts // keys % H
     b = (tl.program_id(0) // parts // keys // H).to(tl.int64)
     key_at = b * key_b + kept.to(tl.int64) * key_k + head.to(tl.int64) * D * key_c
@@ -155,7 +155,7 @@ def query_gradient_kernel(
     parts = tl.cdiv(D, BLOCK)
     part = tl.program_id(0) % parts
     frames = tl.cdiv(F, FRAMES)
-    frame = tl.program_id(0) // parts % frames * FRAMES + tl.arange(0, FRAMES)
+    frame = modulo(tl.program_id(0) // parts, frames) * FRAMES + tl.arange(0, FRAMES)
     head = tl.program_id(0) // parts // frames % H
     split = (tl.program_id(0) // parts // frames // H).to(tl.int64)
     like = widen(tl.zeros([1], value.dtype.element_ty))

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import implement
 from ..library import declare_custom
 from ..recover_attention import PROJECTED_TAIL, project_inside
-from .common import divide, launch, narrow, number, pow2, product, widen
+from .common import divide, launch, modulo, narrow, number, pow2, product, widen
 from .distance import load_tokens
 
 PROGRAMS = 128  # to be had before a program owns more rows: large GPUs have 108 to 148 multiprocessors
@@ -54,7 +54,7 @@ def projected_tail_kernel(
     cancels, as it would in E[y^2] - E[y]^2 or in sum y w - mean sum w.
     """
     parts = tl.cdiv(M, OUTPUTS)
-    first_output = tl.program_id(0) % parts * OUTPUTS
+    first_output = modulo(tl.program_id(0), parts) * OUTPUTS
     output = first_output + tl.arange(0, OUTPUTS)
     row = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_at = row * attended_r

@@ -14,7 +14,7 @@ from ..backend import implement
 from ..library import declare_custom
 from ..score import SCORE, VARIANT
 from ..select import CLUSTER
-from .common import divide, is_last, launch, number, pow2, wide, widen
+from .common import divide, is_last, launch, modulo, number, pow2, wide, widen
 from .density import Definition, definition, gaussian_key, gaussian_steps, score_of, store_keys
 from .distance import bounds, insert, mean_square, next_candidate, pair_squares
 from .score_large import score_large
@@ -33,7 +33,7 @@ def pool_kernel(
     """valid [B, N]: finite and not masked. tokens [B, N, C] (where given): the means over J. Counters start at 0."""
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    row = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     offset = b * stride_b + row.to(tl.int64) * stride_n
     finite = inside
@@ -104,8 +104,8 @@ def gram_kernel(
     """
     blocks = tl.cdiv(N, TILE)
     b = (tl.program_id(0) // (blocks * blocks)).to(tl.int64)
-    upper = tl.program_id(0) % (blocks * blocks) // blocks
-    left = tl.program_id(0) % blocks
+    upper = modulo(tl.program_id(0) // blocks, blocks)
+    left = modulo(tl.program_id(0), blocks)
     if upper <= left:
         row = upper * TILE + tl.arange(0, TILE)
         column = left * TILE + tl.arange(0, TILE)
@@ -171,7 +171,7 @@ def delta_kernel(
     """
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    row = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     column_valid = tl.load(valid + b * N + column, column < N, 0) != 0

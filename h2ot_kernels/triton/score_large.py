@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch, number, pow2
+from .common import launch, modulo, number, pow2
 from .density import Definition, gaussian_key, gaussian_steps, score_of, store_keys
 from .distance import bounds, insert, mean_square, next_candidate, pair_squares
 from .select import select_tokens
@@ -33,7 +33,7 @@ def nearest_kernel(
     """
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    row = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     offset = b * stride_b + row.to(tl.int64) * stride_n
     slot = tl.arange(0, SLOTS)
@@ -44,7 +44,7 @@ def nearest_kernel(
     tiles = tl.cdiv(N, COLUMNS)
     for i in range(tiles):
         # The row's own neighbourhood first: in a video the nearest tokens stand there.
-        column = (tl.program_id(0) % blocks * ROWS // COLUMNS + i) % tiles * COLUMNS + tl.arange(0, COLUMNS)
+        column = modulo(modulo(tl.program_id(0), blocks) * ROWS // COLUMNS + i, tiles) * COLUMNS + tl.arange(0, COLUMNS)
         there = (column < N) & (tl.load(valid + b * N + column, column < N, 0) != 0)
         at = b * stride_b + column.to(tl.int64) * stride_n
         low, slack = bounds(
@@ -85,7 +85,7 @@ def resolve_kernel(
     """square_of, parent_of where the nearest denser token is among the nearest ones; other rows are put into work."""
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    row = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     slot = tl.arange(0, SLOTS)
     at = ((b * N + row) * SLOTS)[:, None] + slot[None, :]
@@ -124,9 +124,9 @@ def scan_kernel(
     """square_of, parent_of of the rows in work: their nearest denser token among all. The order of work is free."""
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    item = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    item = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     left = tl.load(count + b)
-    if tl.program_id(0) % blocks * ROWS < left:
+    if modulo(tl.program_id(0), blocks) * ROWS < left:
         inside = item < left
         row = tl.load(work + b * N + item, inside, 0)
         offset = b * stride_b + row.to(tl.int64) * stride_n
@@ -173,7 +173,7 @@ def farthest_kernel(
     """largest [B]: the largest |x_i - x_j|^2 of valid tokens. A maximum: the same in whatever order programs finish."""
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    begin = tl.program_id(0) % blocks * ROWS
+    begin = modulo(tl.program_id(0), blocks) * ROWS
     row = begin + tl.arange(0, ROWS)
     inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)
     offset = b * stride_b + row.to(tl.int64) * stride_n
@@ -210,7 +210,7 @@ def finish_kernel(
     """density and distance (where asked for) and score [B, N]."""
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    row = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     there = row < N
     at = b * N + row
     inside = there & (tl.load(valid + at, there, 0) != 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import implement
 from ..library import declare_custom
 from ..select import MOTION, SELECT
-from .common import launch, per_step, pow2
+from .common import launch, modulo, per_step, pow2
 
 ONE_PROGRAM = 1024  # tokens up to which one program ranks a sample
 LOWEST = tl.constexpr(-(2**63))
@@ -81,7 +81,7 @@ def key_kernel(
     """keys [B, N] of scores."""
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    column = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     inside = column < N
     valid = inside
     if mask is not None:
@@ -97,7 +97,7 @@ def rank_kernel(keys, kept, N, K, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """kept [B, N]: whether fewer than K keys of the sample come before."""
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    column = modulo(tl.program_id(0), blocks) * ROWS + tl.arange(0, ROWS)
     key = tl.load(keys + b * N + column, column < N, LOWEST)
     tl.store(kept + b * N + column, ranks(keys + b * N, key, column, N, CHUNK) < K, column < N)
 
@@ -122,7 +122,7 @@ def motion_kernel(pose, score, F, J, D, stride_b, stride_f, stride_j, stride_d, 
     """score [B, F] in float64: sums of |p_t - p_(t-1)|, joint by joint and coordinate by coordinate; 0 at frame 0."""
     blocks = tl.cdiv(F, FRAMES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    frame = tl.program_id(0) % blocks * FRAMES + tl.arange(0, FRAMES)
+    frame = modulo(tl.program_id(0), blocks) * FRAMES + tl.arange(0, FRAMES)
     moving = (frame > 0) & (frame < F)
     at = pose + b * stride_b + frame.to(tl.int64) * stride_f
     total = tl.zeros([FRAMES], tl.float64)

@@ -1,0 +1,63 @@
+// Instructions that compute each lane from its own registers.
+#pragma once
+
+#include "machine.h"
+
+namespace ptx {
+
+using Table = std::unordered_map<std::string, Operation>;
+
+template <class T, auto function>
+void unary(Warp& warp, const Instruction& in, uint32_t mask) {
+  uint64_t* d = warp.lanes(in.operands[0]);
+  const uint64_t* a = warp.lanes(in.operands[1]);
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (mask >> lane & 1) d[lane] = to_bits(function(from_bits<T>(a[lane])));
+  }
+}
+
+template <class T, auto function>
+void binary(Warp& warp, const Instruction& in, uint32_t mask) {
+  uint64_t* d = warp.lanes(in.operands[0]);
+  const uint64_t *a = warp.lanes(in.operands[1]), *b = warp.lanes(in.operands[2]);
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (mask >> lane & 1) d[lane] = to_bits(function(from_bits<T>(a[lane]), from_bits<T>(b[lane])));
+  }
+}
+
+// a and b of one type, c perhaps of another.
+template <class T, class Third, auto function>
+void ternary(Warp& warp, const Instruction& in, uint32_t mask) {
+  uint64_t* d = warp.lanes(in.operands[0]);
+  const uint64_t *a = warp.lanes(in.operands[1]), *b = warp.lanes(in.operands[2]), *c = warp.lanes(in.operands[3]);
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (mask >> lane & 1) {
+      d[lane] = to_bits(function(from_bits<T>(a[lane]), from_bits<T>(b[lane]), from_bits<Third>(c[lane])));
+    }
+  }
+}
+
+template <class T, auto function>
+Operation one() {
+  return {unary<T, function>, Kind::simple};
+}
+template <class T, auto function>
+Operation two() {
+  return {binary<T, function>, Kind::simple};
+}
+template <class T, class Third, auto function>
+Operation three() {
+  return {ternary<T, Third, function>, Kind::simple};
+}
+
+template <class T>
+inline void add_comparisons(Table& table, const std::string& type) {
+  table["setp.eq." + type] = two<T, [](T a, T b) { return a == b; }>();
+  table["setp.ne." + type] = two<T, [](T a, T b) { return a < b || b < a; }>();
+  table["setp.lt." + type] = two<T, [](T a, T b) { return a < b; }>();
+  table["setp.le." + type] = two<T, [](T a, T b) { return a <= b; }>();
+  table["setp.gt." + type] = two<T, [](T a, T b) { return b < a; }>();
+  table["setp.ge." + type] = two<T, [](T a, T b) { return b <= a; }>();
+}
+
+}  // namespace ptx

@@ -1,0 +1,138 @@
+"""PTX as Triton makes it, read into the numbers that machine.cpp runs."""
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+OPERANDS = 16
+SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%ntid.x", "%laneid")
+SHARED = "global_smem"
+_ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\n\)(.*?)\n\{\n(.*?)\n\}\n", re.DOTALL)
+_ONE_LINE_BLOCK = re.compile(r"^\{\s*\.reg[^;]*;\s*(.*;)\s*\}$")
+_PARTS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
+_ADDRESS = re.compile(r"^\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+)\s*)?\]$")
+_NUMBER = re.compile(r"^(?:0f([0-9A-Fa-f]{8})|0d([0-9A-Fa-f]{16})|(-?\d+|0[xX][0-9A-Fa-f]+)U?)$")
+
+
+class Unknown(Exception):
+    """PTX that the machine does not know; the message quotes it."""
+
+
+@dataclass
+class Program:
+    name: str
+    parameters: list[str]  # their types
+    threads: int
+    instructions: np.ndarray = field(init=False)  # (count, 6 + OPERANDS)
+    lines: list[str] = field(default_factory=list)  # theirs, and the lines of the source
+    registers: dict[str, int] = field(default_factory=dict)
+    constants: dict[int, int] = field(default_factory=dict)  # register -> what it always holds
+
+    def register(self, name: str) -> int:
+        return self.registers.setdefault(name, len(self.registers))
+
+    def constant(self, value: int) -> int:
+        index = self.register(f"={value}")
+        self.constants[index] = value % 2**64
+        return index
+
+    def operand(self, text: str) -> int:
+        if match := _NUMBER.match(text):
+            single, double, whole = match.groups()
+            return self.constant(int(single or double, 16) if single or double else int(whole, 0))
+        if text == SHARED:
+            return self.constant(0)
+        if not text.startswith("%") and text not in ("_", "tmp"):
+            raise Unknown(f"operand {text!r}")
+        return self.register(text)
+
+
+def _operands(program: Program, text: str) -> tuple[list[int], list[int]]:
+    """Registers, in the order of the text, and the offsets of addresses."""
+    found, offsets = [], []
+    for part in _PARTS.findall(text):
+        part = part.strip()
+        if part.startswith("["):
+            match = _ADDRESS.match(part)
+            if not match:
+                raise Unknown(f"address {part!r}")
+            found.append(program.operand(match[1]))
+            offsets.append(int(match[2] or "0", 0))
+        else:
+            found += [program.operand(name.strip()) for name in re.split(r"[,|]", part.strip("{}"))]
+    return found, offsets
+
+
+def _statements(body: str):
+    """(label, None, "") and (None, statement, its place in the source) in order."""
+    place = ""
+    for line in body.split("\n"):
+        line, _, comment = map(str.strip, line.partition("//"))
+        if line.startswith(".loc"):
+            place = comment
+        if match := _ONE_LINE_BLOCK.match(line):
+            line = match[1]
+        if not line or line.startswith("."):
+            continue
+        if match := re.match(r"^(\$?\w+):$", line):
+            yield match[1], None, ""
+            continue
+        if not line.endswith(";"):
+            raise Unknown(f"line {line!r}")
+        for statement in filter(None, map(str.strip, line.split(";"))):
+            yield None, statement, place
+
+
+def _row(program: Program, name: str, text: str, operation) -> tuple[int, list[int], list[int], str | None]:
+    """(operation, operands, offsets, label) of an instruction."""
+    if name.startswith("bra"):
+        return operation(name), [], [], text
+    if name.startswith("mov.") and "{" in text:  # both ways: packed or taken apart
+        parts = text.split("{")[1].split("}")[0].count(",") + 1
+        name = f"{'unpack' if text.startswith('{') else 'pack'}{name[3:]}.v{parts}"
+    if name.startswith("ld.param."):
+        match = re.search(r"\[\w+_param_(\d+)\]", text)
+        if not match:
+            raise Unknown(f"{name} {text}")
+        return (
+            operation(name),
+            [program.operand(text.split(",")[0].strip()), program.register(f"param {match[1]}")],
+            [],
+            None,
+        )
+    operands, offsets = _operands(program, text)
+    if name.startswith("cp.async.c") and "global" in name and len(operands) == 3:
+        operands.append(operands[2])  # no part of it is left out
+    if len(operands) > OPERANDS or len(offsets) > 2:
+        raise Unknown(f"{name} {text}")
+    return operation(name), operands, offsets, None
+
+
+def parse(ptx: str, operation) -> Program:
+    """The one kernel of `ptx`; operation(name): its number in the machine. Unknown: what is not known there."""
+    entry = _ENTRY.search(ptx)
+    threads = entry and re.search(r"\.reqntid (\d+)", entry[3])
+    if not threads:
+        raise Unknown("no kernel with .reqntid")
+    program = Program(entry[1], re.findall(r"\.param \.(\w+)", entry[2]), int(threads[1]))
+    rows, labels, jumps = [], {}, []
+    for label, statement, place in _statements(entry[4]):
+        if label:
+            labels[label] = len(rows)
+            continue
+        match = re.match(r"^(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*)$", statement, re.DOTALL)
+        if not match:
+            raise Unknown(f"statement {statement!r}")
+        negated, predicate, name, text = match.groups()
+        program.lines.append(f"{statement} ({place})")
+        number, operands, offsets, target = _row(program, name, text, operation)
+        if target:
+            jumps.append((len(rows), target))
+        offsets += [0] * (2 - len(offsets))
+        rows.append([number, program.register(predicate) if predicate else -1, negated == "!", 0, *offsets, *operands,
+                     *[0] * (OPERANDS - len(operands))])  # fmt: skip
+    for position, label in jumps:
+        rows[position][3] = labels[label]
+    program.instructions = np.array(rows, dtype=np.int64)
+    return program
