@@ -31,7 +31,7 @@ def pairs(shapes):
     """Every shape with every runner; in Triton's interpreter three tiles of frames and two of keys stand for more."""
     made = []
     for (B, F, K, *rest), runner in itertools.product(shapes, runners("recover_attention")):
-        F, K = (min(F, 83), min(K, 70)) if runner.values[0].simulated else (F, K)
+        F, K = (min(F, 83), min(K, 70)) if runner.values[0].interpreted else (F, K)
         shape = B, F, K, *rest
         made.append(pytest.param(*shape, runner.values[0], id="-".join(map(str, (*shape, runner.id)))))
     return made
@@ -71,7 +71,7 @@ def test_gradients_within_bound(B, F, K, C, H, shared, dtype, runner):
 @pytest.mark.parametrize("runner", runners("recover_attention"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_out_takes_the_result(dtype, runner):
-    for B, F, K, C, H, shared in [SHAPES[3], (2, 5, 3, 6, 2, False)] + SHAPES[:2] * (not runner.simulated):
+    for B, F, K, C, H, shared in [SHAPES[3], (2, 5, 3, 6, 2, False)] + SHAPES[:2] * (not runner.interpreted):
         runner.assert_fills_out(h2ot.recover_attention, *inputs(B, F, K, C, shared, dtype), H, scale=0.3)
 
 

@@ -20,7 +20,9 @@ def affordable(case, runner):
         return False
     if runner.simulated and is_variant and case.N > 99:
         return False
-    return not (case.large and (runner.simulated or runner.backend == "reference"))
+    if runner.simulated and case.N > 400:
+        return False
+    return not (case.large and (runner.interpreted or runner.backend == "reference"))
 
 
 def pairs(op, *kinds):

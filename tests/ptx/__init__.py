@@ -35,6 +35,7 @@ class _Launch(ctypes.Structure):
         ("registers", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("shared_bytes", ctypes.c_int64),
+        ("shared_cell", ctypes.c_int64),
         ("grid", ctypes.c_int64 * 3),
         ("special", ctypes.c_int64 * len(program.SPECIAL)),
         ("constants", ctypes.c_int64),
@@ -122,7 +123,7 @@ def run(parsed: program.Program, shared: int, grid: tuple[int, ...], arguments: 
     special = [parsed.registers.get(name, -1) for name in program.SPECIAL]
     grid = (*grid, 1, 1)[:3]
     launch = _Launch(
-        *(len(parsed.registers), parsed.threads, shared, _integers(grid), _integers(special)),
+        *(len(parsed.registers), parsed.threads, shared, parsed.shared_cell, _integers(grid), _integers(special)),
         *(len(constants), registers.ctypes.data, values.ctypes.data),
     )
     ranges = _ranges([x for x in arguments if isinstance(x, torch.Tensor)])

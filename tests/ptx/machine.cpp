@@ -8,7 +8,7 @@ namespace {
 enum Special { kThreadX, kBlockX, kBlockY, kBlockZ, kGridX, kGridY, kGridZ, kThreads, kLane, kSpecials };
 
 struct Launch {
-  int64_t registers, threads, shared_bytes;
+  int64_t registers, threads, shared_bytes, shared_cell;  // bytes that are watched together
   int64_t grid[3];
   int64_t special[kSpecials];  // registers, or -1
   int64_t constants;
@@ -163,7 +163,7 @@ void run_grid(Grid& grid, const Launch& launch) {
   for (size_t n = 0; n < order.size(); n++) order[n] = int64_t(n);
   for (size_t n = order.size(); n > 1; n--) std::swap(order[n - 1], order[grid.draw(n)]);
   grid.released.assign(order.size(), 0);
-  Range shared = {0, uint64_t(launch.shared_bytes), 1, {}};
+  Range shared = {0, uint64_t(launch.shared_bytes), launch.shared_cell, {}};
   Block block;
   block.grid = &grid;
   block.shared_range = &shared;

@@ -26,6 +26,7 @@ class Program:
     threads: int
     instructions: np.ndarray = field(init=False)  # (count, 6 + OPERANDS)
     lines: list[str] = field(default_factory=list)  # theirs, and the lines of the source
+    shared_cell: int = 16  # bytes of the smallest access to shared memory
     registers: dict[str, int] = field(default_factory=dict)
     constants: dict[int, int] = field(default_factory=dict)  # register -> what it always holds
 
@@ -125,6 +126,10 @@ def parse(ptx: str, operation) -> Program:
         if not match:
             raise Unknown(f"statement {statement!r}")
         negated, predicate, name, text = match.groups()
+        if size := re.match(r"(?:ld|st)\.shared\.(?:v\d\.)?[busf](\d+)$", name):
+            program.shared_cell = min(program.shared_cell, int(size[1]) // 8)
+        elif name.startswith("cp.async.ca"):
+            program.shared_cell = min(program.shared_cell, 4)
         program.lines.append(f"{statement} ({place})")
         number, operands, offsets, target = _row(program, name, text, operation)
         if target:
