@@ -29,7 +29,17 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
 SHARED_LIMIT = 48 << 10  # what a launch may ask for on any device without opting in
 REGISTER_LIMIT = 255
-FLAGS = ("-std=c++20", "-O3", "--fmad=false", "--resource-usage", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Icsrc")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "--fmad=false",
+    "--resource-usage",
+    "-Werror",
+    "all-warnings",
+    "-Xcompiler",
+    "-Wall,-Wextra",
+    "-Icsrc",
+)
 
 # What the disassembly of a kernel must hold: (part of its name, instruction, at least so often).
 WANTED = (

@@ -1,0 +1,25 @@
+"""`./dev ptx`: the tests of the Triton kernels on their PTX, run on the CPU.
+
+python -m tests.ptx [--arch 90] [arguments of pytest]
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+
+STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
+FILES = [*STEMS, "triton", "triton_score", "triton_gather", "triton_forms", "fuzz", "ptx_barriers"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./dev ptx", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, default=90, help="compute capability; no tcgen05, so not 100")
+    given, others = parser.parse_known_args()
+    chosen = ["-k", "triton or Triton or any_valid_input or barrier", *(f"tests/test_{file}.py" for file in FILES)]
+    command = [sys.executable, "-m", "pytest", *chosen, *(others or ["-n", "auto", "--dist", "loadfile"])]
+    return subprocess.run(command, env=os.environ | {"H2OT_KERNELS_PTX": str(given.arch)}, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
