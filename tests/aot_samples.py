@@ -48,7 +48,8 @@ def score_calls() -> Iterator[Callable]:
         yield partial(score.prune_cluster, tensor(1, 16384, 1024, dtype=dtype), 1000, 5, None, None, None)
     yield partial(score.prune_cluster, tensor(4, 243, 17, 512), 81, 2, keep, mask, None)
     for N in (27, 60, 81, 128, 351, 500):
-        yield partial(score.prune_cluster, tensor(1, N, 512), N // 3, 2, None, None, None)
+        for dtype in (torch.float32,) if N > 128 else (torch.float32, torch.bfloat16, torch.float64):
+            yield partial(score.prune_cluster, tensor(1, N, 512, dtype=dtype), N // 3, 2, None, None, None)
     yield partial(score.score_tokens, tensor(4, 243, 512), 5, mask, noise)
     for N, k in ((27, 1), (27, 16), (60, 4), (123, 8), (351, 2), (500, 16)):
         yield partial(score.score_tokens, tensor(2, N, 64), k, None, None)

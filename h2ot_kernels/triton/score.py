@@ -294,7 +294,7 @@ def delta_tile(N: int, double: bool) -> dict[str, int]:
         "ROWS": 8 if double else 16,
         "WIDTH": width,
         "EXACT": 64,
-        "CHUNK": 8192 // width,
+        "CHUNK": min(8192 // width, 32),
         "num_warps": 8 if width > 256 else 4,
     }
 
