@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
-FILES = [*STEMS, "triton", "triton_score", "triton_gather", "triton_forms", "fuzz", "ptx_barriers"]
+FILES = [*STEMS, "triton", "triton_score", "triton_gather", "triton_forms", "triton_tiles", "fuzz", "ptx_barriers"]
 
 
 def main() -> int:

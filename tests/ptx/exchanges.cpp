@@ -1,4 +1,4 @@
-// Instructions of memory and of whole warps: loads, stores, asynchronous copies, atomics, shuffles, matrices.
+// Instructions of memory and of whole warps: loads, stores, asynchronous copies, atomics, shuffles, branches.
 #include "elementwise.h"
 
 namespace ptx {
@@ -12,11 +12,6 @@ void land(Warp& warp, int lane, const Copy& copy) {
 }
 
 namespace {
-
-uint64_t address_of(Warp& warp, int32_t operand, int64_t offset, int lane, bool is_shared) {
-  const uint64_t address = warp.lanes(operand)[lane] + uint64_t(offset);
-  return is_shared ? uint32_t(address) : address;
-}
 
 template <class T, int count, bool is_shared>
 void load(Warp& warp, const Instruction& in, uint32_t mask) {
@@ -162,81 +157,6 @@ void add_reductions(Table& table, const std::string& type) {
   table["redux.sync.max." + type] = {reduce<T, [](T a, T b) { return std::max(a, b); }>, Kind::together};
 }
 
-// 8 x 8 matrices of 16 bits: lane 8 m + r holds the address of row r of matrix m; lane l has columns 2 (l % 4) + {0, 1}
-// of row l / 4, or, transposed, of that column.
-template <int count, bool transposed>
-void load_matrices(Warp& warp, const Instruction& in, uint32_t) {
-  for (int m = 0; m < count; m++) {
-    uint16_t matrix[8][8];
-    for (int row = 0; row < 8; row++) {
-      const int lane = m * 8 + row;
-      const uint64_t address = address_of(warp, in.operands[count], in.offset, lane, true);
-      std::memcpy(matrix[row], place({warp, lane, address, 16, Access::read, true}), 16);
-    }
-    for (int lane = 0; lane < kLanes; lane++) {
-      const int row = lane / 4, column = lane % 4 * 2;
-      const uint32_t low = transposed ? matrix[column][row] : matrix[row][column];
-      const uint32_t high = transposed ? matrix[column + 1][row] : matrix[row][column + 1];
-      warp.lanes(in.operands[m])[lane] = low | high << 16;
-    }
-  }
-}
-template <int count, bool transposed>
-void store_matrices(Warp& warp, const Instruction& in, uint32_t) {
-  for (int m = 0; m < count; m++) {
-    uint16_t matrix[8][8];
-    for (int lane = 0; lane < kLanes; lane++) {
-      const uint32_t pair = uint32_t(warp.lanes(in.operands[1 + m])[lane]);
-      for (int half = 0; half < 2; half++) {
-        const int row = lane / 4, column = lane % 4 * 2 + half;
-        (transposed ? matrix[column][row] : matrix[row][column]) = uint16_t(pair >> 16 * half);
-      }
-    }
-    for (int row = 0; row < 8; row++) {
-      const int lane = m * 8 + row;
-      const uint64_t address = address_of(warp, in.operands[0], in.offset, lane, true);
-      std::memcpy(place({warp, lane, address, 16, Access::write, true}, matrix[row]), matrix[row], 16);
-    }
-  }
-}
-
-float read_tf32(uint64_t bits) { return from_bits<float>(bits & 0xffffe000u); }
-float read_half(uint64_t bits) { return float(from_bits<_Float16>(bits & 0xffff)); }
-float read_bfloat(uint64_t bits) { return from_bits<float>((bits & 0xffff) << 16); }
-
-// c (16 x 8) += a (16 x K) b (K x 8), fragments as in the manual, `packed` operands in 32 bits. The sum is cut off
-// towards zero.
-template <int K, int packed, auto read>
-void multiply(Warp& warp, const Instruction& in, uint32_t) {
-  constexpr int kHalf = K / 2, kBits = 32 / packed;
-  double a[16][K], b[K][8];
-  for (int lane = 0; lane < kLanes; lane++) {
-    const int group = lane / 4, thread = lane % 4;
-    for (int e = 0; e < 4 * packed; e++) {
-      const int n = e / packed, part = e % packed;
-      const double value = read(warp.lanes(in.operands[4 + n])[lane] >> kBits * part);
-      a[group + n % 2 * 8][thread * packed + part + n / 2 * kHalf] = value;
-      if (n < 2) {
-        b[thread * packed + part + n * kHalf][group] = read(warp.lanes(in.operands[8 + n])[lane] >> kBits * part);
-      }
-    }
-  }
-  float results[4][kLanes];
-  for (int lane = 0; lane < kLanes; lane++) {
-    for (int e = 0; e < 4; e++) {
-      const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-      double sum = from_bits<float>(warp.lanes(in.operands[10 + e])[lane]);
-      for (int k = 0; k < K; k++) sum += a[row][k] * b[k][column];
-      float cut = float(sum);
-      if (std::fabs(double(cut)) > std::fabs(sum)) cut = std::nextafter(cut, 0.0f);
-      results[e][lane] = cut;
-    }
-  }
-  for (int e = 0; e < 4; e++) {
-    for (int lane = 0; lane < kLanes; lane++) warp.lanes(in.operands[e])[lane] = to_bits(results[e][lane]);
-  }
-}
-
 }  // namespace
 
 void add_memory(Table& table) {
@@ -273,21 +193,6 @@ void add_warps(Table& table) {
   table["bra"] = table["bra.uni"] = {nullptr, Kind::branch};
   table["ret"] = {nullptr, Kind::end};
   table["bar.sync"] = {nullptr, Kind::block_barrier};
-  const std::string load = "ldmatrix.sync.aligned.m8n8.", store = "stmatrix.sync.aligned.m8n8.";
-  table[load + "x1.shared.b16"] = {load_matrices<1, false>, Kind::together};
-  table[load + "x2.shared.b16"] = {load_matrices<2, false>, Kind::together};
-  table[load + "x4.shared.b16"] = {load_matrices<4, false>, Kind::together};
-  table[load + "x1.trans.shared.b16"] = {load_matrices<1, true>, Kind::together};
-  table[load + "x2.trans.shared.b16"] = {load_matrices<2, true>, Kind::together};
-  table[load + "x4.trans.shared.b16"] = {load_matrices<4, true>, Kind::together};
-  table[store + "x1.shared.b16"] = {store_matrices<1, false>, Kind::together};
-  table[store + "x2.shared.b16"] = {store_matrices<2, false>, Kind::together};
-  table[store + "x4.shared.b16"] = {store_matrices<4, false>, Kind::together};
-  table[store + "x4.trans.shared.b16"] = {store_matrices<4, true>, Kind::together};
-  const std::string product = "mma.sync.aligned.", wide = "m16n8k16.row.col.f32.";
-  table[product + "m16n8k8.row.col.f32.tf32.tf32.f32"] = {multiply<8, 1, read_tf32>, Kind::together};
-  table[product + wide + "f16.f16.f32"] = {multiply<16, 2, read_half>, Kind::together};
-  table[product + wide + "bf16.bf16.f32"] = {multiply<16, 2, read_bfloat>, Kind::together};
 }
 
 }  // namespace ptx

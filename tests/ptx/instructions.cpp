@@ -138,6 +138,7 @@ void permute(Warp& warp, const Instruction& in, uint32_t mask) {
 void add_floats(Table& table);
 void add_memory(Table& table);
 void add_warps(Table& table);
+void add_matrices(Table& table);
 
 const Table& operations() {
   static const Table made = [] {
@@ -184,6 +185,7 @@ const Table& operations() {
     add_floats(table);
     add_memory(table);
     add_warps(table);
+    add_matrices(table);
     return table;
   }();
   return made;

@@ -178,8 +178,8 @@ void run_grid(Grid& grid, const Launch& launch) {
   }
 }
 
-constexpr int kFields =
-    6 + kOperands;  // of an instruction: operation, predicate, negated, target, two offsets, operands
+// Of an instruction: operation, predicate, negated, target, two offsets, number of operands, operands.
+constexpr int kFields = 7 + kOperands;
 
 }  // namespace
 }  // namespace ptx
@@ -215,7 +215,8 @@ int32_t ptx_run(const int64_t* instructions, int64_t count, const ptx::Launch* l
     in.target = given[3];
     in.offset = given[4];
     in.second_offset = given[5];
-    std::copy_n(given + 6, kOperands, in.operands);
+    in.count = int32_t(given[6]);
+    std::copy_n(given + 7, kOperands, in.operands);
   }
   for (int64_t n = 0; n < range_count; n++) {
     const int64_t* given = ranges + n * 3;

@@ -21,7 +21,7 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAll = 0xffffffffu;
-constexpr int kOperands = 16;
+constexpr int kOperands = 48;
 constexpr unsigned char kPoison = 0xff;  // NaN, and token -1
 
 template <class T>
@@ -51,6 +51,7 @@ struct Instruction {
   int32_t predicate;  // a register, or -1
   bool negated;
   int64_t target, offset, second_offset;
+  int32_t count;  // of the operands
   int32_t operands[kOperands];
 };
 
@@ -215,6 +216,11 @@ inline unsigned char* place(const Request& request, const void* value = nullptr)
     cell.written = now;
   }
   return found;
+}
+
+inline uint64_t address_of(Warp& warp, int32_t operand, int64_t offset, int lane, bool is_shared) {
+  const uint64_t address = warp.lanes(operand)[lane] + uint64_t(offset);
+  return is_shared ? uint32_t(address) : address;
 }
 
 const std::unordered_map<std::string, Operation>& operations();

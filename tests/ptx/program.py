@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-OPERANDS = 16
+OPERANDS = 48
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%ntid.x", "%laneid")
 SHARED = "global_smem"
 _ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\n\)(.*?)\n\{\n(.*?)\n\}\n", re.DOTALL)
@@ -24,7 +24,7 @@ class Program:
     name: str
     parameters: list[str]  # their types
     threads: int
-    instructions: np.ndarray = field(init=False)  # (count, 6 + OPERANDS)
+    instructions: np.ndarray = field(init=False)  # (count, 7 + OPERANDS)
     lines: list[str] = field(default_factory=list)  # theirs, and the lines of the source
     shared_cell: int = 16  # bytes of the smallest access to shared memory
     registers: dict[str, int] = field(default_factory=dict)
@@ -135,8 +135,9 @@ def parse(ptx: str, operation) -> Program:
         if target:
             jumps.append((len(rows), target))
         offsets += [0] * (2 - len(offsets))
-        rows.append([number, program.register(predicate) if predicate else -1, negated == "!", 0, *offsets, *operands,
-                     *[0] * (OPERANDS - len(operands))])  # fmt: skip
+        guard = program.register(predicate) if predicate else -1
+        padding = [0] * (OPERANDS - len(operands))
+        rows.append([number, guard, negated == "!", 0, *offsets, len(operands), *operands, *padding])
     for position, label in jumps:
         rows[position][3] = labels[label]
     program.instructions = np.array(rows, dtype=np.int64)
