@@ -1,6 +1,5 @@
 """Where the mutants of tests/mutants.py run: scratch trees under build/mutants, and the tests that each file meets."""
 
-import ast
 import filecmp
 import os
 import platform
@@ -80,9 +79,9 @@ class Tree:
         return kept | {"PYTHONPATH": str(self.folder)}
 
     def prepare(self, file: str) -> bool:
-        """Whether the changed file could be built; Python: read."""
+        """Whether the changed file could be built; Python: compiled."""
         try:
-            ast.parse((self.folder / file).read_text())
+            compile((self.folder / file).read_text(), file, "exec")
         except SyntaxError:
             return False
         return True
