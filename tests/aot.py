@@ -140,6 +140,28 @@ def _widest_load(ptx: str) -> int:
     return max(widths)
 
 
+def source_of(build: Build, kind: type[ASTSource] = ASTSource) -> ASTSource:
+    attributes = {path: CUDABackend.parse_attr(letters) for path, letters in build.attributes}
+    return kind(function(build.stem, build.kernel), dict(build.signature), dict(build.constants), attributes)
+
+
+def form_of(arch: int, build: Build, last: str) -> tuple[str, dict]:
+    """(text, metadata) of a kernel after Triton's stage `last`, "ttir" to "ptx": nothing is assembled."""
+    target = GPUTarget("cuda", arch, 32)
+    backend, context, stages, metadata = make_backend(target), ir.context(), {}, {}
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(dict(build.options))
+    backend.add_stages(stages, options, Language.TRITON)
+    generate, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    form = source_of(build).make_ir(target, options, generate, modules, context)
+    for name, stage in stages.items():
+        form = stage(form, metadata)
+        if name == last:
+            break
+    return str(form), metadata
+
+
 class SharedSource(ASTSource):
     """A kernel whose first intermediate form, the same for every architecture, is made once: a fifth of the work."""
 
@@ -207,16 +229,14 @@ def start_worker(cache: str) -> None:
 def compile_build(task: tuple[Build, list[int], int | None]) -> list[Row]:
     """A row for each of the architectures; where `proven` has another's PTX, it is compiled the whole way, too."""
     build, architectures, proven = task
-    attributes = {path: CUDABackend.parse_attr(letters) for path, letters in build.attributes}
-    kernel = function(build.stem, build.kernel), dict(build.signature), dict(build.constants), attributes
-    source, rows, codes = SharedSource(*kernel), [], {}
+    source, rows, codes = source_of(build, SharedSource), [], {}
     for arch in architectures:
         same = next((code for first, code in codes.items() if has_ptx_of(first, arch, code.ptx)), None)
         try:
             code = assembled(arch, build, same) if same else compiled(arch, build, source)
             row = row_of(arch, build, code)
             if same and arch == proven:
-                whole = compiled(arch, build, ASTSource(*kernel))
+                whole = compiled(arch, build, source_of(build))
                 if (whole.ptx, row_of(arch, build, whole)) != (code.ptx, row):
                     row = replace(row, error="has PTX of its own: see has_ptx_of")
             codes.setdefault(arch, code)

@@ -15,7 +15,6 @@ _DEFINED = re.compile(r"^\s*(%[\w.]+)(?::\d+)? = \"?([\w.]+)\"?(.*)$")
 _VALUE = re.compile(r"%[\w.]+(?:#\d+)?")
 _RESULT = re.compile(r"^\s*([a-z][\w.]*)\s+(%rd\d+), ([^;]+);", re.MULTILINE)
 _UPPER = re.compile(r"mov\.b64\s+\{\s*(?:_|tmp)\s*,\s*%r\d+\s*\},\s*(%rd\d+)")
-_STAYS = ("cvt.u64.u32", "cvt.u64.u16", "and.b64")
 _MOVES = ("tt.splat", "tt.addptr", "tt.broadcast", "tt.expand_dims", "tt.bitcast")  # the same values, or memory
 
 
@@ -57,6 +56,13 @@ def unseen_stores(form: str) -> list[str]:
     return faults
 
 
+def _stays(name: str, operands: list[str]) -> bool:
+    """Whether a result of 64 bits has nothing in its upper half."""
+    if name == "and.b64":
+        return operands[1].isdigit() and int(operands[1]) < 2**32
+    return name in ("cvt.u64.u32", "cvt.u64.u16")
+
+
 def overruns(ptx: str) -> list[str]:
     """Pairs of 32 bits, computed in one register, whose lower part may run over into the upper, which is then used.
 
@@ -72,25 +78,18 @@ def overruns(ptx: str) -> list[str]:
         if name not in ("or.b64", "add.s64", "xor.b64"):
             continue
         for upper, lower in (parts, parts[::-1]):
-            how, shift = defined.get(upper, ("", ["", "0"]))
-            if how == "shl.b64" and int(shift[1]) >= 32 and defined.get(lower, ("",))[0] not in _STAYS:
+            how, shift = defined.get(upper, ("", []))
+            if how == "shl.b64" and int(shift[1]) >= 32 and not _stays(*defined.get(lower, ("", []))):
                 faults.append(f"{lower} may run over into {upper} in {pair}, a pair")
     return faults
 
 
 def forms() -> Iterator[tuple[str, str]]:
     """(kernel, form) of a launch of every kernel and dtype in tests/aot_samples.py, and with sizes of 1."""
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.compiler import ASTSource
-
     from h2ot_kernels.triton import common
 
     from . import aot, aot_samples
 
-    target = GPUTarget("cuda", 90, 32)
-    backend = CUDABackend(target)
     with common.record() as launches:
         for call in aot_samples.calls():
             call()
@@ -102,19 +101,9 @@ def forms() -> Iterator[tuple[str, str]]:
         for call in aot_samples.calls_of_ones():
             call()
     for build in dict.fromkeys((*ordinary.values(), *map(aot.build_of, launches))):
-        attributes = {path: CUDABackend.parse_attr(letters) for path, letters in build.attributes}
-        function = aot.function(build.stem, build.kernel)
-        made = ASTSource(function, dict(build.signature), dict(build.constants), attributes)
-        context = ir.context()
-        ir.load_dialects(context)
-        backend.load_dialects(context)
-        options = backend.parse_options(dict(build.options))
-        module = made.make_ir(
-            target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
-        )
         narrow = [name for name, kind in build.signature if kind in ("fp16", "bf16", "fp32")]
         assert not narrow, f"{build.kernel}: {narrow} arrive in float32: declare them tl.float64"
-        yield build.kernel, str(backend.make_ttir(module, {}, options, target.arch))
+        yield build.kernel, aot.form_of(90, build, "ttir")[0]
 
 
 def main() -> int:

@@ -14,13 +14,13 @@ from .runners import runners
 
 
 def affordable(case, runner):
-    """Not: large cases in the reference, which the oracle runs, or in Triton's interpreter; nor missing options."""
+    """Not: large cases in the reference, which the oracle runs, or in Triton's interpreter, or very large ones as PTX;
+    nor missing options."""
     is_variant = bool(set(dict(case.options)) - {"metric"})
     if is_variant and not h2ot.can_run("score_variant", runner.backend, runner.device)[0]:
         return False
-    if runner.simulated and is_variant and case.N > 99:
-        return False
-    if runner.simulated and case.N > 400:
+    most = 99 if is_variant else 400
+    if runner.simulated and case.N > most:
         return False
     return not (case.large and (runner.interpreted or runner.backend == "reference"))
 

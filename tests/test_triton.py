@@ -84,6 +84,13 @@ def compiled_by_the_gate():
     return found
 
 
+def test_products_are_contracted_nowhere(compiled_by_the_gate):
+    """Threads that share a sum hold the same bits only then (common.launch)."""
+    assert compiled_by_the_gate
+    for name, launches in compiled_by_the_gate.items():
+        assert all(constants["enable_fp_fusion"] is False for constants in launches), name
+
+
 def covered(choice: dict, constants: list[dict]) -> bool:
     return any(choice.items() <= given.items() for given in constants)
 

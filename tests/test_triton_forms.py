@@ -45,6 +45,7 @@ def test_the_reading_of_forms_sees_each_fault():
         "%keys is stored and loaded without a barrier between"
     ]
     assert aot_forms.overruns(PAIR) == ["%rd128 may run over into %rd127 in %rd129, a pair"]
+    assert aot_forms.overruns(PAIR.replace("mul.wide.u32 \t%rd128, %r1, 2147483648", "and.b64 \t%rd128, %rd9, -2"))
     assert aot_forms.overruns(PAIR.replace("mul.wide.u32 \t%rd128, %r1, 2147483648", "cvt.u64.u32 \t%rd128, %r1")) == []
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import h2ot_kernels as h2ot
 import python_ref
 from h2ot_kernels import backend
-from h2ot_kernels.triton import recover_tail, score, score_large
+from h2ot_kernels.triton import common, recover_tail, score, score_large
 
 from .compare import assert_scores, assert_within
 from .runners import DEVICE
@@ -24,9 +24,10 @@ def test_streaming_triton_tiles_of_many_tokens(dtype, k, monkeypatch):
     monkeypatch.setattr(score_large, "stream_tile", lambda B, N, *rest: chosen(8192, N, *rest))
     assert score_large.stream_tile(1, 150, 4, dtype)["ROWS"] == 64
     x = torch.randn(2, 150, 96).cumsum(1).to(dtype)
-    with h2ot.use_backend("triton"):
+    with h2ot.use_backend("triton"), common.record() as launches:
         ours = h2ot.score_tokens(x.to(DEVICE), k)
         index = h2ot.prune_cluster(x.to(DEVICE), 50, k)
+    assert {"nearest_kernel", "scan_kernel"} <= {launch.kernel.__name__ for launch in launches}
     assert_scores(type(ours)(*(value.cpu() for value in ours)), python_ref.score_tokens(x, k))
     assert torch.equal(index.cpu(), python_ref.prune_cluster(x, 50, k))
 

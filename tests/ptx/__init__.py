@@ -3,7 +3,7 @@
 `install(arch)`, before any kernel is imported: from then on every launch on CPU tensors is compiled as for a GPU of
 that architecture and its PTX is run by machine.cpp, which sees what the interpreter cannot: layouts, barriers,
 shared memory, TF32 products, approximate divisions, contracted sums, accesses out of bounds, misaligned or in a race.
-Not seen: what ptxas and the hardware make of the PTX.
+Not seen: what ptxas and the hardware make of the PTX. Triton is imported where it is needed: the machine needs none.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ class _Launch(ctypes.Structure):
 @functools.cache
 def machine() -> ctypes.CDLL:
     """The library, built under build/ptx once per content. RuntimeError: what g++ says."""
-    files = sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
+    files = sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp"), _HERE.parent / "simt" / "bits.h"])
     state = hashlib.sha256("\0".join([*_FLAGS, *(file.read_text() for file in files)]).encode()).hexdigest()
     library = ROOT / "build" / "ptx" / f"machine-{state[:16]}.so"
     if not library.exists():
@@ -72,14 +72,6 @@ def operation(name: str) -> int:
     if number < 0:
         raise program.Unknown(f"instruction {name}")
     return number
-
-
-def _flat(value):
-    if isinstance(value, tuple):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
 
 
 def _integers(values) -> ctypes.Array:
@@ -137,30 +129,17 @@ def run(parsed: program.Program, shared: int, grid: tuple[int, ...], arguments: 
         raise Fault(f"{parsed.name}: {message.value.decode()}, at {parsed.lines[at.value]}")
 
 
-def compiled(arch: int, build, kernel) -> tuple[str, int]:
-    """(PTX, bytes of shared memory) of tests/aot.py's `build` of a kernel, kept under build/ptx."""
+def compiled(arch: int, build) -> tuple[str, int]:
+    """(PTX, bytes of shared memory) of a build of tests/aot.py, kept under build/ptx."""
     import triton
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget, Language
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.compiler import ASTSource, make_backend
 
-    state = hashlib.sha256(f"{triton.__version__} {arch} {kernel.cache_key} {build!r}".encode()).hexdigest()
+    from .. import aot
+
+    key = aot.function(build.stem, build.kernel).cache_key
+    state = hashlib.sha256(f"{triton.__version__} {arch} {key} {build!r}".encode()).hexdigest()
     kept = ROOT / "build" / "ptx" / f"{build.kernel}-{state[:24]}.ptx"
     if not kept.exists():
-        target = GPUTarget("cuda", arch, 32)
-        backend, context, stages, metadata = make_backend(target), ir.context(), {}, {}
-        ir.load_dialects(context)
-        backend.load_dialects(context)
-        options = backend.parse_options(dict(build.options))
-        backend.add_stages(stages, options, Language.TRITON)
-        attributes = {path: CUDABackend.parse_attr(letters) for path, letters in build.attributes}
-        source = ASTSource(kernel, dict(build.signature), dict(build.constants), attributes)
-        form = source.make_ir(
-            target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
-        )
-        for stage in ("ttir", "ttgir", "llir", "ptx"):
-            form = stages[stage](form, metadata)
+        form, metadata = aot.form_of(arch, build, "ptx")
         kept.parent.mkdir(parents=True, exist_ok=True)
         made = kept.with_suffix(f".{os.getpid()}")
         kernel_only = form[: form.index("\n}\n") + 3]  # the rest is for debuggers
@@ -192,7 +171,7 @@ def install(arch: int) -> None:
         launch = common.Launch(kernel, grid, arguments, constants)
         build = aot.build_of(launch)
         if build not in made:
-            ptx, shared = compiled(arch, build, kernel)
+            ptx, shared = compiled(arch, build)
             made[build] = program.parse(ptx, operation), shared
         given = dict(zip(kernel.arg_names, arguments, strict=False))
         values = [part for name, kind in build.signature for part in _runtime(kind, given.get(name))]

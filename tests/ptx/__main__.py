@@ -16,9 +16,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability; no tcgen05, so not 100")
     given, others = parser.parse_known_args()
-    chosen = ["-k", "triton or Triton or any_valid_input or barrier", *(f"tests/test_{file}.py" for file in FILES)]
-    command = [sys.executable, "-m", "pytest", *chosen, *(others or ["-n", "auto", "--dist", "loadfile"])]
-    return subprocess.run(command, env=os.environ | {"H2OT_KERNELS_PTX": str(given.arch)}, check=False).returncode
+    tests = ["-k", "triton or Triton or any_valid_input or barrier", *(f"tests/test_{file}.py" for file in FILES)]
+    command = [sys.executable, "-m", "pytest", *tests, *(others or ["-n", "auto", "--dist", "loadfile"])]
+    chosen = {"H2OT_KERNELS_PTX": str(given.arch), "CUDA_VISIBLE_DEVICES": ""}  # on the CPU where there is a GPU, too
+    return subprocess.run(command, env=os.environ | chosen, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -7,34 +7,34 @@ namespace ptx {
 
 using Table = std::unordered_map<std::string, Operation>;
 
-template <class T, auto function>
+template <class Function>
+void each_lane(uint32_t mask, Function function) {
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (mask >> lane & 1) function(lane);
+  }
+}
+
+template <class A, auto function>
 void unary(Warp& warp, const Instruction& in, uint32_t mask) {
   uint64_t* d = warp.lanes(in.operands[0]);
   const uint64_t* a = warp.lanes(in.operands[1]);
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (mask >> lane & 1) d[lane] = to_bits(function(from_bits<T>(a[lane])));
-  }
+  each_lane(mask, [&](int lane) { d[lane] = to_bits(function(from_bits<A>(a[lane]))); });
 }
 
-template <class T, auto function>
+template <class A, class B, auto function>
 void binary(Warp& warp, const Instruction& in, uint32_t mask) {
   uint64_t* d = warp.lanes(in.operands[0]);
   const uint64_t *a = warp.lanes(in.operands[1]), *b = warp.lanes(in.operands[2]);
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (mask >> lane & 1) d[lane] = to_bits(function(from_bits<T>(a[lane]), from_bits<T>(b[lane])));
-  }
+  each_lane(mask, [&](int lane) { d[lane] = to_bits(function(from_bits<A>(a[lane]), from_bits<B>(b[lane]))); });
 }
 
-// a and b of one type, c perhaps of another.
-template <class T, class Third, auto function>
+template <class A, class B, class C, auto function>
 void ternary(Warp& warp, const Instruction& in, uint32_t mask) {
   uint64_t* d = warp.lanes(in.operands[0]);
   const uint64_t *a = warp.lanes(in.operands[1]), *b = warp.lanes(in.operands[2]), *c = warp.lanes(in.operands[3]);
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (mask >> lane & 1) {
-      d[lane] = to_bits(function(from_bits<T>(a[lane]), from_bits<T>(b[lane]), from_bits<Third>(c[lane])));
-    }
-  }
+  each_lane(mask, [&](int lane) {
+    d[lane] = to_bits(function(from_bits<A>(a[lane]), from_bits<B>(b[lane]), from_bits<C>(c[lane])));
+  });
 }
 
 template <class T, auto function>
@@ -43,15 +43,21 @@ Operation one() {
 }
 template <class T, auto function>
 Operation two() {
-  return {binary<T, function>, Kind::simple};
+  return {binary<T, T, function>, Kind::simple};
 }
-template <class T, class Third, auto function>
+// a by an amount.
+template <class T, auto function>
+Operation shift() {
+  return {binary<T, uint32_t, function>, Kind::simple};
+}
+// a and b of one type, c perhaps of another.
+template <class T, class C, auto function>
 Operation three() {
-  return {ternary<T, Third, function>, Kind::simple};
+  return {ternary<T, T, C, function>, Kind::simple};
 }
 
 template <class T>
-inline void add_comparisons(Table& table, const std::string& type) {
+void add_comparisons(Table& table, const std::string& type) {
   table["setp.eq." + type] = two<T, [](T a, T b) { return a == b; }>();
   table["setp.ne." + type] = two<T, [](T a, T b) { return a < b || b < a; }>();
   table["setp.lt." + type] = two<T, [](T a, T b) { return a < b; }>();

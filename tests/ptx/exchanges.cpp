@@ -2,21 +2,17 @@
 #include "elementwise.h"
 
 namespace ptx {
+namespace {
 
 void land(Warp& warp, int lane, const Copy& copy) {
   unsigned char bytes[16] = {};
-  if (copy.valid > 0) {
-    std::memcpy(bytes, reinterpret_cast<const void*>(copy.from), copy.valid);
-  }
+  if (copy.valid > 0) std::memcpy(bytes, reinterpret_cast<const void*>(copy.from), copy.valid);
   std::memcpy(place({warp, lane, copy.to, copy.bytes, Access::write, true}, bytes), bytes, copy.bytes);
 }
 
-namespace {
-
 template <class T, int count, bool is_shared>
 void load(Warp& warp, const Instruction& in, uint32_t mask) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (!(mask >> lane & 1)) continue;
+  each_lane(mask, [&](int lane) {
     const uint64_t address = address_of(warp, in.operands[count], in.offset, lane, is_shared);
     const unsigned char* from = place({warp, lane, address, int(sizeof(T)) * count, Access::read, is_shared});
     for (int n = 0; n < count; n++) {
@@ -25,19 +21,18 @@ void load(Warp& warp, const Instruction& in, uint32_t mask) {
       using Wide = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
       warp.lanes(in.operands[n])[lane] = uint64_t(Wide(value));
     }
-  }
+  });
 }
 
 template <class T, int count, bool is_shared>
 void store(Warp& warp, const Instruction& in, uint32_t mask) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (!(mask >> lane & 1)) continue;
+  each_lane(mask, [&](int lane) {
     T values[count];
     for (int n = 0; n < count; n++) values[n] = T(warp.lanes(in.operands[1 + n])[lane]);
     const uint64_t address = address_of(warp, in.operands[0], in.offset, lane, is_shared);
     unsigned char* to = place({warp, lane, address, int(sizeof values), Access::write, is_shared}, values);
     std::memcpy(to, values, sizeof values);
-  }
+  });
 }
 
 template <class T, int count>
@@ -89,8 +84,7 @@ void add_atomics(Table& table, const std::string& type) {
 }
 
 void begin_copy(Warp& warp, const Instruction& in, uint32_t mask) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (!(mask >> lane & 1)) continue;
+  each_lane(mask, [&](int lane) {
     Copy copy;
     copy.to = address_of(warp, in.operands[0], in.offset, lane, true);
     copy.from = address_of(warp, in.operands[1], in.second_offset, lane, false);
@@ -103,22 +97,21 @@ void begin_copy(Warp& warp, const Instruction& in, uint32_t mask) {
       for (int n = 0; n < copy.valid; n++) place({warp, lane, copy.from + n, 1, Access::read, false});
     }
     warp.copies[lane].push_back(copy);
-  }
+  });
 }
 void commit_copies(Warp& warp, const Instruction&, uint32_t mask) {
   for (int lane = 0; lane < kLanes; lane++) warp.group[lane] += mask >> lane & 1;
 }
 // Copies land as late as they may.
 void wait_for_copies(Warp& warp, const Instruction& in, uint32_t mask) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (!(mask >> lane & 1)) continue;
+  each_lane(mask, [&](int lane) {
     const int64_t landed = warp.group[lane] - int64_t(warp.lanes(in.operands[0])[lane]);
     auto& copies = warp.copies[lane];
     while (!copies.empty() && copies.front().group < landed) {
       land(warp, lane, copies.front());
       copies.erase(copies.begin());
     }
-  }
+  });
 }
 
 void check_members(Warp& warp, int32_t operand) {

@@ -74,8 +74,7 @@ Bfloat::Bfloat(float v) {
 }
 uint32_t half_bits(float v) { return uint32_t(to_bits(_Float16(v))); }
 
-// Sums, differences and products of two of float32 rounded again are rounded as if once: 24 bits are more than 2 x 11
-// + 1.
+// A sum, difference or product in float32, rounded again, is rounded as if once: 24 bits are 2 x 11 + 2.
 template <class T>
 void add_halves(Table& table, const std::string& type) {
   for (const char* rounding : {"", "rn."}) {
@@ -168,14 +167,13 @@ void add_pairs(Table& table, const std::string& type) {
 // setp with two results, of the halves of 32 bits.
 template <class T>
 void equal_pairs(Warp& warp, const Instruction& in, uint32_t mask) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (!(mask >> lane & 1)) continue;
+  each_lane(mask, [&](int lane) {
     const uint64_t a = warp.lanes(in.operands[2])[lane], b = warp.lanes(in.operands[3])[lane];
     for (int half = 0; half < 2; half++) {
       const float x = from_bits<T>(a >> 16 * half & 0xffff), y = from_bits<T>(b >> 16 * half & 0xffff);
       warp.lanes(in.operands[half])[lane] = x == y;
     }
-  }
+  });
 }
 
 }  // namespace

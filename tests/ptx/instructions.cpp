@@ -23,6 +23,14 @@ T remainder(T a, T b) {
   return a % b;
 }
 
+// bfe: `count` bits of a from `begin` on, with their sign.
+template <class T>
+T extracted(T a, T begin, uint32_t count) {
+  const uint32_t first = begin & 255, bits = count & 255;
+  if (bits < 1 || first + bits > 32) throw Problem("bfe beyond its register");
+  return T(uint32_t(a) << (32 - first - bits)) >> (32 - bits);
+}
+
 template <class T>
 void add_integers(Table& table, const std::string& type) {
   using U = std::make_unsigned_t<T>;
@@ -36,16 +44,10 @@ void add_integers(Table& table, const std::string& type) {
   table["min." + type] = two<T, [](T a, T b) { return a < b ? a : b; }>();
   table["max." + type] = two<T, [](T a, T b) { return a < b ? b : a; }>();
   table["neg." + type] = one<U, [](U a) { return U(0 - a); }>();
-  table["shr." + type] = {[](Warp& warp, const Instruction& in, uint32_t mask) {
-                            for (int lane = 0; lane < kLanes; lane++) {
-                              if (!(mask >> lane & 1)) continue;
-                              const T a = from_bits<T>(warp.lanes(in.operands[1])[lane]);
-                              const uint32_t n = uint32_t(warp.lanes(in.operands[2])[lane]), bits = sizeof(T) * 8;
-                              const T shifted = n < bits ? T(a >> n) : T(a < T(0) ? -1 : 0);
-                              warp.lanes(in.operands[0])[lane] = to_bits(shifted);
-                            }
-                          },
-                          Kind::simple};
+  table["shr." + type] = shift<T, [](T a, uint32_t n) {
+    const uint32_t most = sizeof(T) * 8 - 1;
+    return n <= most ? T(a >> n) : std::is_signed_v<T> ? T(a >> most) : T(0);
+  }>();
   if constexpr (sizeof(T) <= 4) {
     using Wide = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;  // cut by what reads it
     table["mul.wide." + type] = two<T, [](T a, T b) { return Wide(a) * b; }>();
@@ -53,20 +55,7 @@ void add_integers(Table& table, const std::string& type) {
   }
   if constexpr (sizeof(T) == 4) {
     table["max.relu." + type] = two<T, [](T a, T b) { return std::max({a, b, T(0)}); }>();
-    table["bfe." + type] = {[](Warp& warp, const Instruction& in, uint32_t mask) {
-                              for (int lane = 0; lane < kLanes; lane++) {
-                                if (!(mask >> lane & 1)) continue;
-                                const int64_t a = from_bits<T>(warp.lanes(in.operands[1])[lane]);
-                                const int begin = warp.lanes(in.operands[2])[lane] & 255;
-                                const int count = warp.lanes(in.operands[3])[lane] & 255;
-                                if (begin + count > 32 || count < 1) throw Problem("bfe beyond its register");
-                                const int64_t moved = int64_t(uint64_t(a) << (64 - begin - count)) >> (64 - count);
-                                const uint64_t kept = uint64_t(a) << (64 - begin - count) >> (64 - count);
-                                const T found = std::is_signed_v<T> ? T(moved) : T(kept);
-                                warp.lanes(in.operands[0])[lane] = to_bits(found);
-                              }
-                            },
-                            Kind::simple};
+    table["bfe." + type] = three<T, uint32_t, extracted<T>>();
   }
 }
 
@@ -76,61 +65,46 @@ void add_bits(Table& table, const std::string& type) {
   table["or." + type] = two<T, [](T a, T b) { return T(a | b); }>();
   table["xor." + type] = two<T, [](T a, T b) { return T(a ^ b); }>();
   table["not." + type] = one<T, [](T a) { return T(~a); }>();
-  table["shl." + type] = {[](Warp& warp, const Instruction& in, uint32_t mask) {
-                            for (int lane = 0; lane < kLanes; lane++) {
-                              if (!(mask >> lane & 1)) continue;
-                              const T a = from_bits<T>(warp.lanes(in.operands[1])[lane]);
-                              const uint32_t n = uint32_t(warp.lanes(in.operands[2])[lane]);
-                              warp.lanes(in.operands[0])[lane] = n < sizeof(T) * 8 ? T(uint64_t(a) << n) : T(0);
-                            }
-                          },
-                          Kind::simple};
+  table["shl." + type] = shift<T, [](T a, uint32_t n) { return n < sizeof(T) * 8 ? T(uint64_t(a) << n) : T(0); }>();
 }
 
 template <class T>
 void add_moves(Table& table, const std::string& type) {
   table["mov." + type] = one<T, [](T a) { return a; }>();
-  table["ld.param." + type] =
-      one<T, [](T a) { return std::conditional_t < std::is_integral_v<T> && std::is_signed_v<T>, int64_t, T > (a); }>();
+  using Wide = std::conditional_t<std::is_floating_point_v<T> || std::is_unsigned_v<T>, T, int64_t>;
+  table["ld.param." + type] = one<T, [](T a) { return Wide(a); }>();
   table["selp." + type] = three<T, bool, [](T a, T b, bool chosen) { return chosen ? a : b; }>();
 }
 
 template <int count, int bits>
 void pack(Warp& warp, const Instruction& in, uint32_t mask) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (!(mask >> lane & 1)) continue;
+  each_lane(mask, [&](int lane) {
     uint64_t whole = 0;
     for (int n = 0; n < count; n++) {
       whole |= (warp.lanes(in.operands[1 + n])[lane] & ((uint64_t(1) << bits) - 1)) << bits * n;
     }
     warp.lanes(in.operands[0])[lane] = whole;
-  }
+  });
 }
 template <int count, int bits>
 void unpack(Warp& warp, const Instruction& in, uint32_t mask) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (!(mask >> lane & 1)) continue;
+  each_lane(mask, [&](int lane) {
     const uint64_t whole = warp.lanes(in.operands[count])[lane];
     for (int n = 0; n < count; n++) {
       warp.lanes(in.operands[n])[lane] = whole >> bits * n & ((uint64_t(1) << bits) - 1);
     }
-  }
+  });
 }
 
-void permute(Warp& warp, const Instruction& in, uint32_t mask) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (!(mask >> lane & 1)) continue;
-    const uint64_t low = uint32_t(warp.lanes(in.operands[1])[lane]);
-    const uint64_t bytes = low | warp.lanes(in.operands[2])[lane] << 32;
-    const uint64_t selector = warp.lanes(in.operands[3])[lane];
-    uint32_t found = 0;
-    for (int n = 0; n < 4; n++) {
-      const uint64_t nibble = selector >> 4 * n & 15;
-      const uint32_t byte = bytes >> 8 * (nibble & 7) & 255;
-      found |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * n;
-    }
-    warp.lanes(in.operands[0])[lane] = found;
+uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | uint64_t(b) << 32;
+  uint32_t found = 0;
+  for (int n = 0; n < 4; n++) {
+    const uint32_t nibble = selector >> 4 * n & 15;
+    const uint32_t byte = bytes >> 8 * (nibble & 7) & 255;
+    found |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * n;
   }
+  return found;
 }
 
 }  // namespace
@@ -179,7 +153,7 @@ const Table& operations() {
     table["unpack.b32.v2"] = {unpack<2, 16>, Kind::simple};
     table["unpack.b64.v2"] = {unpack<2, 32>, Kind::simple};
     table["unpack.b64.v4"] = {unpack<4, 16>, Kind::simple};
-    table["prmt.b32"] = {permute, Kind::simple};
+    table["prmt.b32"] = three<uint32_t, uint32_t, permuted>();
     add_moves<float>(table, "f32");
     add_moves<double>(table, "f64");
     add_floats(table);

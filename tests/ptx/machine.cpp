@@ -149,7 +149,11 @@ void run_block(Block& block) {
       Warp& warp = *ready.back();
       ready.pop_back();
       run_warp(warp);
-      (warp.at_barrier ? waiting.push_back(&warp) : void(ended = true));
+      if (warp.at_barrier) {
+        waiting.push_back(&warp);
+      } else {
+        ended = true;
+      }
       warp.at_barrier = false;
     }
     if (ended && !waiting.empty()) throw Problem("a thread ends while others wait at a barrier");

@@ -2,8 +2,8 @@
 //
 // Lanes of a warp run together as far as they can: those that stand at the lowest instruction go first. Warps of a
 // block, and blocks of a grid, run in an order drawn from a seed; warps change at barriers. Every access is checked:
-// it lies within a tensor of the launch or the block's shared memory, at a multiple of its size, and no other thread
-// has written or read the place without a barrier, or between blocks a release and an acquire, in between.
+// it lies within the memory of a tensor of the launch or the block's shared memory, at a multiple of its size, and no
+// other thread has written or read the place without a barrier, or between blocks a release and an acquire, in between.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +17,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../simt/bits.h"
+
 namespace ptx {
 
 constexpr int kLanes = 32;
@@ -24,18 +26,7 @@ constexpr uint32_t kAll = 0xffffffffu;
 constexpr int kOperands = 48;
 constexpr unsigned char kPoison = 0xff;  // NaN, and token -1
 
-template <class T>
-T from_bits(uint64_t bits) {
-  T value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-template <class T>
-uint64_t to_bits(T value) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  return bits;
-}
+using bits::cut, bits::from_bits, bits::read_tf32, bits::to_bits;
 
 struct Warp;
 struct Instruction;

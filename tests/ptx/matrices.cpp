@@ -42,15 +42,8 @@ void store_matrices(Warp& warp, const Instruction& in, uint32_t) {
   }
 }
 
-float read_tf32(uint64_t bits) { return from_bits<float>(bits & 0xffffe000u); }
 float read_half(uint64_t bits) { return float(from_bits<_Float16>(bits & 0xffff)); }
 float read_bfloat(uint64_t bits) { return from_bits<float>((bits & 0xffff) << 16); }
-
-// float32 towards zero.
-float cut(double exact) {
-  const float near = float(exact);
-  return std::fabs(double(near)) > std::fabs(exact) ? std::nextafter(near, 0.0f) : near;
-}
 
 // a (16 x K) from four registers a lane, laid out as in the manual, `packed` numbers in each.
 template <int K, int packed, auto read>

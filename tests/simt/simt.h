@@ -20,6 +20,8 @@
 #include <memory>
 #include <vector>
 
+#include "bits.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #else
@@ -32,6 +34,8 @@
 #define H2OT_DEVICE inline __attribute__((noinline))
 
 namespace simt {
+
+using bits::cut, bits::from_bits, bits::read_tf32, bits::to_bits;
 
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 128 << 10;
@@ -205,19 +209,6 @@ inline void warp_operation(WarpOperation operation, Exchange& exchange) {
   to_scheduler();
 }
 
-template <class T>
-uint64_t to_bits(T v) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, &v, sizeof v);
-  return bits;
-}
-template <class T>
-T from_bits(uint64_t bits) {
-  T v;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
-}
-
 inline void check_all(uint32_t mask, const char* place) {
   if (mask != 0xffffffff) stop("a warp operation of some lanes only", place);
 }
@@ -250,9 +241,6 @@ inline void take_ballot(Exchange* const (&lanes)[kLanes]) {
 }
 inline void only_meet(Exchange* const (&)[kLanes]) {}
 
-// What the unit reads of a TF32 operand: the upper 19 bits.
-inline double tf32(uint32_t bits) { return from_bits<float>(bits & 0xffffe000u); }
-
 // mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 with the fragments of the PTX manual: groupID = lane / 4,
 // threadID = lane % 4. A (16 x 8): a0 (groupID, threadID), a1 (groupID + 8, threadID), a2 (groupID, threadID + 4),
 // a3 (groupID + 8, threadID + 4). B (8 x 8): b0 (threadID, groupID), b1 (threadID + 4, groupID). C (16 x 8): c0, c1 at
@@ -261,17 +249,15 @@ inline void multiply(Exchange* const (&lanes)[kLanes]) {
   double a[16][8], b[8][8];
   for (int lane = 0; lane < kLanes; lane++) {
     const int group = lane / 4, thread = lane % 4;
-    for (int e = 0; e < 4; e++) a[group + e % 2 * 8][thread + e / 2 * 4] = tf32(lanes[lane]->a[e]);
-    for (int e = 0; e < 2; e++) b[thread + e * 4][group] = tf32(lanes[lane]->b[e]);
+    for (int e = 0; e < 4; e++) a[group + e % 2 * 8][thread + e / 2 * 4] = read_tf32(lanes[lane]->a[e]);
+    for (int e = 0; e < 2; e++) b[thread + e * 4][group] = read_tf32(lanes[lane]->b[e]);
   }
   for (int lane = 0; lane < kLanes; lane++) {
     for (int e = 0; e < 4; e++) {
       const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
       double sum = lanes[lane]->c[e];
       for (int k = 0; k < 8; k++) sum += a[row][k] * b[k][column];
-      float cut = float(sum);
-      if (std::fabs(double(cut)) > std::fabs(sum)) cut = std::nextafter(cut, 0.0f);
-      lanes[lane]->c[e] = cut;
+      lanes[lane]->c[e] = cut(sum);
     }
   }
 }
