@@ -89,10 +89,31 @@ Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const Maybe
   return index;
 }
 
+Tensor select_tokens(const Tensor& score, int64_t num_tokens, const MaybeTensor& keep, const MaybeTensor& mask) {
+  const DeviceGuard guard(score.get_device_index());
+  const int64_t B = score.size(0), N = score.size(1);
+  const Tensor dense_score = dense(score, ScalarType::Double);
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_keep = dense(keep, ScalarType::Long);
+  const Tensor index = make(score, {B, num_tokens}, ScalarType::Long), keys = make(score, {B, N}, ScalarType::Long);
+  const SelectArgs args = {read<double>(dense_score),
+                           B,
+                           N,
+                           num_tokens,
+                           read<bool>(dense_mask),
+                           read<int64_t>(dense_keep),
+                           keep ? keep->size(0) : 0,
+                           keep ? keep->size(1) : 0,
+                           write<int64_t>(index)};
+  void* stream = current_stream(score.get_device_index());
+  check_cuda(cuda::launch_select(args, reinterpret_cast<uint64_t*>(write<int64_t>(keys)), stream), "select_tokens");
+  return index;
+}
+
 }  // namespace
 }  // namespace h2ot
 
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CUDA, m) {
   m.impl("score_tokens", TORCH_BOX(&h2ot::score_tokens));
   m.impl("prune_cluster", TORCH_BOX(&h2ot::prune_cluster));
+  m.impl("select_tokens", TORCH_BOX(&h2ot::select_tokens));
 }

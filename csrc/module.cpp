@@ -41,9 +41,9 @@ pybind11::dict described(const Plan& plan) {
                                                    {"squared", at.squared},
                                                    {"parent", at.parent},
                                                    {"largest", at.largest},
-                                                   {"score", at.score},
-                                                   {"order", at.order},
-                                                   {"rank", at.rank}};
+                                                   {"arrived", at.arrived},
+                                                   {"keys", at.keys},
+                                                   {"flag", at.flag}};
   pybind11::dict offsets, result;
   for (const auto& [name, offset] : parts) {
     if (offset >= 0) offsets[name] = offset;
@@ -58,6 +58,8 @@ pybind11::dict described(const Plan& plan) {
   result["list"] = plan.list;
   result["near"] = plan.near;
   result["samples"] = plan.samples;
+  result["team"] = plan.team;
+  result["pool_warps"] = plan.pool_warps;
   result["workspace"] = at.bytes;
   result["offsets"] = offsets;
   return result;

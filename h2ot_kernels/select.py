@@ -243,7 +243,9 @@ def _reference_attention(query, key, num_tokens, keep, scale):
     return _reference_select(python_ref.attention_scores(query, key, scale), num_tokens, keep, None)
 
 
-implement("select_tokens", "cpp", declare("select_tokens", **SELECT))
+_SELECT_TOKENS = declare("select_tokens", **SELECT)
+implement("select_tokens", "cpp", _SELECT_TOKENS)
+implement("select_tokens", "cuda", _SELECT_TOKENS)
 implement("select_tokens", "reference", _reference_select)
 PRUNE_CLUSTER = declare("prune_cluster", **CLUSTER)
 implement("prune_cluster", "cpp", PRUNE_CLUSTER)

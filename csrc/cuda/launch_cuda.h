@@ -25,6 +25,9 @@ struct CudaScoreArgs {
 // workspace: plan.at.bytes bytes, aligned to 16. Returns 0, or the cudaError_t of the launch that failed.
 int32_t launch_score(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream);
 
+// Selection as launch.h's SelectArgs says, with a wrong or overfull row of `keep` as above. keys: room for [B, N].
+int32_t launch_select(const SelectArgs& args, uint64_t* keys, void* stream);
+
 // Facts of a device that plans need. Returns 0, or a cudaError_t.
 int32_t read_machine(int32_t device, Machine* machine);
 const char* error_name(int32_t error);

@@ -7,6 +7,8 @@ namespace h2ot {
 namespace cuda {
 namespace {
 
+constexpr int64_t kResidentWarps = 16;  // of a multiprocessor, by the registers of the kernels that decide
+
 bool is_half(Dtype dtype) { return dtype == Dtype::bf16 || dtype == Dtype::f16; }
 
 // Multiply-adds of TF32 tensor products per clock and multiprocessor, as NVIDIA's peak figures count for mma.sync.
@@ -23,6 +25,15 @@ double clocks(int64_t tiles, int64_t pairs, int64_t C, double work, int64_t rate
 int64_t upper_tiles(int64_t N, int64_t rows, int64_t columns) {
   const int64_t ratio = columns / rows, last = ceil_div(N, columns) - 1;
   return tiles_before(last, ratio) + std::min(ceil_div(N, rows), ratio * (last + 1));
+}
+
+// Whether the smaller tiles of the direct stored search take fewer clocks.
+bool prefers_small_tiles(const Problem& p, const Machine& machine) {
+  const auto busiest = [&](int64_t rows, int64_t columns) {
+    return ceil_div(p.B * upper_tiles(p.N, rows, columns), machine.multiprocessors) * rows * columns;
+  };
+  // Large tiles read half as much: where they take as long, they win.
+  return 8 * busiest(kSmallRows, kSmallColumns) < 7 * busiest(kDirectRows, kDirectColumns);
 }
 
 Distance cheapest(const Problem& p, const Machine& machine, Search search) {
@@ -69,9 +80,8 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
   at.listed = take(!stored, tokens * plan.splits * list * wide);
   at.listed_at = take(!stored, tokens * plan.splits * list * 4);
   at.furthest = take(!stored, tokens * plan.splits * wide);
-  const bool kept = !stored || plan.near > kLongestList;  // else in shared memory
-  at.nearest = take(kept, tokens * plan.near * 8);
-  at.nearest_at = take(kept, tokens * plan.near * 4);
+  at.nearest = take(true, tokens * plan.near * 8);
+  at.nearest_at = take(true, tokens * plan.near * 4);
   at.proven = take(!stored, tokens * 4);
   at.peaks = take(!stored, tokens * 4);
   at.peak_count = take(!stored, samples * 4);
@@ -80,9 +90,9 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
   at.squared = take(true, tokens * 8);
   at.parent = take(true, tokens * 4);
   at.largest = take(true, samples * 16);
-  at.score = take(true, tokens * 8);
-  at.order = take(true, tokens);
-  at.rank = take(true, tokens);
+  at.arrived = take(true, samples * 4);
+  at.keys = take(true, tokens * 8);
+  at.flag = take(!stored, tokens);
   at.bytes = used;
   return at;
 }
@@ -92,8 +102,11 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
 Bound search_bound(const Problem& p, Distance distance) {
   constexpr double kUnit = 0x1p-24;  // of float32 rounding
   const double C = double(p.C), slabs = double(ceil_div(p.C, kSlabChannels));
-  // Direct: a rounding of each difference and square, the additions of a slab and of the slabs; sqrt halves it all.
-  const double roundings = std::min(C, double(kSlabChannels)) + slabs + 8;
+  // Direct: a rounding of each difference and square, the additions of a slab and of the slabs, or (small tiles) of a
+  // group's channels and of the groups; sqrt halves it all.
+  constexpr int32_t kFewestGroups = kSmallGroups / 2;  // float64 has half as many
+  const double in_groups = 16.0 * double(ceil_div(p.C, 16 * kFewestGroups)) + kSmallGroups;
+  const double roundings = std::max(std::min(C, double(kSlabChannels)) + slabs, std::min(C, in_groups)) + 8;
   if (p.dtype == Dtype::f64) return {0.6 * 0x1p-53 * (roundings + 16), std::sqrt(C) * 0x1p-510, 0};
   Bound bound = {0.6 * kUnit * roundings, std::sqrt(C) * 0x1p-62, 0};
   if (distance == Distance::direct) return bound;
@@ -117,8 +130,10 @@ Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Dist
   plan.search = search;
   plan.distance = allowed(p, distance);
   const bool direct = plan.distance == Distance::direct;
-  plan.tile_rows = direct ? kDirectRows : kProductRows;
-  plan.tile_columns = direct ? kDirectColumns : kProductColumns;
+  const bool small = direct && search == Search::stored && prefers_small_tiles(p, machine);
+  plan.tile_rows = small ? kSmallRows : direct ? kDirectRows : kProductRows;
+  plan.tile_columns = small ? kSmallColumns : direct ? kDirectColumns : kProductColumns;
+  plan.pool_warps = p.C >= 256 ? 2 : 1;
   plan.pitch = p.in_place ? 0 : ceil_div(p.C, 4) * 4;
   plan.splits = 1;
   if (search == Search::stored) {
@@ -135,6 +150,10 @@ Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Dist
   const int64_t each = lay_out(p, plan, 1).bytes;
   plan.samples = std::max<int64_t>(1, std::min({p.B, kGridLimit, most, kWorkspaceBytes / each}));
   plan.at = lay_out(p, plan, plan.samples);
+  // A token's candidates one after the other take long where they are many; warps are free where tokens are few.
+  plan.team = 1;
+  const int64_t warps = int64_t(machine.multiprocessors) * kResidentWarps, tokens = plan.samples * p.N;
+  while (plan.near <= kLongestList && plan.team < kTokensPerBlock && 2 * plan.team * tokens <= warps) plan.team *= 2;
   return plan;
 }
 

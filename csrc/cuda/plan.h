@@ -35,6 +35,7 @@ enum class Search : int32_t {
 };
 
 constexpr int32_t kDirectRows = 32, kDirectColumns = 64;
+constexpr int32_t kSmallRows = 16, kSmallColumns = 32, kSmallGroups = 8;  // for few tiles; a warp per group of channels
 constexpr int32_t kProductRows = 64, kProductColumns = 64;
 constexpr int32_t kSlabChannels = 32;           // summed before they are added to a total
 constexpr int32_t kTokensPerBlock = 8;          // of the kernels with a warp per token
@@ -42,7 +43,6 @@ constexpr int64_t kStoredTokens = 2048;         // more tokens than this are str
 constexpr int64_t kLongestList = 32;            // a streamed list; for larger k rows are searched in float64
 constexpr int64_t kSpare = 4;                   // listed neighbours beyond those that m averages: they prove the others
 constexpr int64_t kPeakList = 4;                // listed denser tokens of one that has none among its neighbours
-constexpr int64_t kRankedInBlock = 2048;        // more tokens than this are ranked by many blocks
 constexpr int64_t kWorkspaceBytes = 256 << 20;  // passes over parts of the batch keep the workspace below it
 constexpr int64_t kGuardBytes = 256;            // after each part of the workspace: nothing may touch them
 constexpr int64_t kGridLimit = 65535;           // of a grid's second axis
@@ -66,8 +66,9 @@ struct Workspace {
   int64_t squared;              // [samples, N] float64: to the parent
   int64_t parent;               // [samples, N] int32
   int64_t largest;              // [samples, 2] patterns of float64: over all pairs, a lower bound and the value
-  int64_t score;                // [samples, N] float64
-  int64_t order, rank;          // [samples, N] uint8: 2 kept + valid; selected
+  int64_t arrived;              // [samples] int32: blocks that are done
+  int64_t keys;                 // [samples, N] uint64: in the order of selection
+  int64_t flag;                 // [samples, N] uint8: without a parent so far
   int64_t bytes;
 };
 
@@ -82,6 +83,8 @@ struct Plan {
   int64_t list;          // neighbours listed per token and split, streamed search; 0: rows are searched in float64
   int64_t near;          // neighbours kept per token in float64
   int64_t samples;       // per pass
+  int32_t team;          // warps per token where candidates are decided, stored search
+  int32_t pool_warps;    // per token where tokens are pooled
   Workspace at;
 };
 
@@ -141,16 +144,10 @@ H2OT_HOST_DEVICE constexpr int64_t tiles_before(int64_t column, int64_t ratio) {
 }
 
 H2OT_HOST_DEVICE inline Tile tile_of(int64_t number, int64_t ratio) {
-  int64_t low = 0, high = int64_t(1) << 24;  // the column: tiles_before(low) <= number < tiles_before(high)
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (tiles_before(middle, ratio) <= number) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return {number - tiles_before(low, ratio), low};
+  int64_t column = int64_t(sqrt(2.0 * double(number / ratio) + 0.25) - 0.5);  // off by one at most
+  while (tiles_before(column, ratio) > number) column--;
+  while (tiles_before(column + 1, ratio) <= number) column++;
+  return {number - tiles_before(column, ratio), column};
 }
 
 }  // namespace cuda

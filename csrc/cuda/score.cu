@@ -5,8 +5,8 @@
 //   search    approximate distances with a proven bound: all of them stored (N up to kStoredTokens), or the few nearest
 //             of each token streamed; by direct difference, or products on tensor cores
 //   nearest   m from the k nearest, decided in float64
-//   parent    the nearest denser token, and the largest distance, decided in float64
-//   finish    density, distance, score; rank by counting; the kept tokens by a prefix sum
+//   parent    the nearest denser token, and the largest distance, decided in float64; density, distance, score; the
+//             kept tokens (many tokens: kernels of their own)
 // Every decision is float64, every sum has one order: results do not depend on the plan, the device or the batch.
 #include "score_finish.cuh"
 #include "score_pool.cuh"
@@ -53,7 +53,7 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.rows = job.copy ? job.copy : static_cast<const A*>(job.x.data);
   job.row_stride_n = job.copy ? plan.pitch : in.x.stride_n;
   job.row_stride_b = job.copy ? plan.pitch * in.x.N : in.x.stride_b;
-  job.channels = job.copy ? plan.pitch : in.x.C;
+  job.channels = int32_t(job.copy ? plan.pitch : in.x.C);
   job.valid = at<uint8_t>(workspace, where.valid);
   job.exponent = at<int32_t>(workspace, where.exponent);
   job.groups = ceil_div(in.x.N, kTokensPerBlock);
@@ -79,11 +79,13 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.squared = at<double>(workspace, where.squared);
   job.parent = at<int32_t>(workspace, where.parent);
   job.largest = at<unsigned long long>(workspace, where.largest);
-  job.order = at<uint8_t>(workspace, where.order);
-  job.rank = at<uint8_t>(workspace, where.rank);
+  job.arrived = at<int32_t>(workspace, where.arrived);
+  job.keys = at<uint64_t>(workspace, where.keys);
+  job.flag = at<uint8_t>(workspace, where.flag);
+  job.team = plan.team;
   job.density = offset_by(in.density, first * in.x.N);
   job.distance = offset_by(in.distance, first * in.x.N);
-  job.score = in.score ? in.score + first * in.x.N : at<double>(workspace, where.score);
+  job.score = offset_by(in.score, first * in.x.N);
   job.parent_out = offset_by(in.parent, first * in.x.N);
   job.K = args.K;
   job.keep_stride = args.keep_rows > 1 ? args.M : 0;
@@ -111,71 +113,74 @@ struct Issue {
   }
 
   template <class Tiles>
-  void search_with() {
+  void search_stored() {
+    run(stored_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(StoredShared<Tiles>));
+  }
+  template <class Tiles>
+  void search_streamed() {
+    run(stream_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, kTileThreads, sizeof(StreamShared<Tiles>));
+  }
+  template <class Tiles>
+  void search_products() {
+    if (!job.for_peaks) per_token(norm_kernel);
     if (plan.search == Search::stored) {
-      run(stored_kernel<Tiles>, plan.tiles, kTileThreads, sizeof(StoredShared<Tiles>));
+      search_stored<Tiles>();
     } else {
-      run(stream_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, kTileThreads,
-          sizeof(StreamShared<Tiles>));
+      search_streamed<Tiles>();
+    }
+  }
+  void search_directly() {
+    if (plan.search == Search::streamed) {
+      search_streamed<DirectTile<A>>();
+    } else if (plan.tile_rows == kSmallRows) {
+      search_stored<SmallTile<A>>();
+    } else {
+      search_stored<LargeTile<A>>();
     }
   }
   void search();
 
   void stored() {
     search();
-    per_token(nearest_stored_kernel<A>, job.near <= kLongestList ? sizeof(ListShared) : 0);
-    per_token(parent_stored_kernel<A>);
+    const int64_t blocks = ceil_div(job.x.N * plan.team, kWarps);
+    run(nearest_stored_kernel<A>, blocks, kWarps * kLanes, sizeof(RowsShared));
+    if (job.wants_largest) run(largest_stored_kernel<A>, blocks, kWarps * kLanes, 0);
+    run(parent_stored_kernel<A>, blocks, kWarps * kLanes, sizeof(RowsShared));
   }
 
   void streamed() {
     if (plan.list > 0) search();
     per_token(nearest_streamed_kernel<A>);
     per_token(parent_streamed_kernel<A>);
-    run(peaks_kernel<A>, 1, kFinishThreads, sizeof(FinishShared));
+    run(peaks_kernel<A>, 1, kFinishThreads, sizeof(SelectShared));
     job.for_peaks = true;
     job.list = kPeakList;
     search();
     per_token(peak_parent_kernel<A>);
-  }
-
-  void finish() {
-    const auto stage = [&](int32_t stages, int64_t blocks) {
-      job.stages = stages;
-      run(finish_kernel<A>, blocks, kFinishThreads, sizeof(FinishShared));
-    };
-    const int64_t blocks = ceil_div(job.x.N, kFinishThreads);
-    if (job.index == nullptr) {
-      stage(kWriteScores, blocks);
-    } else if (job.x.N <= kRankedInBlock) {
-      stage(kWriteScores | kRankTokens | kWriteIndex, 1);
-    } else {
-      stage(kWriteScores, blocks);
-      stage(kRankTokens, blocks);
-      stage(kWriteIndex, 1);
-    }
+    run(scores_kernel<A>, ceil_div(job.x.N, kFinishThreads), kFinishThreads, 0);
+    if (job.index) run(index_kernel<A>, 1, kMostWarps * kLanes, sizeof(SelectShared));
   }
 };
 
 template <>
 void Issue<float>::search() {
   if (plan.distance == Distance::direct) {
-    search_with<DirectTile<float>>();
-    return;
-  }
-  if (!job.for_peaks) per_token(norm_kernel);
-  if (plan.distance == Distance::products) {
-    search_with<ProductTile<3>>();
+    search_directly();
+  } else if (plan.distance == Distance::products) {
+    search_products<ProductTile<3>>();
   } else {
-    search_with<ProductTile<1>>();
+    search_products<ProductTile<1>>();
   }
 }
 template <>
 void Issue<double>::search() {
-  search_with<DirectTile<double>>();
+  search_directly();
 }
 
 // What every device grants without being asked for more.
 constexpr size_t kSharedBytes = 48 << 10;
+static_assert(sizeof(StoredShared<SmallTile<double>>) <= kSharedBytes);
+static_assert(sizeof(StoredShared<LargeTile<double>>) <= kSharedBytes);
 static_assert(sizeof(StreamShared<DirectTile<double>>) <= kSharedBytes);
 static_assert(sizeof(StreamShared<ProductTile<3>>) <= kSharedBytes);
 
@@ -185,13 +190,13 @@ int32_t launch_passes(const CudaScoreArgs& args, const Plan& plan, void* workspa
     const int64_t left = args.score.x.B - first;
     Issue<Accumulator<T>> issue = {make_job<T>(args, plan, workspace, first), plan,
                                    left < plan.samples ? left : plan.samples, stream};
-    issue.per_token(pool_kernel<T>, kWarps * sizeof(int32_t));
+    issue.run(pool_kernel<T>, issue.job.groups, plan.pool_warps * kTokensPerBlock * kLanes,
+              sizeof(PoolShared<Accumulator<T>>));
     if (plan.search == Search::stored) {
       issue.stored();
     } else {
       issue.streamed();
     }
-    issue.finish();
     if (issue.error) return issue.error;
   }
   return 0;

@@ -4,12 +4,14 @@
 
 #include "device.cuh"
 #include "launch_cuda.h"
+#include "warp.cuh"
 
 namespace h2ot {
 namespace cuda {
 
-constexpr int kLanes = 32;
-constexpr int kWarps = kTokensPerBlock;  // per block of the kernels with a warp per token
+constexpr int kWarps = 8;  // per block of the kernels with a warp, or a team of warps, per token
+static_assert(kWarps == kTokensPerBlock);
+constexpr int kBatch = 4;  // candidates whose rows are read together
 
 struct BFloat16 {
   uint16_t bits;
@@ -88,7 +90,7 @@ struct Job {
   const A* rows;  // pooled tokens: x itself, or `copy`
   A* copy;
   int64_t row_stride_b, row_stride_n;
-  int64_t channels;  // of a row that can be read in quads: C, or C rounded up to 4 with zeros
+  int32_t channels;  // of a row that can be read in quads: C, or C rounded up to 4 with zeros
   uint8_t* valid;
   int32_t* exponent;
   int64_t groups;
@@ -116,7 +118,10 @@ struct Job {
   double *m, *key, *squared;
   int32_t* parent;
   unsigned long long* largest;  // [samples, 2]: patterns of the largest lower bound (as scaled) and of the true one
-  uint8_t *order, *rank;        // 2 kept + valid; selected
+  int32_t* arrived;             // [samples]: blocks that have found their tokens' parents
+  uint64_t* keys;               // in the order of selection
+  uint8_t* flag;                // tokens without a parent so far
+  int32_t team;                 // warps per token where candidates are decided in float64: 1, 2, 4 or 8
 
   double *density, *distance, *score;  // density and distance may be null
   int64_t* parent_out;                 // may be null
@@ -124,40 +129,16 @@ struct Job {
   const int64_t* keep;
   int64_t keep_stride, M;  // keep_stride 0: one row for all samples
   int64_t* index;          // may be null
-  int32_t stages;          // of the finish kernel
 
   H2OT_DEVICE const A* row(int64_t b, int64_t i) const { return rows + b * row_stride_b + i * row_stride_n; }
 };
 
-// ---- a warp together
-
-template <class T>
-H2OT_DEVICE T warp_sum(T v) {
-  for (int lane = kLanes / 2; lane > 0; lane /= 2) v += __shfl_xor_sync(kAllLanes, v, lane);
-  return v;
-}
-template <class T>
-H2OT_DEVICE T warp_max(T v) {
-  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
-    const T other = __shfl_xor_sync(kAllLanes, v, lane);
-    v = other > v ? other : v;
-  }
-  return v;
-}
-template <class T>
-H2OT_DEVICE T warp_min(T v) {
-  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
-    const T other = __shfl_xor_sync(kAllLanes, v, lane);
-    v = other < v ? other : v;
-  }
-  return v;
-}
-
 // The squared distance in float64, on all lanes. The same bits for (a, b) and (b, a), for any plan.
 template <class A>
-H2OT_DEVICE double exact_squared(const A* a, const A* b, int64_t channels, int lane) {
+H2OT_DEVICE double exact_squared(const A* a, const A* b, int channels, int lane) {
   double sum = 0;
-  for (int64_t c = 4 * lane; c < channels; c += 4 * kLanes) {
+#pragma unroll 4
+  for (int c = 4 * lane; c < channels; c += 4 * kLanes) {
     const Quad<A> p = *reinterpret_cast<const Quad<A>*>(a + c), q = *reinterpret_cast<const Quad<A>*>(b + c);
     for (int u = 0; u < 4; u++) {
       const double d = double(p.v[u]) - double(q.v[u]);
@@ -165,6 +146,28 @@ H2OT_DEVICE double exact_squared(const A* a, const A* b, int64_t channels, int l
     }
   }
   return warp_sum(sum);
+}
+
+// The same of one token to kBatch others: the same bits each.
+template <class A>
+H2OT_DEVICE void exact_squares(const A* a, const A* const (&b)[kBatch], int channels, int lane,
+                               double (&squared)[kBatch]) {
+  for (double& sum : squared) sum = 0;
+#pragma unroll 2
+  for (int c = 4 * lane; c < channels; c += 4 * kLanes) {
+    const Quad<A> p = *reinterpret_cast<const Quad<A>*>(a + c);
+    Quad<A> q[kBatch];
+    for (int n = 0; n < kBatch; n++) q[n] = *reinterpret_cast<const Quad<A>*>(b[n] + c);
+    for (int u = 0; u < 4; u++) {
+      for (int n = 0; n < kBatch; n++) {
+        const double d = double(p.v[u]) - double(q[n].v[u]);
+        squared[n] = fma(d, d, squared[n]);
+      }
+    }
+  }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    for (double& sum : squared) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  }
 }
 
 // The power of two that brings the largest magnitude of sample b into [1/2, 1), so that neither the squares of 1e30 nor
@@ -198,22 +201,24 @@ H2OT_DEVICE int64_t first_valid(const Job<A>& job, int64_t b, int lane) {
 struct List {
   double* squared;
   int32_t* token;
-  int64_t count, room;
+  int32_t count, room;
 
   H2OT_DEVICE bool full() const { return count == room; }
   H2OT_DEVICE double worst() const { return squared[count - 1]; }
 
   H2OT_DEVICE void insert(double s, int32_t at, int lane) {
-    int64_t place = 0;
-    for (int64_t from = 0; from < count; from += kLanes) {
-      const int64_t r = from + lane;
+    int32_t place = 0;
+#pragma unroll 1
+    for (int32_t from = 0; from < count; from += kLanes) {
+      const int32_t r = from + lane;
       const bool before = r < count && (squared[r] < s || (squared[r] == s && token[r] < at));
       place += __popc(__ballot_sync(kAllLanes, before));
     }
     if (place == room) return;
-    const int64_t end = full() ? room - 1 : count;  // entries place .. end - 1 move up by one, from the top down
-    for (int64_t to = end; to > place; to -= kLanes) {
-      const int64_t r = to - lane;
+    const int32_t end = full() ? room - 1 : count;  // entries place .. end - 1 move up by one, from the top down
+#pragma unroll 1
+    for (int32_t to = end; to > place; to -= kLanes) {
+      const int32_t r = to - lane;
       const bool moves = r > place;
       const double moved = moves ? squared[r - 1] : 0;
       const int32_t moved_at = moves ? token[r - 1] : 0;

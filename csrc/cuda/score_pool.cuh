@@ -1,4 +1,7 @@
 // One read of x: tokens pooled over the joints and widened, which of them are valid, how large they are.
+//
+// Bytes: x once, and the pooled tokens (1 / J of it) written. Floor: those at the copy bandwidth, which takes about
+// 16 KiB in flight per multiprocessor: kPoolJoints quads a thread, and two warps per token where C is large.
 #pragma once
 
 #include "score_device.cuh"
@@ -6,55 +9,90 @@
 namespace h2ot {
 namespace cuda {
 
+constexpr int kPoolJoints = 8;  // read before the first is added
+constexpr int kPoolWarps = 2;   // per token, at most
+
+template <class T>
+H2OT_DEVICE Quad<T> read_quad(const Tokens& x, bool vectors, const T* at, int64_t c) {
+  if (vectors) return *reinterpret_cast<const Quad<T>*>(at + c);
+  Quad<T> read;
+  for (int u = 0; u < 4; u++) read.v[u] = c + u < x.C ? at[(c + u) * x.stride_c] : T{};
+  return read;
+}
+
 // Channels c .. c + 3 of a token, joints added in ascending order and divided once; zero past C.
 template <class T>
 H2OT_DEVICE Quad<Accumulator<T>> pooled(const Tokens& x, bool vectors, const T* token, int64_t c) {
   typedef Accumulator<T> A;
+  constexpr int kJoints = kPoolJoints * 4 / int(sizeof(A));
   Quad<A> sum;
-#pragma unroll 4
-  for (int64_t j = 0; j < x.J; j++) {
-    const T* at = token + j * x.stride_j;
-    Quad<A> next;
-    if (vectors) {
-      const Quad<T> read = *reinterpret_cast<const Quad<T>*>(at + c);
-      for (int u = 0; u < 4; u++) next.v[u] = widen(read.v[u]);
-    } else {
-      for (int u = 0; u < 4; u++) next.v[u] = c + u < x.C ? widen(at[(c + u) * x.stride_c]) : A(0);
+  const Quad<T> first = read_quad(x, vectors, token, c);
+  for (int u = 0; u < 4; u++) sum.v[u] = widen(first.v[u]);
+  if (x.J == 1) return sum;
+  int64_t j = 1;
+  for (; j + kJoints <= x.J; j += kJoints) {
+    Quad<T> next[kJoints];
+#pragma unroll
+    for (int n = 0; n < kJoints; n++) next[n] = read_quad(x, vectors, token + (j + n) * x.stride_j, c);
+#pragma unroll
+    for (int n = 0; n < kJoints; n++) {
+      for (int u = 0; u < 4; u++) sum.v[u] += widen(next[n].v[u]);
     }
-    for (int u = 0; u < 4; u++) sum.v[u] = j == 0 ? next.v[u] : sum.v[u] + next.v[u];
   }
-  if (x.J > 1) {
-    for (int u = 0; u < 4; u++) sum.v[u] /= A(x.J);
+  for (; j < x.J; j++) {
+    const Quad<T> next = read_quad(x, vectors, token + j * x.stride_j, c);
+    for (int u = 0; u < 4; u++) sum.v[u] += widen(next.v[u]);
   }
+  for (int u = 0; u < 4; u++) sum.v[u] /= A(x.J);
   return sum;
 }
 
-// A warp per token, a block per group of kTokensPerBlock tokens. Grid: groups, samples.
+template <class A>
+struct PoolShared {
+  decltype(pattern(A())) most[kTokensPerBlock][kPoolWarps];
+  int32_t exponent[kTokensPerBlock];
+};
+
+// blockDim / (32 kTokensPerBlock) warps per token, a block per group of kTokensPerBlock tokens. Grid: groups, samples.
 template <class T>
-__global__ void __launch_bounds__(kWarps* kLanes, 2) pool_kernel(Job<Accumulator<T>> job) {
+__global__ void __launch_bounds__(kPoolWarps * kTokensPerBlock * kLanes) pool_kernel(Job<Accumulator<T>> job) {
   typedef Accumulator<T> A;
-  int32_t* exponents = reinterpret_cast<int32_t*>(shared_memory());
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kTokensPerBlock + warp;
-  int32_t exponent = kNoExponent;
+  PoolShared<A>& shared = *reinterpret_cast<PoolShared<A>*>(shared_memory());
+  const int warps = int(blockDim.x) / (kTokensPerBlock * kLanes);
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, own = warp / warps, part = warp % warps;
+  const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kTokensPerBlock + own;
   if (blockIdx.x == 0 && threadIdx.x < 2) job.largest[2 * b + threadIdx.x] = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) job.arrived[b] = 0;
+  auto most = pattern(A(0));
   if (i < N) {
     const T* token = static_cast<const T*>(job.x.data) + b * job.x.stride_b + i * job.x.stride_n;
-    auto most = pattern(A(0));
-    for (int64_t c = 4 * lane; c < job.channels; c += 4 * kLanes) {
+    for (int64_t c = 4 * (part * kLanes + lane); c < job.channels; c += 4 * kLanes * warps) {
       const Quad<A> quad = pooled<T>(job.x, job.vectors, token, c);
       for (int u = 0; u < 4; u++) most = pattern(quad.v[u]) > most ? pattern(quad.v[u]) : most;
       if (job.copy) *reinterpret_cast<Quad<A>*>(job.copy + (b * N + i) * job.row_stride_n + c) = quad;
     }
-    most = warp_max(most);
-    const bool valid = (job.mask == nullptr || job.mask[b * N + i]) && most < pattern(infinity_of(A()));
-    if (valid) exponent = exponent_of(most);
-    if (lane == 0) job.valid[b * N + i] = valid;
   }
-  if (lane == 0) exponents[warp] = exponent;
+  most = warp_max(most);
+  if (lane == 0) shared.most[own][part] = most;
+  __syncthreads();
+  if (threadIdx.x < kTokensPerBlock) {
+    const int64_t token = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.x;
+    int32_t exponent = kNoExponent;
+    if (token < N) {
+      for (int other = 0; other < warps; other++) {
+        const auto found = shared.most[threadIdx.x][other];
+        most = other == 0 || found > most ? found : most;
+      }
+      const bool valid = (job.mask == nullptr || job.mask[b * N + token]) && most < pattern(infinity_of(A()));
+      if (valid) exponent = exponent_of(most);
+      job.valid[b * N + token] = valid;
+    }
+    shared.exponent[threadIdx.x] = exponent;
+  }
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int other = 1; other < kWarps; other++) exponent = exponents[other] > exponent ? exponents[other] : exponent;
+    int32_t exponent = kNoExponent;
+    for (const int32_t each : shared.exponent) exponent = each > exponent ? each : exponent;
     job.exponent[b * job.groups + blockIdx.x] = exponent;
   }
 }

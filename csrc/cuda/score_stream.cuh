@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
     Tiles block;
     block.compute(job, b, shared.tokens, shared.slab);
     __syncthreads();
-    block.put(job, b, shared.tokens, shared.tile);
+    block.put(job, b, shared.tokens, shared.slab, shared.tile);
     __syncthreads();
     for (int r = warp; r < Tiles::kRows; r += kTileThreads / kLanes) {
       const int32_t i = shared.tokens.row[r];
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(Job
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kTokensPerBlock + warp;
   if (i >= N || !is_valid(job, b, i)) return;
-  List list = {job.nearest + (b * N + i) * job.near, job.nearest_at + (b * N + i) * job.near, 0, job.near};
+  List list = {job.nearest + (b * N + i) * job.near, job.nearest_at + (b * N + i) * job.near, 0, int32_t(job.near)};
   int64_t proven = 0;
   bool settled = false;
   if (job.list > 0) {
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(Job
   if (lane == 0) job.proven[b * N + i] = int32_t(proven);
 }
 
-// The parents that are among the proven neighbours (nearly all); `rank` flags the tokens left. The sample's largest
+// The parents that are among the proven neighbours (nearly all); `flag` marks the tokens left. The sample's largest
 // distance. A warp per token; grid: groups, samples.
 template <class A>
 __global__ void __launch_bounds__(kWarps* kLanes, 2) parent_streamed_kernel(Job<A> job) {
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) parent_streamed_kernel(Job<
       }
     }
   }
-  if (lane == 0) job.rank[b * N + i] = valid && !found;
+  if (lane == 0) job.flag[b * N + i] = valid && !found;
   if (!valid || !job.wants_largest) return;
   const double threshold = largest_threshold(job, b);
   bool furthest = job.list == 0;
@@ -243,9 +243,9 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) parent_streamed_kernel(Job<
 // The flagged tokens, as a list. Grid: 1, samples.
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads) peaks_kernel(Job<A> job) {
-  FinishShared& shared = *reinterpret_cast<FinishShared*>(shared_memory());
+  SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
   const int64_t b = blockIdx.y, N = job.x.N;
-  const int64_t count = compact(job.rank + b * N, N, job.peaks + b * N, N, shared);
+  const int64_t count = compact(job.flag + b * N, N, job.peaks + b * N, shared);
   if (threadIdx.x == 0) job.peak_count[b] = int32_t(count);
 }
 

@@ -1,7 +1,7 @@
 // Tiles of approximate squared distances, and the stored search that writes them for a whole sample.
 //
-// Count for one sample of HoT (N 243, C 512), direct: 20 tiles of 32 x 64, each 2 instructions per pair and channel on
-// 128 lanes: 16 thousand clocks. Reads from L2: (32 + 64) x 2 KiB a tile.
+// Count for one sample of HoT (N 243, C 512), direct: 2 instructions per pair and channel on 128 lanes: 72 tiles of
+// 16 x 32 take 4 thousand clocks each, 20 of 32 x 64 16 thousand. Reads from L2: (16 + 32) x 2 KiB a tile.
 #pragma once
 
 #include "score_device.cuh"
@@ -36,31 +36,43 @@ H2OT_DEVICE Quad<A> entering(const A* token, const A* origin, int64_t c, A scale
   return quad;
 }
 
-// Reads slabs of kTokens tokens, four quads of eight tokens per warp at a time: held in registers while the slab before
-// is worked on. `put(token, channel, quad)` stores one quad.
-template <class A, int kTokens>
+// Reads slabs of kTokens tokens x kChannels, held in registers while the slab before is worked on; by kThreads threads,
+// of which this is `thread`. `put(token, channel, quad)` stores one quad.
+template <class A, int kTokens, int kChannels = kSlab, int kThreads = kTileThreads>
 struct SlabReader {
-  static constexpr int kFetches = kTokens * (kSlab / 4) / kTileThreads;
+  static constexpr int kAcross = kChannels / 16;  // runs of four quads, which four lanes read for each of eight tokens
+  static constexpr int kFetches = kTokens * (kChannels / 4) / kThreads;
+  static_assert(kFetches * kThreads * 4 == kTokens * kChannels);
   Quad<A> held[kFetches];
+  int thread = threadIdx.x;
 
-  static H2OT_DEVICE int token_of(int fetch) {
-    const int unit = threadIdx.x / kLanes + fetch * (kTileThreads / kLanes);
-    return unit / 2 * 8 + threadIdx.x % kLanes / 4;
+  H2OT_DEVICE int token_of(int fetch) const {
+    const int unit = thread / kLanes + fetch * (kThreads / kLanes);
+    return unit / kAcross * 8 + thread % kLanes / 4;
   }
-  static H2OT_DEVICE int channel_of(int fetch) {
-    const int unit = threadIdx.x / kLanes + fetch * (kTileThreads / kLanes);
-    return 4 * (unit % 2 * 4 + threadIdx.x % 4);
+  H2OT_DEVICE int channel_of(int fetch) const {
+    const int unit = thread / kLanes + fetch * (kThreads / kLanes);
+    return 4 * (unit % kAcross * 4 + thread % 4);
   }
-  H2OT_DEVICE void fetch(const Job<A>& job, int64_t b, const int32_t* token, int64_t slab, const A* origin, A scale) {
+  H2OT_DEVICE void fetch(const Job<A>& job, int64_t b, const int32_t* token, int slab, const A* origin, A scale) {
 #pragma unroll
     for (int f = 0; f < kFetches; f++) {
-      const int64_t c = slab + channel_of(f);
+      const int c = slab + channel_of(f);
       const int32_t i = token[token_of(f)];
       if (i >= 0 && c < job.channels) {
         held[f] = entering(job.row(b, i), origin, c, scale);
       } else {
         for (int u = 0; u < 4; u++) held[f].v[u] = 0;
       }
+    }
+  }
+  H2OT_DEVICE void fetch(const Job<A>& job, int64_t b, const int32_t* token, int slab) {
+#pragma unroll
+    for (int f = 0; f < kFetches; f++) {
+      const int c = slab + channel_of(f);
+      const int32_t i = token[token_of(f)];
+      for (int u = 0; u < 4; u++) held[f].v[u] = 0;
+      if (i >= 0 && c < job.channels) held[f] = *reinterpret_cast<const Quad<A>*>(job.row(b, i) + c);
     }
   }
   template <class Put>
@@ -70,76 +82,127 @@ struct SlabReader {
   }
 };
 
-// Sums of squared differences on the FFMA pipes: each thread 4 x 4 pairs.
-template <class T>
+// Sums of squared differences on the FFMA pipes: each thread 4 x 4 pairs, kGroups groups of threads each every
+// kGroups-th slab of the channels.
+template <class T, int kDown = kDirectRows, int kAcross = kDirectColumns, int kGroups = 1>
 struct DirectTile {
   typedef T A;
-  static constexpr int kRows = kDirectRows, kColumns = kDirectColumns;
-  struct Slab {
-    alignas(16) A row[kSlab][kRows + 4];
-    alignas(16) A column[kSlab][kColumns + 4];
+  static constexpr int kRows = kDown, kColumns = kAcross;
+  static constexpr int kOwnThreads = kRows * kColumns / 16, kThreads = kGroups * kOwnThreads;
+  static constexpr int kChannels = kGroups == 1 ? kSlab : 16;  // of a slab
+  static constexpr bool kBySlab = kOwnThreads > kLanes;  // sums of slabs are added; else a group's channels in a row
+  static constexpr int kBlocks = sizeof(A) == 8 ? 1 : kGroups == 1 ? 2 : kOwnThreads == kLanes ? 3 : 2;  // resident
+  struct Part {
+    alignas(16) A row[kChannels][kRows + 4];
+    alignas(16) A column[kChannels][kColumns + 4];
+  };
+  union Slab {
+    Part part[kGroups];
+    TileValues<A, kRows, kColumns> sums[kGroups];
   };
   A total[4][4];
 
-  H2OT_DEVICE void compute(const Job<A>& job, int64_t b, const TileTokens<kRows, kColumns>& tokens, Slab& slab) {
-    const int lane = threadIdx.x % kLanes, r = threadIdx.x / 16 * 4, c = threadIdx.x % 16 * 4;
-    const A scale = sample_scale(job, b, lane);
-    SlabReader<A, kRows> rows;
-    SlabReader<A, kColumns> columns;
-    rows.fetch(job, b, tokens.row, 0, nullptr, scale);
-    columns.fetch(job, b, tokens.column, 0, nullptr, scale);
-    for (int u = 0; u < 4; u++) {
-      for (int w = 0; w < 4; w++) total[u][w] = 0;
-    }
-    for (int64_t from = 0; from < job.channels; from += kSlab) {
+  // The threads of a group. With several groups all go through the same number of slabs.
+  static H2OT_DEVICE void meet() {
+    if (kOwnThreads == kLanes) {
+      __syncwarp();
+    } else {
       __syncthreads();
-      rows.store([&](int token, int channel, const Quad<A>& quad) {
-        for (int u = 0; u < 4; u++) slab.row[channel + u][token] = quad.v[u];
-      });
-      columns.store([&](int token, int channel, const Quad<A>& quad) {
-        for (int u = 0; u < 4; u++) slab.column[channel + u][token] = quad.v[u];
-      });
-      __syncthreads();
-      if (from + kSlab < job.channels) {
-        rows.fetch(job, b, tokens.row, from + kSlab, nullptr, scale);
-        columns.fetch(job, b, tokens.column, from + kSlab, nullptr, scale);
-      }
-      A part[4][4] = {};
-#pragma unroll 8
-      for (int channel = 0; channel < kSlab; channel++) {
-        const Quad<A> p = *reinterpret_cast<const Quad<A>*>(&slab.row[channel][r]);
-        const Quad<A> q = *reinterpret_cast<const Quad<A>*>(&slab.column[channel][c]);
-        for (int u = 0; u < 4; u++) {
-          for (int w = 0; w < 4; w++) {
-            const A d = p.v[u] - q.v[w];
-            part[u][w] = fma(d, d, part[u][w]);
-          }
-        }
-      }
-      for (int u = 0; u < 4; u++) {
-        for (int w = 0; w < 4; w++) total[u][w] += part[u][w];
-      }
     }
   }
 
-  H2OT_DEVICE void put(const Job<A>&, int64_t, const TileTokens<kRows, kColumns>& tokens,
-                       TileValues<A, kRows, kColumns>& tile) const {
-    const int r = threadIdx.x / 16 * 4, c = threadIdx.x % 16 * 4;
+  H2OT_DEVICE void compute(const Job<A>& job, int64_t b, const TileTokens<kRows, kColumns>& tokens, Slab& slab) {
+    const int lane = threadIdx.x % kLanes, group = threadIdx.x / kOwnThreads, own = threadIdx.x % kOwnThreads;
+    const int r = own / (kColumns / 4) * 4, c = own % (kColumns / 4) * 4;
+    Part& part = slab.part[group];
+    SlabReader<A, kRows, kChannels, kOwnThreads> rows;
+    SlabReader<A, kColumns, kChannels, kOwnThreads> columns;
+    rows.thread = columns.thread = own;
+    const int channels = int(job.channels);
+    int slab_at = group * kChannels;
+    rows.fetch(job, b, tokens.row, slab_at);
+    columns.fetch(job, b, tokens.column, slab_at);
+    const A scale = sample_scale(job, b, lane);
     for (int u = 0; u < 4; u++) {
-      for (int w = 0; w < 4; w++) {
-        const int32_t i = tokens.row[r + u], j = tokens.column[c + w];
-        tile.value[r + u][c + w] = i >= 0 && j >= 0 && i != j ? total[u][w] : infinity_of(A());
+      for (int w = 0; w < 4; w++) total[u][w] = 0;
+    }
+    for (int from = 0; from < channels; from += kGroups * kChannels) {
+      meet();
+      rows.store([&](int token, int channel, const Quad<A>& quad) {
+        for (int u = 0; u < 4; u++) part.row[channel + u][token] = quad.v[u] * scale;
+      });
+      columns.store([&](int token, int channel, const Quad<A>& quad) {
+        for (int u = 0; u < 4; u++) part.column[channel + u][token] = quad.v[u] * scale;
+      });
+      meet();
+      slab_at += kGroups * kChannels;
+      if (from + kGroups * kChannels < channels) {
+        rows.fetch(job, b, tokens.row, slab_at);
+        columns.fetch(job, b, tokens.column, slab_at);
+      }
+      A of_slab[4][4] = {};
+      A(&sums)[4][4] = kBySlab ? of_slab : total;
+#pragma unroll(kBySlab ? 8 : 2)
+      for (int channel = 0; channel < kChannels; channel++) {
+        const Quad<A> p = *reinterpret_cast<const Quad<A>*>(&part.row[channel][r]);
+        const Quad<A> q = *reinterpret_cast<const Quad<A>*>(&part.column[channel][c]);
+        for (int u = 0; u < 4; u++) {
+          for (int w = 0; w < 4; w++) {
+            const A d = p.v[u] - q.v[w];
+            sums[u][w] = fma(d, d, sums[u][w]);
+          }
+        }
+      }
+      for (int u = 0; kBySlab && u < 4; u++) {
+        for (int w = 0; w < 4; w++) total[u][w] += of_slab[u][w];
+      }
+    }
+    if constexpr (kGroups > 1) {
+      __syncthreads();
+      for (int u = 0; u < 4; u++) {
+        for (int w = 0; w < 4; w++) slab.sums[group].value[r + u][c + w] = total[u][w];
+      }
+      __syncthreads();
+    }
+  }
+
+  // tile may be where the slab was: its first sums.
+  H2OT_DEVICE void put(const Job<A>&, int64_t, const TileTokens<kRows, kColumns>& tokens, const Slab& slab,
+                       TileValues<A, kRows, kColumns>& tile) const {
+    const auto value = [&](int r, int c, A squared) {
+      const int32_t i = tokens.row[r], j = tokens.column[c];
+      return i >= 0 && j >= 0 && i != j ? squared : infinity_of(A());
+    };
+    if constexpr (kGroups == 1) {
+      const int r = threadIdx.x / (kColumns / 4) * 4, c = threadIdx.x % (kColumns / 4) * 4;
+      for (int u = 0; u < 4; u++) {
+        for (int w = 0; w < 4; w++) tile.value[r + u][c + w] = value(r + u, c + w, total[u][w]);
+      }
+    } else {
+      for (int e = threadIdx.x; e < kRows * kColumns; e += kThreads) {
+        const int r = e / kColumns, c = e % kColumns;
+        A squared = slab.sums[0].value[r][c];
+#pragma unroll
+        for (int group = 1; group < kGroups; group++) squared += slab.sums[group].value[r][c];
+        tile.value[r][c] = value(r, c, squared);
       }
     }
   }
 };
+
+// Few tiles for many multiprocessors: a warp per group, so that groups wait for nobody.
+template <class T>
+using SmallTile = DirectTile<T, kSmallRows, kSmallColumns, kSmallGroups / int(sizeof(T) / 4)>;
+// Many: fewer reads per pair.
+template <class T>
+using LargeTile = DirectTile<T, kDirectRows, kDirectColumns, 2>;
 
 // Products on the tensor cores: each warp 32 x 32 pairs. kProducts 3: float32 tokens less the first valid one, each in
 // two TF32 parts; 1: tokens that TF32 holds exactly.
 template <int kProducts>
 struct ProductTile {
   typedef float A;
-  static constexpr int kRows = kProductRows, kColumns = kProductColumns;
+  static constexpr int kRows = kProductRows, kColumns = kProductColumns, kThreads = kTileThreads, kBlocks = 2;
   struct Slab {
     alignas(16) float row[kRows][kSlab + 4];
     alignas(16) float column[kColumns][kSlab + 4];
@@ -174,7 +237,7 @@ struct ProductTile {
         for (float& v : fragment) v = 0;
       }
     }
-    for (int64_t from = 0; from < job.channels; from += kSlab) {
+    for (int from = 0; from < int(job.channels); from += kSlab) {
       __syncthreads();
       rows.store([&](int token, int channel, const Quad<float>& quad) {
         *reinterpret_cast<Quad<float>*>(&slab.row[token][channel]) = quad;
@@ -219,7 +282,7 @@ struct ProductTile {
     }
   }
 
-  H2OT_DEVICE void put(const Job<float>& job, int64_t b, const TileTokens<kRows, kColumns>& tokens,
+  H2OT_DEVICE void put(const Job<float>& job, int64_t b, const TileTokens<kRows, kColumns>& tokens, const Slab&,
                        TileValues<float, kRows, kColumns>& tile) const {
     const float* norm = job.norm + b * job.x.N;
     for (int down = 0; down < kDown; down++) {
@@ -267,36 +330,45 @@ struct StoredShared {
 // The stored search: a block per tile of the upper triangle, written on both sides of the diagonal. Grid: tiles,
 // samples.
 template <class Tiles>
-__global__ void __launch_bounds__(kTileThreads, 2) stored_kernel(Job<typename Tiles::A> job) {
+__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stored_kernel(Job<typename Tiles::A> job) {
   typedef typename Tiles::A A;
   StoredShared<Tiles>& shared = *reinterpret_cast<StoredShared<Tiles>*>(shared_memory());
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t b = blockIdx.y, N = job.x.N;
+  constexpr int kOwnTokens = (Tiles::kRows + Tiles::kColumns + Tiles::kThreads - 1) / Tiles::kThreads;
   const Tile at = tile_of(blockIdx.x, job.tile_ratio);
   const int64_t row = at.row * Tiles::kRows, column = at.column * Tiles::kColumns;
-  for (int r = threadIdx.x; r < Tiles::kRows + Tiles::kColumns; r += kTileThreads) {
+  // Which tokens are valid is not known before the first slab is asked for.
+  int32_t* const tokens = shared.tokens.row;
+  static_assert(sizeof(shared.tokens) == sizeof(int32_t) * (Tiles::kRows + Tiles::kColumns));
+  bool invalid[kOwnTokens];
+#pragma unroll
+  for (int n = 0; n < kOwnTokens; n++) {
+    const int r = threadIdx.x + n * Tiles::kThreads;
     const int64_t i = r < Tiles::kRows ? row + r : column + r - Tiles::kRows;
-    const int32_t token = i < N && job.valid[b * N + i] ? int32_t(i) : -1;
-    if (r < Tiles::kRows) {
-      shared.tokens.row[r] = token;
-    } else {
-      shared.tokens.column[r - Tiles::kRows] = token;
-    }
+    const bool inside = r < Tiles::kRows + Tiles::kColumns;
+    if (inside) tokens[r] = i < N ? int32_t(i) : -1;
+    invalid[n] = inside && i < N && !job.valid[b * N + i];
   }
   __syncthreads();
   Tiles tiles;
   tiles.compute(job, b, shared.tokens, shared.slab);
   __syncthreads();
-  tiles.put(job, b, shared.tokens, shared.tile);
+#pragma unroll
+  for (int n = 0; n < kOwnTokens; n++) {
+    if (invalid[n]) tokens[threadIdx.x + n * Tiles::kThreads] = -1;
+  }
+  __syncthreads();
+  tiles.put(job, b, shared.tokens, shared.slab, shared.tile);
   __syncthreads();
   A* matrix = job.matrix + b * N * job.matrix_pitch;
-  for (int r = warp; r < Tiles::kRows; r += kTileThreads / kLanes) {
+  for (int r = warp; r < Tiles::kRows; r += Tiles::kThreads / kLanes) {
     for (int c = lane; c < Tiles::kColumns; c += kLanes) {
       const int64_t i = row + r, j = column + c;
       if (i < N && j >= i) matrix[i * job.matrix_pitch + j] = shared.tile.value[r][c];
     }
   }
-  for (int c = warp; c < Tiles::kColumns; c += kTileThreads / kLanes) {
+  for (int c = warp; c < Tiles::kColumns; c += Tiles::kThreads / kLanes) {
     for (int r = lane; r < Tiles::kRows; r += kLanes) {
       const int64_t i = row + r, j = column + c;
       if (j < N && j > i) matrix[j * job.matrix_pitch + i] = shared.tile.value[r][c];

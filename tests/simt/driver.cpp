@@ -77,16 +77,20 @@ void guard(const h2ot::cuda::Workspace& at, unsigned char* workspace) {
 void print_shared() {
   using namespace h2ot::cuda;
   const std::pair<const char*, size_t> sizes[] = {
-      {"pool_kernel", kWarps * sizeof(int32_t)},
-      {"stored_kernel<h2ot::cuda::DirectTile<float>", sizeof(StoredShared<DirectTile<float>>)},
-      {"stored_kernel<h2ot::cuda::DirectTile<double>", sizeof(StoredShared<DirectTile<double>>)},
+      {"pool_kernel<float>", sizeof(PoolShared<float>)},
+      {"pool_kernel<double>", sizeof(PoolShared<double>)},
+      {"stored_kernel<h2ot::cuda::DirectTile<float, 16", sizeof(StoredShared<SmallTile<float>>)},
+      {"stored_kernel<h2ot::cuda::DirectTile<float, 32", sizeof(StoredShared<LargeTile<float>>)},
+      {"stored_kernel<h2ot::cuda::DirectTile<double, 16", sizeof(StoredShared<SmallTile<double>>)},
+      {"stored_kernel<h2ot::cuda::DirectTile<double, 32", sizeof(StoredShared<LargeTile<double>>)},
       {"stored_kernel<h2ot::cuda::ProductTile", sizeof(StoredShared<ProductTile<3>>)},
-      {"stream_kernel<h2ot::cuda::DirectTile<float>", sizeof(StreamShared<DirectTile<float>>)},
-      {"stream_kernel<h2ot::cuda::DirectTile<double>", sizeof(StreamShared<DirectTile<double>>)},
+      {"stream_kernel<h2ot::cuda::DirectTile<float", sizeof(StreamShared<DirectTile<float>>)},
+      {"stream_kernel<h2ot::cuda::DirectTile<double", sizeof(StreamShared<DirectTile<double>>)},
       {"stream_kernel<h2ot::cuda::ProductTile", sizeof(StreamShared<ProductTile<3>>)},
-      {"nearest_stored_kernel", sizeof(ListShared)},
-      {"peaks_kernel", sizeof(FinishShared)},
-      {"finish_kernel", sizeof(FinishShared)},
+      {"nearest_stored_kernel", sizeof(RowsShared)},
+      {"parent_stored_kernel", sizeof(RowsShared)},
+      {"peaks_kernel", sizeof(SelectShared)},
+      {"index_kernel", sizeof(SelectShared)},
   };
   for (const auto& [name, bytes] : sizes) std::cout << name << " " << bytes << "\n";
 }

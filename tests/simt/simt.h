@@ -319,6 +319,12 @@ inline unsigned long long atomicMax(unsigned long long* at, unsigned long long v
   if (v > before) *at = v;
   return before;
 }
+inline int32_t atomicAdd(int32_t* at, int32_t v) {
+  const int32_t before = *at;
+  *at += v;
+  return before;
+}
+inline void __threadfence() {}
 
 namespace h2ot {
 namespace cuda {
