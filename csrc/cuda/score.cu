@@ -10,6 +10,7 @@
 // Every decision is float64, every sum has one order: results do not depend on the plan, the device or the batch.
 #include "score_finish.cuh"
 #include "score_pool.cuh"
+#include "score_products.cuh"
 #include "score_rows.cuh"
 #include "score_stream.cuh"
 #include "score_tiles.cuh"
@@ -59,7 +60,14 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.groups = ceil_div(in.x.N, kTokensPerBlock);
   job.norm = at<A>(workspace, where.norm);
   job.bound = search_bound({in.x.B, in.x.N, in.x.J, in.x.C, in.k, in.x.dtype, plan.pitch == 0}, plan.distance);
-  job.from_first = plan.distance == Distance::products;
+  job.operands.in_place = plan.distance == Distance::exact_products && readable_in_place(in.x)
+                              ? static_cast<const uint16_t*>(job.x.data)
+                              : nullptr;
+  job.operands.stride_b = in.x.stride_b;
+  job.operands.stride_n = in.x.stride_n;
+  job.operands.copy = at<uint16_t>(workspace, where.operands);
+  job.operands.pitch = plan.line_pitch;
+  job.operands.scale = at<float>(workspace, where.scale);
   job.matrix = at<A>(workspace, where.matrix);
   job.matrix_pitch = plan.matrix_pitch;
   job.tile_ratio = plan.tile_columns / plan.tile_rows;
@@ -115,9 +123,27 @@ struct Issue {
     if (plan.search == Search::stored) {
       run(stored_kernel<Tiles>, plan.tiles, kTileThreads, sizeof(StoredShared<Tiles>));
     } else {
-      run(stream_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, kTileThreads,
-          sizeof(StreamShared<Tiles>));
+      stream_with<Tiles>();
     }
+  }
+  template <class Tiles>
+  void stream_with() {
+    run(stream_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, kTileThreads, sizeof(StreamShared<Tiles>));
+  }
+  template <class Operand>
+  void multiply() {
+    if (!job.for_peaks) per_token(operand_kernel<Operand>, kWarps * sizeof(int32_t));
+    if (plan.search == Search::streamed) {
+      stream_with<ProductTile<Operand, kStreamedSide>>();
+    } else if (plan.tile_rows == 128) {
+      multiply_stored<ProductTile<Operand, 128>>();
+    } else {
+      multiply_stored<ProductTile<Operand, 64>>();
+    }
+  }
+  template <class Tiles>
+  void multiply_stored() {
+    run(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(ProductShared<Tiles>));
   }
   void search();
 
@@ -160,13 +186,12 @@ template <>
 void Issue<float>::search() {
   if (plan.distance == Distance::direct) {
     search_with<DirectTile<float>>();
-    return;
-  }
-  if (!job.for_peaks) per_token(norm_kernel);
-  if (plan.distance == Distance::products) {
-    search_with<ProductTile<3>>();
+  } else if (plan.distance == Distance::products) {
+    multiply<Pairs>();
+  } else if (job.x.dtype == Dtype::bf16) {
+    multiply<BFloat16>();
   } else {
-    search_with<ProductTile<1>>();
+    multiply<Float16>();
   }
 }
 template <>
@@ -174,10 +199,9 @@ void Issue<double>::search() {
   search_with<DirectTile<double>>();
 }
 
-// What every device grants without being asked for more.
-constexpr size_t kSharedBytes = 48 << 10;
-static_assert(sizeof(StreamShared<DirectTile<double>>) <= kSharedBytes);
-static_assert(sizeof(StreamShared<ProductTile<3>>) <= kSharedBytes);
+static_assert(sizeof(StreamShared<DirectTile<double>>) <= kSharedUnasked);
+static_assert(sizeof(StreamShared<ProductTile<Pairs, kStreamedSide>>) <= kSharedMost);
+static_assert(sizeof(ProductShared<ProductTile<Pairs, 128>>) <= kSharedMost);
 
 template <class T>
 int32_t launch_passes(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream) {
