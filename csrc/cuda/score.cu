@@ -11,6 +11,7 @@
 #include "score_finish.cuh"
 #include "score_pool.cuh"
 #include "score_products.cuh"
+#include "score_rank.cuh"
 #include "score_rows.cuh"
 #include "score_stream.cuh"
 #include "score_tiles.cuh"
@@ -176,7 +177,7 @@ struct Issue {
       stage(kWriteScores | kRankTokens | kWriteIndex, 1);
     } else {
       stage(kWriteScores, blocks);
-      stage(kRankTokens, blocks);
+      run(rank_kernel<A>, 1, kRankThreads, sizeof(RankShared));
       stage(kWriteIndex, 1);
     }
   }

@@ -91,6 +91,7 @@ void print_shared() {
       {"nearest_stored_kernel", sizeof(ListShared)},
       {"peaks_kernel", sizeof(FinishShared)},
       {"finish_kernel", sizeof(FinishShared)},
+      {"rank_kernel", sizeof(RankShared)},
   };
   for (const auto& [name, bytes] : sizes) std::cout << name << " " << bytes << "\n";
 }
