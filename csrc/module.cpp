@@ -26,6 +26,8 @@ pybind11::dict described(const Plan& plan) {
   const std::pair<const char*, int64_t> parts[] = {{"rows", at.rows},
                                                    {"valid", at.valid},
                                                    {"exponent", at.exponent},
+                                                   {"operands", at.operands},
+                                                   {"scale", at.scale},
                                                    {"norm", at.norm},
                                                    {"matrix", at.matrix},
                                                    {"listed", at.listed},
@@ -52,6 +54,7 @@ pybind11::dict described(const Plan& plan) {
   result["search"] = searches[int32_t(plan.search)];
   result["tile"] = pybind11::make_tuple(plan.tile_rows, plan.tile_columns);
   result["pitch"] = plan.pitch;
+  result["line_pitch"] = plan.line_pitch;
   result["matrix_pitch"] = plan.matrix_pitch;
   result["tiles"] = plan.tiles;
   result["splits"] = plan.splits;

@@ -27,7 +27,7 @@ from . import simt
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
-SHARED_LIMIT = 48 << 10  # what a launch may ask for on any device without opting in
+SHARED_LIMIT = 99 << 10  # what a launch may ask for on any device from 8.0 on; above 48 KiB it must opt in
 REGISTER_LIMIT = 255
 FLAGS = (
     "-std=c++20",
@@ -49,10 +49,12 @@ WANTED = (
     ("stored_kernel<h2ot::cuda::DirectTile<float>", r"LDS\.128", 2),
     ("stored_kernel<h2ot::cuda::DirectTile<float>", r"FFMA", 16),
     ("stored_kernel<h2ot::cuda::DirectTile<double>", r"DFMA", 16),
-    ("stored_kernel<h2ot::cuda::ProductTile<3>", r"HMMA\.1688\.F32\.TF32", 3 * 8 * 4),
-    ("stored_kernel<h2ot::cuda::ProductTile<1>", r"HMMA\.1688\.F32\.TF32", 8 * 4),
-    ("stream_kernel<h2ot::cuda::ProductTile<3>", r"HMMA\.1688\.F32\.TF32", 3 * 8 * 4),
-    ("stored_kernel<h2ot::cuda::ProductTile<3>", r"LDG\.E\.128", 8),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"HMMA\.16816\.F32 ", 2 * 3 * 16),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"LDSM\.16\.M88\.4", 2 * 12),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"LDGSTS\.E\.BYPASS\.128", 3 * 8),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 128>", r"HMMA\.16816\.F32\.BF16", 64),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64>", r"HMMA\.16816\.F32 ", 32),
+    ("stream_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs", r"HMMA\.16816\.F32 ", 2 * 3 * 8),
     ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2),
 )
 

@@ -27,6 +27,8 @@ def sizes(made, N, k, wide):
         "rows": tokens * made["pitch"] * wide,
         "valid": tokens,
         "exponent": made["samples"] * math.ceil(N / 8) * 4,
+        "operands": tokens * made["line_pitch"] * 2,
+        "scale": made["samples"] * 8,
         "norm": tokens * wide,
         "matrix": tokens * made["matrix_pitch"] * wide,
         "listed": lists * wide,
@@ -124,7 +126,8 @@ def test_the_counted_choice():
     assert plan(B=4, N=243)["distance"] == "direct"
     assert plan(B=4, N=243)["tile"] == (32, 64)
     assert plan(B=256, N=351, C=1536)["distance"] == "products"
-    assert plan(B=256, N=351, C=1536)["tile"] == (64, 64)
+    assert plan(B=256, N=351, C=1536)["tile"] == (128, 128)
+    assert plan(B=32, N=100, C=1536)["tile"] == (64, 64)
     assert plan(B=256, N=351, C=1536, **ORIN)["distance"] == "direct"
     assert plan(B=256, dtype="bfloat16")["distance"] == "exact_products"
     assert plan(B=256, dtype="bfloat16", J=17)["distance"] == "products"
@@ -141,6 +144,11 @@ def test_the_counted_choice():
 def test_tokens_read_in_place_are_not_copied():
     assert "rows" not in plan(in_place=True)["offsets"]
     assert plan(C=5)["pitch"] == 8
+    whole = {"B": 256, "N": 351, "C": 1536, "in_place": True}
+    assert "operands" not in plan(**whole, dtype="float16")["offsets"]
+    assert plan(**whole, dtype="bfloat16")["line_pitch"] == 1536  # written for what must be scaled
+    assert plan(**{**whole, "C": 1000, "in_place": False}, dtype="float16")["line_pitch"] == 1024
+    assert plan(**whole)["line_pitch"] == 2 * 1536
 
 
 def test_triton_or_cuda_first():

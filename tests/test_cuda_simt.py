@@ -26,8 +26,8 @@ CASES = [
     TokenCase("smooth", N=70, C=8, k=60, K=30),  # lists that do not fit shared memory; streamed: rows in float64
     TokenCase("duplicates", N=300, C=12, k=5, K=100),  # streamed: several splits
     TokenCase("still", N=300, C=12, k=3, K=100, masked=True, noisy=True),
-    TokenCase("huge", C=5, dtype=torch.bfloat16),
-    TokenCase("tiny", C=5, dtype=torch.bfloat16),
+    *(TokenCase(kind, C=C, dtype=torch.bfloat16) for kind in ("huge", "tiny") for C in (5, 72)),  # scaled copies
+    *(TokenCase("smooth", C=72, N=70, dtype=dtype) for dtype in HALVES),  # read in place
 ]
 LARGE = [
     TokenCase("smooth", B=1, N=243, C=512, K=81),
@@ -57,7 +57,7 @@ def run(calls, flags=simt.SANITIZED, driver=None):
 
 
 def allows(plan, case) -> bool:
-    """Whether the plan is one of its own for this case: one TF32 product is for tokens that it holds exactly."""
+    """Whether the plan is one of its own for this case: one product is for tokens of 16 bits."""
     return plan is None or plan[1] != "exact_products" or (case.dtype in HALVES and not case.J)
 
 
@@ -97,6 +97,31 @@ def test_every_plan_gives_the_same_bits(plan):
 def test_large_samples():
     for case, call in zip(LARGE, run([call_of(case) for case in LARGE], simt.FAST), strict=True):
         check(case, call)
+
+
+def test_large_tiles_of_products_give_the_same_bits():
+    for case in (
+        TokenCase("random", B=1, N=140, C=100, k=5, K=40, masked=True),
+        TokenCase("offset", N=150, C=40, J=2),
+        *(TokenCase(kind, N=130, C=72, dtype=dtype) for kind in ("smooth", "nonfinite") for dtype in HALVES),
+    ):
+        plan = ("stored", "exact_products" if case.dtype in HALVES else "products")
+        for side in (128, 64):
+            (call,) = run([call_of(case, plan=plan, side=side)])
+            check(case, call)
+
+
+def test_the_largest_numbers_are_scaled():
+    x = torch.randn(1, 70, 40) * 1e37
+    x[0, 5] = 3.3e38
+    x[0, 11] = -3.3e38
+    for dtype in (torch.float32, torch.bfloat16):
+        for distance in ("products", "exact_products", "direct"):
+            if (dtype, distance) == (torch.float32, "exact_products"):
+                continue
+            for search in simt.SEARCHES:
+                (call,) = run([simt.Call(x.to(dtype), plan=(search, distance), num_tokens=20)])
+                assert_scores(call.scores, python_ref.score_tokens(x.to(dtype).double()))
 
 
 def test_any_order_of_threads_gives_the_same_bits():
@@ -171,14 +196,59 @@ MUTANTS = {
         "const int32_t moved_at = moves ? token[r - 1] : 0;",
     ),
     "fragment rows and channels swapped": (
-        "score_tiles.cuh",
-        "{slab.row[r][k + t], slab.row[r + 8][k + t], slab.row[r][k + t + 4],",
-        "{slab.row[r][k + t], slab.row[r][k + t + 4], slab.row[r + 8][k + t],",
+        "score_products.cuh",
+        "place(stage, row + lane % 16, v + lane / 16)",
+        "place(stage, row + lane / 16 * 8 + lane % 8, v + lane / 8 % 2)",
+    ),
+    "fragment columns and channels swapped": (
+        "score_products.cuh",
+        "place(stage, column, v + lane / 8 % 2)",
+        "place(stage, column - lane / 16 * 8 + lane / 8 % 2 * 8, v + lane / 16)",
     ),
     "fragment column of the sums": (
-        "score_tiles.cuh",
-        "threadIdx.x % 4 * 2 + e % 2",
-        "threadIdx.x % 4 + e % 2 * 4",
+        "score_products.cuh",
+        "across * 8 + lane % 4 * 2 + e % 2] =",
+        "across * 8 + lane % 4 + e % 2 * 4] =",
+    ),
+    "another order of vectors where they are read": (
+        "score_products.cuh",
+        "load_matrices(a, place(stage, row + lane % 16, v + lane / 16));",
+        "load_matrices(a, &stage.token[row + lane % 16][(v + lane / 16) * kVector]);",
+    ),
+    "a line is read before it is there": (
+        "score_products.cuh",
+        "wait_for_copies<kStages - 2>();",
+        "wait_for_copies<kStages - 1>();",
+    ),
+    "no barrier between a line's copies and its reading": (
+        "score_products.cuh",
+        "__syncthreads();  // the line is there, and the one before is no longer read",
+        "",
+    ),
+    "a line is copied to where another is read": (
+        "score_products.cuh",
+        "const int before = at == 0 ? kStages - 1 : at - 1;",
+        "const int before = at == kStages - 1 ? 0 : at + 1;",
+    ),
+    "copies not committed": (
+        "score_products.cuh",
+        "slab.stage[before]);\n      commit_copies();",
+        "slab.stage[before]);",
+    ),
+    "one of the three products twice": (
+        "score_products.cuh",
+        "multiply(part, a[1], b[0]);\n          multiply(part, a[0], b[1]);",
+        "multiply(part, a[0], b[1]);\n          multiply(part, a[0], b[1]);",
+    ),
+    "the edge of large tiles one too early": (
+        "score_products.cuh",
+        "if (column + c > row + r) matrix",
+        "if (column + c > row + r + 1) matrix",
+    ),
+    "lower parts of another scale": (
+        "score_products.cuh",
+        "narrow_half(large - widen",
+        "narrow_half(2 * large - widen",
     ),
     "a tile edge one too early": ("score_tiles.cuh", "if (j < N && j > i)", "if (j < N - 1 && j > i)"),
     "the mirrored edge one too far": ("score_tiles.cuh", "if (j < N && j > i)", "if (j <= N && j > i)"),
@@ -211,16 +281,19 @@ HUNTED = [
     TokenCase("equidistant", B=1, N=48, C=24),  # lists whose last entries prove nothing
 ]
 HUNTED_PLANS = [plan for plan in PLANS[1:] if plan[1] != "exact_products"]
+HUNTED_LARGE = [TokenCase("random", B=1, N=140, C=100, K=40)]  # tiles of 128
 
 
 def survives(driver: Path) -> bool:
     calls = [call_of(case, plan=plan) for case in HUNTED for plan in HUNTED_PLANS]
+    cases = [case for case in HUNTED for _ in HUNTED_PLANS] + HUNTED_LARGE
+    calls += [call_of(case, plan=("stored", "products"), side=128) for case in HUNTED_LARGE]
     with tempfile.TemporaryDirectory() as folder:
         done = simt.run(calls, driver, Path(folder))
     if done.returncode:
         return False
     try:
-        for case, call in zip([case for case in HUNTED for _ in HUNTED_PLANS], calls, strict=True):
+        for case, call in zip(cases, calls, strict=True):
             check(case, call)
     except AssertionError:
         return False

@@ -15,7 +15,7 @@ constexpr uint32_t kAllLanes = 0xffffffff;
 
 // The block's dynamic shared memory.
 H2OT_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];
   return memory;
 }
 
@@ -25,26 +25,65 @@ H2OT_DEVICE float widen_half(uint16_t bits) {
   return v;
 }
 
-// To TF32: round to nearest, 10 mantissa bits.
-H2OT_DEVICE uint32_t to_tf32(float v) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+H2OT_DEVICE uint16_t narrow_half(float v) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
   return bits;
 }
 
-// c += a b: a 16 x 8 by rows, b 8 x 8 by columns, c 16 x 8. With lane = 4 g + t: a[0..3] = (g, t), (g + 8, t),
-// (g, t + 4), (g + 8, t + 4); b[0..1] = (t, g), (t + 4, g); c[0..3] = (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), ...
-H2OT_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+H2OT_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+
+// Starts a copy of 16 bytes from global to shared memory, zeros where `there` is false (from is an address all the
+// same). It may land at any time until this thread has waited for the group that commit_copies put it into; other
+// threads see it after a barrier.
+H2OT_DEVICE void copy_async(void* shared, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+H2OT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups but the newest kNewest.
+template <int kNewest>
+H2OT_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit values. Lane l holds the address of row l % 8 of matrix l / 8 (16 bytes, aligned), and
+// gets into r[m] the values 2 (l % 4) and the next one of row l / 4 of matrix m.
+H2OT_DEVICE void load_matrices(uint32_t (&r)[4], const void* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+
+// c += a b: a 16 x 16 by rows, b 16 x 8 by columns, c 16 x 8, two values of a and b to a register. With lane = 4 g + t:
+// a[0..3] = (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8); b[0..1] = (2 t, g), (2 t + 8, g);
+// c[0..3] = (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), ...
+#define H2OT_MMA(name, type)                                                             \
+  H2OT_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                           \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));             \
+  }
+H2OT_MMA(mma_float16, "f16")
+H2OT_MMA(mma_bfloat16, "bf16")
+
+// Shared memory of a block that every device grants without being asked for more; what all of them (8.0 on) grant.
+constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 
 // Launches kernel(job) and returns cudaGetLastError: 0 for success.
 template <class Job>
 int32_t launch(void (*kernel)(Job), int64_t grid_x, int64_t grid_y, int32_t threads, int64_t shared_bytes, void* stream,
                const Job& job) {
+  if (shared_bytes > kSharedUnasked) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error) return static_cast<int32_t>(error);
+  }
   kernel<<<dim3(static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y)), threads, shared_bytes,
            static_cast<cudaStream_t>(stream)>>>(job);
   return static_cast<int32_t>(cudaGetLastError());

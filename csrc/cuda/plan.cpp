@@ -11,10 +11,11 @@ constexpr int64_t kResidentWarps = 16;  // of a multiprocessor, by the registers
 
 bool is_half(Dtype dtype) { return dtype == Dtype::bf16 || dtype == Dtype::f16; }
 
-// Multiply-adds of TF32 tensor products per clock and multiprocessor, as NVIDIA's peak figures count for mma.sync.
+// Multiply-adds of 16-bit tensor products with float32 sums per clock and multiprocessor, as NVIDIA's peak figures
+// count for mma.sync.
 int64_t tensor_rate(const Machine& machine) {
-  if (machine.major == 8) return machine.minor == 0 ? 512 : 128;
-  return machine.major == 9 || machine.major == 10 ? 512 : 128;
+  if (machine.major == 8) return machine.minor == 0 ? 1024 : 256;
+  return machine.major == 9 || machine.major == 10 ? 1024 : 256;
 }
 
 // Clocks of the busiest multiprocessor: tiles of rows x columns, `work` operations per pair and channel at `rate`.
@@ -36,20 +37,37 @@ bool prefers_small_tiles(const Problem& p, const Machine& machine) {
   return 8 * busiest(kSmallRows, kSmallColumns) < 7 * busiest(kDirectRows, kDirectColumns);
 }
 
+int64_t all_tiles(const Problem& p, Search search, int64_t rows, int64_t columns) {
+  return p.B *
+         (search == Search::stored ? upper_tiles(p.N, rows, columns) : ceil_div(p.N, rows) * ceil_div(p.N, columns));
+}
+
+// Products of tiles with `side` rows and columns. The warps of a small tile load more from shared memory per product.
+double product_clocks(const Problem& p, const Machine& machine, Search search, Distance distance, int64_t side) {
+  const double products = distance == Distance::products ? 3 : 1, loads = side == kProductSides[0] ? 1.6 : 2.4;
+  return clocks(all_tiles(p, search, side, side), side * side, p.C, products * loads, tensor_rate(machine), machine);
+}
+
+int32_t product_side(const Problem& p, const Machine& machine, Search search, Distance distance) {
+  int32_t best = kProductSides[0];
+  for (const int32_t side : kProductSides) {
+    const auto cost = [&](int32_t s) { return product_clocks(p, machine, search, distance, s); };
+    if (cost(side) < cost(best)) best = side;
+  }
+  return best;
+}
+
 Distance cheapest(const Problem& p, const Machine& machine, Search search) {
   if (p.dtype == Dtype::f64) return Distance::direct;
   const Distance products = is_half(p.dtype) && p.J == 1 ? Distance::exact_products : Distance::products;
-  const auto tiles = [&](int64_t rows, int64_t columns) {
-    return p.B *
-           (search == Search::stored ? upper_tiles(p.N, rows, columns) : ceil_div(p.N, rows) * ceil_div(p.N, columns));
-  };
   constexpr int64_t kLanes = 128;
+  constexpr double kOperands = 5000;  // clocks of the kernel before, and until the first lines are there
   const double direct =
-      clocks(tiles(kDirectRows, kDirectColumns), kDirectRows * kDirectColumns, p.C, 2, kLanes, machine);
-  const double multiplied = clocks(tiles(kProductRows, kProductColumns), kProductRows * kProductColumns, p.C,
-                                   products == Distance::products ? 3 : 1, tensor_rate(machine), machine);
+      clocks(all_tiles(p, search, kDirectRows, kDirectColumns), kDirectRows * kDirectColumns, p.C, 2, kLanes, machine);
+  const int32_t side = product_side(p, machine, search, products);
   // Products must win clearly: more rows are then decided by several candidates in float64.
-  return 1.5 * multiplied < direct ? products : Distance::direct;
+  const double multiplied = 1.5 * product_clocks(p, machine, search, products, side) + kOperands;
+  return multiplied < direct ? products : Distance::direct;
 }
 
 Distance allowed(const Problem& p, Distance distance) {
@@ -74,6 +92,8 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
   at.rows = take(plan.pitch > 0, tokens * plan.pitch * wide);
   at.valid = take(true, tokens);
   at.exponent = take(true, samples * ceil_div(p.N, kTokensPerBlock) * 4);
+  at.operands = take(plan.line_pitch > 0, tokens * plan.line_pitch * 2);
+  at.scale = take(plan.distance != Distance::direct, samples * 8);
   at.norm = take(plan.distance != Distance::direct, tokens * wide);
   at.matrix = take(stored, tokens * plan.matrix_pitch * wide);
   const int64_t list = std::max(plan.list, kPeakList);
@@ -105,36 +125,50 @@ Bound search_bound(const Problem& p, Distance distance) {
   // Direct: a rounding of each difference and square, the additions of a slab and of the slabs, or (small tiles) of a
   // group's channels and of the groups; sqrt halves it all.
   constexpr int32_t kFewestGroups = kSmallGroups / 2;  // float64 has half as many
-  const double in_groups = 16.0 * double(ceil_div(p.C, 16 * kFewestGroups)) + kSmallGroups;
+  const double in_groups = 8.0 * double(ceil_div(p.C, 8 * kFewestGroups)) + kSmallGroups;
   const double roundings = std::max(std::min(C, double(kSlabChannels)) + slabs, std::min(C, in_groups)) + 8;
   if (p.dtype == Dtype::f64) return {0.6 * 0x1p-53 * (roundings + 16), std::sqrt(C) * 0x1p-510, 0};
-  Bound bound = {0.6 * kUnit * roundings, std::sqrt(C) * 0x1p-62, 0};
+  Bound bound = {0.6 * kUnit * (roundings + 1), std::sqrt(C) * 0x1p-50, 0};
   if (distance == Distance::direct) return bound;
-  // Products: each mma of a slab truncates its eight products and the sum, 10 units of 2^-23 at worst; the slabs and
-  // the norms add their roundings; float32 tokens lose 3 x 2^-22 in the split and a rounding where the first is taken
-  // off.
-  const double mma = (distance == Distance::products ? 3 : 1) * (kSlabChannels / 8.0);
-  const double split = distance == Distance::products ? 3 * 4 + 4 : 0;
-  bound.spread = float((mma * 20 + split + 2 * slabs + kSlabChannels) * kUnit);
+  // Products. An mma adds 16 products to a sum and cuts off 20 units of 2^-23 of what it adds at worst (once, or twice
+  // for eight each): a slab has one such mma (two before it add the lower parts of Pairs, below 2^-10 of them), or two.
+  // The slabs, the norms and what is made of them are rounded.
+  const bool pairs = distance == Distance::products;
+  const double mma = pairs ? 41 : 80, sums = ceil_div(p.C, pairs ? 16 : 32), norms = ceil_div(p.C, 128) + 8;
+  // Pairs: tokens less the first one are rounded (4), split into 22 bits (4), the lower parts' product is left out (4),
+  // and float16 has no more than 2^-25 of 2^14 (1, and eta).
+  const double split = pairs ? 13 : 0;
+  bound.spread = float((mma + sums + norms + split + 4) * kUnit);
+  // Of tokens as they are, float32 loses products below 2^-126, which is 2^-66 of the largest or less.
+  bound.eta = std::sqrt(C) * (pairs ? 0x1p-24 : 0x1p-30);
   return bound;
 }
 
 bool readable_in_place(const Tokens& x) {
   const int64_t vector = 16 / element_bytes(x.dtype);
-  return !is_half(x.dtype) && x.J == 1 && x.stride_c == 1 && x.C % 4 == 0 && x.stride_n % vector == 0 &&
+  return x.J == 1 && x.stride_c == 1 && x.C % (is_half(x.dtype) ? 8 : 4) == 0 && x.stride_n % vector == 0 &&
          x.stride_b % vector == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
-Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Distance distance, int64_t most) {
+Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Distance distance, int64_t most,
+                   int32_t side) {
   Plan plan = {};
   plan.search = search;
   plan.distance = allowed(p, distance);
   const bool direct = plan.distance == Distance::direct;
+  const bool pairs = plan.distance == Distance::products;
   const bool small = direct && search == Search::stored && prefers_small_tiles(p, machine);
-  plan.tile_rows = small ? kSmallRows : direct ? kDirectRows : kProductRows;
-  plan.tile_columns = small ? kSmallColumns : direct ? kDirectColumns : kProductColumns;
+  if (search == Search::streamed) side = kStreamedSide;
+  if (side == 0) side = product_side(p, machine, search, plan.distance);
+  plan.tile_rows = small ? kSmallRows : direct ? kDirectRows : side;
+  plan.tile_columns = small ? kSmallColumns : direct ? kDirectColumns : side;
   plan.pool_warps = p.C >= 256 ? 2 : 1;
-  plan.pitch = p.in_place ? 0 : ceil_div(p.C, 4) * 4;
+  plan.pitch = p.in_place && !is_half(p.dtype) ? 0 : ceil_div(p.C, 4) * 4;
+  // bfloat16 may still have to be scaled.
+  if (pairs) plan.line_pitch = ceil_div(p.C, kPairChannels) * kLine;
+  if (plan.distance == Distance::exact_products && !(p.in_place && p.dtype == Dtype::f16)) {
+    plan.line_pitch = ceil_div(p.C, kLine) * kLine;
+  }
   plan.splits = 1;
   if (search == Search::stored) {
     plan.matrix_pitch = ceil_div(p.N, plan.tile_columns) * plan.tile_columns;

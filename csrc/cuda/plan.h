@@ -24,8 +24,8 @@ struct Machine {
 // How approximate distances come about (float64 always decides in the end).
 enum class Distance : int32_t {
   direct,          // sum of (a - b)^2 on the FFMA pipes: relative error only
-  products,        // |a|^2 + |b|^2 - 2 a b, 3 x TF32 on tensor cores, from tokens less the first one
-  exact_products,  // the same with one TF32 product: tokens are bfloat16 or float16, which TF32 holds exactly
+  products,        // |a|^2 + |b|^2 - 2 a b on tensor cores, from tokens less the first one as sums of two float16
+  exact_products,  // the same from tokens that are bfloat16 or float16, as they are
 };
 
 // Where they go.
@@ -36,7 +36,10 @@ enum class Search : int32_t {
 
 constexpr int32_t kDirectRows = 32, kDirectColumns = 64;
 constexpr int32_t kSmallRows = 16, kSmallColumns = 32, kSmallGroups = 8;  // for few tiles; a warp per group of channels
-constexpr int32_t kProductRows = 64, kProductColumns = 64;
+constexpr int32_t kProductSides[] = {128, 64};                            // of tiles of products
+constexpr int32_t kStreamedSide = 64;
+constexpr int64_t kLine = 64;                   // 16-bit values of a token that are copied at once: channels, or
+constexpr int64_t kPairChannels = kLine / 2;    // both parts of these
 constexpr int32_t kSlabChannels = 32;           // summed before they are added to a total
 constexpr int32_t kTokensPerBlock = 8;          // of the kernels with a warp per token
 constexpr int64_t kStoredTokens = 2048;         // more tokens than this are streamed
@@ -53,6 +56,8 @@ struct Workspace {
   int64_t rows;                 // [samples, N, pitch] pooled tokens
   int64_t valid;                // [samples, N] uint8
   int64_t exponent;             // [samples, groups] int32: the largest of kTokensPerBlock tokens
+  int64_t operands;             // [samples, N, line pitch] uint16: the tokens as they enter products
+  int64_t scale;                // [samples, 2] float32: of the tokens, and what a product counts
   int64_t norm;                 // [samples, N] squared norms of the tokens as they enter products
   int64_t matrix;               // [samples, N, matrix_pitch] stored search
   int64_t listed;               // [samples, N, splits, list] streamed: lower bounds of the nearest
@@ -77,6 +82,7 @@ struct Plan {
   Search search;
   int32_t tile_rows, tile_columns;
   int64_t pitch;         // of copied tokens, 0: read in place
+  int64_t line_pitch;    // of copied operands of products, 0: all read in place
   int64_t matrix_pitch;  // of the stored matrix
   int64_t tiles;         // grid of the stored search, per sample
   int64_t splits;        // of the columns, streamed search
@@ -112,7 +118,8 @@ struct Bound {
   }
 };
 
-// What a plan is made for. in_place: tokens are float32 or float64 rows of whole 16-byte vectors already.
+// What a plan is made for. in_place: tokens are rows of whole 16-byte vectors already, float32 or float64 ones to
+// search among, or bfloat16 or float16 ones to multiply.
 struct Problem {
   int64_t B, N, J, C, k;
   Dtype dtype;
@@ -122,9 +129,9 @@ struct Problem {
 // The plan for a problem by counted costs: until a device has been measured, arithmetic per multiprocessor and clock.
 Plan plan_score(const Problem& problem, const Machine& machine);
 // The same with the choice made by the caller (tests); a distance that the tokens do not allow becomes direct.
-// most: of the samples per pass.
+// most: of the samples per pass. side: of kProductSides, 0: the counted one.
 Plan plan_score_as(const Problem& problem, const Machine& machine, Search search, Distance distance,
-                   int64_t most = kGridLimit);
+                   int64_t most = kGridLimit, int32_t side = 0);
 // What the search's arithmetic can be off by.
 Bound search_bound(const Problem& problem, Distance distance);
 // Whether the tokens of x are such rows.

@@ -10,6 +10,7 @@
 // Every decision is float64, every sum has one order: results do not depend on the plan, the device or the batch.
 #include "score_finish.cuh"
 #include "score_pool.cuh"
+#include "score_products.cuh"
 #include "score_rows.cuh"
 #include "score_stream.cuh"
 #include "score_tiles.cuh"
@@ -59,7 +60,14 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.groups = ceil_div(in.x.N, kTokensPerBlock);
   job.norm = at<A>(workspace, where.norm);
   job.bound = search_bound({in.x.B, in.x.N, in.x.J, in.x.C, in.k, in.x.dtype, plan.pitch == 0}, plan.distance);
-  job.from_first = plan.distance == Distance::products;
+  job.operands.in_place = plan.distance == Distance::exact_products && readable_in_place(in.x)
+                              ? static_cast<const uint16_t*>(job.x.data)
+                              : nullptr;
+  job.operands.stride_b = in.x.stride_b;
+  job.operands.stride_n = in.x.stride_n;
+  job.operands.copy = at<uint16_t>(workspace, where.operands);
+  job.operands.pitch = plan.line_pitch;
+  job.operands.scale = at<float>(workspace, where.scale);
   job.matrix = at<A>(workspace, where.matrix);
   job.matrix_pitch = plan.matrix_pitch;
   job.tile_ratio = plan.tile_columns / plan.tile_rows;
@@ -120,15 +128,6 @@ struct Issue {
   void search_streamed() {
     run(stream_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, kTileThreads, sizeof(StreamShared<Tiles>));
   }
-  template <class Tiles>
-  void search_products() {
-    if (!job.for_peaks) per_token(norm_kernel);
-    if (plan.search == Search::stored) {
-      search_stored<Tiles>();
-    } else {
-      search_streamed<Tiles>();
-    }
-  }
   void search_directly() {
     if (plan.search == Search::streamed) {
       search_streamed<DirectTile<A>>();
@@ -137,6 +136,21 @@ struct Issue {
     } else {
       search_stored<LargeTile<A>>();
     }
+  }
+  template <class Operand>
+  void multiply() {
+    if (!job.for_peaks) per_token(operand_kernel<Operand>, kWarps * sizeof(int32_t));
+    if (plan.search == Search::streamed) {
+      search_streamed<ProductTile<Operand, kStreamedSide>>();
+    } else if (plan.tile_rows == 128) {
+      multiply_stored<ProductTile<Operand, 128>>();
+    } else {
+      multiply_stored<ProductTile<Operand, 64>>();
+    }
+  }
+  template <class Tiles>
+  void multiply_stored() {
+    run(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(ProductShared<Tiles>));
   }
   void search();
 
@@ -167,9 +181,11 @@ void Issue<float>::search() {
   if (plan.distance == Distance::direct) {
     search_directly();
   } else if (plan.distance == Distance::products) {
-    search_products<ProductTile<3>>();
+    multiply<Pairs>();
+  } else if (job.x.dtype == Dtype::bf16) {
+    multiply<BFloat16>();
   } else {
-    search_products<ProductTile<1>>();
+    multiply<Float16>();
   }
 }
 template <>
@@ -177,12 +193,11 @@ void Issue<double>::search() {
   search_directly();
 }
 
-// What every device grants without being asked for more.
-constexpr size_t kSharedBytes = 48 << 10;
-static_assert(sizeof(StoredShared<SmallTile<double>>) <= kSharedBytes);
-static_assert(sizeof(StoredShared<LargeTile<double>>) <= kSharedBytes);
-static_assert(sizeof(StreamShared<DirectTile<double>>) <= kSharedBytes);
-static_assert(sizeof(StreamShared<ProductTile<3>>) <= kSharedBytes);
+static_assert(sizeof(StoredShared<SmallTile<double>>) <= kSharedUnasked);
+static_assert(sizeof(StoredShared<LargeTile<double>>) <= kSharedUnasked);
+static_assert(sizeof(StreamShared<DirectTile<double>>) <= kSharedUnasked);
+static_assert(sizeof(StreamShared<ProductTile<Pairs, kStreamedSide>>) <= kSharedMost);
+static_assert(sizeof(ProductShared<ProductTile<Pairs, 128>>) <= kSharedMost);
 
 template <class T>
 int32_t launch_passes(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream) {

@@ -2,6 +2,8 @@
 // distances to true ones. "Squared distances" are sums of squares over C, not yet divided by C.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 #include "launch_cuda.h"
 #include "warp.cuh"
@@ -56,6 +58,11 @@ H2OT_DEVICE uint32_t pattern(float v) {
   memcpy(&bits, &v, 4);
   return bits & 0x7fffffffu;
 }
+H2OT_DEVICE uint32_t pattern_with_sign(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  return bits;
+}
 H2OT_DEVICE uint64_t pattern(double v) {
   uint64_t bits;
   memcpy(&bits, &v, 8);
@@ -77,6 +84,15 @@ constexpr int32_t kNoExponent = -4096;
 H2OT_DEVICE int32_t exponent_of(uint32_t bits) { return bits == 0 ? kNoExponent : int32_t(bits >> 23) - 126; }
 H2OT_DEVICE int32_t exponent_of(uint64_t bits) { return bits == 0 ? kNoExponent : int32_t(bits >> 52) - 1022; }
 
+// Tokens of 16-bit values as they enter products (score_products.cuh).
+struct Operands {
+  const uint16_t* in_place;  // x itself, where a sample's scale allows it; null: never
+  int64_t stride_b, stride_n;
+  uint16_t* copy;  // [samples, N, pitch]; null: not needed
+  int64_t pitch;
+  float* scale;  // of each sample
+};
+
 // Everything the kernels of one pass read and write: samples first .. first + samples - 1 of the call.
 template <class A>
 struct Job {
@@ -96,7 +112,7 @@ struct Job {
   int64_t groups;
   A* norm;
   Bound bound;
-  bool from_first;  // products of tokens less the first valid one
+  Operands operands;
 
   // Stored search: [N, matrix_pitch] per sample, infinity where there is no pair.
   A* matrix;
@@ -170,6 +186,12 @@ H2OT_DEVICE void exact_squares(const A* a, const A* const (&b)[kBatch], int chan
   }
 }
 
+// The power of two that brings magnitudes below 2^most into [1/2, 1).
+H2OT_DEVICE float scale_of(int32_t most) {
+  const int32_t power = most == kNoExponent ? 0 : most < -126 ? 126 : most > 126 ? -126 : -most;
+  return value_of(uint32_t(power + 127) << 23);
+}
+
 // The power of two that brings the largest magnitude of sample b into [1/2, 1), so that neither the squares of 1e30 nor
 // of 1e-30 leave float32; 1 for float64.
 H2OT_DEVICE float sample_scale(const Job<float>& job, int64_t b, int lane) {
@@ -178,9 +200,7 @@ H2OT_DEVICE float sample_scale(const Job<float>& job, int64_t b, int lane) {
     const int32_t e = job.exponent[b * job.groups + g];
     most = e > most ? e : most;
   }
-  most = warp_max(most);
-  const int32_t power = most == kNoExponent ? 0 : most < -126 ? 126 : most > 126 ? -126 : -most;
-  return value_of(uint32_t(power + 127) << 23);
+  return scale_of(warp_max(most));
 }
 H2OT_DEVICE double sample_scale(const Job<double>&, int64_t, int) { return 1; }
 H2OT_DEVICE double unscaled(float scale, double squared) { return squared / scale / scale; }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "score_finish.cuh"
+#include "score_products.cuh"
 #include "score_rows.cuh"
 #include "score_tiles.cuh"
 

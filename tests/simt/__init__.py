@@ -64,6 +64,7 @@ class Call:
     multiprocessors: int = 132
     seed: int = 1
     only_index: bool = False
+    side: int = 0  # of the tiles of products, 0 for the counted one
     scores: TokenScores | None = field(default=None, init=False)
     index: Tensor | None = field(default=None, init=False)
     error: int | None = field(default=None, init=False)
@@ -81,7 +82,7 @@ class Call:
         header = [
             *(self.seed, _DTYPES[x.dtype], B, N, J, C, *strides, (last + 1) * size, 0),
             *(self.k, self.mask is not None, self.noise is not None, self.num_tokens, *keep.shape),
-            *(search, distance, self.multiprocessors, self.samples, self.only_index),
+            *(search, distance, self.multiprocessors, self.samples, self.only_index, self.side),
         ]
         parts = [struct.pack(f"<{len(header)}q", *header), raw]
         if self.mask is not None:

@@ -38,6 +38,7 @@ enum Field {
   kMultiprocessors,
   kSamples,
   kOnlyIndex,
+  kSide,
   kHeader
 };
 
@@ -83,10 +84,13 @@ void print_shared() {
       {"stored_kernel<h2ot::cuda::DirectTile<float, 32", sizeof(StoredShared<LargeTile<float>>)},
       {"stored_kernel<h2ot::cuda::DirectTile<double, 16", sizeof(StoredShared<SmallTile<double>>)},
       {"stored_kernel<h2ot::cuda::DirectTile<double, 32", sizeof(StoredShared<LargeTile<double>>)},
-      {"stored_kernel<h2ot::cuda::ProductTile", sizeof(StoredShared<ProductTile<3>>)},
+      {"operand_kernel", kWarps * sizeof(int32_t)},
+      {"stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 64>",
+       sizeof(ProductShared<ProductTile<Pairs, 64>>)},
+      {"stored_products_kernel", sizeof(ProductShared<ProductTile<Pairs, 128>>)},
       {"stream_kernel<h2ot::cuda::DirectTile<float", sizeof(StreamShared<DirectTile<float>>)},
       {"stream_kernel<h2ot::cuda::DirectTile<double", sizeof(StreamShared<DirectTile<double>>)},
-      {"stream_kernel<h2ot::cuda::ProductTile", sizeof(StreamShared<ProductTile<3>>)},
+      {"stream_kernel<h2ot::cuda::ProductTile", sizeof(StreamShared<ProductTile<Pairs, kStreamedSide>>)},
       {"nearest_stored_kernel", sizeof(RowsShared)},
       {"parent_stored_kernel", sizeof(RowsShared)},
       {"peaks_kernel", sizeof(SelectShared)},
@@ -142,9 +146,10 @@ int main(int argc, char** argv) {
     const h2ot::cuda::Problem problem = {
         B, N, h[kJ], h[kC], h[kNeighbours], h2ot::Dtype(h[kDtype]), h2ot::cuda::readable_in_place(args.score.x)};
     const h2ot::cuda::Machine device = {9, 0, int32_t(h[kMultiprocessors])};
-    const Plan plan = h[kSearch] < 0 ? plan_score(problem, device)
-                                     : plan_score_as(problem, device, h2ot::cuda::Search(h[kSearch]),
-                                                     h2ot::cuda::Distance(h[kDistance]), h[kSamples]);
+    const Plan plan = h[kSearch] < 0
+                          ? plan_score(problem, device)
+                          : plan_score_as(problem, device, h2ot::cuda::Search(h[kSearch]),
+                                          h2ot::cuda::Distance(h[kDistance]), h[kSamples], int32_t(h[kSide]));
     Buffer workspace(plan.at.bytes);
     guard(plan.at, workspace.data);
     simt::machine.random = uint64_t(h[kSeed]) * 0x9e3779b97f4a7c15u + 1;

@@ -35,7 +35,7 @@
 
 namespace simt {
 
-using bits::cut, bits::from_bits, bits::read_tf32, bits::to_bits;
+using bits::cut, bits::from_bits, bits::to_bits;
 
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 128 << 10;
@@ -52,6 +52,7 @@ struct Exchange {
   int32_t source;  // a lane, or what is xored with or subtracted from the lane
   float* c;
   const uint32_t *a, *b;
+  uint32_t* loaded;
 };
 typedef void (*WarpOperation)(Exchange* const (&lanes)[kLanes]);
 
@@ -64,6 +65,18 @@ struct Thread {
   WarpOperation operation;
 };
 
+// An asynchronous copy of 16 bytes into shared memory, on its way until its thread waits for its group.
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  bool there;
+  uint64_t group;
+};
+struct Copies {
+  std::vector<Copy> under_way;
+  uint64_t committed = 0;  // groups
+};
+
 [[noreturn]] inline void stop(const char* what, const char* place) {
   std::fprintf(stderr, "simt: %s (%s)\n", what, place);
   std::fflush(stderr);
@@ -74,6 +87,7 @@ struct Thread {
 struct Machine {
   std::vector<Thread> threads;
   std::vector<std::unique_ptr<unsigned char[]>> stacks;
+  std::vector<Copies> copies;
   std::vector<int> ready;
   std::vector<int> at_warp;  // arrived lanes per warp
   int at_block = 0, running = 0, alive = 0;
@@ -126,6 +140,7 @@ inline void enter() {
   machine.body(machine.argument);
   machine.threads[machine.running].state = State::done;
   machine.alive--;
+  if (!machine.copies[machine.running].under_way.empty()) stop("a thread ends with copies under way", "cp.async");
   if (machine.at_block > 0) stop("a thread ends while others wait at a barrier", machine.block_place);
   to_scheduler();
   std::abort();
@@ -143,6 +158,7 @@ inline void prepare(int t) {
 
 inline void run_block(int threads) {
   machine.threads.resize(threads);
+  machine.copies.assign(threads, Copies());
   while (int(machine.stacks.size()) < threads) machine.stacks.emplace_back(new unsigned char[kStackBytes]);
   machine.at_warp.assign((threads + kLanes - 1) / kLanes, 0);
   machine.at_block = 0;
@@ -217,7 +233,7 @@ template <class T>
 T shuffle(uint32_t mask, T v, int source, WarpOperation operation, const char* place) {
   static_assert(sizeof(T) <= 8);
   check_all(mask, place);
-  Exchange exchange = {place, to_bits(v), 0, source, nullptr, nullptr, nullptr};
+  Exchange exchange = {place, to_bits(v), 0, source, nullptr, nullptr, nullptr, nullptr};
   warp_operation(operation, exchange);
   return from_bits<T>(exchange.result);
 }
@@ -241,23 +257,85 @@ inline void take_ballot(Exchange* const (&lanes)[kLanes]) {
 }
 inline void only_meet(Exchange* const (&)[kLanes]) {}
 
-// mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 with the fragments of the PTX manual: groupID = lane / 4,
-// threadID = lane % 4. A (16 x 8): a0 (groupID, threadID), a1 (groupID + 8, threadID), a2 (groupID, threadID + 4),
-// a3 (groupID + 8, threadID + 4). B (8 x 8): b0 (threadID, groupID), b1 (threadID + 4, groupID). C (16 x 8): c0, c1 at
-// (groupID, 2 threadID + {0, 1}), c2, c3 at (groupID + 8, ...). The sum is cut off towards zero.
-inline void multiply(Exchange* const (&lanes)[kLanes]) {
-  double a[16][8], b[8][8];
+// Nothing may be read of the destination from the start of a copy on (it holds numbers that nobody wrote, for NaN could
+// end as a distance of zero, which is only slow), and its bytes only come with the wait.
+inline void start_copy(void* to, const void* from, bool there) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) stop("an address", "cp.async");
+  Copies& copies = machine.copies[machine.running];
+  for (int at = 0; at < 16; at += 2) {
+    const uint16_t stray = uint16_t(machine.draw(0x10000) & 0xcfff);  // float16 up to 32
+    std::memcpy(static_cast<unsigned char*>(to) + at, &stray, 2);
+  }
+  copies.under_way.push_back({static_cast<unsigned char*>(to), from, there, copies.committed});
+}
+inline void wait_for_groups(uint64_t newest) {
+  Copies& copies = machine.copies[machine.running];
+  const auto lands = [&](const Copy& copy) {
+    if (copy.group + newest >= copies.committed) return false;
+    if (copy.there) {
+      std::memcpy(copy.to, copy.from, 16);
+    } else {
+      std::memset(copy.to, 0, 16);
+    }
+    return true;
+  };
+  std::erase_if(copies.under_way, lands);
+}
+
+// ldmatrix.sync.aligned.m8n8.x4: lane l names row l % 8 of matrix l / 8, and takes of each matrix the pair l % 4 of row
+// l / 4.
+inline void load(Exchange* const (&lanes)[kLanes]) {
+  for (int lane = 0; lane < kLanes; lane++) {
+    if (lanes[lane]->value % 16) stop("an address", "ldmatrix");
+    for (int matrix = 0; matrix < 4; matrix++) {
+      const uint64_t row = lanes[matrix * 8 + lane / 4]->value;
+      std::memcpy(&lanes[lane]->loaded[matrix], reinterpret_cast<const unsigned char*>(row) + lane % 4 * 4, 4);
+    }
+  }
+}
+
+inline double read_float16(uint32_t bits) { return double(from_bits<_Float16>(bits & 0xffffu)); }
+inline double read_bfloat16(uint32_t bits) { return double(from_bits<float>(uint64_t(bits & 0xffffu) << 16)); }
+
+// c + products as a tensor core adds them at worst: all are cut off at 24 bits below the largest, and so is their sum.
+inline float add_truncated(float c, const double (&products)[16]) {
+  double most = std::fabs(double(c));
+  for (const double p : products) most = !(std::fabs(p) <= most) ? std::fabs(p) : most;
+  if (most == 0) return c;
+  if (!(most < HUGE_VAL)) {
+    double sum = c;
+    for (const double p : products) sum += p;
+    return float(sum);
+  }
+  const int unit = std::ilogb(most) - 23;
+  const double to_units = std::ldexp(1.0, -unit);
+  int64_t sum = int64_t(c * to_units);
+  for (const double p : products) sum += int64_t(p * to_units);
+  return cut(std::ldexp(double(sum), unit));
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.*.*.f32 with the fragments of the PTX manual, groupID = lane / 4, threadID =
+// lane % 4, two values to a register. A (16 x 16): register e at row groupID + (e % 2) 8, columns 2 threadID + (e / 2)
+// 8 and the next. B (16 x 8): register e at rows 2 threadID + 8 e and the next, column groupID. C (16 x 8): c0, c1 at
+// (groupID, 2 threadID + {0, 1}), c2, c3 at (groupID + 8, ...).
+template <double (*kRead)(uint32_t)>
+void multiply(Exchange* const (&lanes)[kLanes]) {
+  double a[16][16], b[16][8];
   for (int lane = 0; lane < kLanes; lane++) {
     const int group = lane / 4, thread = lane % 4;
-    for (int e = 0; e < 4; e++) a[group + e % 2 * 8][thread + e / 2 * 4] = read_tf32(lanes[lane]->a[e]);
-    for (int e = 0; e < 2; e++) b[thread + e * 4][group] = read_tf32(lanes[lane]->b[e]);
+    for (int half = 0; half < 2; half++) {
+      for (int e = 0; e < 4; e++) {
+        a[group + e % 2 * 8][2 * thread + e / 2 * 8 + half] = kRead(lanes[lane]->a[e] >> (16 * half));
+      }
+      for (int e = 0; e < 2; e++) b[2 * thread + e * 8 + half][group] = kRead(lanes[lane]->b[e] >> (16 * half));
+    }
   }
   for (int lane = 0; lane < kLanes; lane++) {
     for (int e = 0; e < 4; e++) {
       const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-      double sum = lanes[lane]->c[e];
-      for (int k = 0; k < 8; k++) sum += a[row][k] * b[k][column];
-      lanes[lane]->c[e] = cut(sum);
+      double products[16];
+      for (int k = 0; k < 16; k++) products[k] = a[row][k] * b[k][column];
+      lanes[lane]->c[e] = add_truncated(lanes[lane]->c[e], products);
     }
   }
 }
@@ -283,7 +361,7 @@ void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads
     block_index = {uint32_t(n % grid_x), uint32_t(n / grid_x), 0};
     void* shared = nullptr;
     if (shared_bytes > 0) {
-      shared = std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16);
+      shared = std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128);
       std::memset(shared, kPoison, shared_bytes);
     }
     machine.shared = static_cast<unsigned char*>(shared);
@@ -335,20 +413,35 @@ inline unsigned char* shared_memory() { return simt::machine.shared; }
 
 inline float widen_half(uint16_t bits) { return float(simt::from_bits<_Float16>(bits)); }
 
-inline uint32_t to_tf32(float v) {
-  const uint32_t bits = uint32_t(simt::to_bits(v));
-  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+inline uint16_t narrow_half(float v) { return uint16_t(simt::to_bits(_Float16(v))); }
+
+inline void copy_async(void* shared, const void* from, bool there) { simt::start_copy(shared, from, there); }
+inline void commit_copies() { simt::machine.copies[simt::machine.running].committed++; }
+template <int kNewest>
+void wait_for_copies() {
+  simt::wait_for_groups(kNewest);
 }
 
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  simt::Exchange exchange = {"mma_tf32", 0, 0, 0, c, a, b};
-  simt::warp_operation(simt::multiply, exchange);
+inline void load_matrices(uint32_t (&r)[4], const void* shared) {
+  simt::Exchange exchange = {"load_matrices", reinterpret_cast<uint64_t>(shared), 0, 0, nullptr, nullptr, nullptr, r};
+  simt::warp_operation(simt::load, exchange);
 }
+inline void mma_float16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  simt::Exchange exchange = {"mma_float16", 0, 0, 0, c, a, b, nullptr};
+  simt::warp_operation(simt::multiply<simt::read_float16>, exchange);
+}
+inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  simt::Exchange exchange = {"mma_bfloat16", 0, 0, 0, c, a, b, nullptr};
+  simt::warp_operation(simt::multiply<simt::read_bfloat16>, exchange);
+}
+
+constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 
 template <class Job>
 int32_t launch(void (*kernel)(Job), int64_t grid_x, int64_t grid_y, int32_t threads, int64_t shared_bytes, void*,
                const Job& job) {
-  if (grid_x < 1 || grid_x > INT32_MAX || grid_y < 1 || grid_y > 65535 || threads > 1024 || shared_bytes > 48 << 10) {
+  if (grid_x < 1 || grid_x > INT32_MAX || grid_y < 1 || grid_y > 65535 || threads > 1024 ||
+      shared_bytes > kSharedMost) {
     return 9;  // cudaErrorInvalidConfiguration
   }
   simt::run_grid(kernel, uint32_t(grid_x), uint32_t(grid_y), threads, size_t(shared_bytes), job);
