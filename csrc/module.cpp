@@ -61,7 +61,6 @@ pybind11::dict described(const Plan& plan) {
   result["list"] = plan.list;
   result["near"] = plan.near;
   result["samples"] = plan.samples;
-  result["team"] = plan.team;
   result["pool_warps"] = plan.pool_warps;
   result["workspace"] = at.bytes;
   result["offsets"] = offsets;

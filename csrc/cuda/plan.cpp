@@ -7,8 +7,6 @@ namespace h2ot {
 namespace cuda {
 namespace {
 
-constexpr int64_t kResidentWarps = 16;  // of a multiprocessor, by the registers of the kernels that decide
-
 bool is_half(Dtype dtype) { return dtype == Dtype::bf16 || dtype == Dtype::f16; }
 
 // Multiply-adds of 16-bit tensor products with float32 sums per clock and multiprocessor, as NVIDIA's peak figures
@@ -184,10 +182,6 @@ Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Dist
   const int64_t each = lay_out(p, plan, 1).bytes;
   plan.samples = std::max<int64_t>(1, std::min({p.B, kGridLimit, most, kWorkspaceBytes / each}));
   plan.at = lay_out(p, plan, plan.samples);
-  // A token's candidates one after the other take long where they are many; warps are free where tokens are few.
-  plan.team = 1;
-  const int64_t warps = int64_t(machine.multiprocessors) * kResidentWarps, tokens = plan.samples * p.N;
-  while (plan.near <= kLongestList && plan.team < kTokensPerBlock && 2 * plan.team * tokens <= warps) plan.team *= 2;
   return plan;
 }
 

@@ -89,7 +89,6 @@ struct Plan {
   int64_t list;          // neighbours listed per token and split, streamed search; 0: rows are searched in float64
   int64_t near;          // neighbours kept per token in float64
   int64_t samples;       // per pass
-  int32_t team;          // warps per token where candidates are decided, stored search
   int32_t pool_warps;    // per token where tokens are pooled
   Workspace at;
 };

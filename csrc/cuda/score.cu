@@ -90,7 +90,6 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.arrived = at<int32_t>(workspace, where.arrived);
   job.keys = at<uint64_t>(workspace, where.keys);
   job.flag = at<uint8_t>(workspace, where.flag);
-  job.team = plan.team;
   job.density = offset_by(in.density, first * in.x.N);
   job.distance = offset_by(in.distance, first * in.x.N);
   job.score = offset_by(in.score, first * in.x.N);
@@ -156,10 +155,9 @@ struct Issue {
 
   void stored() {
     search();
-    const int64_t blocks = ceil_div(job.x.N * plan.team, kWarps);
-    run(nearest_stored_kernel<A>, blocks, kWarps * kLanes, sizeof(RowsShared));
-    if (job.wants_largest) run(largest_stored_kernel<A>, blocks, kWarps * kLanes, 0);
-    run(parent_stored_kernel<A>, blocks, kWarps * kLanes, sizeof(RowsShared));
+    per_token(nearest_stored_kernel<A>, sizeof(NearestShared<A>));
+    if (job.wants_largest) per_token(largest_stored_kernel<A>);
+    per_token(parent_stored_kernel<A>, sizeof(ParentShared));
   }
 
   void streamed() {

@@ -11,9 +11,8 @@
 namespace h2ot {
 namespace cuda {
 
-constexpr int kWarps = 8;  // per block of the kernels with a warp, or a team of warps, per token
-static_assert(kWarps == kTokensPerBlock);
-constexpr int kBatch = 4;  // candidates whose rows are read together
+constexpr int kWarps = kTokensPerBlock;  // per block of the kernels with a warp per token
+constexpr int kBatch = 4;                // candidates whose rows are read together
 
 struct BFloat16 {
   uint16_t bits;
@@ -137,7 +136,6 @@ struct Job {
   int32_t* arrived;             // [samples]: blocks that have found their tokens' parents
   uint64_t* keys;               // in the order of selection
   uint8_t* flag;                // tokens without a parent so far
-  int32_t team;                 // warps per token where candidates are decided in float64: 1, 2, 4 or 8
 
   double *density, *distance, *score;  // density and distance may be null
   int64_t* parent_out;                 // may be null

@@ -10,6 +10,7 @@ namespace h2ot {
 namespace cuda {
 
 constexpr int kPoolJoints = 8;  // read before the first is added
+constexpr int kPoolQuads = 3;   // the same of tokens that are not pooled
 constexpr int kPoolWarps = 2;   // per token, at most
 
 template <class T>
@@ -20,14 +21,19 @@ H2OT_DEVICE Quad<T> read_quad(const Tokens& x, bool vectors, const T* at, int64_
   return read;
 }
 
+template <class T>
+H2OT_DEVICE Quad<Accumulator<T>> widened(const Quad<T>& quad) {
+  Quad<Accumulator<T>> wide;
+  for (int u = 0; u < 4; u++) wide.v[u] = widen(quad.v[u]);
+  return wide;
+}
+
 // Channels c .. c + 3 of a token, joints added in ascending order and divided once; zero past C.
 template <class T>
 H2OT_DEVICE Quad<Accumulator<T>> pooled(const Tokens& x, bool vectors, const T* token, int64_t c) {
   typedef Accumulator<T> A;
   constexpr int kJoints = kPoolJoints * 4 / int(sizeof(A));
-  Quad<A> sum;
-  const Quad<T> first = read_quad(x, vectors, token, c);
-  for (int u = 0; u < 4; u++) sum.v[u] = widen(first.v[u]);
+  Quad<A> sum = widened<T>(read_quad(x, vectors, token, c));
   if (x.J == 1) return sum;
   int64_t j = 1;
   for (; j + kJoints <= x.J; j += kJoints) {
@@ -66,11 +72,22 @@ __global__ void __launch_bounds__(kPoolWarps * kTokensPerBlock * kLanes) pool_ke
   auto most = pattern(A(0));
   if (i < N) {
     const T* token = static_cast<const T*>(job.x.data) + b * job.x.stride_b + i * job.x.stride_n;
-    for (int64_t c = 4 * (part * kLanes + lane); c < job.channels; c += 4 * kLanes * warps) {
-      const Quad<A> quad = pooled<T>(job.x, job.vectors, token, c);
+    const int step = 4 * kLanes * warps;
+    int c = 4 * (part * kLanes + lane);
+    const auto take = [&](int at, const Quad<A>& quad) {
       for (int u = 0; u < 4; u++) most = pattern(quad.v[u]) > most ? pattern(quad.v[u]) : most;
-      if (job.copy) *reinterpret_cast<Quad<A>*>(job.copy + (b * N + i) * job.row_stride_n + c) = quad;
+      if (job.copy) *reinterpret_cast<Quad<A>*>(job.copy + (b * N + i) * job.row_stride_n + at) = quad;
+    };
+    if (job.x.J == 1) {  // with nothing to add, several quads of a token are asked for at a time
+      for (; c + (kPoolQuads - 1) * step < job.channels; c += kPoolQuads * step) {
+        Quad<T> read[kPoolQuads];
+#pragma unroll
+        for (int n = 0; n < kPoolQuads; n++) read[n] = read_quad(job.x, job.vectors, token, c + n * step);
+#pragma unroll
+        for (int n = 0; n < kPoolQuads; n++) take(c + n * step, widened<T>(read[n]));
+      }
     }
+    for (; c < job.channels; c += step) take(c, pooled<T>(job.x, job.vectors, token, c));
   }
   most = warp_max(most);
   if (lane == 0) shared.most[own][part] = most;

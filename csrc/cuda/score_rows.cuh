@@ -97,16 +97,9 @@ H2OT_DEVICE void for_each(int64_t count, int lane, const Test& test, const F& f)
   }
 }
 
-// The warps of a block that decide a token's candidates in float64 together.
-struct Team {
-  int lane, warp, size, member, token;
-
-  H2OT_DEVICE explicit Team(int32_t team)
-      : lane(threadIdx.x % kLanes),
-        warp(threadIdx.x / kLanes),
-        size(team),
-        member(warp & (team - 1)),
-        token(int((blockIdx.x * kWarps + warp) / unsigned(team))) {}
+// A warp's share of a token's candidates: every size-th (a power of two) from the member-th on.
+struct Share {
+  int size, member;
 };
 
 // values[e], without an array in memory.
@@ -116,13 +109,14 @@ H2OT_DEVICE T chosen(const T (&values)[kBatch], int e) {
   return e < 2 ? (e == 0 ? values[0] : values[1]) : (e == 2 ? values[2] : values[3]);
 }
 
-// Calls f(j, n, squared) on the whole warp for the pairs of token i with ascending j that test(j, low, high, key[j])
-// (asked per lane), every size-th for each member of the team, until f returns false: up to kBatch at a time, of which
-// n count, with their squared distances in float64.
+// Calls f(j, n, squared) on the whole warp for its share of the pairs of token i with ascending j that
+// test(j, low, high, key[j]) (asked per lane), until f returns false: up to kBatch at a time, of which n count, with
+// their squared distances in float64.
 template <class A, class Test, class F>
-H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, const Team& team, const Row<A>& row, const double* key,
-                             const Test& test, const F& f) {
-  const A* const own = job.row(b, team.token);
+H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, int64_t i, const Row<A>& row, const double* key,
+                             const Share& share, const Test& test, const F& f) {
+  const int lane = threadIdx.x % kLanes;
+  const A* const own = job.row(b, i);
   int batch[kBatch] = {};
   int held = 0, turn = 0, u = kAhead;
   int first = -kAhead * kLanes;  // of the tokens that were looked at last
@@ -132,10 +126,10 @@ H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, const Team& team, con
       if (u < kAhead) {
         bits = __shfl_sync(kAllLanes, found, u++);
       } else if ((first += kAhead * kLanes) < row.N) {
-        row.look(first, key, team.lane, [&](int at, int j, A low, A high, double key_of_j) {
+        row.look(first, key, lane, [&](int at, int j, A low, A high, double key_of_j) {
           const bool wanted = low < infinity_of(A()) && test(j, low, high, key_of_j);
           const uint32_t flags = __ballot_sync(kAllLanes, wanted);
-          found = at == team.lane ? flags : found;
+          found = at == lane ? flags : found;
         });
         u = 0;
       } else {
@@ -145,7 +139,7 @@ H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, const Team& team, con
     if (more) {
       const int j = first + (u - 1) * kLanes + __ffs(int(bits)) - 1;
       bits &= bits - 1;
-      if ((turn++ & (team.size - 1)) != team.member) continue;
+      if ((turn++ & (share.size - 1)) != share.member) continue;
 #pragma unroll
       for (int n = 0; n < kBatch; n++) batch[n] = n >= held ? j : batch[n];
       held++;
@@ -153,12 +147,12 @@ H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, const Team& team, con
     if (held == kBatch || (!more && held > 0)) {
       double squared[kBatch];
       if (held == 1) {
-        squared[0] = exact_squared(own, job.row(b, batch[0]), job.channels, team.lane);
+        squared[0] = exact_squared(own, job.row(b, batch[0]), job.channels, lane);
       } else {
         const A* const rows[kBatch] = {job.row(b, batch[0]), job.row(b, batch[1]), job.row(b, batch[2]),
                                        job.row(b, batch[3])};
         static_assert(kBatch == 4);
-        exact_squares(own, rows, job.channels, team.lane, squared);
+        exact_squares(own, rows, job.channels, lane, squared);
       }
       if (!f(batch, held, squared)) return;
       held = 0;
@@ -202,37 +196,65 @@ H2OT_DEVICE double largest_threshold(const Job<A>& job, int64_t b) {
   return job.bound.below(value_of(uint64_t(job.largest[2 * b])));
 }
 
-// What the warps of a block show each other: short lists, or the nearest denser token.
-struct RowsShared {
-  union {
-    struct {
-      double squared[kWarps][kLongestList];
-      int32_t token[kWarps][kLongestList];
-      int32_t count[kWarps];
-    } lists;
-    struct {
-      double squared[kWarps];
-      int32_t parent[kWarps];
-      bool last;
-    } found;
-    SelectShared select;
-  };
+// A row that so many candidates have not settled is taken by all warps of its block: one after the other they take
+// long.
+constexpr int kFewCandidates = 2 * kBatch;
+
+template <class A>
+struct NearestShared {
+  double squared[kWarps][kLongestList];  // a short list of each warp
+  int32_t token[kWarps][kLongestList];
+  int32_t count[kWarps];
+  A reach[kWarps];         // of each warp's row
+  int32_t wanted[kWarps];  // its neighbours, where all warps are to find them, else 0
 };
 
-// m of every token from the stored matrix, and its k - 1 nearest in order (token -1: there are fewer). A team per
-// token; grid: blocks of kWarps / team tokens, samples.
+// Lists a share of the row's candidates, those that bounds reach; false where more than `most` would be needed.
+template <class A>
+H2OT_DEVICE bool list_candidates(const Job<A>& job, int64_t b, int64_t i, const Row<A>& row, A reach,
+                                 const Share& share, int most, List& list) {
+  const int lane = threadIdx.x % kLanes;
+  for_batches(
+      job, b, i, row, nullptr, share, [&](int, A low, A, double) { return low <= reach; },
+      [&](const int (&j)[kBatch], int n, const double (&squared)[kBatch]) {
+#pragma unroll 1
+        for (int e = 0; e < n; e++) {
+          const double mine = chosen(squared, e);
+          // In ascending order: an equal one later never displaces a listed one.
+          if (!list.full() || mine < list.worst()) list.insert(mine, chosen(j, e), lane);
+        }
+        most -= n;
+        return most > 0 && !(list.full() && list.worst() == 0);
+      });
+  return most > 0 || (list.full() && list.worst() == 0);
+}
+
+// m of token i and its k - 1 nearest in order (token -1: there are fewer), from its list.
+template <class A>
+H2OT_DEVICE void set_nearest(const Job<A>& job, int64_t b, int64_t i, const List& list, int wanted, int lane) {
+  set_density(job, b, i, list, wanted, lane);
+  const int64_t at = (b * job.x.N + i) * job.near;
+  const bool elsewhere = list.squared != job.nearest + at;
+  for (int r = lane; r < int(job.near); r += kLanes) {
+    if (r >= list.count) {
+      job.nearest_at[at + r] = -1;
+    } else if (elsewhere) {
+      job.nearest[at + r] = list.squared[r];
+      job.nearest_at[at + r] = list.token[r];
+    }
+  }
+}
+
+// m and the nearest of every token, from the stored matrix. A warp per token; grid: groups, samples.
 template <class A>
 __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) nearest_stored_kernel(Job<A> job) {
-  RowsShared& shared = *reinterpret_cast<RowsShared*>(shared_memory());
-  const Team team(job.team);
-  const int lane = team.lane;
-  const int64_t b = blockIdx.y, i = team.token, at = (b * job.x.N + i) * job.near;
-  const bool valid = i < job.x.N && is_valid(job, b, i);
-  const bool own_list = job.near > kLongestList;  // in memory; the team is one warp then
-  List list = {own_list ? job.nearest + at : shared.lists.squared[team.warp],
-               own_list ? job.nearest_at + at : shared.lists.token[team.warp], 0, int32_t(job.near)};
-  int wanted = 0;
-  if (valid) {
+  NearestShared<A>& shared = *reinterpret_cast<NearestShared<A>*>(shared_memory());
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int64_t b = blockIdx.y, first = int64_t(blockIdx.x) * kWarps, i = first + warp;
+  const int64_t at = (b * job.x.N + i) * job.near;
+  const bool shares = job.near <= kLongestList;  // else lists lie in memory, and each warp is alone
+  if (lane == 0) shared.wanted[warp] = 0;
+  if (i < job.x.N && is_valid(job, b, i)) {
     const Row<A> row(job, b, i);
     int pairs = 0;
     A furthest = 0, least = infinity_of(A());
@@ -243,67 +265,66 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) neares
       least = high < least ? high : least;
     });
     pairs = warp_sum(pairs);
-    if (job.wants_largest && team.member == 0) {
+    if (job.wants_largest) {
       furthest = warp_max(furthest);
       if (lane == 0) offer_largest(job, b, furthest);
     }
-    wanted = job.k - 1 < pairs ? int(job.k - 1) : pairs;
+    const int wanted = job.k - 1 < pairs ? int(job.k - 1) : pairs;
+    List list = {shares ? shared.squared[warp] : job.nearest + at, shares ? shared.token[warp] : job.nearest_at + at, 0,
+                 wanted};
+    bool settled = true;
     if (wanted > 0) {
-      list.room = wanted;
       const A reach = A(job.bound.reach(wanted == 1 ? warp_min(least) : ranked_smallest(row, wanted, lane)));
-      for_batches(
-          job, b, team, row, nullptr, [&](int, A low, A, double) { return low <= reach; },
-          [&](const int (&j)[kBatch], int n, const double (&squared)[kBatch]) {
-#pragma unroll 1
-            for (int e = 0; e < n; e++) {
-              const double mine = chosen(squared, e);
-              // In ascending order: an equal one later never displaces a listed one.
-              if (!list.full() || mine < list.worst()) list.insert(mine, chosen(j, e), lane);
-            }
-            return !(list.full() && list.worst() == 0);
-          });
+      settled = list_candidates(job, b, i, row, reach, {1, 0}, shares ? kFewCandidates : row.N, list);
+      if (!settled && lane == 0) {
+        shared.reach[warp] = reach;
+        shared.wanted[warp] = wanted;
+      }
     }
+    if (settled) set_nearest(job, b, i, list, wanted, lane);
   }
-  if (lane == 0 && !own_list) shared.lists.count[team.warp] = int32_t(list.count);
   __syncthreads();
-  if (!valid || team.member > 0) return;
+  for (int owner = 0; owner < kWarps; owner++) {
+    const int wanted = shared.wanted[owner];
+    if (wanted == 0) continue;
+    List list = {shared.squared[warp], shared.token[warp], 0, wanted};
+    list_candidates(job, b, first + owner, Row<A>(job, b, first + owner), shared.reach[owner], {kWarps, warp},
+                    int(job.x.N), list);
+    if (lane == 0) shared.count[warp] = list.count;
+    __syncthreads();
+    if (warp == 0) {
 #pragma unroll 1
-  for (int other = team.warp + 1; other < team.warp + team.size; other++) {
+      for (int other = 1; other < kWarps; other++) {
 #pragma unroll 1
-    for (int32_t r = 0; r < shared.lists.count[other]; r++) {
-      list.insert(shared.lists.squared[other][r], shared.lists.token[other][r], lane);
+        for (int r = 0; r < shared.count[other]; r++) {
+          list.insert(shared.squared[other][r], shared.token[other][r], lane);
+        }
+      }
+      set_nearest(job, b, first + owner, list, wanted, lane);
     }
-  }
-  set_density(job, b, i, list, wanted, lane);
-  for (int64_t r = lane; r < job.near; r += kLanes) {
-    if (!own_list && r < list.count) {
-      job.nearest[at + r] = list.squared[r];
-      job.nearest_at[at + r] = list.token[r];
-    } else if (r >= list.count) {
-      job.nearest_at[at + r] = -1;
-    }
+    __syncthreads();
   }
 }
 
-// The sample's largest distance: of each token those to later tokens that the bounds allow to be it. A team per token;
-// grid: blocks of kWarps / team tokens, samples.
+// The sample's largest distance: of each token those to later tokens that the bounds allow to be it. A warp per token;
+// grid: groups, samples.
 template <class A>
 __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) largest_stored_kernel(Job<A> job) {
-  const Team team(job.team);
-  const int64_t b = blockIdx.y, i = team.token;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t b = blockIdx.y, i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   if (i >= job.x.N || !is_valid(job, b, i)) return;
   const double threshold = largest_threshold(job, b);
   double largest = -1;
   int seen = 0;
   for_batches(
-      job, b, team, Row<A>(job, b, i), nullptr,
+      job, b, i, Row<A>(job, b, i), nullptr, {1, 0},
       [&](int j, A, A high, double) { return j > i && double(high) >= threshold; },
       [&](const int (&)[kBatch], int n, const double (&squared)[kBatch]) {
 #pragma unroll
         for (int e = 0; e < kBatch; e++) largest = e < n && squared[e] > largest ? squared[e] : largest;
-        return ++seen != kLanes / kBatch || !equals_first(job, b, i, team.lane);
+        return ++seen != kLanes / kBatch || !equals_first(job, b, i, lane);
       });
-  if (team.lane == 0 && largest > 0) {
+  if (lane == 0 && largest > 0) {
     atomicMax(job.largest + 2 * b + 1, static_cast<unsigned long long>(pattern(largest)));
   }
 }
@@ -330,14 +351,18 @@ H2OT_DEVICE bool is_repeated(const Job<A>& job, int64_t b, int64_t j, const Dens
   return equal >= 0 && equal < j && job.nearest[at] == 0 && denser(equal);
 }
 
+struct ParentShared {
+  SelectShared select;
+  bool last;
+};
+
 // The parent of every token from its list and the stored matrix; the block that is a sample's last finishes the sample.
-// A team per token; grid: blocks of kWarps / team tokens, samples.
+// A warp per token; grid: groups, samples.
 template <class A>
 __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) parent_stored_kernel(Job<A> job) {
-  RowsShared& shared = *reinterpret_cast<RowsShared*>(shared_memory());
-  const Team team(job.team);
-  const int lane = team.lane;
-  const int64_t b = blockIdx.y, N = job.x.N, i = team.token;
+  ParentShared& shared = *reinterpret_cast<ParentShared*>(shared_memory());
+  const int lane = threadIdx.x % kLanes;
+  const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   const bool valid = i < N && is_valid(job, b, i);
   double squared = 0;
   int32_t parent = -1;
@@ -360,7 +385,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) parent
       if (nearest < infinity_of(A())) {
         const A reach = A(job.bound.reach(nearest));
         for_batches(
-            job, b, team, row, key,
+            job, b, i, row, key, {1, 0},
             [&](int j, A low, A, double key_of_j) {
               return low <= reach && is_denser(key_of_j, j, own, i, strict) && !is_repeated(job, b, j, denser);
             },
@@ -377,28 +402,15 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) parent
       }
     }
   }
-  if (lane == 0) {
-    shared.found.squared[team.warp] = squared;
-    shared.found.parent[team.warp] = parent;
-  }
-  __syncthreads();
-  if (valid && team.member == 0 && lane == 0) {
-    for (int other = team.warp + 1; other < team.warp + team.size; other++) {
-      const double s = shared.found.squared[other];
-      const int32_t j = shared.found.parent[other];
-      if (j >= 0 && (parent < 0 || s < squared || (s == squared && j < parent))) {
-        squared = s;
-        parent = j;
-      }
-    }
+  if (valid && lane == 0) {
     job.squared[b * N + i] = squared;
     job.parent[b * N + i] = parent;
   }
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) shared.found.last = atomicAdd(job.arrived + b, 1) == int32_t(gridDim.x) - 1;
+  if (threadIdx.x == 0) shared.last = atomicAdd(job.arrived + b, 1) == int32_t(gridDim.x) - 1;
   __syncthreads();
-  if (!shared.found.last) return;
+  if (!shared.last) return;
   __threadfence();
   __syncthreads();
   finish_sample(job, b, shared.select);

@@ -53,15 +53,20 @@ H2OT_DEVICE Threshold threshold_of(const uint64_t* keys, int64_t N, int64_t K, S
   int64_t wanted = K;
   for (int t = threadIdx.x; t < kDigits; t += threads) shared.bins[0][t] = 0;
   __syncthreads();
+  uint64_t key[kKeysAhead];
+  const auto read = [&](int64_t from) {
+#pragma unroll
+    for (int u = 0; u < kKeysAhead; u++) key[u] = from + u * threads < N ? keys[from + u * threads] : 0;
+  };
+  const bool fits = N <= kKeysAhead * threads;  // all keys are read once
+  if (fits) read(threadIdx.x);
   int use = 0;
   for (int shift = 56; shift >= 0; shift -= 8) {
     int32_t (&bins)[kDigits] = shared.bins[use];
     use = use == 2 ? 0 : use + 1;
     for (int t = threadIdx.x; t < kDigits; t += threads) shared.bins[use][t] = 0;
     for (int64_t from = threadIdx.x; from - threadIdx.x < N; from += kKeysAhead * threads) {
-      uint64_t key[kKeysAhead];
-#pragma unroll
-      for (int u = 0; u < kKeysAhead; u++) key[u] = from + u * threads < N ? keys[from + u * threads] : 0;
+      if (!fits) read(from);
 #pragma unroll
       for (int u = 0; u < kKeysAhead; u++) {
         const bool counts = from + u * threads < N && (key[u] & known) == chosen;

@@ -91,8 +91,9 @@ void print_shared() {
       {"stream_kernel<h2ot::cuda::DirectTile<float", sizeof(StreamShared<DirectTile<float>>)},
       {"stream_kernel<h2ot::cuda::DirectTile<double", sizeof(StreamShared<DirectTile<double>>)},
       {"stream_kernel<h2ot::cuda::ProductTile", sizeof(StreamShared<ProductTile<Pairs, kStreamedSide>>)},
-      {"nearest_stored_kernel", sizeof(RowsShared)},
-      {"parent_stored_kernel", sizeof(RowsShared)},
+      {"nearest_stored_kernel<double>", sizeof(NearestShared<double>)},
+      {"nearest_stored_kernel", sizeof(NearestShared<float>)},
+      {"parent_stored_kernel", sizeof(ParentShared)},
       {"peaks_kernel", sizeof(SelectShared)},
       {"index_kernel", sizeof(SelectShared)},
   };
