@@ -62,6 +62,7 @@ pybind11::dict described(const Plan& plan) {
   result["near"] = plan.near;
   result["samples"] = plan.samples;
   result["pool_warps"] = plan.pool_warps;
+  result["overlaps"] = plan.overlaps;
   result["workspace"] = at.bytes;
   result["offsets"] = offsets;
   return result;

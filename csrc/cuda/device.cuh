@@ -75,18 +75,38 @@ H2OT_MMA(mma_bfloat16, "bf16")
 // Shared memory of a block that every device grants without being asked for more; what all of them (8.0 on) grant.
 constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 
-// Launches kernel(job) and returns cudaGetLastError: 0 for success.
+// First in every kernel that is launched with `overlaps`: waits until the kernel before has ended and all that it wrote
+// is visible, and lets the next one's blocks come as soon as all of this one's have. Nothing may be read or written
+// before.
+H2OT_DEVICE void follow_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Launches kernel(job) and returns the cudaError_t: 0 for success. overlaps: its blocks may be brought to the
+// multiprocessors while the kernel before still runs (compute capability 9.0 on).
 template <class Job>
 int32_t launch(void (*kernel)(Job), int64_t grid_x, int64_t grid_y, int32_t threads, int64_t shared_bytes, void* stream,
-               const Job& job) {
+               const Job& job, bool overlaps = false) {
   if (shared_bytes > kSharedUnasked) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error) return static_cast<int32_t>(error);
   }
-  kernel<<<dim3(static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y)), threads, shared_bytes,
-           static_cast<cudaStream_t>(stream)>>>(job);
-  return static_cast<int32_t>(cudaGetLastError());
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<uint32_t>(grid_x), static_cast<uint32_t>(grid_y));
+  config.blockDim = dim3(static_cast<uint32_t>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = overlaps ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, job);
+  return static_cast<int32_t>(error ? cudaGetLastError() : error);  // which forgets it
 }
 
 }  // namespace cuda

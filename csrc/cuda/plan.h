@@ -90,6 +90,7 @@ struct Plan {
   int64_t near;          // neighbours kept per token in float64
   int64_t samples;       // per pass
   int32_t pool_warps;    // per token where tokens are pooled
+  bool overlaps;         // whether a kernel's blocks may come before the one before has ended
   Workspace at;
 };
 

@@ -111,8 +111,14 @@ struct Issue {
   void* stream;
   int32_t error = 0;
 
-  void run(void (*kernel)(Job<A>), int64_t blocks, int32_t threads, int64_t shared_bytes) {
-    if (error == 0) error = launch(kernel, blocks, samples, threads, shared_bytes, stream, job);
+  void run(void (*kernel)(Job<A>), int64_t blocks, int32_t threads, int64_t shared_bytes, bool follows = false) {
+    if (error == 0) {
+      error = launch(kernel, blocks, samples, threads, shared_bytes, stream, job, follows && plan.overlaps);
+    }
+  }
+  // A kernel that begins with follow_previous().
+  void follow(void (*kernel)(Job<A>), int64_t blocks, int32_t threads, int64_t shared_bytes) {
+    run(kernel, blocks, threads, shared_bytes, true);
   }
   // A warp per token.
   void per_token(void (*kernel)(Job<A>), int64_t shared_bytes = 0) {
@@ -121,7 +127,7 @@ struct Issue {
 
   template <class Tiles>
   void search_stored() {
-    run(stored_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(StoredShared<Tiles>));
+    follow(stored_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(StoredShared<Tiles>));
   }
   template <class Tiles>
   void search_streamed() {
@@ -138,7 +144,9 @@ struct Issue {
   }
   template <class Operand>
   void multiply() {
-    if (!job.for_peaks) per_token(operand_kernel<Operand>, kWarps * sizeof(int32_t));
+    if (!job.for_peaks) {
+      follow(operand_kernel<Operand>, job.groups, kWarps * kLanes, kWarps * sizeof(int32_t));
+    }
     if (plan.search == Search::streamed) {
       search_streamed<ProductTile<Operand, kStreamedSide>>();
     } else if (plan.tile_rows == 128) {
@@ -149,15 +157,16 @@ struct Issue {
   }
   template <class Tiles>
   void multiply_stored() {
-    run(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(ProductShared<Tiles>));
+    follow(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(ProductShared<Tiles>));
   }
   void search();
 
   void stored() {
     search();
-    per_token(nearest_stored_kernel<A>, sizeof(NearestShared<A>));
-    if (job.wants_largest) per_token(largest_stored_kernel<A>);
-    per_token(parent_stored_kernel<A>, sizeof(ParentShared));
+    const int32_t threads = kWarps * kLanes;
+    follow(nearest_stored_kernel<A>, job.groups, threads, sizeof(NearestShared<A>));
+    if (job.wants_largest) follow(largest_stored_kernel<A>, job.groups, threads, 0);
+    follow(parent_stored_kernel<A>, job.groups, threads, sizeof(ParentShared));
   }
 
   void streamed() {
@@ -203,8 +212,8 @@ int32_t launch_passes(const CudaScoreArgs& args, const Plan& plan, void* workspa
     const int64_t left = args.score.x.B - first;
     Issue<Accumulator<T>> issue = {make_job<T>(args, plan, workspace, first), plan,
                                    left < plan.samples ? left : plan.samples, stream};
-    issue.run(pool_kernel<T>, issue.job.groups, plan.pool_warps * kTokensPerBlock * kLanes,
-              sizeof(PoolShared<Accumulator<T>>));
+    issue.follow(pool_kernel<T>, issue.job.groups, plan.pool_warps * kTokensPerBlock * kLanes,
+                 sizeof(PoolShared<Accumulator<T>>));
     if (plan.search == Search::stored) {
       issue.stored();
     } else {

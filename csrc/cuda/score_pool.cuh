@@ -62,6 +62,7 @@ struct PoolShared {
 // blockDim / (32 kTokensPerBlock) warps per token, a block per group of kTokensPerBlock tokens. Grid: groups, samples.
 template <class T>
 __global__ void __launch_bounds__(kPoolWarps * kTokensPerBlock * kLanes) pool_kernel(Job<Accumulator<T>> job) {
+  follow_previous();
   typedef Accumulator<T> A;
   PoolShared<A>& shared = *reinterpret_cast<PoolShared<A>*>(shared_memory());
   const int warps = int(blockDim.x) / (kTokensPerBlock * kLanes);

@@ -80,6 +80,7 @@ H2OT_DEVICE Lines lines_of(const Job<float>& job, int64_t b) {
 // each sample. A warp per token; grid: groups, samples.
 template <class Operand>
 __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> job) {
+  follow_previous();
   int32_t* exponents = reinterpret_cast<int32_t*>(shared_memory());
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t b = blockIdx.y, i = int64_t(blockIdx.x) * kTokensPerBlock + warp;
@@ -319,6 +320,7 @@ struct ProductShared {
 // tiles, samples.
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stored_products_kernel(Job<float> job) {
+  follow_previous();
   constexpr int kSide = Tiles::kRows;
   ProductShared<Tiles>& shared = *reinterpret_cast<ProductShared<Tiles>*>(shared_memory());
   if (threadIdx.x == 0) {

@@ -248,6 +248,7 @@ H2OT_DEVICE void set_nearest(const Job<A>& job, int64_t b, int64_t i, const List
 // m and the nearest of every token, from the stored matrix. A warp per token; grid: groups, samples.
 template <class A>
 __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) nearest_stored_kernel(Job<A> job) {
+  follow_previous();
   NearestShared<A>& shared = *reinterpret_cast<NearestShared<A>*>(shared_memory());
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t b = blockIdx.y, first = int64_t(blockIdx.x) * kWarps, i = first + warp;
@@ -310,6 +311,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) neares
 // grid: groups, samples.
 template <class A>
 __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) largest_stored_kernel(Job<A> job) {
+  follow_previous();
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   if (i >= job.x.N || !is_valid(job, b, i)) return;
@@ -360,6 +362,7 @@ struct ParentShared {
 // A warp per token; grid: groups, samples.
 template <class A>
 __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) parent_stored_kernel(Job<A> job) {
+  follow_previous();
   ParentShared& shared = *reinterpret_cast<ParentShared*>(shared_memory());
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes;

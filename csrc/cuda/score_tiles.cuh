@@ -190,6 +190,7 @@ struct StoredShared {
 // samples.
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stored_kernel(Job<typename Tiles::A> job) {
+  follow_previous();
   typedef typename Tiles::A A;
   StoredShared<Tiles>& shared = *reinterpret_cast<StoredShared<Tiles>*>(shared_memory());
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;

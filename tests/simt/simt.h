@@ -437,9 +437,11 @@ inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 
 constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 
+inline void follow_previous() {}  // kernels run one after the other
+
 template <class Job>
 int32_t launch(void (*kernel)(Job), int64_t grid_x, int64_t grid_y, int32_t threads, int64_t shared_bytes, void*,
-               const Job& job) {
+               const Job& job, bool = false) {
   if (grid_x < 1 || grid_x > INT32_MAX || grid_y < 1 || grid_y > 65535 || threads > 1024 ||
       shared_bytes > kSharedMost) {
     return 9;  // cudaErrorInvalidConfiguration
