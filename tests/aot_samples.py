@@ -1,5 +1,6 @@
 """Calls on meta tensors that between them make every launch configuration that the choosers can produce."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -83,8 +84,10 @@ def select_calls() -> Iterator[Callable]:
 
 
 def attention_calls() -> Iterator[Callable]:
+    """All keys in one tile of 64 to 256, or in blocks."""
     for dtype in DTYPES:
-        for F, D in ((243, 64), (9, 16), (243, 16), (9, 64)) if dtype == torch.float32 else ((243, 64),):
+        few = dtype in (torch.float16, torch.float64)
+        for F, D in ((243, 64), (9, 16)) if few else itertools.product((9, 100, 243, 300), (16, 64)):
             heads = tensor(2, 17, 8, F, D, dtype=dtype)
             yield partial(attention_scores.prune_attention, heads, heads, 9, None, 0.125)
 
@@ -100,9 +103,11 @@ def cluster_calls() -> Iterator[Callable]:
 
 def recovery_calls() -> Iterator[Callable]:
     for dtype in DTYPES:
+        for K, D in ((81, 64),) if dtype == torch.float16 else itertools.product((9, 81, 243), (16, 64, 128)):
+            key, query = tensor(34, K, 8 * D, dtype=dtype), tensor(243, 8 * D, dtype=dtype)
+            yield partial(recover_attention.recover_attention, query, key, key, 8, 0.125)
         for K, C in ((81, 512), (9, 128), (81, 128), (9, 512)) if dtype == torch.float32 else ((81, 512),):
             key, query = tensor(34, K, C, dtype=dtype), tensor(243, C, dtype=dtype)
-            yield partial(recover_attention.recover_attention, query, key, key, 8, 0.125)
             grad = tensor(34, 243, C, dtype=dtype)
             yield partial(recover_attention.recover_attention_backward, grad, query, key, key, 8, 0.125)
         for S in (3, 51, 512) if dtype == torch.float32 else (51,):

@@ -139,12 +139,22 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
             for part in ("WIDTH", "SLOTS")
         ],
         "attention_kernel": [
-            recover_attention.attention_tile(F, K, D, False)
+            recover_attention.attention_tile(F, K, D, dtype)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
             for F in (1, 243)
             for K in range(1, 130)
             for D in (5, 16, 64, 200)
         ],
-        "level_kernel": [attention_scores.scores_tile(F, D, False) for F in range(1, 513) for D in (5, 16, 64, 128)],
+        **{
+            kernel: [
+                attention_scores.scores_tile(F, D, dtype)
+                for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+                for F in frames
+                for D in (5, 16, 64, 128)
+            ]
+            for kernel, frames in (("received_once_kernel", (1, 9, 16)), ("level_kernel", (257, 1000)))
+        },
+        "mean_kernel": [{"ROWS": 128, "FRAMES": 16}],
     }
     for kernel, choices in chosen.items():
         for choice in choices:
@@ -242,7 +252,7 @@ def test_numbers_are_arguments_not_constants():
             if isinstance(value, float):
                 assert launch.kernel.fn.__annotations__.get(name) is tl.float64, (launch.kernel.__name__, name)
                 numbers.add(launch.kernel.__name__)
-    assert {"attention_kernel", "level_kernel", "projected_tail_kernel"} <= numbers
+    assert {"attention_kernel", "received_once_kernel", "projected_tail_kernel"} <= numbers
 
 
 @pytest.mark.parametrize(

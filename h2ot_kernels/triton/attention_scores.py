@@ -8,9 +8,11 @@ from torch import Tensor
 from ..backend import implement
 from ..library import declare_custom
 from ..select import ATTENTION
-from .common import divide, launch, modulo, wide, widen
+from .common import divide, launch, modulo, pow2, wide, widen
 from .recover_attention import _logits
 from .select import select_tokens
+
+ONCE = 256  # frames up to which a program has all keys in one tile, and makes every logit once
 
 
 @triton.jit
@@ -18,6 +20,28 @@ def _head(pid, blocks, H, P):
     """(block, head, joint, sample) of a program."""
     rest = pid // blocks
     return modulo(pid, blocks), (rest % H).to(tl.int64), (rest // H % P).to(tl.int64), (rest // H // P).to(tl.int64)
+
+
+# FLOPs: 2 B P H F^2 D (x 3 in float32). Bytes: query once, key once per block of queries (from L2), 4 B P H F per block
+# of queries written. Floor: the larger of the bytes at the copy bandwidth and the FLOPs at the product rate.
+@triton.jit
+def received_once_kernel(
+    query, key, received, P, H, F, D,
+    query_b, query_p, query_h, query_f, query_d, key_b, key_p, key_h, key_f, key_d, scale: tl.float64,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """received [B, P, H, blocks of queries, F], F <= KEYS: per key the sum of its weights over a block of queries."""
+    block, h, p, b = _head(tl.program_id(0), tl.cdiv(F, QUERIES), H, P)
+    frame = block * QUERIES + tl.arange(0, QUERIES)
+    other = tl.arange(0, KEYS)
+    query_at = b * query_b + p * query_p + h * query_h + frame.to(tl.int64) * query_f
+    key_at = b * key_b + p * key_p + h * key_h + other.to(tl.int64) * key_f
+    like = widen(tl.zeros([1], query.dtype.element_ty))
+    logit = _logits(query, query_at, frame < F, query_d, key, key_at, other < F, key_d, D, scale, like, BLOCK)
+    weight = tl.exp(logit - tl.max(logit, 1)[:, None])
+    share = divide(tl.full([QUERIES], 1.0, like.dtype), tl.sum(weight, 1))
+    total = tl.sum(weight * tl.where(frame < F, share, 0)[:, None], 0)
+    tl.store(received + tl.program_id(0).to(tl.int64) * F + other, total, other < F)
 
 
 # FLOPs: 2 B P H F^2 D (x 3 in float32). Bytes: query once, key once per block of queries (from L2).
@@ -52,7 +76,7 @@ def received_kernel(
     query_b, query_p, query_h, query_f, query_d, key_b, key_p, key_h, key_f, key_d, scale: tl.float64,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """received [B, P, H, F]: per key the sum of its weights over the queries, in ascending order."""
+    """received [B, P, H, F]: per key the sum of its weights over the queries."""
     block, h, p, b = _head(tl.program_id(0), tl.cdiv(F, KEYS), H, P)
     other = block * KEYS + tl.arange(0, KEYS)
     key_at = b * key_b + p * key_p + h * key_h + other.to(tl.int64) * key_f
@@ -68,32 +92,36 @@ def received_kernel(
     tl.store(received + row + other, total, other < F)
 
 
-# Bytes: 4 B P H F read. Floor: those at the copy bandwidth.
+# Bytes: the sums that were received, once. Floor: those at the copy bandwidth.
 @triton.jit
-def mean_kernel(received, score, heads, F, count, FRAMES: tl.constexpr):
-    """score [B, F]: the mean over heads (and joints) and queries, added in ascending order."""
+def mean_kernel(received, score, rows, F, count, ROWS: tl.constexpr, FRAMES: tl.constexpr):
+    """score [B, F]: the sum of received [B, rows, F] over its rows, over count."""
     blocks = tl.cdiv(F, FRAMES)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     frame = modulo(tl.program_id(0), blocks) * FRAMES + tl.arange(0, FRAMES)
-    at = received + b * heads * F + frame
-    total = tl.load(at, frame < F, 0)
-    for _ in range(1, heads):
-        at += F
-        total += tl.load(at, frame < F, 0)
-    tl.store(score + b * F + frame, divide(total, tl.zeros_like(total) + count), frame < F)
+    total = tl.zeros([ROWS, FRAMES], score.dtype.element_ty)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = received + ((b * rows + row) * F)[:, None] + frame[None, :]
+        total += tl.load(at, (row < rows)[:, None] & (frame < F)[None, :], 0)
+    mean = divide(tl.sum(total, 0), tl.zeros([FRAMES], total.dtype) + count)
+    tl.store(score + b * F + frame, mean, frame < F)
 
 
-def scores_tile(F: int, D: int, double: bool) -> dict[str, int]:
+def scores_tile(F: int, D: int, dtype: torch.dtype) -> dict[str, int]:
     """Queries, keys and channels of one tile.
 
-    >>> scores_tile(243, 64, False)
-    {'QUERIES': 32, 'KEYS': 64, 'BLOCK': 32, 'num_warps': 4, 'num_stages': 2}
+    >>> scores_tile(243, 64, torch.float32)
+    {'QUERIES': 64, 'KEYS': 256, 'BLOCK': 16, 'num_warps': 8, 'num_stages': 2}
     """
+    if dtype == torch.float64:
+        return {"QUERIES": 16, "KEYS": 16, "BLOCK": 16, "num_warps": 4, "num_stages": 2}
+    keys = pow2(F, 64, ONCE) if F <= ONCE else 64
     return {
-        "QUERIES": 16 if double else 32,
-        "KEYS": 16 if double or F <= 16 else 64,
-        "BLOCK": 16 if double or D <= 16 else 32,
-        "num_warps": 4,
+        "QUERIES": 64 if F <= ONCE else 32,
+        "KEYS": keys,
+        "BLOCK": 16 if D <= 16 or (F <= ONCE and dtype == torch.float32) else 32 if F > ONCE else 64,
+        "num_warps": 8 if keys > 128 else 4,
         "num_stages": 2,
     }
 
@@ -104,15 +132,22 @@ def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
         query, key = query.unsqueeze(1), key.unsqueeze(1)
     B, P, H, F, D = query.shape
     precise = wide(query.dtype)
-    level, received = (query.new_empty((B, P, H, F), dtype=precise) for _ in range(2))
     score = query.new_empty((B, F), dtype=precise)
-    config = scores_tile(F, D, query.dtype == torch.float64)
+    config = scores_tile(F, D, query.dtype)
     sizes = (P, H, F, D, *query.stride(), *key.stride(), scale)
-    heads = B * P * H
-    launch(level_kernel, (heads * triton.cdiv(F, config["QUERIES"]),), query, key, level, *sizes, **config)
-    launch(received_kernel, (heads * triton.cdiv(F, config["KEYS"]),), query, key, level, received, *sizes, **config)
+    blocks = triton.cdiv(F, config["QUERIES"])
+    once = config["KEYS"] >= F
+    received = query.new_empty((B, P, H, blocks if once else 1, F), dtype=precise)
+    if once:
+        launch(received_once_kernel, (B * P * H * blocks,), query, key, received, *sizes, **config)
+    else:
+        level = query.new_empty((B, P, H, F), dtype=precise)
+        launch(level_kernel, (B * P * H * blocks,), query, key, level, *sizes, **config)
+        keys = triton.cdiv(F, config["KEYS"])
+        launch(received_kernel, (B * P * H * keys,), query, key, level, received, *sizes, **config)
+    rows = received.shape[1] * H * received.shape[3]
     launch(
-        mean_kernel, (B * triton.cdiv(F, 64),), received, score, P * H, F, P * H * F, FRAMES=64, num_warps=2
+        mean_kernel, (B * triton.cdiv(F, 16),), received, score, rows, F, P * H * F, ROWS=128, FRAMES=16, num_warps=4
     )  # fmt: skip
     return score
 

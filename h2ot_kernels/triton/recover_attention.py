@@ -26,15 +26,19 @@ def _logits(
     return tl.where(key_inside[None, :], total * number(scale, like.dtype), float("-inf"))
 
 
-# FLOPs: 4 B F K C (x 3 in float32). Bytes: query (shared: from L2), key, value once each per block of frames, out once.
-# Floor: the larger of the bytes at the copy bandwidth and the FLOPs at the product rate.
+# FLOPs: 4 B F K C (x 3 in float32), K as a multiple of KEYS. Bytes: query (shared: from L2), key, value once each per
+# block of frames, out once. Floor: the larger of the bytes at the copy bandwidth and the FLOPs at the product rate.
 @triton.jit
 def attention_kernel(
     query, key, value, out,
     F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c, scale: tl.float64,
     FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    WHOLE: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """out [B, F, C]. One program: FRAMES queries of one head, BLOCK of its channels out."""
+    """out [B, F, C]. One program: FRAMES queries of one head, BLOCK of its channels out.
+
+    WHOLE: D <= BLOCK, and the queries are loaded once. ONCE: K <= KEYS, and nothing is left of the loop.
+    """
     parts = tl.cdiv(D, BLOCK)
     part = tl.program_id(0) % parts
     frames = tl.cdiv(F, FRAMES)
@@ -46,22 +50,33 @@ def attention_kernel(
     top = tl.full([FRAMES], float("-inf"), like.dtype)
     mass = tl.zeros([FRAMES], like.dtype)
     total = tl.zeros([FRAMES, BLOCK], like.dtype)
-    for first in range(0, K, KEYS):
+    if WHOLE:
+        asked = load_tokens(query, query_at, frame < F, 0, query_c, D, BLOCK)
+    for first in range(0, KEYS if ONCE else K, KEYS):
         kept = first + tl.arange(0, KEYS)
         key_at = b * key_b + kept.to(tl.int64) * key_k + head.to(tl.int64) * D * key_c
-        logit = _logits(query, query_at, frame < F, query_c, key, key_at, kept < K, key_c, D, scale, like, STEP)
+        value_at = b * value_b + kept.to(tl.int64) * value_k + head.to(tl.int64) * D * value_c
+        if ONCE:  # with the keys: a loop has fewer registers, and brings the next block while it works on this one
+            shown = load_tokens(value, value_at, kept < K, part * BLOCK, value_c, D, BLOCK)
+        if WHOLE:
+            known = load_tokens(key, key_at, kept < K, 0, key_c, D, BLOCK)
+            logit = product(asked, tl.trans(known), tl.zeros([FRAMES, KEYS], like.dtype))
+            logit = tl.where((kept < K)[None, :], logit * number(scale, like.dtype), float("-inf"))
+        else:
+            logit = _logits(query, query_at, frame < F, query_c, key, key_at, kept < K, key_c, D, scale, like, STEP)
+        if not ONCE:
+            shown = load_tokens(value, value_at, kept < K, part * BLOCK, value_c, D, BLOCK)
         higher = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp(logit - higher[:, None])
         shrink = tl.exp(top - higher)
-        value_at = b * value_b + kept.to(tl.int64) * value_k + head.to(tl.int64) * D * value_c
-        shown = load_tokens(value, value_at, kept < K, part * BLOCK, value_c, D, BLOCK)
         total = product(narrow(weight, shown.dtype), shown, total * shrink[:, None])
         mass = mass * shrink + tl.sum(weight, 1)
         top = higher
     channel = part * BLOCK + tl.arange(0, BLOCK)
     at = ((b * F + frame) * H * D + head * D)[:, None] + channel[None, :]
     inside = (frame < F)[:, None] & (channel < D)[None, :]
-    tl.store(out + at, narrow(divide(total, tl.broadcast_to(mass[:, None], total.shape)), out.dtype.element_ty), inside)
+    share = divide(tl.full([FRAMES], 1.0, like.dtype), mass)
+    tl.store(out + at, narrow(total * share[:, None], out.dtype.element_ty), inside)
 
 
 # FLOPs: 4 B F K C. Bytes: query, key, value, grad once; 8 B H F written. Floor: as the forward pass.
@@ -198,10 +213,34 @@ def sum_kernel(partial, out, size, count, BLOCK: tl.constexpr):
     tl.store(out + at, narrow(total, out.dtype.element_ty), at < size)
 
 
-def attention_tile(F: int, K: int, D: int, double: bool) -> dict[str, int]:
-    """Queries, keys and channels of one program out, channels per step of the logits.
+def attention_tile(F: int, K: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+    """Queries, keys and channels of one program, channels per step of the logits where D is more than that.
 
-    >>> attention_tile(243, 81, 64, False)
+    >>> attention_tile(243, 81, 64, torch.float32)
+    {'FRAMES': 64, 'KEYS': 32, 'BLOCK': 64, 'STEP': 32, 'WHOLE': True, 'ONCE': False, 'num_warps': 4, 'num_stages': 2}
+    """
+    double = dtype == torch.float64
+    block = 16 if double or D <= 16 else 64
+    if dtype in (torch.float32, torch.float64):
+        keys = 16 if double else 32
+    else:
+        keys = 64 if K <= 64 or D > 64 else 128
+    return {
+        "FRAMES": 16 if double else 64,
+        "KEYS": keys,
+        "BLOCK": block,
+        "STEP": min(block, 32),
+        "WHOLE": block >= D,
+        "ONCE": keys >= K and block >= D,
+        "num_warps": 8 if double else 4,
+        "num_stages": 2,
+    }
+
+
+def gradient_tile(F: int, K: int, D: int, double: bool) -> dict[str, int]:
+    """The same of the gradients, whose programs hold two sums.
+
+    >>> gradient_tile(243, 81, 64, False)
     {'FRAMES': 32, 'KEYS': 64, 'BLOCK': 64, 'STEP': 32, 'num_warps': 8, 'num_stages': 2}
     """
     block = 16 if double or D <= 16 else 64
@@ -224,7 +263,7 @@ def _rows(query: Tensor) -> tuple[int, int, int]:
 def recover_attention_out(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float, out: Tensor) -> None:
     B, K, C = key.shape
     F, D = query.shape[-2], C // num_heads
-    config = attention_tile(F, K, D, value.dtype == torch.float64)
+    config = attention_tile(F, K, D, value.dtype)
     launch(
         attention_kernel,
         (B * num_heads * triton.cdiv(F, config["FRAMES"]) * triton.cdiv(D, config["BLOCK"]),),
@@ -244,7 +283,7 @@ def recover_attention_backward(
     precise = wide(value.dtype)
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     level, delta = (value.new_empty((B, H, F), dtype=precise) for _ in range(2))
-    config = attention_tile(F, K, D, value.dtype == torch.float64)
+    config = gradient_tile(F, K, D, value.dtype == torch.float64)
     sizes = (F, K, H, D, *_rows(query), *key.stride(), *value.stride(), *grad.stride(), scale)
     both = {**config, "KEYS": min(config["KEYS"], 32)}  # two sums in registers
     frames, keys = triton.cdiv(F, config["FRAMES"]), triton.cdiv(K, both["KEYS"])

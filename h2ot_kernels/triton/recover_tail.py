@@ -21,6 +21,26 @@ def _vector(x, at, step, inside):
 
 
 @triton.jit
+def _halves(x):
+    """(big, small): big is x rounded to TF32, and big + small is x."""
+    big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return big, x - big
+
+
+@triton.jit
+def _product(a, b, total):
+    """total + a b^T. float32: as three TF32 products, and what is not finite gives NaN (so does the norm after it)."""
+    if a.dtype == tl.float32:
+        big_a, small_a = _halves(a)
+        big_b, small_b = _halves(b)
+        step = tl.dot(small_a, tl.trans(big_b), input_precision="tf32")
+        step = tl.dot(big_a, tl.trans(small_b), step, input_precision="tf32")
+        return total + tl.dot(big_a, tl.trans(big_b), step, input_precision="tf32")
+    else:
+        return product(a, tl.trans(b), total)
+
+
+@triton.jit
 def _projected(
     attended, row_at, row_inside, attended_c, weight, weight_n, weight_c, bias, bias_n, channel, C, like,
     STEP: tl.constexpr,
@@ -30,7 +50,7 @@ def _projected(
     for first in range(0, C, STEP):
         a = load_tokens(attended, row_at, row_inside, first, attended_c, C, STEP)
         b = load_tokens(weight, channel.to(tl.int64) * weight_n, channel < C, first, weight_c, C, STEP)
-        total = product(a, tl.trans(b), total)
+        total = _product(a, b, total)
     if bias is not None:
         total += _vector(bias, channel, bias_n, channel < C)[None, :]
     return total
@@ -75,6 +95,10 @@ def projected_tail_kernel(
             channel, C, like, STEP,
         )  # fmt: skip
         y += widen(load_tokens(token, token_at, row < rows, first, token_c, C, COLUMNS))
+        # Nothing is added: Triton keeps the rows of a product within a quarter of a warp, those of loads across half of
+        # one, and takes what follows a product for the former: the sums below need two shuffles instead of many.
+        if like.dtype != tl.float64:
+            y = tl.dot(tl.zeros([ROWS, 16], tl.bfloat16), tl.zeros([16, COLUMNS], tl.bfloat16), y)
         before = tl.zeros_like(mean) + first
         count = tl.zeros_like(mean) + tl.minimum(C - first, COLUMNS)
         own_mean = divide(tl.sum(y, 1), count)
@@ -110,19 +134,22 @@ def tail_tile(rows: int, C: int, M: int, dtype: torch.dtype) -> dict[str, int]:
     16 a thread loads single elements: their addresses leave registers for small tiles only.
 
     >>> tail_tile(68 * 243, 512, 3, torch.float32)
-    {'ROWS': 128, 'COLUMNS': 64, 'STEP': 16, 'OUTPUTS': 4, 'num_warps': 8, 'num_stages': 4}
+    {'OUTPUTS': 4, 'ROWS': 64, 'COLUMNS': 64, 'STEP': 16, 'num_warps': 4, 'num_stages': 4}
+    >>> tail_tile(68 * 243, 512, 3, torch.bfloat16)
+    {'OUTPUTS': 4, 'ROWS': 128, 'COLUMNS': 128, 'STEP': 64, 'num_warps': 8, 'num_stages': 3}
     """
-    outputs = 4 if M <= 4 else 16
+    single = dtype == torch.float32
+    many = pow2(rows // PROGRAMS // 2 + 1, 32, 64 if single or M > 4 else 128)
     if dtype == torch.float64:
-        return {"ROWS": 16, "COLUMNS": 16, "STEP": 16, "OUTPUTS": outputs, "num_warps": 4, "num_stages": 1}
-    return {
-        "ROWS": 32 if C % 16 else pow2(rows // PROGRAMS // 2 + 1, 32, 128),
-        "COLUMNS": 64,
-        "STEP": 16 if dtype == torch.float32 else 32,
-        "OUTPUTS": outputs,
-        "num_warps": 8,
-        "num_stages": 4,
-    }
+        tile = 16, 16, 16, 4, 1
+    elif C % 16:
+        tile = 32, 64, 16 if single else 32, 8, 4
+    elif single:
+        tile = (32, 128, 32, 8, 4) if many == 32 else (64, 64, 16, 4, 4)
+    else:
+        tile = many, 128, 64, 8, 3
+    names = "ROWS", "COLUMNS", "STEP", "num_warps", "num_stages"
+    return {"OUTPUTS": 4 if M <= 4 else 16, **dict(zip(names, tile, strict=True))}
 
 
 def recover_projected_tail(
