@@ -164,6 +164,7 @@ def row(case: Case, result: Result, machine: Machine, environment: dict) -> dict
     return result.row() | {
         "kind": case.kind,
         "dtype": case.dtype,
+        "gpu_size": case in gpu_cases([case.op]),
         "best_float32_flops": machine.flops(),
         "best_flops": machine.flops(dtype),
         "launch_seconds": machine.launch_seconds,
