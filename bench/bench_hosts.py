@@ -4,7 +4,9 @@ For each host and variant the official formulation beside ours, in inference and
 backward, AdamW), timed in turn in this process after the check. One JSON row each is appended to --out (default
 bench/results/<device>-hosts.jsonl): ms, frames per second, speed-up over the official float32 and over the official of
 the same dtype, peak memory, FLOPs, bytes of saved activations; for a pruned host also the gain over our own unpruned
-one. The variants of one host are timed together. bfloat16 is the model's dtype in inference, autocast in training.
+one. The variants of one host are timed together; on a GPU in inference also as replays of CUDA graphs, where they can
+be captured, because at batch 1 the calls themselves take the time. bfloat16 is the model's dtype in inference, autocast
+in training.
 """
 
 import argparse
@@ -22,7 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from h2ot_kernels import hosts
+from h2ot_kernels.comparison import replay_or_none
 from h2ot_kernels.demo.models import base_of, deviation_bound
+from h2ot_kernels.hosts.flops import flops_by_convention
 from h2ot_kernels.timing import Timing, interleave
 
 from .run import environment_row
@@ -147,6 +151,14 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
     return peak
 
 
+@functools.cache
+def flops(name: str) -> dict[str, int]:
+    """Of the host of this name in both conventions."""
+    with torch.device("meta"):
+        model = hosts.build(name)
+    return flops_by_convention(model)
+
+
 def measure(names: list[str], batch: int, dtypes: list[str], mode: str, device: str, seconds: float) -> list[dict]:
     """The rows of the variants of one host, all timed in turn together."""
     training = mode == "training"
@@ -164,7 +176,13 @@ def measure(names: list[str], batch: int, dtypes: list[str], mode: str, device: 
         calls[key]()  # warm: weights are packed, optimizer states made
     memory = {key: peak_memory(call, device) for key, call in calls.items()}
     saved = {key: rival.saved_bytes() if training else None for key, rival in zip(calls, rivals, strict=True)}
-    timings = interleave(calls, device, seconds=seconds, min_calls=3, warm_up=0)
+    counted = {name: flops(name) for name in names}
+    graphs = {}
+    for key, call in calls.items() if device == "cuda" and not training else ():
+        replay = replay_or_none(f"{' '.join(key)}, graph", call)
+        if replay is not None:
+            graphs[(*key, "graph")] = replay
+    timings = interleave({**calls, **graphs}, device, seconds=seconds, min_calls=3, warm_up=0)
     rows = []
     for rival in rivals:
         key = (rival.name, rival.whose, rival.dtype)
@@ -178,8 +196,8 @@ def measure(names: list[str], batch: int, dtypes: list[str], mode: str, device: 
                 **numbers(timings, key, batch * rival.x.shape[1]),
                 "peak_bytes": memory[key],
                 "saved_bytes": saved[key],
-                "flops_linear": hosts.count_flops(hosts.build(rival.name)),
-                "flops_total": hosts.count_flops(hosts.build(rival.name), "total"),
+                "flops_linear": counted[rival.name]["linear"],
+                "flops_total": counted[rival.name]["total"],
                 "deviation": errors[rival.name][rival.dtype],
             }
         )
@@ -189,13 +207,18 @@ def measure(names: list[str], batch: int, dtypes: list[str], mode: str, device: 
 
 
 def numbers(timings: dict[tuple, Timing], key: tuple, frames: int) -> dict:
+    """What a row says about time; graph: of the replay, over_official_graph: over that of the official formulation."""
     name, _, dtype = key
     seconds = timings[key].p50
 
-    def over(opponent: tuple) -> float | None:
-        return timings[opponent].p50 / seconds if opponent in timings else None
+    def over(opponent: tuple, seconds: float | None = seconds) -> float | None:
+        return timings[opponent].p50 / seconds if opponent in timings and seconds else None
 
+    graph = timings[(*key, "graph")].p50 if (*key, "graph") in timings else None
     return {
+        "graph_seconds": graph,
+        "graph_frames_per_second": frames / graph if graph else None,
+        "over_official_graph": over((name, "official", dtype, "graph"), graph),
         "seconds": seconds,
         "p10": timings[key].p10,
         "p90": timings[key].p90,
@@ -213,13 +236,18 @@ def over_own_baseline(row: dict, rows: list[dict]) -> dict:
     if not base or base[0] is row:
         return {}
     shares = {key: row[key] / base[0][key] for key in ("flops_total", "seconds", "saved_bytes") if row[key]}
-    return {"of_baseline": shares | {"frames_per_second": row["frames_per_second"] / base[0]["frames_per_second"]}}
+    shares["frames_per_second"] = row["frames_per_second"] / base[0]["frames_per_second"]
+    if row["graph_seconds"] and base[0]["graph_seconds"]:
+        shares["graph_frames_per_second"] = base[0]["graph_seconds"] / row["graph_seconds"]
+    return {"of_baseline": shares}
 
 
 def line(row: dict) -> str:
     over = row["over_official_float32"] or row["over_official"]
     text = f"{row['model']:20} {row['mode']:9} B {row['batch']:<2} {row['dtype']:8} {row['whose']:8} "
-    text += f"{row['seconds'] * 1e3:9.1f} ms {row['frames_per_second']:8.0f} FPS {over:5.2f}x "
+    text += f"{row['seconds'] * 1e3:9.2f} ms "
+    text += f"graph {row['graph_seconds'] * 1e3:.2f} ms " if row["graph_seconds"] else ""
+    text += f"{row['frames_per_second']:8.0f} FPS {over:5.2f}x "
     text += f"peak {row['peak_bytes'] / 2**20:7.0f} MiB {row['flops_total'] / 1e9:7.2f} GFLOP"
     if row["saved_bytes"]:
         text += f" saved {row['saved_bytes'] / 2**20:7.0f} MiB"

@@ -2,7 +2,7 @@
 
 Each stage is a process group with its own time budget, and ends when the time of the whole command does; one that
 fails, hangs or loses the device does not stop the others. Leaves in $OUT (default gpu_out/), as far as it came after
-every stage: summary.md, results.jsonl, hosts.jsonl, env.json and logs.tar.gz.
+every stage: summary.md (with the tables of what was measured), results.jsonl, hosts.jsonl, env.json and logs.tar.gz.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import acceptance
 
 SECONDS = 540  # of the whole command, the build included
 LEAST = 5  # seconds that a stage needs to be worth a start
@@ -53,30 +55,34 @@ def stages(out: Path) -> list[Stage]:
         tests += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
     every_op = (python, "-m", "tests.every_op")
     rows = ("--device", "cuda", "--out", str(out / "results.jsonl"))
-    dtypes = ("--dtype", "float32", "bfloat16", "float16", "--seconds", "0.2")
-    models = ("--models", "mixste", "hot_mixste", "h2ot_mixste", "--batch", "1", "4", "--seconds", "3")
-    hosts = ("--device", "cuda", "--out", str(out / "hosts.jsonl"), *models)
+    bench = (python, "-m", "bench.run", *rows, "--seconds")
+    asked = (*bench, "0.3", "--gpu-sizes", "--no-peers")
+    every_size = (*bench, "0.1", "--dtype", "float32", "bfloat16", "float16")
+    few = ("--quick", "--backends", "--ops", "prune_step", "gather_and_embed", "recover_pose")
+    models = ("--models", "mixste", "hot_mixste", "h2ot_mixste", "--batch", "1", "4", "--mode", "inference")
+    hosts = ("--device", "cuda", "--out", str(out / "hosts.jsonl"), *models, "--seconds", "2")
     without = "test_cuda_simt or test_cuda_plan or test_triton_mutants or test_triton_forms"  # need no GPU
 
     def sanitizer(tool: str) -> Stage:
         watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
         alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # else all tensors lie in one allocation
-        return Stage(tool, 70, (*watch, *every_op), "compute-sanitizer", alone, kept=30 if tool == "memcheck" else 0)
+        return Stage(tool, 70, (*watch, *every_op), "compute-sanitizer", alone, kept=45 if tool == "memcheck" else 20)
 
     return [
         Stage("device", 20, ("nvidia-smi",), "nvidia-smi"),
-        Stage("environment", 60, (python, "-m", "h2ot_kernels", "env")),
-        Stage("every operation", 100, every_op),
-        Stage("guard bands", 40, (*every_op, "--guard"), "nvcc"),
-        Stage("gpu tests", 120, (*tests, "-m", "gpu"), kept=30),
-        Stage("case list", 200, (*tests, "-m", "not gpu", "-k", f"(triton or cuda) and not ({without})"), kept=60),
+        Stage("environment", 30, (python, "-m", "h2ot_kernels", "env")),
+        Stage("every operation", 70, every_op, kept=30),
+        Stage("guard bands", 50, (*every_op, "--guard"), "nvcc"),
+        Stage("gpu tests", 60, (*tests, "-m", "gpu"), kept=25),
+        Stage("case list", 110, (*tests, "-m", "not gpu", "-k", f"(triton or cuda) and not ({without})"), kept=60),
         sanitizer("memcheck"),
-        Stage("benchmarks", 150, (python, "-m", "bench.run", *rows, *dtypes), kept=90),
-        Stage("hosts", 60, (python, "-m", "bench.bench_hosts", *hosts), kept=30),
-        Stage("patch", 30, (python, "-m", "bench.bench_dropin", *rows, "--batch", "1", "4", "--seconds", "2"), kept=20),
+        Stage("asked sizes", 50, asked, kept=40),
+        Stage("benchmarks", 55, every_size, kept=40),
+        Stage("hosts", 35, (python, "-m", "bench.bench_hosts", *hosts), kept=20),
+        Stage("patch", 25, (python, "-m", "bench.bench_dropin", *rows, "--batch", "1", "4", "--seconds", "1"), kept=12),
+        Stage("compiled rivals", 40, (*asked, "--compile", *few), kept=15),
         sanitizer("racecheck"),
         sanitizer("initcheck"),
-        Stage("compiled rivals", 60, (python, "-m", "bench.run", *rows, "--quick", "--compile", "--no-peers")),
     ]
 
 
@@ -130,6 +136,8 @@ def write(outcomes: list[Outcome], out: Path, logs: Path, environment: dict) -> 
     lines = [f"# {environment.get('device', 'unknown device')}, {environment['date']}", ""]
     lines += ["| stage | outcome | seconds |", "|---|---|---|"]
     lines += [f"| {o.stage.name} | {o.state} | {o.seconds:.0f} |" for o in outcomes]
+    rows = acceptance.read(out / "results.jsonl", out / "hosts.jsonl", since=environment["date"])
+    lines += ["", *acceptance.tables(rows)]
     for o in outcomes:
         lines += ["", f"## {o.stage.name}", "", "```", o.tail, "```"]
     (out / "summary.md").write_text("\n".join(lines) + "\n")

@@ -8,10 +8,13 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
+from h2ot_kernels.comparison import Comparison
 
 from .shapes import Case, build
 
@@ -24,10 +27,10 @@ def why_not(device: torch.device) -> str | None:
     return None if device.type == "cuda" or RESET.exists() else "peak memory on a CPU needs Linux's /proc"
 
 
-def peak_bytes(case: Case, rival: str, device: torch.device) -> int:
-    """Of `rival`, "official" or "ours", on device."""
+def peak_bytes(case: Case, rival: str, device: torch.device, comparison: Comparison | None = None) -> int:
+    """Of `rival`, "official" or "ours", on device. comparison: the case's, where it stands on a GPU already."""
     if device.type == "cuda":
-        call = _call(case, rival, device)
+        call = _of(rival, comparison or build(case, device))
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -39,8 +42,7 @@ def peak_bytes(case: Case, rival: str, device: torch.device) -> int:
     return int(done.stdout)
 
 
-def _call(case: Case, rival: str, device: torch.device):
-    comparison = build(case, device)
+def _of(rival: str, comparison: Comparison) -> Callable:
     return comparison.ours if rival == "ours" else lambda: comparison.official(*comparison.arguments)
 
 
@@ -53,8 +55,8 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[3]))
     with torch.inference_mode():
         small = {name: min(size, SMALL.get(name, size)) for name, size in case.sizes.items()}
-        _call(Case(case.op, case.kind, small), rival, torch.device("cpu"))()  # loads what is loaded once
-        call = _call(case, rival, torch.device("cpu"))
+        _of(rival, build(Case(case.op, case.kind, small), "cpu"))()  # loads what is loaded once
+        call = _of(rival, build(case, "cpu"))
         ctypes.CDLL(None).malloc_trim(0)
         RESET.write_text("5")
         before = _kilobytes("VmRSS")

@@ -1,5 +1,8 @@
 """Benchmarks: `./dev bench [--ops OP ...] [--device cpu|cuda] [--quick | --sweep] [--compile] [--compare A B] ...`.
 
+--gpu-sizes: instead of the ordinary sizes those that are asked of a GPU, in their own dtypes. Cases of the first dtype
+come first; what runs out of time is then the least important. Peak memory is that of float32 or the first dtype.
+
 Each case is checked against python_ref first; what is wrong is not timed and makes the exit code 1. Then the official
 formulation, with --compile `torch.compile` of it, ours, every other backend with a kernel, and other libraries (those
 that are installed; "stage 1 only" where they do less) are timed in turn in this process. One JSON row per case is
@@ -12,7 +15,6 @@ import datetime
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from h2ot_kernels.comparison import Comparison, Result, compare
 from h2ot_kernels.timing import Machine
 
 from . import memory, peers
-from .shapes import DTYPES, Case, all_ops, build, cases, sweep
+from .shapes import DTYPES, Case, all_ops, build, cases, gpu_cases, sweep
 
 KERNELS = ("cpp", "cuda", "triton")
 
@@ -34,9 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", metavar="OP", default=all_ops(), help=f"some of {', '.join(all_ops())}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--quick", action="store_true", help="only the first size of each operation")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="only the first size of each operation")
     which.add_argument("--sweep", action="store_true", help="scaling of prune_cluster in N, B, C and K")
+    which.add_argument("--gpu-sizes", action="store_true", help="the sizes asked of a GPU, in their own dtypes")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help="show two result files; measure nothing")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory (4 s a case on a CPU)")
     parser.add_argument("--no-peers", action="store_true", help="no other libraries")
@@ -51,7 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
             from .compare import show  # needs rich, which a GPU machine may not have
 
             return show(*given.compare)
-        chosen = sweep() if given.sweep else cases(given.ops, quick=given.quick, dtypes=given.dtype)
+        if given.sweep:
+            chosen = sweep()
+        elif given.gpu_sizes:
+            chosen = gpu_cases(given.ops, quick=given.quick)
+        else:
+            chosen = cases(given.ops, quick=given.quick, dtypes=given.dtype)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -68,6 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     wrong, absent = 0, {}
     print(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}")
     print(f"best float32 product of this run: {machine.flops() / 1e9:.0f} GFLOP/s")
+    if machine.device.type == "cuda":
+        launch, replay = machine.launch_seconds * 1e6, machine.replay_seconds * 1e6
+        print(
+            f"between two events, with nothing to do: a launch {launch:.1f} us, the replay of a graph {replay:.1f} us"
+        )
     with out.open("a") as file:
         for case in chosen:
             try:
@@ -77,12 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
                 others |= kernels
                 absent |= missing | unfit
                 wrong += failed
-                result = measure(case, machine, seconds=given.seconds, with_compile=given.compile, others=others)
+                result = compare(comparison, machine, seconds=given.seconds, with_compile=given.compile, others=others)
                 wrong += not result.verdict.is_right
                 print(line(case, result), flush=True)
                 peak = {}
-                if no_memory is None and result.verdict.is_right:
-                    peak = {rival: memory.peak_bytes(case, rival, machine.device) for rival in ("official", "ours")}
+                of_first = given.gpu_sizes or case.dtype in ("float32", given.dtype[0])
+                if no_memory is None and result.verdict.is_right and of_first:
+                    known = machine.device, comparison
+                    peak = {rival: memory.peak_bytes(case, rival, *known) for rival in ("official", "ours")}
                 values = row(case, result, machine, environment) | {"peak_bytes": peak}
                 file.write(json.dumps(values, allow_nan=False) + "\n")
                 file.flush()
@@ -95,18 +110,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"peak memory: {no_memory or 'in the rows'}")
     print(f"{len(chosen) - wrong} of {len(chosen)} cases right and timed; rows appended to {out}")
     return int(wrong > 0)
-
-
-def measure(
-    case: Case,
-    machine: Machine,
-    *,
-    seconds: float,
-    with_compile: bool = False,
-    others: dict[str, Callable] | None = None,
-) -> Result:
-    """The checked and timed comparison of one case."""
-    return compare(build(case, machine.device), machine, seconds=seconds, with_compile=with_compile, others=others)
 
 
 def other_backends(comparison: Comparison, device: torch.device, names: tuple[str, ...]):
@@ -156,11 +159,16 @@ def environment_row(device: str) -> dict:
 
 
 def row(case: Case, result: Result, machine: Machine, environment: dict) -> dict:
-    """One line of the results file; times in seconds."""
+    """One line of the results file; times in seconds, rates per second."""
+    dtype = getattr(torch, case.dtype)
     return result.row() | {
         "kind": case.kind,
         "dtype": case.dtype,
+        "gpu_size": case in gpu_cases([case.op]),
         "best_float32_flops": machine.flops(),
+        "best_flops": machine.flops(dtype),
+        "launch_seconds": machine.launch_seconds,
+        "replay_seconds": machine.replay_seconds,
         **environment,
     }
 
@@ -172,7 +180,8 @@ def line(case: Case, result: Result) -> str:
     if not verdict.is_right:
         return f"{case!s:58} {agreement}  WRONG: error {verdict.error:.3g} above {verdict.bound:.3g}, not timed"
     times = "  ".join(f"{rival} {timing.p50 * 1e3:9.4f} ms" for rival, timing in result.timings.items())
-    share = "" if result.share_of_peak is None else f"  peak {100 * result.share_of_peak:4.0f} %"
+    shares = (f"{rival.removeprefix('ours, ')} {100 * share:.0f} %" for rival, share in result.shares_of_floor.items())
+    share = f"  peak: {', '.join(shares)}" if result.shares_of_floor else ""
     return f"{case!s:58} {agreement}  {times}  {result.speed_up:6.2f}x{share}"
 
 

@@ -17,7 +17,7 @@ JOINTS = 17
 STEMS = {
     "score": ("score_tokens", "prune_cluster"),
     "select": ("prune_step", "prune_sample", "prune_motion", "prune_attention"),
-    "gather": ("gather_tokens",),
+    "gather": ("gather_tokens", "gather_and_embed"),
     "cluster": ("cluster_tokens", "assign_clusters", "merge_tokens"),
     "recover_attention": ("recover_attention", "recover_pose"),
     "recover_interpolation": ("recover_interpolate",),
@@ -46,6 +46,7 @@ _SIZES: dict[str, list[dict[str, int]]] = {
     "prune_motion": [{"B": B, "F": 243, "K": 81} for B in (1, 64)],
     "prune_attention": _FRAMES,
     "gather_tokens": [*_FRAMES, {"B": 32, "F": 243, "C": 512, "K": 81}],
+    "gather_and_embed": _FRAMES[1:],
     "assign_clusters": _DPC_SIZES[:4],
     "merge_tokens": _DPC_SIZES[:4],
     "recover_attention": _FRAMES,
@@ -73,15 +74,50 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def cases(ops: tuple[str, ...] | list[str], *, quick: bool = False, dtypes: Sequence[str] = DTYPES[:1]) -> list[Case]:
-    """Every case of these operations in each dtype, or only the first size of each (quick)."""
+    """Every case of these operations, or only the first size of each (quick), first in the first dtype, and so on."""
     found = []
-    for op in ops:
-        if op not in _SIZES:
-            raise ValueError(f"ops: got {op!r}, wanted some of {', '.join(_SIZES)}")
-        every = [(kind, sizes) for sizes in _SIZES[op] for kind in _KINDS.get(op, ("smooth",))]
-        typed = ("float32",) if op == "prune_sample" else dtypes  # no tensor goes in
-        found += [Case(op, *given, dtype) for given in (every[:1] if quick else every) for dtype in typed]
+    for dtype in dtypes:
+        for op in ops:
+            _check_op(op)
+            if op == "prune_sample" and dtype != dtypes[0]:  # no tensor goes in
+                continue
+            every = [(kind, sizes) for sizes in _SIZES[op] for kind in _KINDS.get(op, ("smooth",))]
+            typed = "float32" if op == "prune_sample" else dtype
+            found += [Case(op, *given, typed) for given in (every[:1] if quick else every)]
     return found
+
+
+_STEP = {"B": 4, "F": 243, "C": 512, "K": 81}  # HoT at batch 4
+_MHFORMER = {"B": 256, "F": 351, "J": 1, "C": 1536, "K": 117}
+_LONG = {"B": 1, "N": 16384, "C": 1024, "K": 4096, "k": 2}
+# What is asked of a GPU, the most telling first: whole pruning steps, the gather alone, the recovery, many tokens.
+_GPU_CASES = [
+    Case("prune_step", "smooth", _STEP),
+    Case("gather_and_embed", "smooth", _STEP),
+    Case("recover_pose", "smooth", _STEP),
+    Case("prune_step", "smooth", _STEP, "bfloat16"),
+    Case("prune_step", "smooth", _MHFORMER),
+    Case("prune_step", "random", _MHFORMER),
+    Case("prune_cluster", "random", _LONG, "bfloat16"),
+    Case("prune_cluster", "smooth", _LONG, "bfloat16"),
+    Case("gather_and_embed", "smooth", _STEP, "bfloat16"),
+    Case("recover_pose", "smooth", _STEP | {"B": 1}),
+    Case("recover_pose", "smooth", _STEP, "bfloat16"),
+    Case("recover_pose", "smooth", _STEP | {"B": 1}, "bfloat16"),
+]
+
+
+def gpu_cases(ops: Sequence[str], *, quick: bool = False) -> list[Case]:
+    """The sizes that only a GPU is asked for, of these operations; quick: only the first of each."""
+    for op in ops:
+        _check_op(op)
+    found = [case for case in _GPU_CASES if case.op in ops]
+    return list({case.op: case for case in reversed(found)}.values())[::-1] if quick else found
+
+
+def _check_op(op: str) -> None:
+    if op not in _SIZES:
+        raise ValueError(f"ops: got {op!r}, wanted some of {', '.join(_SIZES)}")
 
 
 def sweep() -> list[Case]:
@@ -124,7 +160,9 @@ def build(case: Case, device: torch.device | str) -> Comparison:
     if case.op == "prune_sample":
         return operations.prune_sample(sizes["F"], K, device)
 
-    B, F = sizes["B"], sizes["F"]
+    B, F, joints = sizes["B"], sizes["F"], sizes.get("J", JOINTS)
+    if joints == 1:
+        return operations.prune_step(_tokens(case, B, F, sizes["C"]).to(device, dtype), 1, K)
     pose = _walks(B, F)
     if case.op == "prune_motion":
         return operations.prune_motion(pose.to(device, dtype), K)
@@ -138,6 +176,6 @@ def build(case: Case, device: torch.device | str) -> Comparison:
     rows = frames.transpose(1, 2).flatten(0, 1).contiguous()
     if case.op == "prune_step":
         return operations.prune_step(rows, JOINTS, K)
-    if case.op == "gather_tokens":
-        return operations.gather_tokens(rows, index, JOINTS)
+    if case.op in ("gather_tokens", "gather_and_embed"):
+        return operations.gather_tokens(rows, index, JOINTS, with_embedding=case.op == "gather_and_embed")
     return getattr(recoveries, case.op)(official.gather_frames(rows, index, JOINTS), F, JOINTS)

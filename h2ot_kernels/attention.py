@@ -22,6 +22,38 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale
     return attend_by_torch(query, key, value, num_heads, scale)
 
 
+def takes_one_product(x: Tensor, dim: int) -> bool:
+    """Whether self-attention along axis dim of x [..., C] is best made from one product with `attend_packed`.
+
+    Off the CPU, where each operator is a launch; where torch's attention can read that product without a copy.
+    """
+    return x.device.type != "cpu" and (dim == x.dim() - 2 or (dim == 1 and x.dim() == 4 and x.shape[0] == 1))
+
+
+def attend_packed(qkv: Tensor, num_heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Self-attention along axis dim of qkv [..., 3 C], the projected query, key and value beside each other, by torch.
+
+    dim: the last but one axis, or 1 of [1, F, J, 3 C]. Returns (attended [..., C], query, key), these two views
+    [rows, H, T, D] with rows the other axes as one.
+
+    >>> import torch
+    >>> from h2ot_kernels.attention import attend_packed
+    >>> [tuple(x.shape) for x in attend_packed(torch.randn(1, 9, 5, 24), 2, dim=1)]
+    [(1, 9, 5, 8), (5, 2, 9, 4), (5, 2, 9, 4)]
+    """
+    *sizes, width = qkv.shape
+    C, T = width // 3, sizes[dim]
+    if dim == len(sizes) - 1:
+        rows = qkv.reshape(-1, T, 3, num_heads, C // num_heads).permute(2, 0, 3, 1, 4)
+        axes = (0, 2, 1, 3)
+    else:
+        rows = qkv.reshape(T, -1, 3, num_heads, C // num_heads).permute(2, 1, 3, 0, 4)
+        axes = (2, 0, 1, 3)
+    query, key, value = rows.unbind(0)
+    attended = functional.scaled_dot_product_attention(query, key, value)
+    return attended.permute(axes).reshape(*sizes, C), query, key
+
+
 def attend_by_torch(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
     """`attend_rows` by `scaled_dot_product_attention`."""
     heads = [x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)]

@@ -32,6 +32,7 @@ class Verdict:
 class Comparison:
     """official and ours on the same data, the check, and the counted work: least FLOPs, least bytes moved.
 
+    checked: what of the result the check looks at.
     kernel: the registered operation that does most of the work, where it has another name, "" where there is none; its
     backend is reported.
     """
@@ -45,18 +46,26 @@ class Comparison:
     flops: int = 0
     num_bytes: int = 0
     kernel: str | None = None
+    checked: str = "everything"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first tensor of floats among the arguments: at its rate the FLOPs are counted."""
+        floats = (x.dtype for x in self.arguments if isinstance(x, Tensor) and x.is_floating_point())
+        return next(floats, torch.float32)
 
     def backend(self, device: torch.device) -> str:
         """The backend that ours uses on device, "none" for an operation without a kernel."""
         kernel = self.op if self.kernel is None else self.kernel
-        return chosen_backend(kernel, device) if kernel else "none"
+        first = next((x for x in self.arguments if isinstance(x, Tensor) and x.device.type == device.type), None)
+        return chosen_backend(kernel, device, first) if kernel else "none"
 
 
 @dataclass(frozen=True)
 class Result:
     """A checked and, if right, timed comparison; floor in seconds. timings by rival: "official", "compile", "ours", ...
 
-    On a GPU also "official, graph", "ours, graph" (where they can be captured) and "ours, cold L2".
+    On a GPU also "official, graph", "ours, graph" (where they can be captured), and these of ours with ", cold L2".
     """
 
     op: str
@@ -65,6 +74,7 @@ class Result:
     timings: dict[str, Timing]
     floor: float | None
     backend: str
+    checked: str
 
     @property
     def speed_up(self) -> float | None:
@@ -74,12 +84,19 @@ class Result:
     def share_of_peak(self) -> float | None:
         return self.floor / self.timings["ours"].p50 if self.timings and self.floor else None
 
+    @property
+    def shares_of_floor(self) -> dict[str, float]:
+        """Floor over the median, of each way that ours was timed."""
+        ways = [rival for rival in self.timings if rival.split(",")[0] == "ours"] if self.floor else []
+        return {rival: self.floor / self.timings[rival].p50 for rival in ways}
+
     def row(self) -> dict:
         """Plain values, for JSON."""
         derived = {
             "is_right": self.verdict.is_right,
             "speed_up": self.speed_up,
             "share_of_peak": self.share_of_peak,
+            "shares_of_floor": self.shares_of_floor,
         }
         return asdict(self) | derived
 
@@ -98,8 +115,9 @@ def compare(
     """
     with torch.inference_mode():
         verdict = comparison.check()
+        known = comparison.backend(machine.device), comparison.checked
         if not verdict.is_right:
-            return Result(comparison.op, comparison.shape, verdict, {}, None, comparison.backend(machine.device))
+            return Result(comparison.op, comparison.shape, verdict, {}, None, *known)
         rivals = {"official": lambda: comparison.official(*comparison.arguments)}
         if with_compile:
             compiled = torch.compile(comparison.official, dynamic=False)
@@ -107,24 +125,34 @@ def compare(
         rivals |= {"ours": comparison.ours, **(others or {})}
         if machine.device.type == "cuda":
             rivals |= _on_a_gpu(rivals["official"], comparison.ours)
-        timings = interleave(rivals, machine.device, seconds=seconds, cold=(COLD,))
+        timings = interleave(rivals, machine.device, seconds=seconds, cold=COLD)
         has_work = comparison.flops or comparison.num_bytes
-        floor = machine.floor(comparison.flops, comparison.num_bytes) if has_work else None
-    return Result(comparison.op, comparison.shape, verdict, timings, floor, comparison.backend(machine.device))
+        floor = machine.floor(comparison.flops, comparison.num_bytes, comparison.dtype) if has_work else None
+    return Result(comparison.op, comparison.shape, verdict, timings, floor, *known)
 
 
-COLD = "ours, cold L2"
+COLD = "ours, cold L2", "ours, graph, cold L2"
 
 
 def _on_a_gpu(official: Callable, ours: Callable) -> dict[str, Callable]:
     """What is timed on a GPU besides plain calls: both replayed as CUDA graphs, ours with a cold L2 cache."""
-    found = {COLD: ours}
+    found = {COLD[0]: ours}
     for name, function in (("official, graph", official), ("ours, graph", ours)):
-        try:
-            found[name] = replayed(function)
-        except RuntimeError as error:
-            print(f"{name}: cannot be captured: {str(error).splitlines()[0]}")
+        replay = replay_or_none(name, function)
+        if replay is not None:
+            found[name] = replay
+    if "ours, graph" in found:
+        found[COLD[1]] = found["ours, graph"]
     return found
+
+
+def replay_or_none(name: str, function: Callable) -> Callable | None:
+    """The replay of function as a CUDA graph; None, and why in print, where it cannot be captured."""
+    try:
+        return replayed(function)
+    except RuntimeError as error:
+        print(f"{name}: cannot be captured: {str(error).splitlines()[0]}")
+        return None
 
 
 def same_index(official: Tensor, ours: Tensor, oracle: Tensor, *more_of_ours: tuple[Tensor, Tensor]) -> Verdict:

@@ -43,6 +43,8 @@ class Linear(nn.Linear):
         activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
         output features in that many tensors of their own, a tuple (no residual then).
         """
+        if not x.is_cpu:  # nothing is packed there
+            return self._plain(x, activation, residual, scale, chunks)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if not self._can_pack(x, dtype) or (scale is not None and scale.is_inference()):
             return self._plain(x, activation, residual, scale, chunks)
@@ -51,12 +53,21 @@ class Linear(nn.Linear):
         ]
         return products[0] if chunks == 1 else tuple(products)
 
-    def _plain(self, x: Tensor, activation: str, residual: Tensor | None, scale: Tensor | None, chunks: int):
+    def _plain(
+        self,
+        x: Tensor,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        chunks: int = 1,
+    ) -> Tensor | tuple[Tensor, ...]:
         if chunks > 1:
             biases = [None] * chunks if self.bias is None else self.bias.chunk(chunks)
             parts = zip(self.weight.chunk(chunks), biases, strict=True)
             return tuple(ACTIVATIONS[activation](functional.linear(x, *part)) for part in parts)
-        y = ACTIVATIONS[activation](super().forward(x))
+        y = functional.linear(x, self.weight, self.bias)
+        if activation != "none":
+            y = ACTIVATIONS[activation](y)
         if scale is not None:
             return scale * y if residual is None else torch.addcmul(residual, y.to(residual.dtype), scale)
         return y if residual is None else residual + y

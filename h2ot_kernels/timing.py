@@ -122,8 +122,10 @@ class Machine:
     """What this machine reached in this process, as the measure for "share of the peak".
 
     flops(): the best float32 rate (FLOP/s, an FMA counts 2) among the library products tried: `torch.mm` and, on a
-    CPU with oneDNN, its packed linear layer: a proxy for the FMA peak, not the data sheet's figure.
+    CPU with oneDNN, its packed linear layer: a proxy for the FMA peak, not the data sheet's figure. flops(dtype) of a
+    16-bit dtype on a GPU: that of `torch.mm` in it; on a CPU, and for any other dtype, the float32 rate.
     launch_seconds: from one event to the next around a kernel with nothing to do; 0 on a CPU.
+    replay_seconds: the same around the replay of a CUDA graph of one such kernel: in every "graph" timing; 0 on a CPU.
     copy_rate(n): bytes read plus bytes written per second of a warm `Tensor.copy_` that moves n bytes in all.
     """
 
@@ -131,23 +133,34 @@ class Machine:
         self.device = torch.device(device)
         self.seconds = seconds
         self.copy_rates: dict[int, float] = {}
+        self.half_rates: dict[torch.dtype, float] = {}
 
     @functools.cached_property
     def products(self) -> dict[str, float]:
         """FLOP/s of each product that was tried, size 1536 on a CPU and 8192 on a GPU."""
-        size = 8192 if self.device.type == "cuda" else 1536
-        x = torch.randn(size, size, device=self.device)
-        out = torch.empty_like(x)
-        rates = {"torch.mm": 2 * size**3 / _best(lambda: torch.mm(x, x, out=out), self.device, self.seconds)}
+        rates, size = {"torch.mm": self._product_rate(torch.float32)}, self._product_size()
         if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            packed, weight = x.to_mkldnn(), torch.randn(size, size).to_mkldnn()
+            packed, weight = (torch.randn(size, size).to_mkldnn() for _ in range(2))
             with torch.inference_mode():
                 seconds = _best(lambda: functional.linear(packed, weight), self.device, self.seconds)
             rates["oneDNN linear"] = 2 * size**3 / seconds
         return rates
 
-    def flops(self) -> float:
-        return max(self.products.values())
+    def _product_size(self) -> int:
+        return 8192 if self.device.type == "cuda" else 1536
+
+    def _product_rate(self, dtype: torch.dtype) -> float:
+        size = self._product_size()
+        x = torch.randn(size, size, device=self.device).to(dtype)
+        out = torch.empty_like(x)
+        return 2 * size**3 / _best(lambda: torch.mm(x, x, out=out), self.device, self.seconds)
+
+    def flops(self, dtype: torch.dtype = torch.float32) -> float:
+        if self.device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+            return max(self.products.values())
+        if dtype not in self.half_rates:
+            self.half_rates[dtype] = self._product_rate(dtype)
+        return self.half_rates[dtype]
 
     def copy_rate(self, num_bytes: int) -> float:
         """Of the power of two at or above num_bytes, from 4 KiB to 256 MiB; measured once per size."""
@@ -165,6 +178,13 @@ class Machine:
         nothing = torch.empty(1, device=self.device)
         return _best(nothing.zero_, self.device, self.seconds / 4)
 
-    def floor(self, flops: float, num_bytes: int) -> float:
-        """Seconds that this much work takes at those rates, or one launch, whichever is highest."""
-        return max(flops / self.flops(), num_bytes / self.copy_rate(num_bytes), self.launch_seconds)
+    @functools.cached_property
+    def replay_seconds(self) -> float:
+        if self.device.type != "cuda":
+            return 0.0
+        nothing = torch.empty(1, device=self.device)
+        return _best(replayed(nothing.zero_), self.device, self.seconds / 4)
+
+    def floor(self, flops: float, num_bytes: int, dtype: torch.dtype = torch.float32) -> float:
+        """Seconds that this much work in dtype takes at those rates, or one launch, whichever is highest."""
+        return max(flops / self.flops(dtype), num_bytes / self.copy_rate(num_bytes), self.launch_seconds)

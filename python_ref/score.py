@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 GAUSSIAN_STEPS = 2.0**40  # terms of the Gaussian density are multiples of 1 / GAUSSIAN_STEPS
-# Sizes of temporaries, which change no bit: elements that stay in cache, and pairs of tokens that are ranked at once.
-IN_CACHE, PAIRS = 1 << 16, 1 << 22
+# Sizes of temporaries, which change no bit: elements that stay in a CPU's cache, elements on a GPU, where each step is
+# a launch, and pairs of tokens that are ranked at once.
+IN_CACHE, ON_A_GPU, PAIRS = 1 << 16, 1 << 26, 1 << 22
 
 
 class TokenScores(NamedTuple):
@@ -56,7 +57,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.detach(), y.detach()
     B, M, C = y.shape
     squared = x.new_empty(B, x.shape[1], M)
-    columns = max(IN_CACHE // max(B * C, 1), 1)
+    columns = max((ON_A_GPU if y.is_cuda else IN_CACHE) // max(B * C, 1), 1)
     for part, to in zip(y.split(columns, 1), squared.split(columns, 2), strict=True):
         for i, row in enumerate(x.unbind(1)):
             to[:, i] = (row.unsqueeze(1) - part).square().sum(-1)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import python_ref
 from bench import bench_dropin, bench_large, run, shapes
 from h2ot_kernels.comparison import Comparison, Verdict, compare, same_index, same_labels, same_values
 from h2ot_kernels.timing import Machine, interleave
@@ -19,12 +20,17 @@ TINY = {
     "prune_motion": {"B": 2, "F": 27, "K": 9},
     "prune_attention": {"B": 2, "F": 27, "C": 32, "K": 9},
     "gather_tokens": {"B": 2, "F": 27, "C": 32, "K": 9},
+    "gather_and_embed": {"B": 2, "F": 27, "C": 32, "K": 9},
     "assign_clusters": {"B": 2, "N": 27, "C": 32, "K": 9, "k": 2},
     "merge_tokens": {"B": 2, "N": 27, "C": 32, "K": 9, "k": 2},
     "recover_attention": {"B": 2, "F": 27, "C": 32, "K": 9},
     "recover_pose": {"B": 2, "F": 27, "C": 32, "K": 9},
     "recover_interpolate": {"B": 2, "F": 27, "C": 3, "K": 9},
 }
+
+
+def measure(case, machine, **options):
+    return compare(shapes.build(case, machine.device), machine, seconds=0.01, **options)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def test_every_operation_has_shapes_and_a_stem():
 @pytest.mark.parametrize("kind", ["smooth", "random"])
 def test_every_operation_is_right_and_timed(machine, op, kind):
     case = shapes.Case(op, kind, TINY[op])
-    result = run.measure(case, machine, seconds=0.01)
+    result = measure(case, machine)
     assert result.verdict.is_right, result.verdict
     assert result.verdict.agreement_ours >= result.verdict.agreement_official
     assert set(result.timings) == {"official", "ours"}
@@ -56,6 +62,9 @@ def test_every_operation_is_right_and_timed(machine, op, kind):
     assert row["timings"]["ours"]["p10"] <= row["timings"]["ours"]["p50"] <= row["timings"]["ours"]["p99"]
     assert row["speed_up"] == pytest.approx(row["timings"]["official"]["p50"] / row["timings"]["ours"]["p50"])
     assert (row["share_of_peak"] is None) == (op == "prune_sample")
+    assert list(row["shares_of_floor"].values()) == ([] if op == "prune_sample" else [row["share_of_peak"]])
+    assert row["best_flops"] == row["best_float32_flops"]  # a CPU's floor is that of float32
+    assert row["launch_seconds"] == row["replay_seconds"] == 0
     assert row["torch"] == torch.__version__
 
 
@@ -130,6 +139,83 @@ def test_a_wrong_implementation_fails_the_check(monkeypatch):
     assert not shapes.build(case, "cpu").check().is_right
 
 
+def test_the_oracle_of_a_case_is_computed_once(monkeypatch):
+    calls = []
+    genuine = python_ref.score.squared_distances
+
+    def counted(x, y):
+        calls.append((x.shape, y.shape))
+        return genuine(x, y)
+
+    monkeypatch.setattr(python_ref.score, "squared_distances", counted)
+    monkeypatch.setattr(python_ref.cluster, "squared_distances", counted)
+    comparison = shapes.build(shapes.Case("cluster_tokens", "smooth", TINY["cluster_tokens"]), "cpu")
+    with torch.inference_mode():
+        assert comparison.check() == comparison.check()
+    assert len(calls) == 3  # with noise, without, labels
+    assert comparison.checked == "first and last sample"
+
+
+def test_a_wrong_backend_does_not_meet_its_own_oracle(monkeypatch):
+    """The labels are kept for the index that they belong to: another index gets its own."""
+    import h2ot_kernels as h2ot
+
+    comparison = shapes.build(shapes.Case("cluster_tokens", "smooth", TINY["cluster_tokens"]), "cpu")
+    assert comparison.check().is_right
+    genuine = h2ot.cluster_tokens
+
+    def shifted(*given):
+        found = genuine(*given)
+        return found._replace(labels=(found.labels + 1) % 9)
+
+    monkeypatch.setattr(h2ot, "cluster_tokens", shifted)
+    assert not comparison.check().is_right
+
+
+@pytest.mark.parametrize("kind", ["smooth", "random"])
+def test_what_a_gpu_is_asked_for_is_right_at_tiny_sizes(machine, kind):
+    small = {"B": 3, "F": 27, "N": 60, "C": 32, "K": 9}
+    wanted = {}
+    for case in shapes.gpu_cases(shapes.all_ops()):
+        wanted.setdefault(case.op, []).append(case)
+        sizes = {name: small.get(name, size) for name, size in case.sizes.items()}
+        result = measure(shapes.Case(case.op, kind, sizes, case.dtype), machine)
+        assert result.verdict.is_right, (case, result.verdict)
+        assert result.shape.items() >= sizes.items()
+    assert {op: len(of_op) for op, of_op in wanted.items()} == {
+        "prune_step": 4,
+        "gather_and_embed": 2,
+        "recover_pose": 4,
+        "prune_cluster": 2,
+    }
+    assert [str(case) for case in shapes.gpu_cases(["prune_step", "recover_pose"], quick=True)] == [
+        "prune_step-B4-F243-C512-K81-smooth",
+        "recover_pose-B4-F243-C512-K81-smooth",
+    ]
+    with pytest.raises(ValueError, match="'sort'"):
+        shapes.gpu_cases(["sort"])
+
+
+def test_a_pruning_step_without_joints_is_the_official_one_with_one_joint():
+    comparison = shapes.build(shapes.Case("prune_step", "smooth", {"B": 2, "F": 27, "J": 1, "C": 32, "K": 9}), "cpu")
+    noise = torch.rand(2, 27) * 1e-6
+    for found, wanted in zip(
+        comparison.official(*comparison.arguments, noise),
+        python_ref.official.prune_step(*comparison.arguments, noise),
+        strict=True,
+    ):
+        assert torch.equal(found, wanted)
+
+
+def test_the_first_dtype_comes_first():
+    cases = shapes.cases(["prune_sample", "gather_tokens"], quick=True, dtypes=("float32", "bfloat16"))
+    assert [(case.op, case.dtype) for case in cases] == [
+        ("prune_sample", "float32"),
+        ("gather_tokens", "float32"),
+        ("gather_tokens", "bfloat16"),
+    ]
+
+
 def test_verdicts():
     oracle = torch.tensor([[0, 2, 4, 6]])
     index = same_index(torch.tensor([[6, 0, 1, 4]]), torch.tensor([[0, 2, 4, 6]]), oracle)
@@ -146,7 +232,7 @@ def test_verdicts():
 
 def test_the_compiled_official_formulation_is_a_third_rival(machine):
     case = shapes.Case("prune_motion", "smooth", TINY["prune_motion"])
-    result = run.measure(case, machine, seconds=0.01, with_compile=True)
+    result = measure(case, machine, with_compile=True)
     assert set(result.timings) == {"official", "compile", "ours"}
     assert result.timings["compile"].first > result.timings["compile"].p50
 
@@ -172,6 +258,12 @@ def test_the_machine_rates_are_positive_and_the_floor_is_the_higher_bound():
     assert machine.copy_rate((1 << 20) - 5) == copied  # the same power of two, measured once
     assert machine.floor(0, 1 << 20) == pytest.approx((1 << 20) / copied)
     assert machine.floor(10**12, 1) == pytest.approx(10**12 / machine.flops())
+    assert machine.flops(torch.bfloat16) == machine.flops()  # on a CPU
+    on_a_gpu = Machine("cpu", seconds=0.01)
+    on_a_gpu.device = torch.device("cuda")
+    on_a_gpu.products, on_a_gpu.half_rates = {"torch.mm": 1.0}, {torch.bfloat16: 16.0}
+    rates = [on_a_gpu.flops(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    assert rates == [1.0, 16.0, 1.0]
 
 
 def test_a_comparison_names_the_backend_that_ran():
@@ -203,14 +295,12 @@ def test_the_patch_is_checked_and_timed(tmp_path, monkeypatch, capsys):
 
 
 def test_a_case_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    measure = run.measure
-
-    def fails_first(case, *given, **named):
-        if case.op == "prune_sample":
+    def fails_first(comparison, *given, **named):
+        if comparison.op == "prune_sample":
             raise ArithmeticError("of this case")
-        return measure(case, *given, **named)
+        return compare(comparison, *given, **named)
 
-    monkeypatch.setattr(run, "measure", fails_first)
+    monkeypatch.setattr(run, "compare", fails_first)
     out = tmp_path / "rows.jsonl"
     options = ["--quick", "--no-memory", "--no-peers", "--backends", "--seconds", "0.01", "--out", str(out)]
     assert run.main(["--ops", "prune_sample", "prune_motion", *options]) == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu
+from bench import bench_dropin, bench_hosts, gpu, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,13 +23,88 @@ def test_the_stages(tmp_path):
     planned = gpu.stages(tmp_path)
     assert {"memcheck", "racecheck", "initcheck", "guard bands"} <= {stage.name for stage in planned}
     assert sum(stage.seconds for stage in planned[:5]) < gpu.SECONDS <= 540  # what every other leans on
-    assert {stage.name for stage in planned if stage.kept} >= {"case list", "memcheck", "benchmarks", "hosts", "patch"}
+    kept = {stage.name for stage in planned if stage.kept}
+    assert kept >= {"every operation", "case list", "memcheck", "asked sizes", "benchmarks", "hosts", "patch"}
     slow, left = {}, gpu.SECONDS - 100.0  # after a slow build every stage takes what it may
     for i, stage in enumerate(planned):
         slow[stage.name] = min(stage.seconds, gpu.share(stage, planned[i + 1 :], left))
         assert stage.kept <= slow[stage.name] <= left
         left -= slow[stage.name]
     assert gpu.share(planned[5], planned[6:], 20.0) == 20.0  # what is kept is not more than there is
+
+
+MEASURED = {"build": 30, "device": 1, "environment": 5, "every operation": 36, "guard bands": 40, "gpu tests": 30}
+MEASURED |= {"case list": 85, "memcheck": 60, "asked sizes": 45, "benchmarks": 55, "hosts": 25, "patch": 15}
+MEASURED |= {"compiled rivals": 20, "racecheck": 50}
+
+
+def test_what_was_measured_on_a_gpu_fits(tmp_path):
+    """All but the end of the last stage, which takes what is left."""
+    planned, left = gpu.stages(tmp_path), gpu.SECONDS - MEASURED["build"]
+    assert [stage.name for stage in planned] == [*list(MEASURED)[1:], "initcheck"]
+    for i, stage in enumerate(planned[:-1]):
+        assert min(stage.seconds, gpu.share(stage, planned[i + 1 :], left)) >= MEASURED[stage.name], stage.name
+        left -= MEASURED[stage.name]
+    assert left >= 40
+
+
+def test_the_commands_of_the_benchmarks_are_understood(tmp_path, capsys, monkeypatch):
+    """Their options, up to the device that is not here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    modules = {"bench.run": run, "bench.bench_hosts": bench_hosts, "bench.bench_dropin": bench_dropin}
+    commands = [stage.command for stage in gpu.stages(tmp_path) if stage.command[2:3] and stage.command[2] in modules]
+    assert len(commands) == 5
+    for command in commands:
+        with pytest.raises(SystemExit):
+            modules[command[2]].main(list(command[3:]))
+        assert "sees no CUDA device here" in capsys.readouterr().err
+
+
+def timed(seconds):
+    return {"p10": seconds, "p50": seconds, "p90": seconds, "p99": seconds, "first": None, "calls": 3}
+
+
+def test_the_summary_says_what_was_measured_in_this_run(tmp_path):
+    """Against the last row of each case; rows of an earlier run in the same folder do not count."""
+    times = {"official": 4e-4, "official, graph": 1e-4, "ours": 1e-4, "ours, graph": 2e-5, "ours, graph, cold L2": 4e-5}
+    row = {"op": "prune_step", "shape": {"B": 4}, "kind": "smooth", "dtype": "bfloat16", "gpu_size": True}
+    row |= {"device": "a GPU", "torch": "2.11", "best_flops": 8e14, "launch_seconds": 2e-6, "replay_seconds": 8e-6}
+    row |= {"verdict": {"agreement_official": 0.5, "agreement_ours": 1.0}, "floor": 1e-5, "checked": "everything"}
+    row |= {"shares_of_floor": {"ours": 0.1, "ours, graph": 0.5, "ours, graph, cold L2": 0.25}}
+    row |= {"timings": {rival: timed(value) for rival, value in times.items()}, "date": "2026-05-05"}
+    row |= {"peak_bytes": {"official": 300, "ours": 100}}
+    compiled = row | {"timings": row["timings"] | {"compile": timed(3e-4)}, "peak_bytes": {}}
+    old = row | {"op": "forgotten", "date": "2026-01-01"}
+    other = row | {"shape": {"B": 5}, "gpu_size": False, "floor": None, "shares_of_floor": {}}
+    wrong = row | {"op": "wrong", "timings": {}, "floor": None}
+    patch = {"op": "dropin_hot_mixste", "shape": {"B": 4}, "dtype": "float32", "is_right": True, "date": "2026-05-05"}
+    patch |= {"timings": {"unpatched": timed(0.02), "patched": timed(0.01)}, "speed_up": 2.0}
+    model = {"model": "h2ot_mixste", "whose": "ours", "mode": "inference", "batch": 1, "dtype": "float32"}
+    model |= {"over_official": 1.5, "over_official_graph": None, "seconds": 0.005, "graph_seconds": 0.004}
+    model |= {"frames_per_second": 48600, "graph_frames_per_second": 60750, "date": "2026-05-05"}
+    model |= {"of_baseline": {"frames_per_second": 1.8}}
+    lines = [json.dumps(found) + "\n" for found in (old, row, other, wrong, compiled, patch)]
+    (tmp_path / "results.jsonl").write_text("".join(lines) + '{"op": "cut off')
+    (tmp_path / "hosts.jsonl").write_text(json.dumps(model) + "\n")
+    (tmp_path / "logs").mkdir()
+    gpu.write([], tmp_path, tmp_path / "logs", {"device": "a GPU", "date": "2026-05-04"})
+    summary = (tmp_path / "summary.md").read_text()
+    for shown in (
+        "bfloat16 800 TFLOP/s",
+        "a launch 2.0 us, the replay of a graph 8.0 us",
+        "| prune_step B 4 smooth bfloat16 | 4.00x | 20.00x | 5.00x | 3.00x | 15.00x | 400.0 | 100.0 | 100.0 | 20.0 "
+        "| 10.0 | 10 % | 50 % | 25 % | - | 0.500 / 1.000 | everything |",
+        "| prune_step B 5 smooth bfloat16 | 4.00x | 20.00x | 5.00x | - | - | 400.0 | 100.0 | 100.0 | 20.0 | - "
+        "| - | - | - | 3.0x |",
+        "| wrong B 4 smooth bfloat16 | WRONG, not timed |",
+        "| h2ot_mixste | 1 | float32 | 1.50x | - | 5.00 | 4.00 | 48600 | 60750 | 1.80x | - |",
+        "| 4 | float32 | 20.00 | 10.00 | 2.00x |",
+    ):
+        assert shown in summary, shown
+    assert "forgotten" not in summary
+    assert summary.index("What is asked of a GPU") < summary.index("Hosts") < summary.index("Other sizes")
+    widths = {line.count("|") for line in summary.splitlines() if line.startswith("| prune_step")}
+    assert len(widths) == 1
 
 
 def test_a_stage_ends_with_the_time_of_the_command(tmp_path):

@@ -1,12 +1,15 @@
 """The hosts: parameters and FLOPs of the published table, equality with the official formulation, checkpoints."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 import h2ot_kernels as h2ot
 from h2ot_kernels import hosts
-from h2ot_kernels.attention import attend_by_torch, attend_rows
+from h2ot_kernels.attention import attend_by_torch, attend_rows, takes_one_product
+from h2ot_kernels.hosts import blocks
 from h2ot_kernels.hosts.blocks import Attention, Block, drop_path
 
 from .host_cases import (
@@ -247,9 +250,16 @@ def test_drop_path_drops_whole_sequences():
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
 
 
+def as_on_a_gpu(x, dim):
+    """What `takes_one_product` says of a GPU's tensor, of one on a CPU."""
+    return takes_one_product(torch.empty(x.shape, device="meta"), dim)
+
+
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_attention_along_any_axis(dim, samples):
+@pytest.mark.parametrize("takes", [takes_one_product, as_on_a_gpu])
+def test_attention_along_any_axis(dim, samples, takes, monkeypatch):
+    monkeypatch.setattr(blocks, "takes_one_product", takes)
     layer = Attention(8, 2).double()
     x = torch.randn(samples, 6, 5, 8, dtype=torch.float64)
     query, key, value = layer.qkv(x).unflatten(-1, (3, 2, 4)).movedim(dim, -2).unbind(-4)
@@ -258,6 +268,38 @@ def test_attention_along_any_axis(dim, samples):
     torch.testing.assert_close(ours, x + layer.proj(expected))
     torch.testing.assert_close(same_query, query)
     torch.testing.assert_close(same_key, key)
+    alone, nothing = layer(x, dim, residual=x, with_query_key=False)
+    assert torch.equal(alone, ours)
+    assert nothing is None
+
+
+@pytest.mark.parametrize("name", ["mixste", "hot_mixste", "h2ot_mixste", "motionbert", "mhformer", "motionagformer"])
+def test_the_hosts_give_the_same_from_one_product(name, monkeypatch):
+    model = small(name).eval().double()
+    x = torch.randn(1, *model.in_shape, dtype=torch.float64)
+    with torch.no_grad():
+        before = poses(model(x))
+        monkeypatch.setattr(blocks, "takes_one_product", as_on_a_gpu)
+        torch.testing.assert_close(poses(model(x)), before)
+
+
+@pytest.mark.parametrize("name", ["mixste", "h2ot_mixste"])
+def test_a_block_costs_a_gpu_no_more_calls_than_the_official_one(name, monkeypatch):
+    """Where kernels are short, the calls are the time."""
+    monkeypatch.setattr(blocks, "takes_one_product", lambda x, dim: True)
+    monkeypatch.setattr(blocks.Linear, "forward", blocks.Linear._plain)
+    ours, counts = small(name).eval(), {}
+    for whose, model in (("official", official(name, ours)), ("ours", ours)):
+        x, calls = torch.randn(1, F, J, 2, dtype=torch.float64), []
+        with torch.inference_mode():
+            model(x)
+            sys.setprofile(lambda frame, event, argument, calls=calls: calls.append(event))
+            try:
+                model(x)
+            finally:
+                sys.setprofile(None)
+        counts[whose] = {event: calls.count(event) for event in ("call", "c_call")}
+    assert all(counts["ours"][event] < counts["official"][event] for event in ("call", "c_call")), counts
 
 
 def test_attention_is_that_of_torch():

@@ -1,4 +1,10 @@
-"""Every operation as a comparison: official formulation, ours, float64 oracle and counted work. bench uses them too."""
+"""Every operation as a comparison: official formulation, ours, float64 oracle and counted work. bench uses them too.
+
+The oracle of a comparison is computed at its first check and kept: each backend is checked against the same one.
+"""
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,6 +73,9 @@ def _noise(x: Tensor) -> Tensor:
     return (torch.rand(*x.shape[:2], generator=generator) * 1e-6).to(x.device)
 
 
+ENDS = "first and last sample"  # what `_ends` leaves
+
+
 def _ends(x: Tensor | None) -> Tensor | None:
     """The first and the last sample of a batch: enough for the slow oracle, as no sample may influence another."""
     return x if x is None or x.shape[0] <= 2 else x[[0, -1]]
@@ -81,13 +90,14 @@ def _pairs_work(x: Tensor) -> dict[str, int]:
 def score_tokens(x: Tensor, k: int = NEIGHBOURS) -> Comparison:
     """DPC scores of x [B, N, C], checked with noise given (against the official score) and without."""
     B, N, C = x.shape
+    modes = (None, _noise(x))
+    oracle = functools.cache(lambda: [python_ref.score_tokens(_ends(x), k, noise=_ends(given)) for given in modes])
 
     def check() -> Verdict:
-        sample, noise = _ends(x), _noise(x)
-        theirs = official.density_peaks(sample, k, noise=_ends(noise))[0]
+        theirs = official.density_peaks(_ends(x), k, noise=_ends(modes[1]))[0]
         deviations = []
-        for given in (None, noise):
-            mine, truth = h2ot.score_tokens(x, k, noise=given), python_ref.score_tokens(sample, k, noise=_ends(given))
+        for given, truth in zip(modes, oracle(), strict=True):
+            mine = h2ot.score_tokens(x, k, noise=given)
             deviations.append((_ends(mine.density * mine.distance) - truth.density * truth.distance).abs())
         # Not tied to the official formulation's error: its distances are what goes wrong there.
         bound = torch.finfo(torch.float32).eps * C**0.5 * truth.distance.max().item()
@@ -96,7 +106,14 @@ def score_tokens(x: Tensor, k: int = NEIGHBOURS) -> Comparison:
 
     shape = {"B": B, "N": N, "C": C, "k": k}
     return Comparison(
-        "score_tokens", shape, official.density_peaks, (x, k), lambda: h2ot.score_tokens(x, k), check, **_pairs_work(x)
+        "score_tokens",
+        shape,
+        official.density_peaks,
+        (x, k),
+        lambda: h2ot.score_tokens(x, k),
+        check,
+        checked=ENDS,
+        **_pairs_work(x),
     )
 
 
@@ -108,12 +125,13 @@ def prune_cluster(x: Tensor, num_tokens: int, k: int = NEIGHBOURS) -> Comparison
         score = official.density_peaks(x, k, noise=noise)[0]
         return torch.topk(score, num_tokens, dim=-1).indices.sort(dim=-1).values
 
+    modes = (_noise(x), None)
+    oracle = _pruned_in_each_mode(_ends(x), num_tokens, k, [_ends(given) for given in modes])
+
     def check() -> Verdict:
-        sample, noise = _ends(x), _noise(x)
-        theirs = opponent(sample, num_tokens, k, _ends(noise))
-        ours = [_ends(h2ot.prune_cluster(x, num_tokens, k, noise=given)) for given in (noise, None)]
-        truth = [python_ref.prune_cluster(sample, num_tokens, k, noise=_ends(given)) for given in (noise, None)]
-        return same_index(theirs, ours[0], truth[0], (ours[1], truth[1]))
+        theirs = opponent(_ends(x), num_tokens, k, _ends(modes[0]))
+        ours = [_ends(h2ot.prune_cluster(x, num_tokens, k, noise=given)) for given in modes]
+        return same_index(theirs, ours[0], oracle()[0], (ours[1], oracle()[1]))
 
     shape = {"B": B, "N": N, "C": C, "K": num_tokens, "k": k}
     return Comparison(
@@ -123,8 +141,14 @@ def prune_cluster(x: Tensor, num_tokens: int, k: int = NEIGHBOURS) -> Comparison
         (x, num_tokens, k),
         lambda: h2ot.prune_cluster(x, num_tokens, k),
         check,
+        checked=ENDS,
         **_pairs_work(x),
     )
+
+
+def _pruned_in_each_mode(x: Tensor, num_tokens: int, k: int, modes: list[Tensor | None]) -> Callable[[], list[Tensor]]:
+    """Gives the oracle's index for each noise (None: without), computed at the first call."""
+    return functools.cache(lambda: [python_ref.prune_cluster(x, num_tokens, k, noise=noise) for noise in modes])
 
 
 def cluster_tokens(x: Tensor, num_tokens: int, k: int = NEIGHBOURS) -> Comparison:
@@ -134,10 +158,18 @@ def cluster_tokens(x: Tensor, num_tokens: int, k: int = NEIGHBOURS) -> Compariso
     def ours() -> h2ot.TokenClusters:
         return h2ot.cluster_tokens(x, num_tokens, k)
 
+    pruning = prune_cluster(x, num_tokens, k)
+    labelled: list[tuple[Tensor, Tensor]] = []  # an index, and the oracle's labels for it
+
+    def labels_of(index: Tensor) -> Tensor:
+        if not labelled or not torch.equal(labelled[-1][0], index):
+            labelled.append((index, python_ref.assign_clusters(_ends(x), index)))
+        return labelled[-1][1]
+
     def check() -> Verdict:
-        selection = prune_cluster(x, num_tokens, k).check()
+        selection = pruning.check()
         index, labels, _ = map(_ends, ours())
-        wrong = int((labels != python_ref.assign_clusters(_ends(x), index)).sum())
+        wrong = int((labels != labels_of(index)).sum())
         wrong += int((index != _ends(h2ot.prune_cluster(x, num_tokens, k))).sum())
         return Verdict(selection.agreement_official, selection.agreement_ours, selection.error + wrong, 0)
 
@@ -148,27 +180,36 @@ def cluster_tokens(x: Tensor, num_tokens: int, k: int = NEIGHBOURS) -> Compariso
         (x, num_tokens, k),
         ours,
         check,
+        checked=ENDS,
         flops=B * N * (N - 1) * C,
         num_bytes=x.nbytes,
     )
 
 
 def prune_step(rows: Tensor, num_joints: int, num_tokens: int, k: int = NEIGHBOURS) -> Comparison:
-    """Pool, score, select, gather and embed, from rows [(B J), F, C], the layout of HoT."""
+    """Pool, score, select, gather and embed, from rows [(B J), F, C], HoT's layout; of one joint: tokens [B, F, C]."""
     F, C = rows.shape[1:]
-    frames = rows.unflatten(0, (-1, num_joints)).transpose(1, 2)
+    frames = rows if num_joints == 1 else rows.unflatten(0, (-1, num_joints)).transpose(1, 2)
     B = frames.shape[0]
-    embed = (torch.arange(num_tokens * C, device=rows.device) % 7).reshape(1, num_tokens, C).to(rows.dtype) * 0.01
+    embed = _embedding(num_tokens, rows)
+    modes = (_noise(frames), None)
+    oracle = _pruned_in_each_mode(frames, num_tokens, k, modes)
+
+    def of_tokens(x: Tensor, K: int, k: int, num_joints: int, embed: Tensor, noise: Tensor | None = None):
+        """As MHFormer's public code prunes: no joints, so nothing is pooled or permuted."""
+        index = official.cluster_dpc_knn(x, K, k, noise=noise)[0].sort(dim=-1).values
+        return official.index_points(x, index) + embed, index
+
+    opponent = of_tokens if num_joints == 1 else official.prune_step
 
     def ours(noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         index = h2ot.prune_cluster(frames, num_tokens, k, noise=noise)
         return h2ot.gather_tokens(rows, index, embed), index
 
     def check() -> Verdict:
-        noise = _noise(frames)
-        _, theirs = official.prune_step(rows, num_tokens, k, num_joints, embed, noise)
-        (_, with_noise), (kept, without) = ours(noise), ours()
-        truth = [python_ref.prune_cluster(frames, num_tokens, k, noise=given) for given in (noise, None)]
+        _, theirs = opponent(rows, num_tokens, k, num_joints, embed, modes[0])
+        (_, with_noise), (kept, without) = ours(modes[0]), ours()
+        truth = oracle()
         verdict = same_index(theirs, with_noise, truth[0], (without, truth[1]))
         differing = int((kept != python_ref.gather_tokens(rows, truth[1], embed)).sum())
         return Verdict(verdict.agreement_official, verdict.agreement_ours, verdict.error + differing, 0)
@@ -177,7 +218,7 @@ def prune_step(rows: Tensor, num_joints: int, num_tokens: int, k: int = NEIGHBOU
     return Comparison(
         "prune_step",
         shape,
-        official.prune_step,
+        opponent,
         (rows, num_tokens, k, num_joints, embed),
         ours,
         check,
@@ -187,24 +228,32 @@ def prune_step(rows: Tensor, num_joints: int, num_tokens: int, k: int = NEIGHBOU
     )
 
 
-def gather_tokens(rows: Tensor, index: Tensor, num_joints: int) -> Comparison:
-    """The kept frames of rows [(B J), F, C] at index [B, K]: data movement, exact."""
+def _embedding(num_tokens: int, like: Tensor) -> Tensor:
+    """[1, K, C], what is added to the kept frames."""
+    C = like.shape[-1]
+    return (torch.arange(num_tokens * C, device=like.device) % 7).reshape(1, num_tokens, C).to(like.dtype) * 0.01
+
+
+def gather_tokens(rows: Tensor, index: Tensor, num_joints: int, *, with_embedding: bool = False) -> Comparison:
+    """The kept frames of rows [(B J), F, C] at index [B, K]: data movement, exact; and an embedding, added once."""
     F, C = rows.shape[1:]
     B, K = index.shape
+    embed = (_embedding(K, rows),) if with_embedding else ()
 
     def check() -> Verdict:
-        theirs, ours = official.gather_frames(rows, index, num_joints), h2ot.gather_tokens(rows, index)
-        return same_values(theirs, ours, python_ref.gather_tokens(rows, index), C, moved=True)
+        theirs, ours = official.gather_frames(rows, index, num_joints, *embed), h2ot.gather_tokens(rows, index, *embed)
+        return same_values(theirs, ours, python_ref.gather_tokens(rows, index, *embed), C, moved=True)
 
     shape = {"B": B, "J": num_joints, "F": F, "C": C, "K": K}
     return Comparison(
-        "gather_tokens",
+        "gather_and_embed" if with_embedding else "gather_tokens",
         shape,
         official.gather_frames,
-        (rows, index, num_joints),
-        lambda: h2ot.gather_tokens(rows, index),
+        (rows, index, num_joints, *embed),
+        lambda: h2ot.gather_tokens(rows, index, *embed),
         check,
-        num_bytes=2 * rows.nbytes * K // F,
+        kernel="gather_tokens",
+        num_bytes=2 * rows.nbytes * K // F + sum(x.nbytes for x in embed),
     )
 
 
@@ -217,14 +266,14 @@ def assign_labels(x: Tensor, index: Tensor) -> Tensor:
 def assign_clusters(x: Tensor, index: Tensor) -> Comparison:
     """The nearest selected token of each token of x [B, N, C]."""
     (B, N, C), K = x.shape, index.shape[1]
+    oracle = functools.cache(lambda: python_ref.assign_clusters(_ends(x), _ends(index)))
 
     def check() -> Verdict:
-        sample, kept = _ends(x), _ends(index)
-        oracle = python_ref.assign_clusters(sample, kept)
-        return same_labels(assign_labels(sample, kept), _ends(h2ot.assign_clusters(x, index)), oracle)
+        theirs = assign_labels(_ends(x), _ends(index))
+        return same_labels(theirs, _ends(h2ot.assign_clusters(x, index)), oracle())
 
     shape = {"B": B, "N": N, "C": C, "K": K}
-    work = {"flops": 2 * B * N * K * C, "num_bytes": x.nbytes}
+    work = {"flops": 2 * B * N * K * C, "num_bytes": x.nbytes, "checked": ENDS}
     return Comparison(
         "assign_clusters", shape, assign_labels, (x, index), lambda: h2ot.assign_clusters(x, index), check, **work
     )
@@ -234,10 +283,10 @@ def merge_tokens(x: Tensor, index: Tensor) -> Comparison:
     """The mean of each cluster of x [B, N, C]."""
     (B, N, C), K = x.shape, index.shape[1]
     labels = python_ref.assign_clusters(x, index)
+    oracle = functools.cache(lambda: python_ref.merge_tokens(x.double(), labels, K))
 
     def check() -> Verdict:
-        oracle = python_ref.merge_tokens(x.double(), labels, K)
-        return same_values(official.merge_tokens(x, labels, K), h2ot.merge_tokens(x, labels, K), oracle, C)
+        return same_values(official.merge_tokens(x, labels, K), h2ot.merge_tokens(x, labels, K), oracle(), C)
 
     shape = {"B": B, "N": N, "C": C, "K": K}
     return Comparison(
@@ -304,10 +353,12 @@ def prune_attention(frames: Tensor, num_tokens: int, num_heads: int = 8) -> Comp
         (frames @ weight).unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1, 4).contiguous() for weight in maps
     )
 
+    scores = functools.cache(lambda: python_ref.attention_scores(query.double(), key.double()))
+
     def check() -> Verdict:
         theirs, ours = official.prune_attention(query, key, num_tokens), h2ot.prune_attention(query, key, num_tokens)
-        oracle = python_ref.prune_attention(query.double(), key.double(), num_tokens)
-        received = python_ref.attention_scores(query.double(), key.double())
+        received = scores()
+        oracle = python_ref.select_tokens(received, num_tokens)
         verdict = same_index(theirs, ours, oracle)
         # Scores are float32 sums: a frame may be swapped for another whose weight is equal within the bound.
         cut = received.gather(1, oracle).amin(-1, keepdim=True)

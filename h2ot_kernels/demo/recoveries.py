@@ -1,5 +1,7 @@
 """The recovering operations as comparisons, see operations.py."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -45,10 +47,14 @@ def recover_attention(kept: Tensor, num_frames: int, num_joints: int) -> Compari
     def ours() -> Tensor:
         return weights.ours(weights.token, kept)
 
-    def check() -> Verdict:
+    @functools.cache
+    def oracle() -> Tensor:
         attention, token = weights.doubled()
+        return official.cross_attention(token, kept.double(), attention)
+
+    def check() -> Verdict:
         theirs = official.cross_attention(weights.token, kept, weights.attention)
-        return same_values(theirs, ours(), official.cross_attention(token, kept.double(), attention), kept.shape[-1])
+        return same_values(theirs, ours(), oracle(), kept.shape[-1])
 
     return Comparison(
         "recover_attention",
@@ -74,12 +80,15 @@ def recover_pose(kept: Tensor, num_frames: int, num_joints: int) -> Comparison:
     def ours() -> Tensor:
         return weights.ours(weights.token, kept, head=tail).unflatten(0, (-1, num_joints))
 
-    def check() -> Verdict:
+    @functools.cache
+    def oracle() -> Tensor:
         attention, token = weights.doubled()
         recovered = official.cross_attention(token, kept.double(), attention)
         normed = nn.functional.layer_norm(recovered, recovered.shape[-1:], eps=norm.eps)
-        oracle = nn.functional.linear(normed, head.weight.double(), head.bias.double()).unflatten(0, (-1, num_joints))
-        return same_values(opponent(weights.token, kept, weights.attention), ours(), oracle, kept.shape[-1])
+        return nn.functional.linear(normed, head.weight.double(), head.bias.double()).unflatten(0, (-1, num_joints))
+
+    def check() -> Verdict:
+        return same_values(opponent(weights.token, kept, weights.attention), ours(), oracle(), kept.shape[-1])
 
     return Comparison(
         "recover_pose",
@@ -99,10 +108,11 @@ def recover_interpolate(x: Tensor, index: Tensor, num_frames: int) -> Comparison
     B, K = x.shape[:2]
     channels = x[0, 0].numel()
 
+    oracle = functools.cache(lambda: python_ref.recover_interpolate(x.double(), index, num_frames))
+
     def check() -> Verdict:
-        oracle = python_ref.recover_interpolate(x.double(), index, num_frames)
         theirs, ours = official.interpolate(x, index, num_frames), h2ot.recover_interpolate(x, index, num_frames)
-        return same_values(theirs, ours, oracle, channels)
+        return same_values(theirs, ours, oracle(), channels)
 
     shape = {"B": B, "K": K, "F": num_frames, "C": channels}
     return Comparison(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..attention import attend_rows
+from ..attention import attend_packed, attend_rows, takes_one_product
 from ..linear import Linear
 
 QueryKey = tuple[Tensor, Tensor]
@@ -42,20 +42,29 @@ class Attention(nn.Module):
         if not proj_first:
             self.proj = Linear(channels, channels)
 
-    def forward(self, x: Tensor, dim: int, **update) -> tuple[Tensor, QueryKey]:
+    def forward(self, x: Tensor, dim: int, *, with_query_key: bool = True, **update) -> tuple[Tensor, QueryKey | None]:
         """x [B, T, C], or [B, F, J, C] with dim 1 or 2 -> attention along axis dim, (query, key) [B, (J, F), H, T, D].
 
-        update: residual, scale as `Linear` takes them.
+        with_query_key: False gives None for them: views cost as much as a launch. update: residual, scale as `Linear`
+        takes them.
         """
-        heads = self.qkv(x, chunks=3)
-        query, key, _ = (y.unflatten(-1, (self.num_heads, -1)).movedim(dim, -2) for y in heads)
-        if dim == x.dim() - 2:
-            attended = attend_rows(*(y.flatten(0, -3) for y in heads), self.num_heads)
+        query_key = None
+        if takes_one_product(x, dim):
+            attended, *heads = attend_packed(self.qkv(x), self.num_heads, dim)
+            if with_query_key:
+                others = x.shape[:-2] if dim == x.dim() - 2 else (1, x.shape[2])
+                query_key = tuple(y.unflatten(0, others) for y in heads)
         else:
-            # The joints stand beside the heads: every sample is read and written in place.
-            attended = attend_rows(*(y.flatten(2) for y in heads), x.shape[2] * self.num_heads)
-        attended = attended.view_as(x)
-        return project(self.proj, attended, self.dropout if self.training else 0.0, **update), (query, key)
+            heads = self.qkv(x, chunks=3)
+            if with_query_key:
+                query_key = tuple(y.unflatten(-1, (self.num_heads, -1)).movedim(dim, -2) for y in heads[:2])
+            if dim == x.dim() - 2:
+                attended = attend_rows(*(y.flatten(0, -3) for y in heads), self.num_heads)
+            else:
+                # The joints stand beside the heads: every sample is read and written in place.
+                attended = attend_rows(*(y.flatten(2) for y in heads), x.shape[2] * self.num_heads)
+            attended = attended.view_as(x)
+        return project(self.proj, attended, self.dropout if self.training else 0.0, **update), query_key
 
 
 def project(layer: Linear, x: Tensor, dropout: float, residual: Tensor | None = None, **scale) -> Tensor:
@@ -77,8 +86,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, **update) -> Tensor:
         """update: residual, scale as `Linear` takes them."""
-        hidden = functional.dropout(self.fc1(x, activation="gelu"), self.dropout, self.training)
-        return project(self.fc2, hidden, self.dropout if self.training else 0.0, **update)
+        dropout = self.dropout if self.training else 0.0
+        hidden = self.fc1(x, activation="gelu")
+        return project(self.fc2, functional.dropout(hidden, dropout) if dropout else hidden, dropout, **update)
 
 
 class Block(nn.Module):
@@ -99,12 +109,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = Mlp(channels, hidden, dropout)
 
-    def forward(self, x: Tensor, dim: int) -> tuple[Tensor, QueryKey]:
-        """x [B, ..., C] -> the block's output along axis dim, and its attention's (query, key)."""
+    def forward(self, x: Tensor, dim: int, *, with_query_key: bool = False) -> tuple[Tensor, QueryKey | None]:
+        """x [B, ..., C] -> the block's output along axis dim, and its attention's (query, key) where asked for."""
+        asked = {"with_query_key": with_query_key}
         if not self.training or self.drop_path_rate == 0:
-            x, query_key = self.attn(self.norm1(x), dim, residual=x)
+            x, query_key = self.attn(self.norm1(x), dim, residual=x, **asked)
             return self.mlp(self.norm2(x), residual=x), query_key
-        attended, query_key = self.attn(self.norm1(x), dim)
+        attended, query_key = self.attn(self.norm1(x), dim, **asked)
         x = x + drop_path(attended, self.drop_path_rate, dim)
         return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, dim), query_key
 

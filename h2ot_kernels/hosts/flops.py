@@ -13,6 +13,8 @@ from ..backend import use_backend
 from ..nn import TokenRecoveringAttention
 from .motionagformer import Graph
 
+CONVENTIONS = ("linear", "total")
+
 
 def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool = False) -> int:
     """FLOPs (2 a multiply-add) of one forward pass in eval mode at batch 1. Runs on shapes: no arithmetic, no data.
@@ -27,7 +29,12 @@ def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool 
     >>> round(hosts.count_flops(hosts.build("h2ot_mixste")) / 1e9, 2)
     121.23
     """
-    checks.choice("convention", convention, ("linear", "total"))
+    checks.choice("convention", convention, CONVENTIONS)
+    return flops_by_convention(model, executed=executed)[convention]
+
+
+def flops_by_convention(model: nn.Module, *, executed: bool = False) -> dict[str, int]:
+    """`count_flops` in every convention, from one pass."""
     counted = {"linear": 0, "repeated query": 0, "dense scaling": 0}
 
     def count_layer(layer: nn.Linear | nn.Conv1d, inputs, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -57,9 +64,10 @@ def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool 
         model.train(training)
         for handle in handles:
             handle.remove()
-    flops = total if convention == "total" else counted["linear"]
+    flops = {"linear": counted["linear"], "total": total}
     if not executed:
-        flops += counted["repeated query"] + (counted["dense scaling"] if convention == "total" else 0)
+        flops["linear"] += counted["repeated query"]
+        flops["total"] += counted["repeated query"] + counted["dense scaling"]
     return flops
 
 

@@ -52,13 +52,14 @@ class MixSTE(Host):
 
     def lift(self, x: Tensor, signals: dict) -> tuple[Tensor, Kept]:
         x = self.Spatial_patch_to_embedding(x) + self.Spatial_pos_embed
-        kept, query, key = (), None, None
+        kept, signals = (), {**signals, "pos_embed": self.pos_embed_token}
         for i, (spatial, temporal) in enumerate(zip(self.STEblocks, self.TTEblocks, strict=True)):
-            x, kept = self.hourglass.prune(i, x, kept, pos_embed=self.pos_embed_token, query=query, key=key, **signals)
+            x, kept = self.hourglass.prune(i, x, kept, **signals)
             x = self.Spatial_norm(spatial(x, dim=2)[0])
             if i == 0:
                 x = x + self._temporal_embedding(kept)
-            x, (query, key) = temporal(x, dim=1)
+            x, query_key = temporal(x, dim=1, with_query_key=self.prunes_by_attention(i + 1))
+            signals["query"], signals["key"] = query_key or (None, None)
             x = self.Temporal_norm(x)
         tail = {"x_token": self.x_token, "cross_attention": self.cross_attention}
         return self.hourglass.recover(x, kept, self.head, **tail), kept
