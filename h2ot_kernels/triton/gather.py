@@ -163,7 +163,7 @@ def _move(x: Tensor, index: Tensor, embed: Tensor | None, from_dim: int, to_dim:
         x, index, embed, out,
         walk.sizes, walk.steps, walk.rows, walk.inner, walk.inner_step, walk.frame_step, limit,
         x.shape[0] // index.shape[0], *index.stride(),
-        *(embed.stride() if embed is not None else (0, 0)), x.shape[-1],
+        *(embed.stride() if embed is not None else (0, 0)), out.shape[-1],
         SEARCH=limit.bit_length() if scatter else 0,
         **walk.constants,
     )  # fmt: skip
