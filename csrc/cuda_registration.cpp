@@ -109,6 +109,56 @@ Tensor select_tokens(const Tensor& score, int64_t num_tokens, const MaybeTensor&
   return index;
 }
 
+// What gathering and scattering share: x with its frame axis `from` moved to `to` gives out.
+template <class Args>
+void set_layout(Args& args, const Tensor& x, int64_t from, int64_t to, const Tensor& index, const Tensor& out) {
+  const Moved moved(x, from, to);
+  args.dtype = dtype_of(x);
+  args.dims = static_cast<int32_t>(x.dim());
+  args.frame_axis = static_cast<int32_t>(to);
+  for (int64_t axis = 0; axis < args.dims; axis++) {
+    args.size[axis] = out.size(axis);
+    args.stride[axis] = moved.stride[axis];
+  }
+  args.index = static_cast<const int64_t*>(index.const_data_ptr());
+  args.index_rows = index.size(0);
+  args.out = out.mutable_data_ptr();
+}
+
+void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim,
+                       const Tensor& out) {
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  const Tensor dense_index = dense(index);
+  const MaybeTensor embed = dense(pos_embed, x.scalar_type());
+  GatherArgs args = {};
+  args.x = x.const_data_ptr();
+  args.F = x.size(dim);
+  args.pos_embed = read<void>(embed);
+  set_layout(args, x, dim, out_dim, dense_index, out);
+  check_cuda(cuda::launch_gather(args, current_stream(device)), "gather_tokens");
+}
+
+Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim) {
+  const Tensor out = make_moved(x, dim, out_dim, index.size(1));
+  gather_tokens_out(x, index, pos_embed, dim, out_dim, out);
+  return out;
+}
+
+Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frames, int64_t dim, int64_t out_dim) {
+  if (grad.size(out_dim) != index.size(1)) throw std::invalid_argument("scatter_tokens: grad and index differ in K");
+  const int32_t device = grad.get_device_index();
+  const DeviceGuard guard(device);
+  const Tensor dense_index = dense(index);
+  const Tensor out = make_moved(grad, out_dim, dim, num_frames);
+  ScatterArgs args = {};
+  args.grad = grad.const_data_ptr();
+  args.K = index.size(1);
+  set_layout(args, grad, out_dim, dim, dense_index, out);
+  check_cuda(cuda::launch_scatter(args, current_stream(device)), "scatter_tokens");
+  return out;
+}
+
 }  // namespace
 }  // namespace h2ot
 
@@ -116,4 +166,7 @@ STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CUDA, m) {
   m.impl("score_tokens", TORCH_BOX(&h2ot::score_tokens));
   m.impl("prune_cluster", TORCH_BOX(&h2ot::prune_cluster));
   m.impl("select_tokens", TORCH_BOX(&h2ot::select_tokens));
+  m.impl("gather_tokens", TORCH_BOX(&h2ot::gather_tokens));
+  m.impl("gather_tokens_out", TORCH_BOX(&h2ot::gather_tokens_out));
+  m.impl("scatter_tokens", TORCH_BOX(&h2ot::scatter_tokens));
 }

@@ -162,10 +162,9 @@ def chosen_backend(op: str, device: str | torch.device, tensor: Tensor | None = 
     """The backend that `op` uses on `device` (for `tensor`) when none is named in the call."""
     named = _override or _from_environment
     later_cuda = tensor is not None and named is None and _asks_triton_first(op, tensor)
-    device = torch.device(device).type
-    _resolve(op, device, named, later_cuda)  # raises with the reasons where nothing can run
-    # By name: on the CPU and in CUDA C++ an operation may be one operator of the dispatcher.
-    return next(name for name in _order(device, named, later_cuda) if can_run(op, name, device)[0])
+    kind = torch.device(device).type
+    _resolve(op, kind, named, later_cuda)  # raises where nothing can run
+    return next(name for name in _order(kind, named, later_cuda) if can_run(op, name, kind)[0])
 
 
 def dispatch(op: str, tensor: Tensor, backend: str | None) -> Callable:

@@ -46,7 +46,7 @@ def gather_tokens(
     out_dim = dim if out_dim is None else _axis("out_dim", out_dim, x)
     checks.index("index", index, x)
     if pos_embed is not None:
-        pos_embed = _embedding(pos_embed, x, index.shape[1], out_dim)
+        pos_embed = _embedding(pos_embed, x, index.shape[1], dim, out_dim)
     if backend != "reference":
         checks.no_tangent("gather_tokens", x, pos_embed, out)
     arguments = x, index, pos_embed, dim, out_dim
@@ -64,12 +64,13 @@ def _axis(name: str, value: int, x: Tensor) -> int:
     return value
 
 
-def _embedding(pos_embed: Tensor, x: Tensor, K: int, out_dim: int) -> Tensor:
+def _embedding(pos_embed: Tensor, x: Tensor, K: int, dim: int, out_dim: int) -> Tensor:
     checks.tensor("pos_embed", pos_embed, (2, 3), "[1, K, C]")
     checks.same_device("pos_embed", pos_embed, "x", x)
     if out_dim == x.dim() - 1:
         raise ValueError(f"pos_embed: needs channels on the last axis, but out_dim = {out_dim} puts the frames there")
-    wanted = (1, K, x.shape[-1])[3 - pos_embed.dim() :]
+    channels = x.shape[-1] if dim < x.dim() - 1 else x.shape[-2]  # the last axis of the result
+    wanted = (1, K, channels)[3 - pos_embed.dim() :]
     checks.has_shape("pos_embed", pos_embed, wanted, "[1, K, C] or [K, C]")
     return pos_embed.reshape(wanted[-2:]).to(x.dtype)
 
@@ -147,12 +148,11 @@ def _reference(x, index, pos_embed, dim, out_dim):
 
 
 _ops = torch.ops.h2ot_kernels
-implement(
-    "gather_tokens",
-    "cpp",
-    declare("gather_tokens", **GATHER, backward=gather_backward(lambda *args: _ops.scatter_tokens(*args))),
-)
+_gather = declare("gather_tokens", **GATHER, backward=gather_backward(lambda *args: _ops.scatter_tokens(*args)))
+_gather_out = declare("gather_tokens_out", **into_out(**GATHER))
 declare("scatter_tokens", **SCATTER, backward=scatter_backward(lambda *args: _ops.gather_tokens(*args)))
+for _backend in ("cpp", "cuda"):
+    implement("gather_tokens", _backend, _gather)
+    implement("gather_tokens_out", _backend, _gather_out)
 implement("gather_tokens", "reference", _reference)
-implement("gather_tokens_out", "cpp", declare("gather_tokens_out", **into_out(**GATHER)))
 implement("gather_tokens_out", "reference", copying(_reference))

@@ -47,10 +47,9 @@ def declare_custom(
     written = ("out",) if "(a!) out" in schema else ()
     op = torch.library.custom_op(qualified, function, mutates_args=written, schema=schema)
     op.register_fake(fake)
-    if backward is None:
-        return _counted(name, flops)
-    op.register_autograd(backward, setup_context=setup_context)
-    return _recorded(_counted(name, flops), backward, setup_context)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup_context)
+    return _direct(_counted(name, flops), function, backward, setup_context)
 
 
 def into_out(schema: str, fake: Callable, flops: Callable | None = None, **gradient) -> dict:
@@ -77,17 +76,11 @@ def _counted(name: str, flops: Callable | None):
     return packet.default
 
 
-def _recorded(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """op with its registered gradient, recorded before the dispatcher is asked: half of an eager call's overhead.
-
-    Compiled code, functorch's transforms and tensor subclasses see the operator itself.
-    """
-
+def _recording(run: Callable, backward: Callable, setup_context: Callable) -> type[torch.autograd.Function]:
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*args)
+            output = run(*args)
             setup_context(ctx, args, output)
             return output
 
@@ -95,24 +88,75 @@ def _recorded(op: Callable, backward: Callable, setup_context: Callable) -> Call
         def backward(ctx, *grads):
             return backward(ctx, *grads)
 
+    return Recorded
+
+
+def _recorded(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    """op with its registered gradient, recorded before the dispatcher is asked: half of an eager call's overhead.
+
+    Compiled code, functorch's transforms and tensor subclasses see the operator itself.
+    """
+
+    def below_autograd(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    recorded = _recording(below_autograd, backward, setup_context)
+
     def call(*args):
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return op(*args)
-        needs_grad = False
-        for x in args:
-            kind = type(x)
-            if kind in _PLAIN:
-                needs_grad = needs_grad or x.requires_grad
-            elif kind not in _SCALARS and isinstance(x, torch.Tensor):
-                return op(*args)
-        if torch._C._are_functorch_transforms_active():
+        needs_grad = _needs_grad(args)
+        if needs_grad is None or torch._C._are_functorch_transforms_active():
             return op(*args)
         if needs_grad and torch.is_grad_enabled():
-            return Recorded.apply(*args)
+            return recorded.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     return call
+
+
+def _direct(op: Callable, function: Callable, backward: Callable | None, setup_context: Callable | None) -> Callable:
+    """The kernel of a custom operator, called without the operator where nobody can see the difference.
+
+    The way through torch.library.custom_op takes longer than the kernel. The operator itself is for compiled code,
+    tracing, functorch's transforms, modes, the profiler, tensor subclasses, and gradients of what has none.
+    """
+    recorded = backward and _recording(function, backward, setup_context)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or _is_watched():
+            return op(*args)
+        needs_grad = _needs_grad(args)
+        if needs_grad and torch.is_grad_enabled():
+            return recorded.apply(*args) if recorded else op(*args)
+        return op(*args) if needs_grad is None else function(*args)
+
+    return call
+
+
+def _needs_grad(args: tuple) -> bool | None:
+    """Whether a tensor among args requires a gradient; None where one is of a subclass, which wants the operator."""
+    needs_grad = False
+    for x in args:
+        kind = type(x)
+        if kind in _PLAIN:
+            needs_grad = needs_grad or x.requires_grad
+        elif kind not in _SCALARS and isinstance(x, torch.Tensor):
+            return None
+    return needs_grad
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a transform, a trace or the profiler would see an operator that is called now."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 def ranged(name: str) -> Callable:

@@ -1,7 +1,7 @@
 """The compile-only gate of the CUDA library: `python -m tests.cuda_gate [--arch 90 ...]`.
 
-nvcc compiles the kernels for every architecture with warnings as errors, and once the host's side of that file and the
-two torch-facing files. A row per kernel and architecture; fails on a spill, on more shared memory than every device
+nvcc compiles the kernels for every architecture with warnings as errors, and once the host's side of those files and
+the two torch-facing files. A row per kernel and architecture; fails on a spill, on more shared memory than every device
 has, or where the disassembly lacks the instructions that a kernel is written for. Needs nvcc, not a GPU; says so and
 passes where there is none.
 """
@@ -27,6 +27,7 @@ from . import simt
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
+SOURCES = ("score.cu", "select.cu", "gather.cu")
 SHARED_LIMIT = 99 << 10  # what a launch may ask for on any device from 8.0 on; above 48 KiB it must opt in
 REGISTER_LIMIT = 255
 FLAGS = (
@@ -56,6 +57,9 @@ WANTED = (
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64>", r"HMMA\.16816\.F32 ", 32),
     ("stream_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs", r"HMMA\.16816\.F32 ", 2 * 3 * 8),
     ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2),
+    ("move_kernel<h2ot::cuda::Unit<16>, unsigned int, false>", r"LDG\.E\.128", 4),
+    ("move_kernel<h2ot::cuda::Unit<16>, unsigned int, false>", r"STG\.E\.128", 4),
+    ("embed_kernel<h2ot::cuda::Brain, 8, unsigned int>", r"LDG\.E\.128", 8),
 )
 
 
@@ -118,22 +122,24 @@ def instructions(sass: str) -> dict[str, str]:
 
 def compile_for(architecture: int, result_as: str, folder: Path, cuobjdump: Path | None) -> Compiled:
     """result_as: "-c", or "-cubin", which leaves out the host's side."""
-    start, out = time.monotonic(), folder / f"score_{architecture}"
-    command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", result_as, "csrc/cuda/score.cu", "-o", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    result = Compiled(architecture, 0.0)
-    if done.returncode:
-        result.faults.append(f"nvcc failed:\n{done.stdout}{done.stderr}")
-        return result
-    result.kernels = resources(done.stdout + done.stderr)
+    start, result, code = time.monotonic(), Compiled(architecture, 0.0), {}
+    for source in SOURCES:
+        out = folder / f"{Path(source).stem}_{architecture}"
+        command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", result_as, f"csrc/cuda/{source}", "-o", out]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            result.faults.append(f"nvcc failed:\n{done.stdout}{done.stderr}")
+            return result
+        result.kernels |= resources(done.stdout + done.stderr)
+        if cuobjdump:
+            dump = subprocess.run([cuobjdump, "-sass", out], capture_output=True, text=True, check=True).stdout
+            code |= instructions(dump)
     for name, kernel in result.kernels.items():
         if kernel["spills"] or kernel["stack"]:
             result.faults.append(f"{name}: {kernel['spills']} bytes spilled, stack {kernel['stack']} bytes")
         if kernel["registers"] > REGISTER_LIMIT:
             result.faults.append(f"{name}: {kernel['registers']} registers")
     if cuobjdump:
-        dump = subprocess.run([cuobjdump, "-sass", out], capture_output=True, text=True, check=True).stdout
-        code = instructions(dump)
         for part, pattern, least in WANTED:
             texts = [text for name, text in code.items() if name.startswith(part)]
             count = max((len(re.findall(rf"\b{pattern}", text)) for text in texts), default=0)

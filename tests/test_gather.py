@@ -43,6 +43,17 @@ def test_gather_is_exact(shape, dim, out_dim, rows, K, dtype, runner):
 
 
 @pytest.mark.parametrize("runner", runners("gather_tokens"))
+@pytest.mark.parametrize("C", [5, 20])
+def test_an_embedding_has_the_channels_of_the_result(C, runner):
+    """Frames on the last axis of x: its last axis is not that of the result."""
+    x, index, embed = torch.randn(2, C, 9), some_index(2, 9, 4), torch.randn(4, C)
+    ours = runner(h2ot.gather_tokens, x, index, embed, dim=2, out_dim=1)
+    assert torch.equal(ours, python_ref.gather_tokens(x, index, embed, dim=2, out_dim=1))
+    with pytest.raises(ValueError, match="pos_embed"):
+        runner(h2ot.gather_tokens, x, index, torch.randn(4, 9), dim=2, out_dim=1)
+
+
+@pytest.mark.parametrize("runner", runners("gather_tokens"))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_is_widened_and_rounded_right(dtype, runner):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(1, 256, 256)

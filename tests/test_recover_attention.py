@@ -135,15 +135,19 @@ def test_fused_tail_within_bound(joints, F, K, C, H, dtype, runner):
     token, query, (key, value) = torch.randn(1, F, C), torch.randn(1, F, C), torch.randn(2, 2 * joints, K, C)
     tensors = [x.to(dtype) for x in (token, query, key, value)]
 
+    def kernel(*args, **kwargs):
+        return runner(h2ot.recover_pose, *args, **kwargs)
+
     @torch.no_grad()
     def run(function, to):
-        modules = [module.to(to) for module in (proj, norm, head)]
+        on = runner.device if function is kernel else "cpu"
+        modules = [module.to(on, to) for module in (proj, norm, head)]
         return function(*(x.to(to) for x in tensors), *modules, H, num_joints=joints)
 
     for module in (proj, norm, head):
         module.to(dtype)  # the weights that the backend sees
     same = run(python_ref.recover_pose, dtype)
-    ours = run(lambda *args, **kwargs: runner(h2ot.recover_pose, *args, **kwargs), dtype)
+    ours = run(kernel, dtype)
     exact = run(python_ref.recover_pose, torch.float64)
     assert ours.shape == (2, joints, F, 3)
     assert_within(ours, exact, same, C)

@@ -13,6 +13,7 @@ import h2ot_kernels as h2ot
 from bench import hosts as bench_hosts
 from bench import shapes
 
+from .runners import runners
 from .test_bench import TINY
 
 OPS = torch.ops.h2ot_kernels
@@ -139,15 +140,15 @@ def test_out_compiles_fullgraph():
             assert all(torch.equal(ours, eager) for ours in others)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
-def test_autograd_knows_that_out_was_overwritten(backend):
-    x, index, buffer = rand(2, 9, 4), INDEX, torch.empty(2, 3, 4)
-    weight = rand(4, grad=True)
+@pytest.mark.parametrize("runner", runners("gather_tokens_out"))
+def test_autograd_knows_that_out_was_overwritten(runner):
+    x, buffer = rand(2, 9, 4), torch.empty(2, 3, 4, device=runner.device)
+    weight = torch.randn(4, device=runner.device, requires_grad=True)
     with torch.no_grad():
-        h2ot.gather_tokens(x, index, out=buffer, backend=backend)
+        runner.run(h2ot.gather_tokens, x, INDEX, out=buffer)
     product = buffer * weight
     with torch.no_grad():
-        h2ot.gather_tokens(x, index, out=buffer, backend=backend)
+        runner.run(h2ot.gather_tokens, x, INDEX, out=buffer)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
 

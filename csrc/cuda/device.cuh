@@ -25,9 +25,15 @@ H2OT_DEVICE float widen_half(uint16_t bits) {
   return v;
 }
 
+// To float16 and bfloat16: round to nearest even.
 H2OT_DEVICE uint16_t narrow_half(float v) {
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+  return bits;
+}
+H2OT_DEVICE uint16_t narrow_brain(float v) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
   return bits;
 }
 

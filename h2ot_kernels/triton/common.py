@@ -37,7 +37,8 @@ def record() -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """kernel[grid](...) on the device of its first tensor, on the current stream. An empty grid launches nothing."""
+    """kernel[grid](...) on the device of the first argument, a tensor, on the current stream. An empty grid launches
+    nothing."""
     if 0 in grid:
         return
     # All registers of a thread: left alone, ptxas caps some kernels at 64, 128 or 168 and spills what lies above.
@@ -46,11 +47,11 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     constants.setdefault("enable_fp_fusion", False)
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
-    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
-    if device.type == "meta":
+    first = arguments[0]
+    if first.is_meta:
         return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
             kernel[grid](*arguments, **constants)
     else:
         kernel[grid](*arguments, **constants)

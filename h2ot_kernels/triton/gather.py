@@ -1,6 +1,9 @@
 """Gather with embedding and layout in one pass, and its scatter: one kernel, one launch each."""
 
-import torch
+import functools
+import math
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -119,27 +122,50 @@ def tile(inner: int) -> dict[str, int]:
     return {"ROWS": 2048 // columns, "INNER": columns, "num_warps": 4}
 
 
+class _Walk(NamedTuple):
+    """How `gather_kernel` walks over its output: arguments that shapes and strides alone decide."""
+
+    programs: int
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+    rows: int
+    inner: int
+    inner_step: int
+    frame_step: int
+    constants: dict[str, int]
+
+
+@functools.lru_cache(maxsize=1024)
+def _walk(size: tuple[int, ...], stride: tuple[int, ...], from_dim: int, to_dim: int) -> _Walk:
+    """size: of the output; stride: of the input, whose frames lie on from_dim and go to to_dim."""
+    moved = list(stride)
+    frame_step = moved.pop(from_dim)
+    moved.insert(to_dim, frame_step)
+    *axes, (inner, inner_step, frames_inside) = merge_axes(list(size), moved, to_dim)
+    rows = math.prod(size) // inner
+    constants = {
+        "AXES": len(axes),
+        "FRAME": -1 if frames_inside else next(i for i, axis in enumerate(axes) if axis[2]),
+        **tile(inner),
+    }
+    programs = triton.cdiv(rows, constants["ROWS"]) * triton.cdiv(inner, constants["INNER"])
+    sizes, steps = tuple(axis[0] for axis in axes), tuple(axis[1] for axis in axes)
+    return _Walk(programs, sizes, steps, rows, inner, inner_step, frame_step, constants)
+
+
 def _move(x: Tensor, index: Tensor, embed: Tensor | None, from_dim: int, to_dim: int, out: Tensor, scatter: bool):
     if out.numel() == 0:
         return
-    stride, limit, C = list(x.stride()), x.shape[from_dim], x.shape[-1]
-    frame_step = stride.pop(from_dim)
-    stride.insert(to_dim, frame_step)
-    *axes, (inner, inner_step, frames_inside) = merge_axes(list(out.shape), stride, to_dim)
-    rows = out.numel() // inner
-    config = tile(inner)
+    walk, limit = _walk(out.shape, x.stride(), from_dim, to_dim), x.shape[from_dim]
     launch(
         gather_kernel,
-        (triton.cdiv(rows, config["ROWS"]) * triton.cdiv(inner, config["INNER"]),),
+        (walk.programs,),
         x, index, embed, out,
-        tuple(axis[0] for axis in axes), tuple(axis[1] for axis in axes),
-        rows, inner, inner_step, frame_step, limit,
-        x.shape[0] // index.shape[0], index.stride(0), index.stride(1),
-        *(embed.stride() if embed is not None else (0, 0)), C,
-        AXES=len(axes),
-        FRAME=-1 if frames_inside else next(i for i, axis in enumerate(axes) if axis[2]),
+        walk.sizes, walk.steps, walk.rows, walk.inner, walk.inner_step, walk.frame_step, limit,
+        x.shape[0] // index.shape[0], *index.stride(),
+        *(embed.stride() if embed is not None else (0, 0)), out.shape[-1],
         SEARCH=limit.bit_length() if scatter else 0,
-        **config,
+        **walk.constants,
     )  # fmt: skip
 
 
@@ -155,25 +181,21 @@ gather_tokens = allocating(GATHER["fake"], gather_tokens_out)
 scatter_tokens = allocating(SCATTER["fake"], scatter_tokens_out)
 
 
-_ops = torch.ops.h2ot_kernels
-implement(
-    "gather_tokens",
-    "triton",
-    declare_custom(
-        "gather_tokens_triton",
-        function=gather_tokens,
-        **GATHER,
-        backward=gather_backward(lambda *args: _ops.scatter_tokens_triton(*args)),
-    ),
+_gather = declare_custom(
+    "gather_tokens_triton",
+    function=gather_tokens,
+    **GATHER,
+    backward=gather_backward(lambda *args: _scatter(*args)),
 )
+_scatter = declare_custom(
+    "scatter_tokens_triton",
+    function=scatter_tokens,
+    **SCATTER,
+    backward=scatter_backward(lambda *args: _gather(*args)),
+)
+implement("gather_tokens", "triton", _gather)
 implement(
     "gather_tokens_out",
     "triton",
     declare_custom("gather_tokens_out_triton", function=gather_tokens_out, **into_out(**GATHER)),
-)
-declare_custom(
-    "scatter_tokens_triton",
-    function=scatter_tokens,
-    **SCATTER,
-    backward=scatter_backward(lambda *args: _ops.gather_tokens_triton(*args)),
 )

@@ -1,4 +1,4 @@
-"""Runs csrc/cuda/score.cu on the CPU: g++ compiles it against simt.h, under AddressSanitizer and UBSan."""
+"""Runs csrc/cuda/*.cu on the CPU: g++ compiles it against simt.h, under AddressSanitizer and UBSan."""
 
 import hashlib
 import os
@@ -17,6 +17,7 @@ from python_ref import TokenScores
 ROOT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+PLANS = {"driver": "plan.cpp", "gather_driver": "gather_plan.cpp"}  # the host's side of what each driver runs
 SEARCHES = {"stored": 0, "streamed": 1}
 DISTANCES = {"direct": 0, "products": 1, "exact_products": 2}
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -31,17 +32,19 @@ def why_not() -> str | None:
     return None if shutil.which("g++") else "g++ is not installed"
 
 
-def build(flags=SANITIZED, sources: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "simt") -> Path:
-    """The driver under `folder`, built from `sources` once per content and flags. RuntimeError: what g++ says."""
+def build(
+    flags=SANITIZED, sources: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "simt", name: str = "driver"
+) -> Path:
+    """A driver under `folder`, built from `sources` once per content and flags. RuntimeError: what g++ says."""
     files = sorted([*(sources / "cuda").iterdir(), sources / "launch.h", *_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
     state = hashlib.sha256("\0".join([*flags, *(file.read_text() for file in files)]).encode())
-    driver = folder / state.hexdigest()[:16] / "driver"
+    driver = folder / state.hexdigest()[:16] / name
     if driver.exists():
         return driver
     driver.parent.mkdir(parents=True, exist_ok=True)
-    made = driver.with_name(f"driver-{os.getpid()}")
+    made = driver.with_name(f"{name}-{os.getpid()}")
     command = ["g++", "-std=c++20", *flags, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{_HERE}",
-               f"-I{sources}", _HERE / "driver.cpp", sources / "cuda" / "plan.cpp", "-o", made]  # fmt: skip
+               f"-I{sources}", _HERE / f"{name}.cpp", sources / "cuda" / PLANS[name], "-o", made]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{sources / 'cuda'} does not compile:\n{done.stderr[-4000:]}")
@@ -109,14 +112,18 @@ class Call:
         return data
 
 
+def environment() -> dict[str, str]:
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {**os.environ, **options}
+
+
 def run(calls: list[Call], driver: Path, folder: Path, timeout: float = 300) -> subprocess.CompletedProcess:
     """Runs the calls in one process and fills in their results; on failure leaves them empty."""
     given, results = folder / "in.bin", folder / "out.bin"
     given.write_bytes(b"".join(call.record() for call in calls))
-    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     done = subprocess.run(
         [driver, given, results],
-        env={**os.environ, **options},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "buffer.h"
 #include "cuda/score.cu"
 
 namespace {
@@ -40,29 +41,6 @@ enum Field {
   kOnlyIndex,
   kSide,
   kHeader
-};
-
-// A heap block of exactly `bytes`, so that the sanitizer sees every access outside of it.
-struct Buffer {
-  unsigned char* data;
-  size_t bytes;
-  explicit Buffer(int64_t n) : data(nullptr), bytes(size_t(n)) {
-    if (bytes == 0) return;
-    data = static_cast<unsigned char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
-    std::memset(data, simt::kPoison, (bytes + 255) / 256 * 256);
-    ASAN_POISON_MEMORY_REGION(data + bytes, (bytes + 255) / 256 * 256 - bytes);
-  }
-  ~Buffer() {
-    if (data) ASAN_UNPOISON_MEMORY_REGION(data, (bytes + 255) / 256 * 256);
-    std::free(data);
-  }
-  Buffer(const Buffer&) = delete;
-  template <class T>
-  T* as() {
-    return reinterpret_cast<T*>(data);
-  }
-  void read(std::istream& in) { in.read(reinterpret_cast<char*>(data), std::streamsize(bytes)); }
-  void write(std::ostream& out) const { out.write(reinterpret_cast<const char*>(data), std::streamsize(bytes)); }
 };
 
 // Makes the sanitizer see what touches the bytes between the parts of the workspace.

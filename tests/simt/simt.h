@@ -413,7 +413,11 @@ inline unsigned char* shared_memory() { return simt::machine.shared; }
 
 inline float widen_half(uint16_t bits) { return float(simt::from_bits<_Float16>(bits)); }
 
-inline uint16_t narrow_half(float v) { return uint16_t(simt::to_bits(_Float16(v))); }
+inline uint16_t narrow_half(float v) { return v != v ? 0x7fff : uint16_t(simt::to_bits(_Float16(v))); }
+inline uint16_t narrow_brain(float v) {
+  const uint32_t bits = uint32_t(simt::to_bits(v));
+  return v != v ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 inline void copy_async(void* shared, const void* from, bool there) { simt::start_copy(shared, from, there); }
 inline void commit_copies() { simt::machine.copies[simt::machine.running].committed++; }

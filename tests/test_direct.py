@@ -1,0 +1,186 @@
+"""An eager call of a Triton operator runs its kernel directly; whoever watches operators still sees the operator."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import h2ot_kernels as h2ot
+from h2ot_kernels import backend
+
+from .runners import DEVICE, Recorder
+
+if not backend.can_run("gather_tokens", "triton", DEVICE)[0]:
+    pytest.skip(backend.can_run("gather_tokens", "triton", DEVICE)[1], allow_module_level=True)
+
+OPS = torch.ops.h2ot_kernels
+INDEX = torch.tensor([[0, 4, 8], [1, 2, 3]], device=DEVICE)
+LABELS = torch.tensor([[0, 1, 2] * 3, [2, -1, 0] * 3], device=DEVICE)
+
+
+def rand(*shape, grad=False):
+    return torch.randn(*shape, device=DEVICE).requires_grad_(grad)
+
+
+# name: (what `implement` was given, its operator, its arguments: tensors that may require a gradient come first)
+CALLS = {
+    "gather_tokens": lambda: (rand(2, 9, 4), INDEX, rand(3, 4), 1, 1),
+    "merge_tokens": lambda: (rand(2, 9, 4), LABELS, 3, None),
+    "recover_interpolate": lambda: (rand(2, 3, 4), INDEX, 9, False),
+    "recover_attention": lambda: (rand(1, 7, 4), rand(2, 9, 4), rand(2, 9, 4), 1, 0.5),
+    "score_tokens": lambda: (rand(2, 9, 4), 2, None, None),
+    "prune_cluster": lambda: (rand(2, 9, 4), 3, 2, None, None, None),
+}
+DIFFERENTIABLE = ("gather_tokens", "merge_tokens", "recover_interpolate", "recover_attention")
+
+
+def parts(name):
+    return backend._implementations[name]["triton"], getattr(OPS, f"{name}_triton").default, CALLS[name]()
+
+
+def first_of(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.fixture
+def operators_called(monkeypatch):
+    """The names of the operators that the dispatcher runs in Python, without a mode that would itself be seen."""
+    met = []
+    original = torch._ops.OpOverload.__call__
+
+    def call(self, /, *args, **kwargs):
+        met.append(self.name())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", call)
+    return met
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_eager_call_is_the_operator_without_the_dispatcher(name, operators_called):
+    direct, op, arguments = parts(name)
+    wanted = op(*arguments)
+    operators_called.clear()
+    for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with context:
+            found = direct(*arguments)
+        both = (x if isinstance(x, tuple) else (x,) for x in (found, wanted))
+        for ours, theirs in zip(*both, strict=name != "merge_tokens"):  # which gives the first of the operator's two
+            assert torch.equal(ours, theirs)
+            assert not ours.requires_grad
+    assert operators_called == []
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_are_those_of_the_operator(name, operators_called):
+    direct, op, arguments = parts(name)
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for x in tensors:
+        x.requires_grad_()
+    results = []
+    for function in (op, direct):
+        operators_called.clear()
+        out = first_of(function(*arguments))
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    assert f"h2ot_kernels::{name}_triton" not in operators_called
+
+
+def test_second_order_gradients():
+    x, weight = rand(2, 9, 4, grad=True), rand(2, 3, 4, grad=True)
+
+    def function(x, weight):
+        kept = h2ot.gather_tokens(x, INDEX, backend="triton")
+        return h2ot.recover_interpolate(kept * weight, INDEX, 9, backend="triton")
+
+    doubles = [v.detach().double().requires_grad_() for v in (x, weight)]
+    assert torch.autograd.gradcheck(function, doubles, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, doubles, fast_mode=True)
+
+
+def test_what_has_no_gradient_still_says_so():
+    """score_tokens is not differentiable: the operator's own answer, when a gradient is asked of it."""
+    direct, op, (x, *rest) = parts("score_tokens")
+    x.requires_grad_()
+    for function in (op, direct):
+        density = function(x, *rest)[0]
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            density.sum().backward()
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_modes_and_the_profiler_see_the_operator(name):
+    direct, _, arguments = parts(name)
+    with Recorder() as recorder:
+        direct(*arguments)
+    assert f"h2ot_kernels::{name}_triton" in recorder.names
+    with Functions() as functions:
+        direct(*arguments)
+    assert any(f"{name}_triton" in seen for seen in functions.names)
+    with torch.profiler.profile() as profile:
+        direct(*arguments)
+    assert f"h2ot_kernels::{name}_triton" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize(
+    "options", [{"tracing_mode": "real"}, {"tracing_mode": "fake"}, {"pre_dispatch": True}], ids=str
+)
+def test_tracing_sees_the_operator(options):
+    direct, op, (*tensors, dim, out_dim) = parts("gather_tokens")
+    graph = make_fx(lambda *tensors: direct(*tensors, dim, out_dim), **options)(*tensors)
+    assert op in {node.target for node in graph.graph.nodes}
+    assert torch.equal(graph(*tensors), direct(*tensors, dim, out_dim))
+
+
+def test_jit_tracing_sees_the_operator():
+    direct, _, (x, *rest) = parts("gather_tokens")
+    assert "h2ot_kernels::gather_tokens_triton" in str(torch.jit.trace(lambda x: direct(x, *rest), (x,)).graph)
+
+
+def test_fakes_flops_and_transforms():
+    direct, _, arguments = parts("recover_attention")
+    with FlopCounterMode(display=False) as counter:
+        direct(*arguments)
+    assert counter.get_total_flops() == 4 * 2 * 7 * 9 * 4
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        assert direct(*fakes).shape == (2, 7, 4)
+    x = rand(3, 2, 9, 4)
+    gather = parts("gather_tokens")[0]
+    assert torch.equal(
+        torch.func.vmap(lambda x: gather(x, INDEX, None, 1, 1))(x),
+        torch.stack([gather(sample, INDEX, None, 1, 1) for sample in x]),
+    )
+
+
+def test_a_fake_outside_its_mode_meets_the_operator():
+    direct, _, (x, *rest) = parts("gather_tokens")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    assert direct(mode.from_tensor(x), *rest).shape == (2, 3, 4)
+
+
+def test_compiled_code_calls_the_operator():
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x = rand(2, 9, 4)
+    compiled = torch.compile(lambda x: h2ot.gather_tokens(x, INDEX, backend="triton"), fullgraph=True, backend=keep)
+    assert torch.equal(compiled(x), h2ot.gather_tokens(x, INDEX, backend="triton"))
+    assert OPS.gather_tokens_triton.default in {node.target for node in graphs[0].graph.nodes}
