@@ -136,7 +136,7 @@ void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& 
   args.F = x.size(dim);
   args.pos_embed = read<void>(embed);
   set_layout(args, x, dim, out_dim, dense_index, out);
-  check_cuda(cuda::launch_gather(args, current_stream(device)), "gather_tokens");
+  check_cuda(cuda::launch_gather(args, current_stream(device), cuda::can_overlap(machine_of(device))), "gather_tokens");
 }
 
 Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim) {
@@ -155,7 +155,8 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
   args.grad = grad.const_data_ptr();
   args.K = index.size(1);
   set_layout(args, grad, out_dim, dim, dense_index, out);
-  check_cuda(cuda::launch_scatter(args, current_stream(device)), "scatter_tokens");
+  check_cuda(cuda::launch_scatter(args, current_stream(device), cuda::can_overlap(machine_of(device))),
+             "scatter_tokens");
   return out;
 }
 

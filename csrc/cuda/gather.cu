@@ -154,12 +154,14 @@ H2OT_DEVICE void move_units(const Move& move, const Store& store) {
 
 template <class Unit, class Count, bool kScatter>
 __global__ void __launch_bounds__(256) move_kernel(const Move move) {
+  follow_previous();
   move_units<Unit, Count, kScatter>(
       move, [&](const Unit& value, int64_t n, const Place<Count>&) { reinterpret_cast<Unit*>(move.out)[n] = value; });
 }
 
 template <class Element, int kCount, class Count>
 __global__ void __launch_bounds__(256) embed_kernel(const Move move) {
+  follow_previous();
   typedef Elements<typename Element::stored, kCount> Vector;
   move_units<Vector, Count, false>(move, [&](const Vector& value, int64_t n, const Place<Count>& place) {
     const Vector* const embed = static_cast<const Vector*>(move.embed) + int64_t(place.position) * move.columns.value;
@@ -208,29 +210,31 @@ MoveKernel add_kernel(Dtype dtype, int32_t unit) {
   }
 }
 
-int32_t launch_move(MoveKernel narrow, MoveKernel wide, const Move& move, void* stream) {
+int32_t launch_move(MoveKernel narrow, MoveKernel wide, const Move& move, void* stream, bool overlaps) {
   const int32_t threads = threads_for(move.units);
   const int64_t per_block = int64_t(threads) * kUnitsPerThread;
   const MoveKernel kernel = move.units < least_wide ? narrow : wide;
-  return launch<Move>(kernel, (move.units + per_block - 1) / per_block, 1, threads, 0, stream, move);
+  return launch<Move>(kernel, (move.units + per_block - 1) / per_block, 1, threads, 0, stream, move, overlaps);
 }
 
 }  // namespace
 
-int32_t launch_gather(const GatherArgs& args, void* stream) {
+int32_t launch_gather(const GatherArgs& args, void* stream, bool overlaps) {
   const Move move = plan_gather(args);
   if (move.units == 0) return 0;
   if (move.embed) {
     return launch_move(add_kernel<uint32_t>(args.dtype, move.unit), add_kernel<uint64_t>(args.dtype, move.unit), move,
-                       stream);
+                       stream, overlaps);
   }
-  return launch_move(copy_kernel<uint32_t, false>(move.unit), copy_kernel<uint64_t, false>(move.unit), move, stream);
+  return launch_move(copy_kernel<uint32_t, false>(move.unit), copy_kernel<uint64_t, false>(move.unit), move, stream,
+                     overlaps);
 }
 
-int32_t launch_scatter(const ScatterArgs& args, void* stream) {
+int32_t launch_scatter(const ScatterArgs& args, void* stream, bool overlaps) {
   const Move move = plan_scatter(args);
   if (move.units == 0) return 0;
-  return launch_move(copy_kernel<uint32_t, true>(move.unit), copy_kernel<uint64_t, true>(move.unit), move, stream);
+  return launch_move(copy_kernel<uint32_t, true>(move.unit), copy_kernel<uint64_t, true>(move.unit), move, stream,
+                     overlaps);
 }
 
 }  // namespace cuda

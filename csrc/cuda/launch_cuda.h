@@ -30,9 +30,9 @@ int32_t launch_select(const SelectArgs& args, uint64_t* keys, void* stream);
 
 // Gathering and scattering as launch.h's structs say, each one kernel; but the index is not checked: a value outside
 // [0, F) that is no padding makes its frame NaN, and scattering passes over it, as it does over rows that do not
-// ascend. Returns 0, or the cudaError_t of the launch.
-int32_t launch_gather(const GatherArgs& args, void* stream);
-int32_t launch_scatter(const ScatterArgs& args, void* stream);
+// ascend. overlaps: as in a Plan. Returns 0, or the cudaError_t of the launch.
+int32_t launch_gather(const GatherArgs& args, void* stream, bool overlaps = false);
+int32_t launch_scatter(const ScatterArgs& args, void* stream, bool overlaps = false);
 
 // Facts of a device that plans need. Returns 0, or a cudaError_t.
 int32_t read_machine(int32_t device, Machine* machine);

@@ -161,7 +161,7 @@ Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Dist
   plan.tile_rows = small ? kSmallRows : direct ? kDirectRows : side;
   plan.tile_columns = small ? kSmallColumns : direct ? kDirectColumns : side;
   plan.pool_warps = p.C >= 256 ? 2 : 1;
-  plan.overlaps = machine.major >= 9;
+  plan.overlaps = can_overlap(machine);
   plan.pitch = p.in_place && !is_half(p.dtype) ? 0 : ceil_div(p.C, 4) * 4;
   // bfloat16 may still have to be scaled.
   if (pairs) plan.line_pitch = ceil_div(p.C, kPairChannels) * kLine;

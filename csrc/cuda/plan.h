@@ -21,6 +21,9 @@ struct Machine {
   int32_t major, minor, multiprocessors;
 };
 
+// Whether a kernel's blocks may come before the kernel before it has ended.
+constexpr bool can_overlap(const Machine& machine) { return machine.major >= 9; }
+
 // How approximate distances come about (float64 always decides in the end).
 enum class Distance : int32_t {
   direct,          // sum of (a - b)^2 on the FFMA pipes: relative error only
@@ -90,7 +93,7 @@ struct Plan {
   int64_t near;          // neighbours kept per token in float64
   int64_t samples;       // per pass
   int32_t pool_warps;    // per token where tokens are pooled
-  bool overlaps;         // whether a kernel's blocks may come before the one before has ended
+  bool overlaps;         // can_overlap
   Workspace at;
 };
 
