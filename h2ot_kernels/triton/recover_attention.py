@@ -219,19 +219,16 @@ def attention_tile(F: int, K: int, D: int, dtype: torch.dtype) -> dict[str, int]
     >>> attention_tile(243, 81, 64, torch.float32)
     {'FRAMES': 64, 'KEYS': 32, 'BLOCK': 64, 'STEP': 32, 'WHOLE': True, 'ONCE': False, 'num_warps': 4, 'num_stages': 2}
     """
-    double = dtype == torch.float64
+    double, half = dtype == torch.float64, dtype not in (torch.float32, torch.float64)
     block = 16 if double or D <= 16 else 64
-    if dtype in (torch.float32, torch.float64):
-        keys = 16 if double else 32
-    else:
-        keys = 64 if K <= 64 or D > 64 else 128
+    keys = 16 if double else 32 if not half else 64 if K <= 64 or D > 64 else 128
     return {
         "FRAMES": 16 if double else 64,
         "KEYS": keys,
         "BLOCK": block,
         "STEP": min(block, 32),
         "WHOLE": block >= D,
-        "ONCE": keys >= K and block >= D,
+        "ONCE": half and keys >= K and block >= D,
         "num_warps": 8 if double else 4,
         "num_stages": 2,
     }

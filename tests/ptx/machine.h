@@ -23,7 +23,7 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAll = 0xffffffffu;
-constexpr int kOperands = 48;
+constexpr int kOperands = 144;
 constexpr unsigned char kPoison = 0xff;  // NaN, and token -1
 
 using bits::cut, bits::from_bits, bits::read_tf32, bits::to_bits;

@@ -84,7 +84,8 @@ void multiply(Warp& warp, const Instruction& in, uint32_t) {
   }
 }
 
-// What a descriptor of a matrix in shared memory says, rows along K ("K-major"): rows in groups of eight.
+// What a descriptor of a matrix in shared memory says, rows along K ("K-major") or, transposed, across it ("MN-major"):
+// rows in groups of eight.
 struct Described {
   uint64_t start, lead, stride, row_bytes;
 
@@ -98,9 +99,17 @@ struct Described {
   // 16 bytes of a row, whose place is swizzled by the number of the row in its group.
   uint64_t chunk(uint64_t row, uint64_t number) const {
     const uint64_t along = row_bytes == 16 ? number * lead : number * 16;
-    const uint64_t address = start + row / 8 * stride + row % 8 * row_bytes + along;
-    return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4;
+    return swizzled(start + row / 8 * stride + row % 8 * row_bytes + along);
   }
+  // The same where row k holds number k of every row of the matrix, eight of them in 16 bytes.
+  uint64_t across(uint64_t k, uint64_t number) const {
+    const uint64_t wide = row_bytes / 16;
+    if (wide == 1) return swizzled(start + number * stride + k / 8 * lead + k % 8 * 16);
+    return swizzled(start + k / 8 * stride + k % 8 * row_bytes + number / wide * lead + number % wide * 16);
+  }
+
+ private:
+  uint64_t swizzled(uint64_t address) const { return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4; }
 };
 
 // `rows` rows of K numbers (32 bytes) of a described matrix, from `first` on.
@@ -120,8 +129,22 @@ void read_described(Warp& warp, int32_t operand, int first, int rows, double (*m
   }
 }
 
+// The same of a transposed matrix, of 16-bit numbers.
+template <int K, auto read>
+void read_transposed(Warp& warp, int32_t operand, int first, int rows, double (*matrix)[K]) {
+  const Described described(warp.lanes(operand)[0]);
+  for (int k = 0; k < K; k++) {
+    for (int number = 0; number < rows / 8; number++) {
+      const uint64_t address = described.across(uint64_t(k), uint64_t(first / 8 + number));
+      uint16_t bits[8];
+      std::memcpy(bits, place({warp, 0, address, 16, Access::read, true}), 16);
+      for (int e = 0; e < 8; e++) matrix[number * 8 + e][k] = read(bits[e]);
+    }
+  }
+}
+
 // d (64 x N) = scale d + a b of four warps, each its 16 rows; a in registers (as in mma.sync) or described, b described
-// with a row for each column. Asynchronous on a GPU; here the result is there at once.
+// with a row for each column, or transposed. Asynchronous on a GPU; here the result is there at once.
 template <int N, int K, int packed, auto read>
 void multiply_warpgroup(Warp& warp, const Instruction& in, uint32_t) {
   constexpr int kSums = N / 2;
@@ -129,18 +152,23 @@ void multiply_warpgroup(Warp& warp, const Instruction& in, uint32_t) {
   const bool described = in.count == kSums + (packed == 2 ? 7 : 5);
   const int32_t* const given = in.operands + kSums;
   double a[16][K], b[N][K];
-  if (described) {
-    read_described<K, packed, read>(warp, given[0], warp.number % 4 * 16, 16, a);
+  const int row = warp.number % 4 * 16;
+  if (described && packed == 2 && warp.lanes(given[5])[0] != 0) {
+    read_transposed<K, read>(warp, given[0], row, 16, a);
+  } else if (described) {
+    read_described<K, packed, read>(warp, given[0], row, 16, a);
   } else {
     read_fragment<K, packed, read>(warp, given, a);
   }
   const int32_t* const rest = given + (described ? 1 : 4);
-  read_described<K, packed, read>(warp, rest[0], 0, N, b);
+  const bool transposed = packed == 2 && warp.lanes(in.operands[in.count - 1])[0] != 0;
+  if (transposed) {
+    read_transposed<K, read>(warp, rest[0], 0, N, b);
+  } else {
+    read_described<K, packed, read>(warp, rest[0], 0, N, b);
+  }
   for (int n = 2; n < 4; n++) {
     if (warp.lanes(rest[n])[0] != 1) throw Problem("a product with a changed sign");
-  }
-  for (int n = 4; rest + n < in.operands + in.count; n++) {
-    if (warp.lanes(rest[n])[0] != 0) throw Problem("a product of a transposed matrix");
   }
   for (int lane = 0; lane < kLanes; lane++) {
     const bool adds = warp.lanes(rest[1])[lane] & 1;
@@ -181,6 +209,8 @@ void add_matrices(Table& table) {
   add_columns.operator()<16>();
   add_columns.operator()<32>();
   add_columns.operator()<64>();
+  add_columns.operator()<128>();
+  add_columns.operator()<256>();
   const auto nothing = [](Warp&, const Instruction&, uint32_t) {};
   for (const char* name : {"fence", "commit_group", "wait_group"}) {
     table[std::string("wgmma.") + name + ".sync.aligned"] = {nothing, Kind::together};

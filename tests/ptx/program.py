@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-OPERANDS = 48
+OPERANDS = 144
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%ntid.x", "%laneid")
 SHARED = "global_smem"
 _ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\n\)(.*?)\n\{\n(.*?)\n\}\n", re.DOTALL)
