@@ -45,7 +45,7 @@ def _case(row: dict) -> str:
     return f"{row['op']} {sizes} {row.get('kind', '')} {row.get('dtype', 'float32')}"
 
 
-def operations(title: str, rows: list[dict]) -> list[str]:
+def columns_and_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     """A line per case: the four ways to set both beside each other, torch.compile, shares of the floor, memory."""
     columns = ["case", "plain / plain", "plain / graph", "graph / graph", "compile / plain", "compile / graph"]
     columns += ["official, us", "ours, us", "official graph, us", "ours graph, us", "floor, us", "of the floor"]
@@ -73,7 +73,7 @@ def operations(title: str, rows: list[dict]) -> list[str]:
                 row.get("checked", "-"),
             ]
         )
-    return table(title, columns, lines)
+    return columns, lines
 
 
 def models(rows: list[dict]) -> list[str]:
@@ -141,8 +141,8 @@ def table(title: str, columns: list[str], lines: list[list[str]]) -> list[str]:
 def tables(rows: list[dict]) -> list[str]:
     """All that these rows have something for; ratios are official over ours, medians of one run."""
     timed = [row for row in rows if "verdict" in row]
-    asked = operations("What is asked of a GPU", [row for row in timed if row.get("gpu_size")])
-    others = operations("Other sizes", [row for row in timed if not row.get("gpu_size")])
+    asked = table("What is asked of a GPU", *columns_and_lines([row for row in timed if row.get("gpu_size")]))
+    others = table("Other sizes", *columns_and_lines([row for row in timed if not row.get("gpu_size")]))
     return [*machine(rows), *asked, *models(rows), *patched(rows), *others]
 
 

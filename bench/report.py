@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 from matplotlib import pyplot as plt
 
-from . import bench_kept, bench_onnx, run
+from . import acceptance, bench_kept, bench_onnx, run
 from .compare import key, name, read_rows
 from .figures import FIGURES, operations
 
@@ -50,7 +50,10 @@ def _milliseconds(timing: dict | None, quantile: str = "p50") -> str:
 
 
 def operation_table(rows: list[dict]) -> dict | None:
-    """A line per case: medians of all rivals, ours' p99 and first call, speed-up, share of the floor, memory."""
+    """A line per case: medians of all rivals, ours' p99 and first call, speed-up, shares of the floor, memory.
+
+    Of a GPU's rows the share of the floor is that of a call, of a replay, and of a replay with a cold L2 cache.
+    """
     shown = [row for row in rows if "verdict" in row]
     rivals = list(dict.fromkeys(rival for row in operations(rows) for rival in row["timings"]))
     columns = ["operation", "speed-up", *(f"{rival}, ms" for rival in rivals), "ours p99", "ours first"]
@@ -58,7 +61,9 @@ def operation_table(rows: list[dict]) -> dict | None:
     lines = []
     for row in shown:
         timings, verdict, peak = row["timings"], row["verdict"], row.get("peak_bytes") or {}
-        share, ours = row.get("share_of_peak"), timings.get("ours")
+        ours = timings.get("ours")
+        shares = list((row.get("shares_of_floor") or {"ours": row.get("share_of_peak")}).items())
+        shares = [share for rival, share in shares if rival != "ours, cold L2" and share]
         lines.append(
             [
                 name(row),
@@ -66,12 +71,19 @@ def operation_table(rows: list[dict]) -> dict | None:
                 *(_milliseconds(timings.get(rival)) for rival in rivals),
                 _milliseconds(ours, "p99"),
                 _milliseconds(ours, "first"),
-                f"{100 * share:.0f} %" if share else "-",
+                " / ".join(f"{100 * share:.0f} %" for share in shares) or "-",
                 f"{verdict['agreement_official']:.3f} / {verdict['agreement_ours']:.3f}",
                 " / ".join(f"{peak[rival] / 1e6:.1f}" for rival in ("official", "ours")) if peak else "-",
             ]
         )
     return {"title": "Operations", "columns": columns, "lines": lines} if lines else None
+
+
+def gpu_table(rows: list[dict]) -> dict | None:
+    """The table of `bench.acceptance`: calls and replays beside each other, a line per case that was timed on a GPU."""
+    on_a_gpu = [row for row in rows if "verdict" in row and "ours, graph" in row["timings"]]
+    head, lines = acceptance.columns_and_lines(on_a_gpu)
+    return {"title": "Official over ours, on a GPU", "columns": head, "lines": lines} if lines else None
 
 
 def host_table(rows: list[dict]) -> dict | None:
@@ -88,13 +100,16 @@ def host_table(rows: list[dict]) -> dict | None:
 
 def model_table(rows: list[dict]) -> dict | None:
     """A line per host, mode and dtype: ours, and how many times faster than the official formulation."""
-    columns = ["host", "mode", "dtype", "batch", "ours, ms", "ours, FPS", "speed-up", "over float32", "deviation"]
+    columns = ["host", "mode", "dtype", "batch", "ours, ms", "ours, FPS", "speed-up", "over float32"]
+    columns += ["graph, ms", "graph over graph", "deviation"]
     lines = []
     for row in (row for row in rows if row["op"] == "model" and row["whose"] == "ours"):
         over = [f"{row[over]:.2f}x" if row[over] else "-" for over in ("over_official", "over_official_float32")]
         speed = f"{row['seconds'] * 1e3:.1f}", f"{row['frames_per_second']:.0f}", *over
         case = row["model"], row["mode"], row["dtype"], str(row["batch"])
-        lines.append([*case, *speed, f"{row['deviation']:.1e}"])
+        graph, gain = row.get("graph_seconds"), row.get("over_official_graph")
+        replays = f"{graph * 1e3:.2f}" if graph else "-", f"{gain:.2f}x" if gain else "-"
+        lines.append([*case, *speed, *replays, f"{row['deviation']:.1e}"])
     title = "Whole hosts beside the official formulation, in its dtype and in float32"
     return {"title": title, "columns": columns, "lines": lines} if lines else None
 
@@ -127,7 +142,7 @@ def onnx_table(rows: list[dict]) -> dict | None:
     return {"title": title, "columns": columns, "lines": lines} if lines else None
 
 
-TABLES = (operation_table, large_table, model_table, host_table, onnx_table)
+TABLES = (operation_table, gpu_table, large_table, model_table, host_table, onnx_table)
 
 
 def write(rows: list[dict], out: Path) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import python_ref
-from bench import bench_dropin, bench_large, run, shapes
+from bench import acceptance, bench_dropin, bench_large, run, shapes
 from h2ot_kernels.comparison import Comparison, Verdict, compare, same_index, same_labels, same_values
 from h2ot_kernels.timing import Machine, interleave
 
@@ -194,6 +194,28 @@ def test_what_a_gpu_is_asked_for_is_right_at_tiny_sizes(machine, kind):
     ]
     with pytest.raises(ValueError, match="'sort'"):
         shapes.gpu_cases(["sort"])
+
+
+def test_the_command_times_what_a_gpu_is_asked_for(tmp_path, monkeypatch, capsys):
+    sizes = {"B": 2, "F": 27, "C": 32, "K": 9}
+    few = [
+        shapes.Case("prune_step", "smooth", sizes | more, dtype)
+        for more, dtype in (({}, "bfloat16"), ({"J": 1}, "float32"))
+    ]
+    monkeypatch.setattr(shapes, "_GPU_CASES", [*few, shapes.Case("gather_and_embed", "smooth", sizes)])
+    out = tmp_path / "rows.jsonl"
+    options = ["--gpu-sizes", "--no-memory", "--no-peers", "--seconds", "0.01", "--out", str(out)]
+    assert run.main([*options, "--ops", "prune_step", "--dtype", "float16"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["shape"]["J"], row["dtype"], row["gpu_size"]) for row in rows] == [
+        (17, "bfloat16", True),
+        (1, "float32", True),
+    ]
+    assert [row["checked"] for row in rows] == ["everything"] * 2
+    shown = "\n".join(acceptance.tables(rows))
+    assert "What is asked of a GPU" in shown
+    assert "Other sizes" not in shown
+    assert "2 of 2 cases right" in capsys.readouterr().out
 
 
 def test_a_pruning_step_without_joints_is_the_official_one_with_one_joint():

@@ -87,6 +87,24 @@ def test_the_page_holds_everything_and_needs_nothing(tmp_path):
         assert shown in text, shown
 
 
+def test_a_gpu_has_calls_replays_and_shares_of_the_floor(tmp_path):
+    row = operation_row() | {"device": "a GPU", "checked": "everything"}
+    row["timings"] |= {
+        "official, graph": timing(8e-4),
+        "ours, graph": timing(2e-4),
+        "ours, graph, cold L2": timing(4e-4),
+    }
+    row |= {"shares_of_floor": {"ours": 0.11, "ours, cold L2": 0.12, "ours, graph": 0.5, "ours, graph, cold L2": 0.25}}
+    model = model_row("ours", 0.2) | {"device": "a GPU", "graph_seconds": 0.125, "over_official_graph": 1.25}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(found) + "\n" for found in (row, model, operation_row())))
+    text = report.write(compare.read_rows(file), tmp_path).read_text()
+    assert text.count("Official over ours, on a GPU") == 1
+    assert "<td>11 % / 50 % / 25 %</td>" in text
+    assert "<td>4.00x</td>" in text
+    assert "<td>125.00</td><td>1.25x</td>" in text
+
+
 def test_machines_are_kept_apart_and_the_last_row_of_a_case_counts():
     first, second = operation_row(), operation_row()
     other = operation_row() | {"threads": 2}
@@ -134,7 +152,7 @@ def test_hosts_beside_the_official_formulation(tmp_path, capsys):
     a.write_text("".join(json.dumps(model_row(*given)) + "\n" for given in (("official", 0.3), ("ours", 0.2))))
     b.write_text(json.dumps(model_row("ours", 0.1)) + "\n")
     assert report.main(["--rows", str(a), "--out", str(tmp_path)]) == 0
-    cells = ("hot_mixste", "inference", "bfloat16", "4", "200.0", "1215", "1.50x", "-", "5.0e-01")
+    cells = ("hot_mixste", "inference", "bfloat16", "4", "200.0", "1215", "1.50x", "-", "-", "-", "5.0e-01")
     assert "".join(f"<td>{cell}</td>" for cell in cells) in (tmp_path / "report.html").read_text()
     assert run.main(["--compare", str(a), str(b)]) == 0
     assert "2.00" in capsys.readouterr().out
