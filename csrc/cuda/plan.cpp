@@ -160,7 +160,9 @@ Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Dist
   if (side == 0) side = product_side(p, machine, search, plan.distance);
   plan.tile_rows = small ? kSmallRows : direct ? kDirectRows : side;
   plan.tile_columns = small ? kSmallColumns : direct ? kDirectColumns : side;
-  plan.pool_warps = p.C >= 256 ? 2 : 1;
+  // Where there are blocks enough, smaller ones overlap better.
+  const bool few = p.B * ceil_div(p.N, kTokensPerBlock) <= 2 * machine.multiprocessors;
+  plan.pool_warps = few && p.C >= 256 ? 2 : 1;
   plan.overlaps = can_overlap(machine);
   plan.pitch = p.in_place && !is_half(p.dtype) ? 0 : ceil_div(p.C, 4) * 4;
   // bfloat16 may still have to be scaled.

@@ -12,7 +12,7 @@ namespace h2ot {
 namespace cuda {
 
 constexpr int kWarps = kTokensPerBlock;  // per block of the kernels with a warp per token
-constexpr int kBatch = 4;                // candidates whose rows are read together
+constexpr int kBatch = 2;                // candidates whose rows are read together
 
 struct BFloat16 {
   uint16_t bits;
@@ -151,7 +151,7 @@ struct Job {
 template <class A>
 H2OT_DEVICE double exact_squared(const A* a, const A* b, int channels, int lane) {
   double sum = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int c = 4 * lane; c < channels; c += 4 * kLanes) {
     const Quad<A> p = *reinterpret_cast<const Quad<A>*>(a + c), q = *reinterpret_cast<const Quad<A>*>(b + c);
     for (int u = 0; u < 4; u++) {

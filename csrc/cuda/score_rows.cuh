@@ -102,13 +102,6 @@ struct Share {
   int size, member;
 };
 
-// values[e], without an array in memory.
-template <class T>
-H2OT_DEVICE T chosen(const T (&values)[kBatch], int e) {
-  static_assert(kBatch == 4);
-  return e < 2 ? (e == 0 ? values[0] : values[1]) : (e == 2 ? values[2] : values[3]);
-}
-
 // Calls f(j, n, squared) on the whole warp for its share of the pairs of token i with ascending j that
 // test(j, low, high, key[j]) (asked per lane), until f returns false: up to kBatch at a time, of which n count, with
 // their squared distances in float64.
@@ -149,9 +142,8 @@ H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, int64_t i, const Row<
       if (held == 1) {
         squared[0] = exact_squared(own, job.row(b, batch[0]), job.channels, lane);
       } else {
-        const A* const rows[kBatch] = {job.row(b, batch[0]), job.row(b, batch[1]), job.row(b, batch[2]),
-                                       job.row(b, batch[3])};
-        static_assert(kBatch == 4);
+        const A* const rows[kBatch] = {job.row(b, batch[0]), job.row(b, batch[1])};
+        static_assert(kBatch == 2);
         exact_squares(own, rows, job.channels, lane, squared);
       }
       if (!f(batch, held, squared)) return;
@@ -198,7 +190,7 @@ H2OT_DEVICE double largest_threshold(const Job<A>& job, int64_t b) {
 
 // A row that so many candidates have not settled is taken by all warps of its block: one after the other they take
 // long.
-constexpr int kFewCandidates = 2 * kBatch;
+constexpr int kFewCandidates = 8;
 
 template <class A>
 struct NearestShared {
@@ -219,9 +211,9 @@ H2OT_DEVICE bool list_candidates(const Job<A>& job, int64_t b, int64_t i, const 
       [&](const int (&j)[kBatch], int n, const double (&squared)[kBatch]) {
 #pragma unroll 1
         for (int e = 0; e < n; e++) {
-          const double mine = chosen(squared, e);
+          const double mine = e == 0 ? squared[0] : squared[1];
           // In ascending order: an equal one later never displaces a listed one.
-          if (!list.full() || mine < list.worst()) list.insert(mine, chosen(j, e), lane);
+          if (!list.full() || mine < list.worst()) list.insert(mine, e == 0 ? j[0] : j[1], lane);
         }
         most -= n;
         return most > 0 && !(list.full() && list.worst() == 0);
@@ -247,7 +239,7 @@ H2OT_DEVICE void set_nearest(const Job<A>& job, int64_t b, int64_t i, const List
 
 // m and the nearest of every token, from the stored matrix. A warp per token; grid: groups, samples.
 template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) nearest_stored_kernel(Job<A> job) {
+__global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 3 : 1) nearest_stored_kernel(Job<A> job) {
   follow_previous();
   NearestShared<A>& shared = *reinterpret_cast<NearestShared<A>*>(shared_memory());
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
