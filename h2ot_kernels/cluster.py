@@ -11,7 +11,7 @@ import python_ref
 from . import checks
 from .backend import dispatch, implement
 from .library import declare
-from .score import METRICS, Variant, check_scoring, metric_tokens, pair_flops, valid_of
+from .score import METRICS, Variant, check_scoring, pair_flops, valid_of
 
 
 class TokenClusters(NamedTuple):
@@ -51,7 +51,7 @@ def cluster_tokens(
     B, N = x.shape[:2]
     checks.integer("num_tokens", num_tokens, 1, N, "the number of tokens")
     keep = checks.kept(keep, B, N, num_tokens, x.device)
-    x = x.detach() if metric == "euclidean" else metric_tokens(x.detach(), metric)
+    x = x.detach() if metric == "euclidean" else python_ref.metric_tokens(x.detach(), metric)
     return TokenClusters(*dispatch("cluster_tokens", x, backend)(x, num_tokens, k, keep, mask, noise))
 
 
@@ -94,7 +94,7 @@ def assign_clusters(
         checks.has_shape("parent", parent, x.shape[:2], "[B, N]")
         checks.same_device("parent", parent, "x", x)
         return dispatch("assign_by_parent", x, backend)(x.detach(), index, parent, mask)
-    x = x.detach() if metric == "euclidean" else metric_tokens(x.detach(), metric)
+    x = x.detach() if metric == "euclidean" else python_ref.metric_tokens(x.detach(), metric)
     return dispatch("assign_clusters", x, backend)(x, index, mask)
 
 

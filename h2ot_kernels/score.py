@@ -99,26 +99,12 @@ METRICS = ("euclidean", "cosine")
 def score_checked(x, k, mask, noise, variant: Variant, backend: str | None) -> TokenScores:
     """Score tokens whose arguments are checked. Distances between unit tokens need no kernel of their own."""
     if variant.metric != "euclidean":
-        x = metric_tokens(x, variant.metric)
+        x = python_ref.metric_tokens(x, variant.metric)
     _, exclude_self, scale, _, cutoff = variant
     if not exclude_self and scale is None and cutoff is None:
         return TokenScores(*dispatch("score_tokens", x, backend)(x, k, mask, noise))
     given = 0.0 if scale is None else float(scale), exclude_self, 0.0 if cutoff is None else float(cutoff)
     return TokenScores(*dispatch("score_variant", x, backend)(x, k, mask, noise, *given))
-
-
-def metric_tokens(x: Tensor, metric: str) -> Tensor:
-    """python_ref.metric_tokens, with the same bits on a GPU.
-
-    There PyTorch divides by a number as it multiplies with its reciprocal, one bit off for 5 joints; by a tensor of the
-    device it divides.
-    """
-    if x.dim() == 4:
-        total, *others = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).unbind(2)
-        for joint in others:
-            total = total + joint
-        x = total / total.new_full((), x.shape[2])
-    return python_ref.metric_tokens(x, metric)
 
 
 def valid_of(score: Tensor, parent: Tensor) -> Tensor:

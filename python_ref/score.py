@@ -24,7 +24,8 @@ class TokenScores(NamedTuple):
 def pool_joints(x: Tensor) -> Tensor:
     """Tokens of x [B, N, C] (itself) or [B, F, J, C] (the mean over J), in float32, or float64 for float64.
 
-    The joints are added one after the other and the sum divided once: this order defines the last bit.
+    The joints are added one after the other and the sum divided once: this order defines the last bit. (By a tensor: by
+    a number PyTorch divides on a GPU as it multiplies by its reciprocal, one bit off for 5 joints.)
     """
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if x.dim() == 3:
@@ -32,7 +33,7 @@ def pool_joints(x: Tensor) -> Tensor:
     total = x[:, :, 0]
     for joint in range(1, x.shape[2]):
         total = total + x[:, :, joint]
-    return total / x.shape[2]
+    return total / total.new_full((), x.shape[2])
 
 
 def unit_tokens(tokens: Tensor) -> Tensor:
