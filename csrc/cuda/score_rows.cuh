@@ -401,13 +401,15 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) parent
     job.squared[b * N + i] = squared;
     job.parent[b * N + i] = parent;
   }
-  __threadfence();
+  // One thread's fences stand for the block: the barriers order what the others wrote before and read after.
   __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicAdd(job.arrived + b, 1) == int32_t(gridDim.x) - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    shared.last = atomicAdd(job.arrived + b, 1) == int32_t(gridDim.x) - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!shared.last) return;
-  __threadfence();
-  __syncthreads();
   finish_sample(job, b, shared.select);
 }
 
