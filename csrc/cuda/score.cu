@@ -14,6 +14,7 @@
 #include "score_rank.cuh"
 #include "score_rows.cuh"
 #include "score_stream.cuh"
+#include "score_stream_products.cuh"
 #include "score_tiles.cuh"
 
 namespace h2ot {
@@ -124,18 +125,17 @@ struct Issue {
     if (plan.search == Search::stored) {
       run(stored_kernel<Tiles>, plan.tiles, kTileThreads, sizeof(StoredShared<Tiles>));
     } else {
-      stream_with<Tiles>();
+      run(stream_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, kTileThreads,
+          sizeof(StreamShared<Tiles>));
     }
-  }
-  template <class Tiles>
-  void stream_with() {
-    run(stream_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, kTileThreads, sizeof(StreamShared<Tiles>));
   }
   template <class Operand>
   void multiply() {
     if (!job.for_peaks) per_token(operand_kernel<Operand>, kWarps * sizeof(int32_t));
     if (plan.search == Search::streamed) {
-      stream_with<ProductTile<Operand, kStreamedSide>>();
+      typedef StreamedTile<Operand> Tiles;
+      run(stream_products_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, Tiles::kThreads,
+          sizeof(StreamProductsShared<Tiles>));
     } else if (plan.tile_rows == 128) {
       multiply_stored<ProductTile<Operand, 128>>();
     } else {
@@ -201,7 +201,7 @@ void Issue<double>::search() {
 }
 
 static_assert(sizeof(StreamShared<DirectTile<double>>) <= kSharedUnasked);
-static_assert(sizeof(StreamShared<ProductTile<Pairs, kStreamedSide>>) <= kSharedMost);
+static_assert(sizeof(StreamProductsShared<StreamedTile<Pairs>>) <= kSharedMost);
 static_assert(sizeof(ProductShared<ProductTile<Pairs, 128>>) <= kSharedMost);
 
 template <class T>
