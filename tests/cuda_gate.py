@@ -55,7 +55,7 @@ WANTED = (
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"LDGSTS\.E\.BYPASS\.128", 3 * 8),
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 128>", r"HMMA\.16816\.F32\.BF16", 64),
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64>", r"HMMA\.16816\.F32 ", 32),
-    ("stream_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs", r"HMMA\.16816\.F32 ", 2 * 3 * 8),
+    ("stream_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs", r"HMMA\.16816\.F32 ", 2 * 3 * 16),
     ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2),
     ("move_kernel<h2ot::cuda::Unit<16>, unsigned int, false>", r"LDG\.E\.128", 4),
     ("move_kernel<h2ot::cuda::Unit<16>, unsigned int, false>", r"STG\.E\.128", 4),

@@ -19,6 +19,19 @@ H2OT_DEVICE unsigned char* shared_memory() {
   return memory;
 }
 
+// blockIdx.y and threadIdx.x, read where they stand: what is computed from them in a loop is not kept in registers all
+// through it.
+H2OT_DEVICE int32_t block_y_here() {
+  int32_t v;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(v));
+  return v;
+}
+H2OT_DEVICE int32_t thread_here() {
+  int32_t v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+
 H2OT_DEVICE float widen_half(uint16_t bits) {
   float v;
   asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));

@@ -40,7 +40,7 @@ enum class Search : int32_t {
 constexpr int32_t kDirectRows = 32, kDirectColumns = 64;
 constexpr int32_t kSmallRows = 16, kSmallColumns = 32, kSmallGroups = 8;  // for few tiles; a warp per group of channels
 constexpr int32_t kProductSides[] = {128, 64};                            // of tiles of products
-constexpr int32_t kStreamedSide = 64;
+constexpr int32_t kStreamedSide = 128;
 constexpr int64_t kLine = 64;                   // 16-bit values of a token that are copied at once: channels, or
 constexpr int64_t kPairChannels = kLine / 2;    // both parts of these
 constexpr int32_t kSlabChannels = 32;           // summed before they are added to a total

@@ -13,6 +13,7 @@
 #include "score_products.cuh"
 #include "score_rows.cuh"
 #include "score_stream.cuh"
+#include "score_stream_products.cuh"
 #include "score_tiles.cuh"
 
 namespace h2ot {
@@ -148,7 +149,9 @@ struct Issue {
       follow(operand_kernel<Operand>, job.groups, kWarps * kLanes, kWarps * sizeof(int32_t));
     }
     if (plan.search == Search::streamed) {
-      search_streamed<ProductTile<Operand, kStreamedSide>>();
+      typedef StreamedTile<Operand> Tiles;
+      run(stream_products_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, Tiles::kThreads,
+          sizeof(StreamProductsShared<Tiles>));
     } else if (plan.tile_rows == 128) {
       multiply_stored<ProductTile<Operand, 128>>();
     } else {
@@ -203,7 +206,7 @@ void Issue<double>::search() {
 static_assert(sizeof(StoredShared<SmallTile<double>>) <= kSharedUnasked);
 static_assert(sizeof(StoredShared<LargeTile<double>>) <= kSharedUnasked);
 static_assert(sizeof(StreamShared<DirectTile<double>>) <= kSharedUnasked);
-static_assert(sizeof(StreamShared<ProductTile<Pairs, kStreamedSide>>) <= kSharedMost);
+static_assert(sizeof(StreamProductsShared<StreamedTile<Pairs>>) <= kSharedMost);
 static_assert(sizeof(ProductShared<ProductTile<Pairs, 128>>) <= kSharedMost);
 
 template <class T>

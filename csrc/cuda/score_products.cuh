@@ -145,15 +145,15 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
   if (lane == 0) job.norm[b * job.x.N + i] = norm;
 }
 
-// kSide x kSide pairs: warps of 64 x 32 (kSide 128) or 32 x 32 (64).
-template <class Operand, int kSide>
+// kSide x kSide pairs by warps of 16 kFragmentsDown x 32.
+template <class Operand, int kSide, int kFragmentsDown = kSide / 32>
 struct ProductTile {
   typedef float A;
   static constexpr int kRows = kSide, kColumns = kSide;
-  static constexpr int kDown = kSide / 32, kAcross = 4;  // 16 x 8 fragments of a warp
-  static constexpr int kWarpsDown = 2, kWarpsAcross = kSide / 32;
+  static constexpr int kDown = kFragmentsDown, kAcross = 4;  // 16 x 8 fragments of a warp
+  static constexpr int kWarpsDown = kSide / (16 * kDown), kWarpsAcross = kSide / 32;
   static constexpr int kThreads = kWarpsDown * kWarpsAcross * kLanes;
-  static constexpr int kBlocks = (kSide == 128 ? 2 : 4) / kShortOfShared;  // on a multiprocessor
+  static constexpr int kBlocks = kThreads == 512 ? 1 : (kSide == 128 ? 2 : 4) / kShortOfShared;  // on a multiprocessor
   struct Stage {
     alignas(128) uint16_t token[kRows + kColumns][kLine];
   };
@@ -176,7 +176,7 @@ struct ProductTile {
     constexpr int kTokensAtOnce = kThreads / kVector;
     const int v = threadIdx.x % kVector;
     const int32_t c = line * int32_t(kLine) + v * kVector;
-#pragma unroll 8
+#pragma unroll(kThreads == 512 && !Entry<Operand>::kPairs ? 2 : 8)
     for (int from = 0; from < kRows + kColumns; from += kTokensAtOnce) {
       const int token = from + threadIdx.x / kVector;
       const int32_t i = from < kRows ? tokens.row[token] : tokens.column[token - kRows];
@@ -273,10 +273,8 @@ struct ProductTile {
     wait_for_copies<0>();
   }
 
-  // The sums first, then their distances: all at once takes more registers than there are.
-  H2OT_DEVICE void put(const Job<float>& job, int64_t b, const TileTokens<kRows, kColumns>& tokens, const Slab&,
-                       TileValues<float, kRows, kColumns>& tile) const {
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  H2OT_DEVICE void put_sums(TileValues<float, kRows, kColumns>& tile) const {
+    const int lane = threadIdx.x % kLanes;
 #pragma unroll
     for (int down = 0; down < kDown; down++) {
 #pragma unroll
@@ -287,6 +285,12 @@ struct ProductTile {
         }
       }
     }
+  }
+  // The sums first, then their distances: all at once takes more registers than there are.
+  H2OT_DEVICE void put(const Job<float>& job, int64_t b, const TileTokens<kRows, kColumns>& tokens,
+                       TileValues<float, kRows, kColumns>& tile) const {
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+    put_sums(tile);
     __syncthreads();
     const float* norm = job.norm + b * job.x.N;
     const float factor = job.operands.scale[2 * b + 1];
@@ -339,7 +343,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stored_produc
     Tiles tiles;
     tiles.compute(job, blockIdx.y, shared.tokens, shared.slab);
     __syncthreads();
-    tiles.put(job, blockIdx.y, shared.tokens, shared.slab, shared.tile);
+    tiles.put(job, blockIdx.y, shared.tokens, shared.tile);
     __syncthreads();
   }
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;

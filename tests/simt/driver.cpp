@@ -68,7 +68,7 @@ void print_shared() {
       {"stored_products_kernel", sizeof(ProductShared<ProductTile<Pairs, 128>>)},
       {"stream_kernel<h2ot::cuda::DirectTile<float", sizeof(StreamShared<DirectTile<float>>)},
       {"stream_kernel<h2ot::cuda::DirectTile<double", sizeof(StreamShared<DirectTile<double>>)},
-      {"stream_kernel<h2ot::cuda::ProductTile", sizeof(StreamShared<ProductTile<Pairs, kStreamedSide>>)},
+      {"stream_products_kernel", sizeof(StreamProductsShared<StreamedTile<Pairs>>)},
       {"nearest_stored_kernel<double>", sizeof(NearestShared<double>)},
       {"nearest_stored_kernel", sizeof(NearestShared<float>)},
       {"parent_stored_kernel", sizeof(ParentShared)},

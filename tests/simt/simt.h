@@ -411,6 +411,9 @@ constexpr uint32_t kAllLanes = 0xffffffff;
 
 inline unsigned char* shared_memory() { return simt::machine.shared; }
 
+inline int32_t block_y_here() { return int32_t(blockIdx.y); }
+inline int32_t thread_here() { return int32_t(threadIdx.x); }
+
 inline float widen_half(uint16_t bits) { return float(simt::from_bits<_Float16>(bits)); }
 
 inline uint16_t narrow_half(float v) { return v != v ? 0x7fff : uint16_t(simt::to_bits(_Float16(v))); }

@@ -1,0 +1,171 @@
+// The streamed search by products: tiles as large as the stored search's, sums through shared memory to the warps that
+// keep the lists of their rows. Shared memory is short: lists lie in the workspace, for most tiles change few of them.
+#pragma once
+
+#include "score_products.cuh"
+#include "score_rows.cuh"
+
+namespace h2ot {
+namespace cuda {
+
+constexpr float kLargest = 0x1.fffffep127f;
+
+// Twice the warps of the stored search, each of half the size: what the loop over tiles keeps takes registers, too.
+template <class Operand>
+using StreamedTile = ProductTile<Operand, kStreamedSide, kStreamedSide / 64>;
+
+template <class Tiles>
+struct StreamProductsShared {
+  static constexpr int kSide = Tiles::kRows, kOwned = kSide / (Tiles::kThreads / kLanes);
+  TileTokens<kSide, kSide> tokens;
+  float column_norm[kSide];  // infinite for no token
+  float worst[kSide];        // lower bounds above it are not listed
+  float furthest[kSide];     // upper bounds of the largest distances
+  int32_t tile, last_tile;   // here rather than in registers
+  union {
+    typename Tiles::Slab slab;
+    TileValues<float, kSide, kSide> values;
+  };
+};
+
+// Adds a pair to a sorted list of `room` entries (up to a warp's width; empty ones are infinite) that a warp keeps.
+// Returns the last lower bound.
+H2OT_DEVICE float insert_pair(float* low, int32_t* at, int32_t room, float value, int32_t token, int lane) {
+  const float mine = lane < room ? low[lane] : infinity_of(0.0f);
+  const int32_t mine_at = lane < room ? at[lane] : -1;
+  const bool before = mine < value || (mine == value && mine_at < token);
+  const int32_t place = __popc(__ballot_sync(kAllLanes, before));
+  const float above = __shfl_up_sync(kAllLanes, mine, 1);
+  const int32_t above_at = __shfl_up_sync(kAllLanes, mine_at, 1);
+  const float now = lane < place ? mine : lane == place ? value : above;
+  if (lane >= place && lane < room) {
+    low[lane] = now;
+    at[lane] = lane == place ? token : above_at;
+  }
+  const float last = __shfl_sync(kAllLanes, now, room - 1);
+  return last < kLargest ? last : kLargest;
+}
+
+// The pairs of row r in one tile; returns the largest lower bound. For the warp that owns the row.
+template <class Tiles>
+H2OT_DEVICE float list_row(const Job<float>& job, int64_t b, int r, StreamProductsShared<Tiles>& shared, int lane) {
+  constexpr int kSide = Tiles::kRows, kColumnsOfLane = kSide / kLanes;
+  const int64_t N = job.x.N, split = blockIdx.x % job.splits;
+  const int32_t i = shared.tokens.row[r], room = int32_t(job.list);
+  const double* key = job.key + b * N;
+  const float factor = job.operands.scale[2 * b + 1], spread = job.bound.spread, own = job.norm[b * N + i];
+  float low[kColumnsOfLane], furthest = -1, lowest = -1;
+#pragma unroll
+  for (int u = 0; u < kColumnsOfLane; u++) {
+    const int c = u * kLanes + lane;
+    const int32_t j = shared.tokens.column[c];
+    const float both = own + shared.column_norm[c];
+    const float v = fma(factor, shared.values.value[r][c], both);
+    const bool pair = j >= 0 && j != i;
+    low[u] = !pair ? infinity_of(0.0f) : v > spread * both ? v - spread * both : 0;
+    if (pair) {
+      const float high = (v > 0 ? v : 0) + spread * both;
+      furthest = high > furthest ? high : furthest;
+      lowest = low[u] > lowest ? low[u] : lowest;
+    }
+  }
+  if (job.wants_largest && !job.for_peaks) {
+    furthest = warp_max(furthest);
+    if (lane == 0 && furthest > shared.furthest[r]) shared.furthest[r] = furthest;
+  }
+#pragma unroll
+  for (int u = 0; u < kColumnsOfLane; u++) {
+    const int32_t j = shared.tokens.column[u * kLanes + lane];
+    bool hit = low[u] <= shared.worst[r];
+    if (hit && job.for_peaks) hit = is_denser(key[j], j, key[i], i, job.noise != nullptr);
+    for (uint32_t bits = __ballot_sync(kAllLanes, hit); bits; bits &= bits - 1) {
+      const int source = __ffs(int(bits)) - 1;
+      const float value = __shfl_sync(kAllLanes, low[u], source);
+      const int32_t token = __shfl_sync(kAllLanes, j, source);
+      if (value > shared.worst[r]) continue;
+      const int64_t at = ((b * N + i) * job.splits + split) * room;
+      const float last = insert_pair(job.listed + at, job.listed_at + at, room, value, token, lane);
+      __syncwarp();
+      if (lane == 0) shared.worst[r] = last;
+      __syncwarp();
+    }
+  }
+  return lowest;
+}
+
+// Grid: blocks of rows x splits of the columns, samples.
+template <class Tiles>
+__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_products_kernel(Job<float> job) {
+  typedef StreamProductsShared<Tiles> Shared;
+  constexpr int kSide = Tiles::kRows;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int64_t b = blockIdx.y, N = job.x.N, split = blockIdx.x % job.splits;
+  const int64_t rows = job.for_peaks ? job.peak_count[b] : N, first_row = blockIdx.x / job.splits * kSide;
+  if (first_row >= rows) return;
+  const uint8_t* valid = job.valid + b * N;
+  const int32_t room = int32_t(job.list);
+  for (int r = threadIdx.x; r < kSide; r += Tiles::kThreads) {
+    const int64_t at = first_row + r;
+    const int64_t i = at >= rows ? -1 : job.for_peaks ? job.peaks[b * N + at] : at;
+    shared.tokens.row[r] = i >= 0 && valid[i] ? int32_t(i) : -1;
+    shared.worst[r] = kLargest;
+    shared.furthest[r] = -1;
+  }
+  if (threadIdx.x == 0) {
+    const int64_t tiles = ceil_div(N, kSide);
+    shared.tile = int32_t(tiles * split / job.splits);
+    shared.last_tile = int32_t(tiles * (split + 1) / job.splits);
+  }
+  __syncthreads();
+  for (int r = warp * Shared::kOwned; r < (warp + 1) * Shared::kOwned; r++) {
+    const int32_t i = shared.tokens.row[r];
+    if (i < 0 || lane >= room) continue;
+    const int64_t at = ((b * N + i) * job.splits + split) * room + lane;
+    job.listed[at] = infinity_of(0.0f);
+    job.listed_at[at] = -1;
+  }
+  while (shared.tile < shared.last_tile) {
+    {
+      const int64_t at = block_y_here() * job.x.N;
+      for (int c = thread_here(); c < kSide; c += Tiles::kThreads) {
+        const int64_t j = int64_t(shared.tile) * kSide + c;
+        const bool there = j < job.x.N && job.valid[at + j];
+        shared.tokens.column[c] = there ? int32_t(j) : -1;
+        shared.column_norm[c] = there ? job.norm[at + j] : infinity_of(0.0f);
+      }
+    }
+    {
+      Tiles tile;
+      tile.compute(job, block_y_here(), shared.tokens, shared.slab);
+      __syncthreads();
+      tile.put_sums(shared.values);
+    }
+    __syncthreads();
+    {
+      const int thread = thread_here(), first = thread / kLanes * Shared::kOwned;
+      const int64_t sample = block_y_here();
+      float lowest = -1;
+      for (int r = first; r < first + Shared::kOwned; r++) {
+        if (shared.tokens.row[r] < 0) continue;
+        const float of_row = list_row(job, sample, r, shared, thread % kLanes);
+        lowest = of_row > lowest ? of_row : lowest;
+      }
+      if (job.wants_largest && !job.for_peaks) {
+        lowest = warp_max(lowest);
+        if (thread % kLanes == 0 && lowest > 0) offer_largest(job, sample, lowest);
+      }
+    }
+    __syncthreads();
+    if (thread_here() == 0) shared.tile++;
+    __syncthreads();
+  }
+  for (int r = thread_here(); job.wants_largest && !job.for_peaks && r < kSide; r += Tiles::kThreads) {
+    const int32_t i = shared.tokens.row[r];
+    if (i < 0) continue;
+    job.furthest[(block_y_here() * job.x.N + i) * job.splits + blockIdx.x % job.splits] = shared.furthest[r];
+  }
+}
+
+}  // namespace cuda
+}  // namespace h2ot
