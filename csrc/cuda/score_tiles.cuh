@@ -11,6 +11,13 @@ namespace cuda {
 
 constexpr int kTileThreads = 128;
 
+// Blocks of small tiles that registers are left for: three need more shared memory than some multiprocessors have.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kSmallBlocks = 2;
+#else
+constexpr int kSmallBlocks = 3;
+#endif
+
 // One tile: value[r][c] is infinity where either token is not valid or both are the same.
 template <class A, int kRows, int kColumns>
 struct TileValues {
@@ -31,10 +38,10 @@ struct DirectTile {
   typedef T A;
   static constexpr int kRows = kDown, kColumns = kAcross;
   static constexpr int kOwnThreads = kRows * kColumns / 16, kThreads = kGroups * kOwnThreads;
-  static constexpr bool kWarpAlone = kOwnThreads == kLanes;  // a group waits for nobody
-  static constexpr int kBlocks = sizeof(A) == 8 ? 1 : kGroups == 1 ? 2 : kWarpAlone ? 3 : 2;  // resident
-  static constexpr int kVector = 16 / int(sizeof(A));                                         // copied at once
-  static constexpr int kVectors = kWarpAlone ? 2 : 4;                                         // of a line
+  static constexpr bool kWarpAlone = kOwnThreads == kLanes;                           // a group waits for nobody
+  static constexpr int kBlocks = sizeof(A) == 8 ? 1 : kWarpAlone ? kSmallBlocks : 2;  // resident
+  static constexpr int kVector = 16 / int(sizeof(A));                                 // copied at once
+  static constexpr int kVectors = kWarpAlone ? 2 : 4;                                 // of a line
   static constexpr int kChannels = kVectors * kVector, kPitch = kChannels + kVector;
   static constexpr int kCopies = (kRows + kColumns) * kVectors / kOwnThreads;
   static_assert(kCopies * kOwnThreads == (kRows + kColumns) * kVectors);
