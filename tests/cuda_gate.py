@@ -46,21 +46,30 @@ FLAGS = (
 WANTED = (
     ("pool_kernel<float>", r"LDG\.E\.128", 1),
     ("pool_kernel<h2ot::cuda::BFloat16>", r"LDG\.E\.64", 1),
-    ("stored_kernel<h2ot::cuda::DirectTile<float>", r"LDG\.E\.128", 6),
-    ("stored_kernel<h2ot::cuda::DirectTile<float>", r"LDS\.128", 2),
-    ("stored_kernel<h2ot::cuda::DirectTile<float>", r"FFMA", 16),
-    ("stored_kernel<h2ot::cuda::DirectTile<double>", r"DFMA", 16),
+    ("stored_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"LDGSTS\.E\.BYPASS\.128", 6),
+    ("stored_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"LDS\.128", 2 * 16),
+    ("stored_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"FFMA", 2 * 2 * 64),
+    ("stored_kernel<h2ot::cuda::DirectTile<float, 32, 64, 2>", r"LDGSTS\.E\.BYPASS\.128", 6),
+    ("stored_kernel<h2ot::cuda::DirectTile<float, 32, 64, 2>", r"LDS\.128", 2 * 16),
+    ("stored_kernel<h2ot::cuda::DirectTile<float, 32, 64, 2>", r"FFMA", 2 * 2 * 64),
+    ("stored_kernel<h2ot::cuda::DirectTile<double, 16, 32, 4>", r"DFMA", 2 * 32),
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"HMMA\.16816\.F32 ", 2 * 3 * 16),
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"LDSM\.16\.M88\.4", 2 * 12),
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"LDGSTS\.E\.BYPASS\.128", 3 * 8),
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 128>", r"HMMA\.16816\.F32\.BF16", 64),
     ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64>", r"HMMA\.16816\.F32 ", 32),
     ("stream_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs", r"HMMA\.16816\.F32 ", 2 * 3 * 16),
-    ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2),
+    ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2 + 2 * (1 + 4)),
+    ("parent_stored_kernel<float>", r"LDG\.E\.128", 1 + 4),
+    ("parent_stored_kernel<float>", r"ATOMS", 1),
+    ("select_kernel", r"LDG\.E\.64", 2 * 4),
+    ("select_kernel", r"ATOMS", 1),
     ("move_kernel<h2ot::cuda::Unit<16>, unsigned int, false>", r"LDG\.E\.128", 4),
     ("move_kernel<h2ot::cuda::Unit<16>, unsigned int, false>", r"STG\.E\.128", 4),
     ("embed_kernel<h2ot::cuda::Brain, 8, unsigned int>", r"LDG\.E\.128", 8),
 )
+# Kernels that are launched while the one before may still run: from 9.0 on they must wait for it.
+OVERLAPPING = ("pool_", "operand_", "stored_", "nearest_stored_", "largest_stored_", "parent_stored_", "move_", "embed_")
 
 
 @dataclass
@@ -91,7 +100,7 @@ def demangled(names: list[str]) -> list[str]:
 
 def short(name: str) -> str:
     """void h2ot::cuda::pool_kernel<float>(h2ot::...) -> pool_kernel<float>"""
-    return re.sub(r"^(?:void )?h2ot::cuda::", "", name).split("(")[0]
+    return re.sub(r"^(?:void )?h2ot::cuda::(?:\(anonymous namespace\)::)?", "", name).split("(")[0]
 
 
 def resources(report: str) -> dict[str, dict]:
@@ -117,7 +126,7 @@ def instructions(sass: str) -> dict[str, str]:
     """The disassembly of each kernel."""
     functions = re.split(r"Function : ", sass)[1:]
     names = demangled([function.split("\n")[0].strip() for function in functions])
-    return {name.replace("void h2ot::cuda::", ""): text for name, text in zip(names, functions, strict=True)}
+    return {short(name): text for name, text in zip(names, functions, strict=True)}
 
 
 def compile_for(architecture: int, result_as: str, folder: Path, cuobjdump: Path | None) -> Compiled:
@@ -145,6 +154,9 @@ def compile_for(architecture: int, result_as: str, folder: Path, cuobjdump: Path
             count = max((len(re.findall(rf"\b{pattern}", text)) for text in texts), default=0)
             if count < least:
                 result.faults.append(f"{part}: {count} x {pattern}, wanted at least {least}")
+        if architecture >= 90:
+            early = [name for name, text in code.items() if name.startswith(OVERLAPPING) and "ACQBULK" not in text]
+            result.faults += [f"{name}: does not wait for the kernel before" for name in early]
     result.seconds = time.monotonic() - start
     return result
 

@@ -41,9 +41,9 @@ def sizes(made, N, k, wide):
         "peak_count": made["samples"] * 4,
         "largest": made["samples"] * 16,
         "parent": tokens * 4,
-        "order": tokens,
-        "rank": tokens,
-        **{name: tokens * 8 for name in ("m", "key", "squared", "score")},
+        "arrived": made["samples"] * 4,
+        "flag": tokens,
+        **{name: tokens * 8 for name in ("m", "key", "squared", "keys")},
     }
 
 
@@ -66,9 +66,10 @@ def test_parts_of_the_workspace_fit_and_do_not_overlap(shape):
     for (name, offset), (_, after) in zip(places, [*places[1:], ("end", made["workspace"])], strict=True):
         assert offset % ALIGNMENT == 0
         assert offset + needed[name] + GUARD <= after, name
-    assert {"valid", "m", "key", "squared", "parent", "score", "rank"} <= set(made["offsets"])
+    assert {"valid", "m", "key", "squared", "parent", "arrived", "keys"} <= set(made["offsets"])
     assert ("matrix" in made["offsets"]) == (made["search"] == "stored")
-    assert ("listed" in made["offsets"]) == (made["search"] == "streamed")
+    for part in ("listed", "proven", "peaks", "flag"):
+        assert (part in made["offsets"]) == (made["search"] == "streamed")
     assert ("norm" in made["offsets"]) == (made["distance"] != "direct")
 
 
@@ -124,7 +125,7 @@ def test_memory_is_linear_in_the_tokens_when_streamed():
 
 def test_the_counted_choice():
     assert plan(B=4, N=243)["distance"] == "direct"
-    assert plan(B=4, N=243)["tile"] == (32, 64)
+    assert plan(B=4, N=243)["tile"] == (16, 32)
     assert plan(B=256, N=351, C=1536)["distance"] == "products"
     assert plan(B=256, N=351, C=1536)["tile"] == (128, 128)
     assert plan(B=32, N=100, C=1536)["tile"] == (64, 64)
@@ -139,6 +140,35 @@ def test_the_counted_choice():
     assert plan(N=2049, k=100)["list"] == 0
     with pytest.raises(ValueError, match="dtype: got 'int8'"):
         plan(dtype="int8")
+
+
+def busiest(B, N, rows, columns, multiprocessors) -> int:
+    """Pairs of the busiest multiprocessor where tiles of the upper triangle are dealt out."""
+    starts = ((row, column) for row in range(0, N, rows) for column in range(0, N, columns))
+    tiles = B * sum(row < column + columns for row, column in starts)
+    return math.ceil(tiles / multiprocessors) * rows * columns
+
+
+@pytest.mark.parametrize("device", [H200, ORIN], ids=["h200", "orin"])
+def test_small_tiles_are_for_few_tiles(device):
+    """Small ones read twice as much: they are taken where they save an eighth and more of the arithmetic."""
+    chosen = set()
+    for B, N in itertools.product((1, 2, 4, 7, 16, 64, 256), (1, 16, 17, 27, 81, 100, 243, 351, 2048)):
+        small, large = (busiest(B, N, *tile, device["multiprocessors"]) for tile in ((16, 32), (32, 64)))
+        made = plan(B=B, N=N, dtype="float64", **device)
+        assert made["tile"] == ((16, 32) if 8 * small < 7 * large else (32, 64)), (B, N)
+        chosen.add(made["tile"])
+    assert chosen == {(16, 32), (32, 64)}
+    assert plan(B=1, N=2049, dtype="float64", **device)["tile"] == (32, 64)  # streamed
+
+
+def test_blocks_of_a_call_overlap_from_9_0_on():
+    for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)):
+        assert plan(major=major, minor=minor)["overlaps"] == (major >= 9)
+
+
+def test_two_warps_pool_a_token_of_many_channels():
+    assert [plan(C=C)["pool_warps"] for C in (1, 255, 256, 5120)] == [1, 1, 2, 2]
 
 
 def test_tokens_read_in_place_are_not_copied():

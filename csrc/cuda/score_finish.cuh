@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kFinishThreads) scores_kernel(Job<A> job) {
 
 // Grid: 1, samples.
 template <class A>
-__global__ void __launch_bounds__(kMostWarps* kLanes) index_kernel(Job<A> job) {
+__global__ void __launch_bounds__(kMostWarps* kLanes, 1) index_kernel(Job<A> job) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
   const int64_t b = blockIdx.y, N = job.x.N;
   write_index(job.keys + b * N, N, job.K, keep_of(job, b), job.index + b * job.K, shared);

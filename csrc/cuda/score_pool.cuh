@@ -59,9 +59,14 @@ struct PoolShared {
   int32_t exponent[kTokensPerBlock];
 };
 
+// For double, registers for one block at a time are enough (else a compiler may spill to make room for two).
+template <class A>
+constexpr int kPoolBlocks = sizeof(A) == 8 ? 1 : 0;
+
 // blockDim / (32 kTokensPerBlock) warps per token, a block per group of kTokensPerBlock tokens. Grid: groups, samples.
 template <class T>
-__global__ void __launch_bounds__(kPoolWarps * kTokensPerBlock * kLanes) pool_kernel(Job<Accumulator<T>> job) {
+__global__ void __launch_bounds__(kPoolWarps * kTokensPerBlock * kLanes, kPoolBlocks<Accumulator<T>>)
+    pool_kernel(Job<Accumulator<T>> job) {
   follow_previous();
   typedef Accumulator<T> A;
   PoolShared<A>& shared = *reinterpret_cast<PoolShared<A>*>(shared_memory());

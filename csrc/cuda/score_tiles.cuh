@@ -11,6 +11,13 @@ namespace cuda {
 
 constexpr int kTileThreads = 128;
 
+// Blocks of small tiles that registers are left for: three need more shared memory than some multiprocessors have.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kSmallBlocks = 2;
+#else
+constexpr int kSmallBlocks = 3;
+#endif
+
 // One tile: value[r][c] is infinity where either token is not valid or both are the same.
 template <class A, int kRows, int kColumns>
 struct TileValues {
@@ -31,10 +38,10 @@ struct DirectTile {
   typedef T A;
   static constexpr int kRows = kDown, kColumns = kAcross;
   static constexpr int kOwnThreads = kRows * kColumns / 16, kThreads = kGroups * kOwnThreads;
-  static constexpr bool kWarpAlone = kOwnThreads == kLanes;  // a group waits for nobody
-  static constexpr int kBlocks = sizeof(A) == 8 ? 1 : kGroups == 1 ? 2 : kWarpAlone ? 3 : 2;  // resident
-  static constexpr int kVector = 16 / int(sizeof(A));                                         // copied at once
-  static constexpr int kVectors = kWarpAlone ? 2 : 4;                                         // of a line
+  static constexpr bool kWarpAlone = kOwnThreads == kLanes;                           // a group waits for nobody
+  static constexpr int kBlocks = sizeof(A) == 8 ? 1 : kWarpAlone ? kSmallBlocks : 2;  // resident
+  static constexpr int kVector = 16 / int(sizeof(A));                                 // copied at once
+  static constexpr int kVectors = kWarpAlone ? 2 : 4;                                 // of a line
   static constexpr int kChannels = kVectors * kVector, kPitch = kChannels + kVector;
   static constexpr int kCopies = (kRows + kColumns) * kVectors / kOwnThreads;
   static_assert(kCopies * kOwnThreads == (kRows + kColumns) * kVectors);
@@ -60,7 +67,7 @@ struct DirectTile {
   static H2OT_DEVICE int row_of(int u) { return own_thread() / kAcrossThreads + u * kDownThreads; }
   static H2OT_DEVICE int column_of(int w) { return own_thread() % kAcrossThreads + w * kAcrossThreads; }
 
-  // Adds what one slab gives. kScaled: each difference is scaled, else the sums will be.
+  // Adds what one slab gives. kScaled: tokens are scaled (their differences may overflow), else the sums will be.
   template <bool kScaled>
   H2OT_DEVICE void add(const Line (&line)[kRows + kColumns], A scale) {
     A of_slab[4][4] = {};
@@ -79,8 +86,7 @@ struct DirectTile {
         for (int e = 0; e < kVector; e++) {
 #pragma unroll
           for (int u = 0; u < 4; u++) {
-            A d = p[u].v[e] - q.v[e];
-            if (kScaled) d *= scale;
+            const A d = kScaled ? p[u].v[e] * scale - q.v[e] * scale : p[u].v[e] - q.v[e];
             sums[u][w] = fma(d, d, sums[u][w]);
           }
         }

@@ -17,7 +17,8 @@ from python_ref import TokenScores
 ROOT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-PLANS = {"driver": "plan.cpp", "gather_driver": "gather_plan.cpp"}  # the host's side of what each driver runs
+# The host side of what each driver runs.
+PLANS = {"driver": "plan.cpp", "gather_driver": "gather_plan.cpp", "select_driver": "plan.cpp"}
 SEARCHES = {"stored": 0, "streamed": 1}
 DISTANCES = {"direct": 0, "products": 1, "exact_products": 2}
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -1,10 +1,11 @@
 // Runs CUDA kernels on a CPU: csrc/cuda/device.cuh includes this instead of CUDA's headers, and g++ compiles the kernel
 // source unmodified.
 //
-// A fiber per thread of a block; blocks one after the other. Threads run in an order drawn from a seed, change at every
-// barrier and warp operation, and all of a warp (of a block) must meet at the same one: else the run aborts with the
-// place. Shared memory is a heap block of exactly the size asked for, filled with a pattern that reads as NaN and as
-// token -1: AddressSanitizer sees what lies outside, comparisons see what was never written. x86-64 only.
+// A fiber per thread of a block; blocks one after the other. Threads run in an order drawn from a seed (of half the
+// blocks every warp as far as it comes before the next one), change at every barrier and warp operation, and all of a
+// warp (of a block) must meet at the same one: else the run aborts with the place. Shared memory is a heap block of
+// exactly the size asked for, filled with a pattern that reads as NaN and as token -1: AddressSanitizer sees what lies
+// outside, comparisons see what was never written. x86-64 only.
 #pragma once
 
 #if !defined(__x86_64__) || !defined(__linux__)
@@ -168,8 +169,10 @@ inline void run_block(int threads) {
     prepare(t);
     machine.ready.push_back(t);
   }
+  const bool warp_by_warp = machine.draw(2) == 1;
+  if (warp_by_warp && machine.draw(2) == 1) std::reverse(machine.ready.begin(), machine.ready.end());
   while (!machine.ready.empty()) {
-    const uint64_t pick = machine.draw(machine.ready.size());
+    const uint64_t last = machine.ready.size() - 1, pick = warp_by_warp ? last : machine.draw(last + 1);
     const int t = machine.ready[pick];
     machine.ready[pick] = machine.ready.back();
     machine.ready.pop_back();
