@@ -49,12 +49,12 @@ WANTED = (
     ("stored_kernel<h2ot::cuda::DirectTile<float>", r"LDS\.128", 2),
     ("stored_kernel<h2ot::cuda::DirectTile<float>", r"FFMA", 16),
     ("stored_kernel<h2ot::cuda::DirectTile<double>", r"DFMA", 16),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"HMMA\.16816\.F32 ", 2 * 3 * 16),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"LDSM\.16\.M88\.4", 2 * 12),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128>", r"LDGSTS\.E\.BYPASS\.128", 3 * 8),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 128>", r"HMMA\.16816\.F32\.BF16", 64),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64>", r"HMMA\.16816\.F32 ", 32),
-    ("stream_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs", r"HMMA\.16816\.F32 ", 2 * 3 * 16),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"HMMA\.16816\.F32 ", 2 * 3 * 16),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"LDSM\.16\.M88\.4", 2 * 12),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"LDGSTS\.E\.BYPASS\.128", 3 * 8),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 128", r"HMMA\.16816\.F32\.BF16", 64),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64", r"HMMA\.16816\.F32 ", 32),
+    ("stream_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs", r"HMMA\.16816\.F32 ", 2 * 3 * 8),
     ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2),
 )
 
