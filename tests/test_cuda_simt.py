@@ -263,6 +263,21 @@ MUTANTS = {
         "t < tiles * (split + 1) / job.splits",
         "t < tiles * (split + 1) / job.splits - (split > 0)",
     ),
+    "one split of large tiles less": (
+        "score_stream_products.cuh",
+        "shared.last_tile = int32_t(tiles * (split + 1) / job.splits);",
+        "shared.last_tile = int32_t(tiles * (split + 1) / job.splits - (split > 0));",
+    ),
+    "no barrier before streamed sums are read": (
+        "score_stream_products.cuh",
+        "tile.put_sums(shared.values);\n    }\n    __syncthreads();",
+        "tile.put_sums(shared.values);\n    }",
+    ),
+    "a list entry displaced too early": (
+        "score_stream_products.cuh",
+        "lane == place ? value : above;",
+        "lane == place + 1 ? value : above;",
+    ),
     "a neighbour past the last of a list": (
         "score_stream.cuh",
         "while (proven < list.count",
@@ -286,8 +301,8 @@ HUNTED_LARGE = [TokenCase("random", B=1, N=140, C=100, K=40)]  # tiles of 128
 
 def survives(driver: Path) -> bool:
     calls = [call_of(case, plan=plan) for case in HUNTED for plan in HUNTED_PLANS]
-    cases = [case for case in HUNTED for _ in HUNTED_PLANS] + HUNTED_LARGE
-    calls += [call_of(case, plan=("stored", "products"), side=128) for case in HUNTED_LARGE]
+    cases = [case for case in HUNTED for _ in HUNTED_PLANS] + [case for case in HUNTED_LARGE for _ in simt.SEARCHES]
+    calls += [call_of(case, plan=(s, "products"), side=128) for case in HUNTED_LARGE for s in simt.SEARCHES]
     with tempfile.TemporaryDirectory() as folder:
         done = simt.run(calls, driver, Path(folder))
     if done.returncode:

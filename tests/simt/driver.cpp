@@ -63,7 +63,7 @@ void print_shared() {
       {"stored_kernel<h2ot::cuda::DirectTile<double, 16", sizeof(StoredShared<SmallTile<double>>)},
       {"stored_kernel<h2ot::cuda::DirectTile<double, 32", sizeof(StoredShared<LargeTile<double>>)},
       {"operand_kernel", kWarps * sizeof(int32_t)},
-      {"stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 64>",
+      {"stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 64",
        sizeof(ProductShared<ProductTile<Pairs, 64>>)},
       {"stored_products_kernel", sizeof(ProductShared<ProductTile<Pairs, 128>>)},
       {"stream_kernel<h2ot::cuda::DirectTile<float", sizeof(StreamShared<DirectTile<float>>)},
