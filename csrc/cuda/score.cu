@@ -11,7 +11,7 @@
 #include "score_finish.cuh"
 #include "score_pool.cuh"
 #include "score_products.cuh"
-#include "score_rows.cuh"
+#include "score_stored.cuh"
 #include "score_stream.cuh"
 #include "score_stream_products.cuh"
 #include "score_tiles.cuh"

@@ -131,46 +131,124 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
   }
 }
 
-// What the lists of all splits say of a token: lists.at(e) for e < entries; tokens that are on no list are no nearer
-// than `limit` (a float64 squared distance). Where ties at zero could be on a list that is full, `complete` is false.
+// What the lists of all splits say of a token: tokens that are on no list are no nearer than `limit` (a float64 squared
+// distance).
 template <class A>
 struct Lists {
+  const Bound& bound;
   const A* low;
   const int32_t* token;
   int64_t entries;
+  A scale;
   double limit;
   bool one;
 
-  H2OT_DEVICE Lists(const Job<A>& job, int64_t b, int64_t i, int lane) {
+  H2OT_DEVICE Lists(const Job<A>& job, int64_t b, int64_t i, int lane) : bound(job.bound) {
     const int64_t at = (b * job.x.N + i) * job.splits;
     low = job.listed + at * job.list;
     token = job.listed_at + at * job.list;
     entries = job.splits * job.list;
     one = job.splits == 1;
+    scale = sample_scale(job, b, lane);
     A least = infinity_of(A());
     for (int64_t split = lane; split < job.splits; split += kLanes) {
       const A last = low[(split + 1) * job.list - 1];
       least = last < least ? last : least;
     }
-    least = warp_min(least);
-    limit = least < infinity_of(A()) ? unscaled(sample_scale(job, b, lane), job.bound.least(least)) : infinity_of(0.0);
+    limit = least_of(warp_min(least));
+  }
+  // The least that a lower bound allows for the distance.
+  H2OT_DEVICE double least_of(A bounded) const {
+    return bounded < infinity_of(A()) ? unscaled(scale, bound.least(bounded)) : infinity_of(0.0);
   }
   // Whether no unlisted token is nearer than s, or as near and of a lower number. A single list is in ascending order
   // of (lower bound, token), and the bound of a distance of zero is zero: its ties at zero are in order too.
   H2OT_DEVICE bool prove(double s) const { return s < limit || (s == 0 && one); }
+
+  // Fills a sorted list with the nearest of the entries, two read together.
+  H2OT_DEVICE void take(const Job<A>& job, int64_t b, int64_t i, List& list, int lane) const {
+    static_assert(kBatch == 2);
+    for (int64_t e = 0; e < entries; e++) {
+      int32_t j[kBatch];
+      int n = 0;
+      for (; e < entries && n < kBatch; e++) {
+        const bool wanted = token[e] >= 0 && !(list.full() && least_of(low[e]) > list.worst());
+        if (wanted) j[n++ == 0 ? 0 : 1] = token[e];
+      }
+      e--;
+      if (n == 0) continue;
+      const A* const rows[kBatch] = {job.row(b, j[0]), job.row(b, n == 2 ? j[1] : j[0])};
+      double squared[kBatch];
+      exact_squares(job.row(b, i), rows, job.channels, lane, squared);
+      list.insert(squared[0], j[0], lane);
+      if (n == 2) list.insert(squared[1], j[1], lane);
+    }
+  }
 };
 
-// All tokens that test(j), in float64.
+constexpr int kFarAhead = 4;  // tokens whose first channels are read together
+
+// The squared distances of one token to several by their first channels: no more than those by all of them.
+template <class A>
+H2OT_DEVICE void first_squares(const A* a, const A* const (&b)[kFarAhead], int channels, int lane,
+                               double (&squared)[kFarAhead]) {
+  const int c = 4 * lane;
+  for (double& sum : squared) sum = 0;
+  if (c < channels) {
+    const Quad<A> p = *reinterpret_cast<const Quad<A>*>(a + c);
+    Quad<A> q[kFarAhead];
+#pragma unroll
+    for (int n = 0; n < kFarAhead; n++) q[n] = *reinterpret_cast<const Quad<A>*>(b[n] + c);
+#pragma unroll
+    for (int n = 0; n < kFarAhead; n++) {
+      for (int u = 0; u < 4; u++) {
+        const double d = double(p.v[u]) - double(q[n].v[u]);
+        squared[n] = fma(d, d, squared[n]);
+      }
+    }
+  }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    for (double& sum : squared) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  }
+}
+
+// Completes a sorted list, which may hold some of them, by all tokens that test(j), decided in float64. What is far by
+// its first channels is left.
 template <class A, class Test>
 H2OT_DEVICE void search_exactly(const Job<A>& job, int64_t b, int64_t i, List& list, int lane, const Test& test) {
-  list.count = 0;
-  for_each(
-      job.x.N, lane, [&](int64_t j) { return j != i && is_valid(job, b, j) && test(j); },
-      [&](int64_t j) {
-        const double s = exact_squared(job.row(b, i), job.row(b, j), job.channels, lane);
-        if (!list.full() || s < list.worst()) list.insert(s, int32_t(j), lane);
-        return !(list.full() && list.worst() == 0);
-      });
+  const A* const own = job.row(b, i);
+  const auto holds = [&](int64_t j) {
+    bool found = false;
+    for (int r = 0; r < list.count; r++) found |= list.token[r] == j;
+    return found;
+  };
+  for (int64_t from = 0; from < job.x.N; from += kLanes) {
+    const int64_t mine = from + lane;
+    const bool wanted = mine < job.x.N && mine != i && is_valid(job, b, mine) && test(mine) && !holds(mine);
+    for (uint32_t bits = __ballot_sync(kAllLanes, wanted); bits;) {
+      int64_t j[kFarAhead];
+      int n = 0;
+#pragma unroll
+      for (int e = 0; e < kFarAhead; e++) {
+        j[e] = bits ? from + __ffs(int(bits)) - 1 : j[0];
+        n += bits != 0;
+        bits &= bits - 1;
+      }
+      const A* const rows[kFarAhead] = {job.row(b, j[0]), job.row(b, j[1]), job.row(b, j[2]), job.row(b, j[3])};
+      static_assert(kFarAhead == 4);
+      double least[kFarAhead];
+      first_squares(own, rows, job.channels, lane, least);
+#pragma unroll
+      for (int e = 0; e < kFarAhead; e++) {
+        if (e >= n || (list.full() && least[e] * (1 - 0x1p-40) > list.worst())) continue;  // the sums round
+        list.insert(exact_squared(own, rows[e], job.channels, lane), int32_t(j[e]), lane);
+      }
+    }
+    if (!list.full() || list.worst() > 0) continue;
+    bool passed = true;  // ties that are still to come have higher numbers
+    for (int r = 0; r < list.count; r++) passed &= list.token[r] < from + kLanes;
+    if (passed) return;
+  }
 }
 
 // m of every token, and its nearest in order. A warp per token; grid: groups, samples.
@@ -184,10 +262,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(Job
   bool settled = false;
   if (job.list > 0) {
     const Lists<A> lists(job, b, i, lane);
-    for (int64_t e = 0; e < lists.entries; e++) {
-      const int32_t j = lists.token[e];
-      if (j >= 0) list.insert(exact_squared(job.row(b, i), job.row(b, j), job.channels, lane), j, lane);
-    }
+    lists.take(job, b, i, list, lane);
     while (proven < list.count && lists.prove(list.squared[proven])) proven++;
     // Values tie at the limit without harm to m; with fewer than k - 1 listed, all valid tokens are.
     settled = list.count < job.k - 1 || job.k == 1 || list.squared[job.k - 2] <= lists.limit;
@@ -260,10 +335,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) peak_parent_kernel(Job<A> j
   const double* key = job.key + b * N;
   List list = {job.nearest + (b * N + i) * job.near, job.nearest_at + (b * N + i) * job.near, 0, 1};
   const Lists<A> lists(job, b, i, lane);
-  for (int64_t e = 0; e < lists.entries; e++) {
-    const int32_t j = lists.token[e];
-    if (j >= 0) list.insert(exact_squared(job.row(b, i), job.row(b, j), job.channels, lane), j, lane);
-  }
+  lists.take(job, b, i, list, lane);
   if (list.count > 0 && !lists.prove(list.squared[0])) {
     search_exactly(job, b, i, list, lane,
                    [&](int64_t j) { return is_denser(key[j], j, key[i], i, job.noise != nullptr); });
