@@ -115,7 +115,7 @@ def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, st
 
 _STORED_TOKENS = 2048  # up to here the CUDA kernel keeps all distances of a sample (csrc/cuda/plan.h: kStoredTokens)
 _HALVES = (torch.bfloat16, torch.float16)
-_CHOOSES_ON_CUDA = ("score_tokens", "prune_cluster")  # operations with a kernel in CUDA C++ and one in Triton
+_CHOOSES_ON_CUDA = ("score_tokens", "prune_cluster")  # operations that do not always ask CUDA C++ before Triton
 
 
 def triton_first(N: int, dtype: torch.dtype) -> tuple[bool, str]:
