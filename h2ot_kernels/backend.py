@@ -18,11 +18,12 @@ from torch import Tensor
 from .library import ranged
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
-# In order of preference. "reference" stands last where a device has kernels for some operations only.
+# In order of preference. "reference" stands last where a device has kernels for some operations only. Of CUDA C++ and
+# Triton, where both have a kernel, CUDA C++ was the faster at every size that was timed (bench/results).
 _DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("cuda", "triton", "reference")}
 _implementations: dict[str, dict[str, Callable]] = {}
-# (op, device, named backend, whether Triton is asked before CUDA C++) -> what runs
-_resolved: dict[tuple[str, str, str | None, bool], Callable] = {}
+# (op, device, named backend) -> what runs
+_resolved: dict[tuple[str, str, str | None], Callable] = {}
 _override: str | None = None  # a plain global: torch.compile guards it, and does not see thread-local values
 
 
@@ -113,65 +114,34 @@ def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, st
     return True, f"{backend} kernel on {device}"
 
 
-_STORED_TOKENS = 2048  # up to here the CUDA kernel keeps all distances of a sample (csrc/cuda/plan.h: kStoredTokens)
-_HALVES = (torch.bfloat16, torch.float16)
-_CHOOSES_ON_CUDA = ("score_tokens", "prune_cluster")  # operations with a kernel in CUDA C++ and one in Triton
+def _order(device: str, named: str | None) -> tuple[str, ...]:
+    return (named,) if named else _DEFAULT_ORDER.get(device, ("reference",))
 
 
-def triton_first(N: int, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether scoring N tokens of dtype on a CUDA device asks Triton before CUDA C++, and why.
-
-    Counted, not measured: the operations that each issues per pair of tokens and channel, and at which rate.
-
-    >>> triton_first(243, torch.float32)
-    (False, 'counted: up to 2048 tokens CUDA C++ computes half of the pairs only, in few launches')
-    """
-    if N <= _STORED_TOKENS:
-        return (
-            False,
-            f"counted: up to {_STORED_TOKENS} tokens CUDA C++ computes half of the pairs only, in few launches",
-        )
-    if dtype in _HALVES:
-        return True, "counted: Triton multiplies 16-bit tokens at their own rate, CUDA C++ at that of TF32"
-    return False, "counted: as many products on both, and CUDA C++ decides in float64 in the same kernels"
-
-
-def _asks_triton_first(op: str, tensor: Tensor) -> bool:
-    return tensor.is_cuda and op in _CHOOSES_ON_CUDA and triton_first(tensor.shape[1], tensor.dtype)[0]
-
-
-def _order(device: str, named: str | None, later_cuda: bool) -> tuple[str, ...]:
-    if named:
-        return (named,)
-    order = _DEFAULT_ORDER.get(device, ("reference",))
-    return tuple(sorted(order, key=lambda name: name != "triton")) if later_cuda else order
-
-
-def _resolve(op: str, device: str, named: str | None, later_cuda: bool = False) -> Callable:
+def _resolve(op: str, device: str, named: str | None) -> Callable:
     reasons = []
-    for backend in _order(device, named, later_cuda):
+    for backend in _order(device, named):
         ok, reason = can_run(op, backend, device)
         if ok:
-            _resolved[op, device, named, later_cuda] = _implementations[op][backend]
+            _resolved[op, device, named] = _implementations[op][backend]
             return _implementations[op][backend]
         reasons.append(f"{backend}: {reason}")
     raise RuntimeError(f"{op} cannot run on {device} ({'; '.join(reasons)}); backend='reference' runs everywhere")
 
 
-def chosen_backend(op: str, device: str | torch.device, tensor: Tensor | None = None) -> str:
-    """The backend that `op` uses on `device` (for `tensor`) when none is named in the call."""
+def chosen_backend(op: str, device: str | torch.device) -> str:
+    """The backend that `op` uses on `device` when none is named in the call."""
     named = _override or _from_environment
-    later_cuda = tensor is not None and named is None and _asks_triton_first(op, tensor)
     kind = torch.device(device).type
-    _resolve(op, kind, named, later_cuda)  # raises where nothing can run
-    return next(name for name in _order(kind, named, later_cuda) if can_run(op, name, kind)[0])
+    _resolve(op, kind, named)  # raises where nothing can run
+    return next(name for name in _order(kind, named) if can_run(op, name, kind)[0])
 
 
 def dispatch(op: str, tensor: Tensor, backend: str | None) -> Callable:
     """The implementation of `op` for `tensor`: the named backend, else `use_backend`, the environment, the device."""
     named = backend or _override or _from_environment
     device = "cpu" if tensor.is_cpu else tensor.device.type  # the first costs a fifth of the second
-    choice = op, device, named, named is None and device != "cpu" and _asks_triton_first(op, tensor)
+    choice = op, device, named
     return _resolved.get(choice) or _resolve(*choice)
 
 
@@ -197,9 +167,8 @@ def resolve_all() -> None:
     for op in _implementations:
         for device in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
             for named in (None, *BACKENDS):
-                for later_cuda in (False, True) if device == "cuda" and named is None else (False,):
-                    if any(can_run(op, backend, device)[0] for backend in _order(device, named, later_cuda)):
-                        _resolve(op, device, named, later_cuda)
+                if any(can_run(op, backend, device)[0] for backend in _order(device, named)):
+                    _resolve(op, device, named)
 
 
 @contextlib.contextmanager
@@ -231,10 +200,7 @@ def explain(op: str, *tensors: Tensor) -> str:
     gather_tokens on cpu: cpp
     """
     device = tensors[0].device if tensors else torch.device("cpu")
-    first = tensors[0] if tensors else None
-    lines = [f"{op} on {device.type}: {chosen_backend(op, device, first)}"]
-    if first is not None and first.is_cuda and op in _CHOOSES_ON_CUDA:
-        lines[0] += f" ({triton_first(first.shape[1], first.dtype)[1]})"
+    lines = [f"{op} on {device.type}: {chosen_backend(op, device)}"]
     for backend in BACKENDS:
         ok, reason = can_run(op, backend, device)
         lines.append(f"  {backend:9} {'can run' if ok else 'cannot run'}: {reason}")

@@ -69,7 +69,16 @@ WANTED = (
     ("embed_kernel<h2ot::cuda::Brain, 8, unsigned int>", r"LDG\.E\.128", 8),
 )
 # Kernels that are launched while the one before may still run: from 9.0 on they must wait for it.
-OVERLAPPING = ("pool_", "operand_", "stored_", "nearest_stored_", "largest_stored_", "parent_stored_", "move_", "embed_")
+OVERLAPPING = (
+    "pool_",
+    "operand_",
+    "stored_",
+    "nearest_stored_",
+    "largest_stored_",
+    "parent_stored_",
+    "move_",
+    "embed_",
+)
 
 
 @dataclass

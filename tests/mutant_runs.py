@@ -174,7 +174,8 @@ class CudaTree(Tree):
     name, chosen, memory = "cuda", "not large and not caught and not sanitizer", resource.RLIM_INFINITY
 
     def tests(self, file: str) -> tuple[str, ...]:
-        return ("tests/test_cuda_simt.py",)
+        selects = Path(file).stem in ("select", "device", "warp")
+        return (*(["tests/test_cuda_simt_select.py"] if selects else []), "tests/test_cuda_simt.py")
 
     def prepare(self, file: str) -> bool:
         for built in ("driver", "build/simt"):

@@ -32,7 +32,7 @@ RESULTS = ROOT / "bench" / "results" / "reliability" / "mutants.jsonl"
 COMPARED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 FILES = {
     "cpp": ["csrc/cpu/*.cpp", "csrc/cpu/*.h", "csrc/registration.cpp"],
-    "cuda": ["csrc/cuda/score*", "csrc/cuda/device.cuh"],
+    "cuda": ["csrc/cuda/score*", "csrc/cuda/select*", "csrc/cuda/device.cuh", "csrc/cuda/warp.cuh"],
     "triton": ["h2ot_kernels/triton/*.py"],
     "python": [f"{package}/{stem}.py" for package in ("h2ot_kernels", "python_ref") for stem in mutant_runs.STEMS],
 }
@@ -118,8 +118,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "with nothing left in index, the body leaves every token out",
     (
         "csrc/cuda/score_rows.cuh",
-        "for (int64_t j = lane; j < pitch; j += kLanes) reached += pattern(row.high(j)) <= middle;",
-        "for (int64_t j = lane; j < pitch; j += kLanes) reached += pattern(row.high(j)) < middle;",
+        "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { reached += j < row.N && pattern(bound) <= middle; });",
+        "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { reached += j < row.N && pattern(bound) < middle; });",
     ): "a limit one step higher: more candidates, the same nearest",
     (
         "csrc/cuda/score_tiles.cuh",

@@ -4,7 +4,6 @@ import itertools
 import math
 
 import pytest
-import torch
 
 from h2ot_kernels import _C, backend
 
@@ -181,18 +180,6 @@ def test_tokens_read_in_place_are_not_copied():
     assert plan(**whole)["line_pitch"] == 2 * 1536
 
 
-def test_triton_or_cuda_first():
-    assert backend.triton_first(243, torch.bfloat16)[0] is False
-    assert backend.triton_first(16384, torch.float32)[0] is False
-    assert backend.triton_first(16384, torch.bfloat16)[0] is True
-    for N, dtype in ((243, torch.float32), (16384, torch.float16), (16384, torch.float64)):
-        assert backend.triton_first(N, dtype)[1].startswith("counted: ")
-    limit = backend._STORED_TOKENS
-    assert [plan(N=N)["search"] for N in (limit, limit + 1)] == ["stored", "streamed"]
-
-
-def test_the_order_that_the_rule_gives():
-    assert backend._order("cuda", None, False) == ("cuda", "triton", "reference")
-    assert backend._order("cuda", None, True) == ("triton", "cuda", "reference")
-    assert backend._order("cuda", "reference", True) == ("reference",)
-    assert not backend._asks_triton_first("score_tokens", torch.zeros(1, 4096, 1, dtype=torch.float16))
+def test_cuda_comes_before_triton():
+    assert backend._order("cuda", None) == ("cuda", "triton", "reference")
+    assert backend._order("cuda", "reference") == ("reference",)

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import python_ref
+from h2ot_kernels import _C
 
 from . import simt
 from .cases import TOKEN_CASES, TokenCase, oracle_tokens
 from .compare import assert_scores
+from .simt import mutants
 
 needs_simulator = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 pytestmark = needs_simulator
@@ -31,7 +33,7 @@ CASES = [
 ]
 LARGE = [
     TokenCase("smooth", B=1, N=243, C=512, K=81),
-    TokenCase("still", B=1, N=2100, C=3, K=700, masked=True),  # ranked by several blocks; streamed by choice
+    TokenCase("still", B=1, N=2100, C=3, K=700, masked=True),  # several keys per thread; streamed by choice
 ]
 
 
@@ -111,6 +113,37 @@ def test_large_tiles_of_products_give_the_same_bits():
             check(case, call)
 
 
+# Around a block's tokens, a warp's lanes, a tile's rows and columns, a block's threads, and the keys that they hold.
+COUNTS = [*(n + d for n in (8, 16, 32, 64, 256, 512) for d in (-1, 0, 1)), 1023, 1025]
+
+
+@pytest.mark.parametrize("N", COUNTS)
+def test_every_count_around_a_block(N):
+    cases = [TokenCase(kind, B=1, N=N, C=4, K=N // 3, keep=N - 1) for kind in ("random", "integers")]
+    for case, call in zip(
+        cases, run([call_of(case, plan=("stored", "direct")) for case in cases], simt.FAST), strict=True
+    ):
+        check(case, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_tiles_of_differences_give_the_same_bits(dtype):
+    cases = [
+        TokenCase("still", B=1, N=250, C=70, K=80, dtype=dtype),
+        TokenCase("nonfinite", B=1, N=192, C=33, k=5, K=80, dtype=dtype, masked=True),
+        TokenCase("huge", B=1, N=241, C=40, K=80, dtype=dtype),
+    ]
+    plan = {"plan": ("stored", "direct")}
+    few, many = ([call_of(case, **plan, multiprocessors=n) for case in cases] for n in (1, 132))
+    for case, large, small in zip(cases, run(few, simt.FAST), run(many, simt.FAST), strict=True):
+        shape = (case.B, case.N, 1, case.C, case.k, "float64")
+        tiles = [_C.plan_score(*shape, multiprocessors=n)["tile"] for n in (1, 132)]
+        assert tiles == [(32, 64), (16, 32)]
+        check(case, large)
+        assert all(map(torch.equal, large.scores, small.scores))
+        assert torch.equal(large.index, small.index)
+
+
 def test_the_largest_numbers_are_scaled():
     x = torch.randn(1, 70, 40) * 1e37
     x[0, 5] = 3.3e38
@@ -180,16 +213,7 @@ def test_keep_rows_and_wrong_keep():
 
 # What must not survive: (file, text, replacement). Each is caught by the comparison below or by the simulator itself.
 MUTANTS = {
-    "no barrier before a slab is read": (
-        "score_tiles.cuh",
-        "slab.column[channel + u][token] = quad.v[u];\n      });\n      __syncthreads();",
-        "slab.column[channel + u][token] = quad.v[u];\n      });",
-    ),
-    "no barrier before the tile is written out": (
-        "score_tiles.cuh",
-        "tiles.put(job, b, shared.tokens, shared.tile);\n  __syncthreads();",
-        "tiles.put(job, b, shared.tokens, shared.tile);",
-    ),
+    **mutants.MUTANTS,
     "no warp barrier in an insertion": (
         "score_device.cuh",
         "const int32_t moved_at = moves ? token[r - 1] : 0;\n      __syncwarp();",
@@ -250,13 +274,6 @@ MUTANTS = {
         "narrow_half(large - widen",
         "narrow_half(2 * large - widen",
     ),
-    "a tile edge one too early": ("score_tiles.cuh", "if (j < N && j > i)", "if (j < N - 1 && j > i)"),
-    "the mirrored edge one too far": ("score_tiles.cuh", "if (j < N && j > i)", "if (j <= N && j > i)"),
-    "a token past the last is read": (
-        "score_tiles.cuh",
-        "const int32_t token = i < N && job.valid[b * N + i]",
-        "const int32_t token = i <= N && job.valid[b * N + i]",
-    ),
     "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
     "one column split less": (
         "score_stream.cuh",
@@ -283,7 +300,6 @@ MUTANTS = {
         "while (proven < list.count",
         "while (proven <= list.count",
     ),
-    "ties to the higher index": ("score_finish.cuh", "(s == own && j < i)", "(s == own && j > i)"),
 }
 HUNTED = [
     TokenCase("smooth"),
@@ -296,28 +312,45 @@ HUNTED = [
     TokenCase("equidistant", B=1, N=48, C=24),  # lists whose last entries prove nothing
 ]
 HUNTED_PLANS = [plan for plan in PLANS[1:] if plan[1] != "exact_products"]
-HUNTED_LARGE = [TokenCase("random", B=1, N=140, C=100, K=40)]  # tiles of 128
+HUNTED_STORED = [
+    TokenCase("still", N=65, k=5),  # a row has more candidates than its warp alone takes
+    TokenCase("equidistant", B=1, N=65, k=5),  # the same of direct differences
+    TokenCase("duplicates", N=48, noisy=True),  # of two equals one is denser, the other is not
+    TokenCase("duplicates", N=30, k=1, K=29, keep=3),
+    TokenCase("integers", B=1, N=40, C=2, k=5, K=21, masked=True),
+    TokenCase("random", N=20, C=150, K=5, keep=11, masked=True),  # several slabs for each group of channels
+    TokenCase("nonfinite", N=12, C=256, K=5),  # in the part of the second warp
+    TokenCase("huge", C=40, dtype=torch.bfloat16),  # scaled in other ways
+]
+HUNTED_AS = [
+    *((case, {"plan": plan}) for plan in HUNTED_PLANS[:2] for case in HUNTED_STORED + HUNTED),
+    *(
+        (TokenCase("random", B=1, N=140, C=100, K=40), {"plan": (search, "products"), "side": 128})
+        for search in simt.SEARCHES
+    ),
+    *((case, {"plan": plan}) for plan in HUNTED_PLANS[2:] for case in HUNTED),
+]
 
 
 def survives(driver: Path) -> bool:
-    calls = [call_of(case, plan=plan) for case in HUNTED for plan in HUNTED_PLANS]
-    cases = [case for case in HUNTED for _ in HUNTED_PLANS] + [case for case in HUNTED_LARGE for _ in simt.SEARCHES]
-    calls += [call_of(case, plan=(s, "products"), side=128) for case in HUNTED_LARGE for s in simt.SEARCHES]
-    with tempfile.TemporaryDirectory() as folder:
-        done = simt.run(calls, driver, Path(folder))
-    if done.returncode:
-        return False
-    try:
-        for case, call in zip(cases, calls, strict=True):
-            check(case, call)
-    except AssertionError:
-        return False
+    """Whether all hunted cases are right; a few at a time, for most mutants die early."""
+    for first in range(0, len(HUNTED_AS), 4):
+        hunted = HUNTED_AS[first : first + 4]
+        calls = [call_of(case, **options) for case, options in hunted]
+        with tempfile.TemporaryDirectory() as folder:
+            if simt.run(calls, driver, Path(folder)).returncode:
+                return False
+        try:
+            for (case, _), call in zip(hunted, calls, strict=True):
+                check(case, call)
+        except AssertionError:
+            return False
     return True
 
 
 def build_mutant(name: str, folder: Path, flags=simt.QUICK) -> Path:
-    file, text, replacement = MUTANTS[name]
-    folder = folder / f"mutant{list(MUTANTS).index(name)}"
+    file, text, replacement = (MUTANTS | mutants.SANITIZED)[name]
+    folder = Path(tempfile.mkdtemp(dir=folder))
     shutil.copytree(simt.ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
     path = folder / "csrc" / "cuda" / file
     source = path.read_text()
@@ -333,8 +366,10 @@ def test_mutants_are_caught(tmp_path):
         assert not [name for name, survived in zip(MUTANTS, alive, strict=True) if survived]
 
 
-def test_the_sanitizer_sees_what_leaves_its_part_of_the_workspace(tmp_path):
-    driver = build_mutant("the mirrored edge one too far", tmp_path, simt.SANITIZED)
-    done = simt.run([call_of(HUNTED[0], plan=("stored", "direct"), samples=1)], driver, tmp_path)
+@pytest.mark.parametrize("name", ["the mirrored edge one too far", "a token past the last is read"])
+def test_the_sanitizer_sees_what_leaves_its_memory(name, tmp_path):
+    case = TokenCase("integers", N=33)  # nothing is left at the end of the matrix
+    driver = build_mutant(name, tmp_path, simt.SANITIZED)
+    done = simt.run([call_of(case, plan=("stored", "direct"), samples=1)], driver, tmp_path)
     assert done.returncode != 0
     assert "AddressSanitizer: use-after-poison" in done.stderr
