@@ -118,8 +118,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "with nothing left in index, the body leaves every token out",
     (
         "csrc/cuda/score_rows.cuh",
-        "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { reached += j < row.N && pattern(bound) <= middle; });",
-        "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { reached += j < row.N && pattern(bound) < middle; });",
+        "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { "
+        "reached += j < row.N && pattern(bound) <= middle; });",
+        "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { "
+        "reached += j < row.N && pattern(bound) < middle; });",
     ): "a limit one step higher: more candidates, the same nearest",
     (
         "csrc/cuda/score_tiles.cuh",

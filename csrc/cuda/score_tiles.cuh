@@ -67,7 +67,8 @@ struct DirectTile {
   static H2OT_DEVICE int row_of(int u) { return own_thread() / kAcrossThreads + u * kDownThreads; }
   static H2OT_DEVICE int column_of(int w) { return own_thread() % kAcrossThreads + w * kAcrossThreads; }
 
-  // Adds what one slab gives. kScaled: tokens are scaled (their differences may overflow), else the sums will be.
+  // Adds what one slab gives. kScaled: both tokens are scaled first, for their difference may be more than the largest
+  // number; else the sums will be.
   template <bool kScaled>
   H2OT_DEVICE void add(const Line (&line)[kRows + kColumns], A scale) {
     A of_slab[4][4] = {};
@@ -78,15 +79,19 @@ struct DirectTile {
         A v[kVector];
       } p[4];
 #pragma unroll
-      for (int u = 0; u < 4; u++) p[u] = *reinterpret_cast<const Vector*>(&line[row_of(u)].v[v]);
+      for (int u = 0; u < 4; u++) {
+        p[u] = *reinterpret_cast<const Vector*>(&line[row_of(u)].v[v]);
+        for (A& value : p[u].v) value = kScaled ? value * scale : value;
+      }
 #pragma unroll
       for (int w = 0; w < 4; w++) {
-        const Vector q = *reinterpret_cast<const Vector*>(&line[kRows + column_of(w)].v[v]);
+        Vector q = *reinterpret_cast<const Vector*>(&line[kRows + column_of(w)].v[v]);
+        for (A& value : q.v) value = kScaled ? value * scale : value;
 #pragma unroll
         for (int e = 0; e < kVector; e++) {
 #pragma unroll
           for (int u = 0; u < 4; u++) {
-            const A d = kScaled ? p[u].v[e] * scale - q.v[e] * scale : p[u].v[e] - q.v[e];
+            const A d = p[u].v[e] - q.v[e];
             sums[u][w] = fma(d, d, sums[u][w]);
           }
         }
