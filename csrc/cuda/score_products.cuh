@@ -99,7 +99,11 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
     job.operands.scale[2 * b] = scale;
     job.operands.scale[2 * b + 1] = -2 * (Entry<Operand>::kPairs ? 1 / (pair * pair) : raw ? scale * scale : 1);
   }
-  if (i >= job.x.N || !job.valid[b * job.x.N + i]) return;
+  if (i >= job.x.N) return;
+  if (!job.valid[b * job.x.N + i]) {
+    if (lane == 0) job.norm[b * job.x.N + i] = 0;  // rows of norms are read whole
+    return;
+  }
 
   const Operands& to = job.operands;
   const float* row = job.row(b, i);

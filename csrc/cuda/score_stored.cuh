@@ -1,5 +1,5 @@
-// The decisions of the stored search, a warp per token: the nearest tokens, the largest distance, the parents; the block
-// that is a sample's last finishes it.
+// The decisions of the stored search, a warp per token: the nearest tokens, the largest distance, the parents; the
+// block that is a sample's last finishes it.
 #pragma once
 
 #include "score_finish.cuh"
@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 3 : 1) neares
   const int64_t at = (b * job.x.N + i) * job.near;
   const bool shares = job.near <= kLongestList;  // else lists lie in memory, and each warp is alone
   if (lane == 0) shared.wanted[warp] = 0;
-  if (i < job.x.N && is_valid(job, b, i)) {
+  const bool valid = i < job.x.N && is_valid(job, b, i);
+  if (!valid && i < job.x.N && lane == 0) job.key[b * job.x.N + i] = infinity_of(0.0);  // rows are read whole
+  if (valid) {
     const Row<A> row(job, b, i);
     int pairs = 0;
     A furthest = 0, least = infinity_of(A());
