@@ -48,8 +48,9 @@ class Outcome:
 def stages(out: Path) -> list[Stage]:
     """In the order of what is learnt from them: what comes last may find no time left."""
     python = sys.executable
-    # Whatever plug-ins are here, and whether or not every test file can be imported.
-    pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=-ra -q --tb=short")
+    # Whatever plug-ins are here, and whether or not every test file can be imported; a line per test, for one that ran
+    # out of time has said nothing else.
+    pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=-ra -v --tb=short")
     tests = [python, *pytest, "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist"):  # a test that loses the device costs its worker, which is replaced
         tests += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
@@ -126,7 +127,8 @@ def run(stage: Stage, logs: Path, left: float = SECONDS) -> Outcome:
         except BaseException:  # Ctrl-C reaches only this process: take the stage along
             _stop(process)
             raise
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+    lines = log.read_text(errors="replace").splitlines()
+    tail = "\n".join([*(line for line in lines[:-8] if " FAILED " in line), *lines[-8:]])
     return Outcome(stage, state, time.monotonic() - start, tail)
 
 
