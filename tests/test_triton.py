@@ -24,7 +24,7 @@ INDEX = torch.tensor([[0, 4, 8], [1, 2, 3]], device=DEVICE)
 ALLOWED_TORCH = {"empty", "Tensor", "dtype", "bool", "uint8", "int32", "int64", "float16", "bfloat16", "float32"}
 ALLOWED_TORCH |= {"float64", "ops", "cuda"}
 VIEWS = {"new_empty", "stride", "size", "dim", "numel", "element_size", "view", "reshape", "unsqueeze", "expand"}
-VIEWS |= {"unflatten", "flatten", "movedim", "transpose", "permute", "squeeze", "is_contiguous"}
+VIEWS |= {"unflatten", "flatten", "movedim", "transpose", "permute", "squeeze", "is_contiguous", "get_device"}
 HOST = {"index", "type", "device", "shape", "dtype"}  # names that tensors share with Python's own objects
 ARITHMETIC = {name for name in dir(torch.Tensor) if not name.startswith("_")} - VIEWS - HOST
 

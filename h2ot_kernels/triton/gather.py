@@ -1,12 +1,11 @@
 """Gather with embedding and layout in one pass, and its scatter: one kernel, one launch each."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..backend import implement
 from ..gather import GATHER, SCATTER, gather_backward, scatter_backward
@@ -136,13 +135,13 @@ class _Walk(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _walk(size: tuple[int, ...], stride: tuple[int, ...], from_dim: int, to_dim: int) -> _Walk:
+def _walk(size: Size, stride: tuple[int, ...], from_dim: int, to_dim: int) -> _Walk:
     """size: of the output; stride: of the input, whose frames lie on from_dim and go to to_dim."""
     moved = list(stride)
     frame_step = moved.pop(from_dim)
     moved.insert(to_dim, frame_step)
     *axes, (inner, inner_step, frames_inside) = merge_axes(list(size), moved, to_dim)
-    rows = math.prod(size) // inner
+    rows = size.numel() // inner
     constants = {
         "AXES": len(axes),
         "FRAME": -1 if frames_inside else next(i for i, axis in enumerate(axes) if axis[2]),
