@@ -160,8 +160,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a candidate that is the parent already",
     (
         "h2ot_kernels/triton/common.py",
-        'if device.type == "cuda" and device.index != torch.cuda.current_device():',
-        'if device.type == "cuda" and device.index == torch.cuda.current_device():',
+        "if first.is_cuda and first.get_device() != torch.cuda.current_device():",
+        "if first.is_cuda and first.get_device() == torch.cuda.current_device():",
     ): "where to launch for another GPU: a machine with two can tell",
     (
         "h2ot_kernels/triton/gather.py",

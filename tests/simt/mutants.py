@@ -62,7 +62,7 @@ MUTANTS = {
     "the reach of the first neighbour for all": ("score_stored.cuh", "wanted == 1 ? warp_min", "wanted >= 1 ? warp_min"),
     "a row is left before all candidates were seen": ("score_stored.cuh", "return most > 0 ||", "return true ||"),
     "the list of a warp is lost": ("score_stored.cuh", "int other = 1; other < kWarps", "int other = 2; other < kWarps"),
-    "warps take the same candidates": ("score_stored.cuh", "!= share.member)", "!= share.member / 2)"),
+    "warps take the same candidates": ("score_rows.cuh", "!= share.member)", "!= share.member / 2)"),
     "no barrier before a row is shared": (
         "score_stored.cuh",
         "if (settled) set_nearest(job, b, i, list, wanted, lane);\n  }\n  __syncthreads();",
