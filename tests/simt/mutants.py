@@ -59,9 +59,17 @@ MUTANTS = {
     "a tile edge one too early": ("score_tiles.cuh", "if (j < N && j > i)", "if (j < N - 1 && j > i)"),
     "the mirrored edge one too far": ("score_tiles.cuh", "if (j < N && j > i)", "if (j <= N && j > i)"),
     # score_stored.cuh
-    "the reach of the first neighbour for all": ("score_stored.cuh", "wanted == 1 ? warp_min", "wanted >= 1 ? warp_min"),
+    "the reach of the first neighbour for all": (
+        "score_stored.cuh",
+        "wanted == 1 ? warp_min",
+        "wanted >= 1 ? warp_min",
+    ),
     "a row is left before all candidates were seen": ("score_stored.cuh", "return most > 0 ||", "return true ||"),
-    "the list of a warp is lost": ("score_stored.cuh", "int other = 1; other < kWarps", "int other = 2; other < kWarps"),
+    "the list of a warp is lost": (
+        "score_stored.cuh",
+        "int other = 1; other < kWarps",
+        "int other = 2; other < kWarps",
+    ),
     "warps take the same candidates": ("score_rows.cuh", "!= share.member)", "!= share.member / 2)"),
     "no barrier before a row is shared": (
         "score_stored.cuh",
