@@ -168,20 +168,20 @@ struct Lists {
   // Fills a sorted list with the nearest of the entries, two read together.
   H2OT_DEVICE void take(const Job<A>& job, int64_t b, int64_t i, List& list, int lane) const {
     static_assert(kBatch == 2);
-    for (int64_t e = 0; e < entries; e++) {
-      int32_t j[kBatch];
-      int n = 0;
-      for (; e < entries && n < kBatch; e++) {
-        const bool wanted = token[e] >= 0 && !(list.full() && least_of(low[e]) > list.worst());
-        if (wanted) j[n++ == 0 ? 0 : 1] = token[e];
+    int64_t e = 0;
+    const auto next = [&] {  // the next entry that may be among the nearest, or -1
+      for (; e < entries; e++) {
+        if (token[e] >= 0 && !(list.full() && least_of(low[e]) > list.worst())) return token[e++];
       }
-      e--;
-      if (n == 0) continue;
-      const A* const rows[kBatch] = {job.row(b, j[0]), job.row(b, n == 2 ? j[1] : j[0])};
+      return -1;
+    };
+    for (int32_t first = next(); first >= 0; first = next()) {
+      const int32_t other = next();
+      const A* const rows[kBatch] = {job.row(b, first), job.row(b, other < 0 ? first : other)};
       double squared[kBatch];
       exact_squares(job.row(b, i), rows, job.channels, lane, squared);
-      list.insert(squared[0], j[0], lane);
-      if (n == 2) list.insert(squared[1], j[1], lane);
+      list.insert(squared[0], first, lane);
+      if (other >= 0) list.insert(squared[1], other, lane);
     }
   }
 };
