@@ -132,7 +132,8 @@ Bound search_bound(const Problem& p, Distance distance) {
   // for eight each): a slab has one such mma (two before it add the lower parts of Pairs, below 2^-10 of them), or two.
   // The slabs, the norms and what is made of them are rounded.
   const bool pairs = distance == Distance::products;
-  const double mma = pairs ? 41 : 80, sums = ceil_div(p.C, pairs ? 16 : 32), norms = ceil_div(p.C, 128) + 8;
+  const double mma = pairs ? 41 : 80, sums = double(ceil_div(p.C, pairs ? 16 : 32));
+  const double norms = double(ceil_div(p.C, 128)) + 8;
   // Pairs: tokens less the first one are rounded (4), split into 22 bits (4), the lower parts' product is left out (4),
   // and float16 has no more than 2^-25 of 2^14 (1, and eta).
   const double split = pairs ? 13 : 0;

@@ -154,7 +154,8 @@ H2OT_HOST_DEVICE constexpr int64_t tiles_before(int64_t column, int64_t ratio) {
 }
 
 H2OT_HOST_DEVICE inline Tile tile_of(int64_t number, int64_t ratio) {
-  int64_t column = int64_t(sqrt(2.0 * double(number / ratio) + 0.25) - 0.5);  // off by one at most
+  const int64_t group = number / ratio;
+  int64_t column = int64_t(sqrt(2.0 * double(group) + 0.25) - 0.5);  // off by one at most
   while (tiles_before(column, ratio) > number) column--;
   while (tiles_before(column + 1, ratio) <= number) column++;
   return {number - tiles_before(column, ratio), column};
