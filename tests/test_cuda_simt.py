@@ -157,6 +157,13 @@ def test_the_largest_numbers_are_scaled():
                 assert_scores(call.scores, python_ref.score_tokens(x.to(dtype).double()))
 
 
+@pytest.mark.parametrize("distance", ["direct", "products"])
+def test_lists_too_long_to_stream_need_nothing_of_the_first_search(distance):
+    case = TokenCase("random", B=1, N=400, C=2, k=31, K=30)  # several are the densest of their neighbours
+    for call in run([call_of(case, plan=("streamed", distance), seed=seed) for seed in (0, 1)]):
+        check(case, call)
+
+
 def test_any_order_of_threads_gives_the_same_bits():
     case = TokenCase("still", N=65, C=40, J=2, K=9, noisy=True)
     for plan in (("stored", "products"), ("streamed", "direct")):

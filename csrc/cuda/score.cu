@@ -111,6 +111,7 @@ struct Issue {
   int64_t samples;
   void* stream;
   int32_t error = 0;
+  bool has_operands = false;
 
   void run(void (*kernel)(Job<A>), int64_t blocks, int32_t threads, int64_t shared_bytes, bool follows = false) {
     if (error == 0) {
@@ -145,8 +146,9 @@ struct Issue {
   }
   template <class Operand>
   void multiply() {
-    if (!job.for_peaks) {
+    if (!has_operands) {  // with long lists the first search is left out
       follow(operand_kernel<Operand>, job.groups, kWarps * kLanes, kWarps * sizeof(int32_t));
+      has_operands = true;
     }
     if (plan.search == Search::streamed) {
       typedef StreamedTile<Operand> Tiles;
