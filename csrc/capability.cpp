@@ -5,6 +5,11 @@
 
 #include "launch.h"
 
+#ifdef H2OT_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace h2ot {
 
 #ifdef __aarch64__
@@ -78,7 +83,25 @@ std::atomic<const Kernels*>& active() {
   return table;
 }
 
+#ifdef H2OT_AMX
+// Linux saves the tile registers only of processes that asked for them.
+bool has_tiles() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
+
 }  // namespace
+
+bool tiles_run() {
+#ifdef H2OT_AMX
+  static const bool found = has_tiles();
+  return found && &kernels() == &avx512::table;
+#else
+  return false;
+#endif
+}
 
 const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
 

@@ -190,6 +190,24 @@ struct RecoverTailArgs {
   void* out;  // [R, F, M]
 };
 
+// out[c, r] = residual[c, r] + activation(W_c x[r] + bias_c) in float32, on the tile unit of x86. The weights, those of
+// `chunks` layers with M outputs each, are packed once: three bfloat16 numbers for each, in tiles.
+enum class Activation : int32_t { none, gelu };
+struct PackArgs {
+  const float* weight;  // [chunks, M, C] contiguous, all below 2^127
+  int64_t chunks, M, C;
+  uint16_t* packed;  // [packed_size()], bits of bfloat16
+};
+struct LinearArgs {
+  const float* x;  // [rows, C] contiguous
+  int64_t rows, chunks, M, C;
+  const uint16_t* packed;
+  const float* bias;      // [chunks, M], or null
+  const float* residual;  // [chunks, rows, M] contiguous, or null
+  Activation activation;
+  float* out;  // [chunks, rows, M]
+};
+
 enum class Interpolation : int32_t { linear, nearest };
 
 // out[b, t] = (1 - w) x[b, i] + w x[b, i + 1]; index null: uniform (position t (K - 1) / (F - 1)).
@@ -209,6 +227,15 @@ struct InterpolateBackwardArgs {
   const void* grad;         // [B, F, S] contiguous
   void* grad_x;             // [B, K, S] contiguous
 };
+
+// Whether the machine has the tile unit, the compiler knew it, and the kernels in use are not those of a lesser
+// machine.
+bool tiles_run();
+namespace amx {
+int64_t packed_size(const PackArgs&);
+void pack(const PackArgs&);
+Status linear(const LinearArgs&, const Parallel&);
+}  // namespace amx
 
 // One table per instruction set; capability.cpp picks one at run time.
 struct Kernels {

@@ -237,6 +237,7 @@ def env_report() -> dict:
         report["build"] = _C.build_info()
         report["cpu_capability"] = _C.capability()
         report["cpu_capabilities"] = _C.runnable_capabilities().split(",")
+        report["cpu_tiles"] = _C.tiles_run()
     return report
 
 

@@ -1,9 +1,20 @@
-"""Linear layers whose CPU inference runs through oneDNN, with weights packed once."""
+"""Linear layers whose CPU inference runs with weights packed once: our kernel on a tile unit (AMX), else oneDNN."""
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+
+from .backend import why_no_cpp
+from .library import declare
+
+if why_no_cpp() is None:
+    from ._C import tiles_run
+else:
+
+    def tiles_run() -> bool:
+        return False
+
 
 PACKABLE = (torch.float32, torch.bfloat16)
 SAMPLED = 1024  # elements of a parameter that are looked at before its packed form is used
@@ -13,11 +24,13 @@ ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh,
 class Linear(nn.Linear):
     """nn.Linear with what stands around it in a transformer; faster in CPU inference.
 
-    In eval mode without gradients, in float32 or bfloat16 (autocast included), the weight is packed into oneDNN's
-    layout at the first call and again after it changed, and the activation or the addition is part of the product;
-    everywhere else this is nn.Linear. Packed weights are neither in the state_dict nor pickled or copied. What changes
-    a parameter behind autograd's back (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED elements of it,
-    spread over its rows and columns: edit single elements under `torch.no_grad()`, not through `.data`.
+    In eval mode without gradients, in float32 or bfloat16 (autocast included), the weight is packed at the first call
+    and again after it changed, and the activation or the addition is part of the product; everywhere else this is
+    nn.Linear. Products are oneDNN's, or in float32 on a CPU with a tile unit (AMX) this package's, which makes three
+    bfloat16 numbers of each: float32's accuracy, faster. Packed weights are neither in the state_dict nor pickled or
+    copied. What changes a parameter behind autograd's back (`weight.data`, fused optimizers, NumPy) is noticed in
+    SAMPLED elements of it, spread over its rows and columns: edit single elements under `torch.no_grad()`, not through
+    `.data`.
 
     >>> import torch
     >>> from h2ot_kernels.linear import Linear
@@ -48,10 +61,8 @@ class Linear(nn.Linear):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if not self._can_pack(x, dtype) or (scale is not None and scale.is_inference()):
             return self._plain(x, activation, residual, scale, chunks)
-        products = [
-            self._product(x.to(dtype), activation, residual, part) for part in self._pack(x, dtype, scale, chunks)
-        ]
-        return products[0] if chunks == 1 else tuple(products)
+        products = self._pack(x, dtype, scale, chunks)(x.to(dtype), activation, residual)
+        return products[0] if chunks == 1 else products
 
     def _plain(
         self,
@@ -72,12 +83,6 @@ class Linear(nn.Linear):
             return scale * y if residual is None else torch.addcmul(residual, y.to(residual.dtype), scale)
         return y if residual is None else residual + y
 
-    def _product(self, x: Tensor, activation: str, residual: Tensor | None, part: tuple) -> Tensor:
-        if residual is None or activation != "none" or residual.dtype != x.dtype:
-            y = torch.ops.mkldnn._linear_pointwise(x, *part, activation, [], "none")
-            return y if residual is None else residual + y
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *part, "add")
-
     def _can_pack(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (
             not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -97,20 +102,19 @@ class Linear(nn.Linear):
             and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
 
-    def _pack(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> list[tuple]:
-        """[(weight packed, bias)] of each chunk, times the scale."""
+    def _pack(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Tiles | OneDnn":
+        """The weight and bias, times the scale."""
         sources = [tensor for tensor in (self.weight, self.bias, scale) if tensor is not None]
-        state = (dtype, chunks, *((tensor.data_ptr(), tensor._version) for tensor in sources))
+        state = (dtype, chunks, tiles_run(), *((tensor.data_ptr(), tensor._version) for tensor in sources))
         packed = self._packed
         if packed is None or packed[0] != state or not all(torch.equal(*pair) for pair in packed[1]):
-            weight, bias = self.weight, self.bias
+            weight, bias = self.weight.detach(), self.bias
             if scale is not None:
                 weight, bias = weight * scale[:, None], None if bias is None else bias * scale
-            rows = x.numel() // self.in_features
-            weights = [torch.ops.mkldnn._reorder_linear_weight(part.to(dtype), rows) for part in weight.chunk(chunks)]
-            biases = [None] * chunks if bias is None else bias.to(dtype).chunk(chunks)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            kind = Tiles if Tiles.take(weight) else OneDnn
             samples = [(part, part.clone()) for part in map(_sample, sources)]
-            packed = self._packed = (state, samples, list(zip(weights, biases, strict=True)))
+            packed = self._packed = (state, samples, kind(weight, bias, x.numel() // self.in_features, chunks))
         return packed[2]
 
     def __getstate__(self) -> dict:
@@ -121,6 +125,48 @@ class Linear(nn.Linear):
         return super().train(mode)
 
 
+class Tiles:
+    """float32 weights for the tile unit: all chunks in one product."""
+
+    LARGEST = 2.0**127  # no number may round to infinity
+
+    @staticmethod
+    def take(weight: Tensor) -> bool:
+        return tiles_run() and weight.dtype == torch.float32 and bool(weight.abs().amax() < Tiles.LARGEST)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):
+        self.packed, self.bias = pack_linear(weight, chunks), bias
+        self.chunks, self.out_features = chunks, weight.shape[0]
+
+    def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
+        inside = activation in ("none", "gelu")
+        added = residual if inside and residual is not None and residual.dtype == x.dtype else None
+        y = linear(x, self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu")
+        if not inside:
+            y = ACTIVATIONS[activation](y)
+        if residual is not None and added is None:
+            y = residual + y
+        return (y,) if self.chunks == 1 else y.unbind()
+
+
+class OneDnn:
+    """Weights in oneDNN's layout for about `rows` rows: a product per chunk."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):
+        weights = [torch.ops.mkldnn._reorder_linear_weight(part, rows) for part in weight.chunk(chunks)]
+        biases = [None] * chunks if bias is None else bias.chunk(chunks)
+        self.parts = list(zip(weights, biases, strict=True))
+
+    def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(self._product(x, activation, residual, part) for part in self.parts)
+
+    def _product(self, x: Tensor, activation: str, residual: Tensor | None, part: tuple) -> Tensor:
+        if residual is None or activation != "none" or residual.dtype != x.dtype:
+            y = torch.ops.mkldnn._linear_pointwise(x, *part, activation, [], "none")
+            return y if residual is None else residual + y
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *part, "add")
+
+
 def _casts(*tensors: Tensor) -> bool:
     """Autocast casts these: it leaves float64 as it is."""
     return all(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors)
@@ -129,3 +175,26 @@ def _casts(*tensors: Tensor) -> bool:
 def _sample(parameter: Tensor) -> Tensor:
     """SAMPLED elements, as a view: an odd step meets every column of a power of two."""
     return parameter.detach().flatten()[:: parameter.numel() // SAMPLED | 1]
+
+
+def _fake_pack(weight, chunks):
+    panels, steps = -(-(weight.shape[0] // chunks) // 32), -(-weight.shape[1] // 32)
+    return weight.new_empty(chunks * panels * steps * 3 * 1024, dtype=torch.bfloat16)
+
+
+def _fake(x, packed, bias, residual, out_features, chunks, gelu):
+    size = (*x.shape[:-1], out_features // chunks)
+    return x.new_empty(size if chunks == 1 else (chunks, *size))
+
+
+def _flops(x, packed, bias, residual, out_features, chunks, gelu):
+    return 2 * torch.Size(x).numel() * out_features
+
+
+pack_linear = declare("pack_linear", "(Tensor weight, int chunks) -> Tensor", _fake_pack)
+linear = declare(
+    "linear",
+    "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int chunks, bool gelu) -> Tensor",
+    _fake,
+    flops=_flops,
+)

@@ -26,6 +26,7 @@ OPTIONS = {
 }
 FINDING = re.compile(r"(AddressSanitizer|ThreadSanitizer|runtime error): .*")
 KERNEL_TESTS = ["score", "select", "gather", "cluster", "recover_attention", "recover_interpolation", "size", "fuzz"]
+KERNEL_TESTS += ["linear_tiles"]
 RACE = ("csrc/cpu/worker.h", "static thread_local Scratch slots", "static Scratch slots")
 
 
@@ -92,7 +93,7 @@ def watch_address() -> dict:
         calls += made
     tests = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
     large = "351x1536 or 5120" + "".join(f" or ((1601 or 243x) and {name})" for name in capabilities[1:])
-    chosen = " or ".join([*capabilities, "test_any_valid_input", "test_strides"])
+    chosen = " or ".join([*capabilities, "native", "test_any_valid_input", "test_strides"])
     counter = Passed()
     plain = ["-x", "-s", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]  # -s: findings are not captured
     arguments = [*plain, "-k", f"({chosen}) and not ({large})", *tests]

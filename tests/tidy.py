@@ -37,11 +37,15 @@ def main() -> int:
         sys.exit("tidy: the planted finding was not seen")
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
-    jobs += [(ROOT / "csrc" / name, ["-DH2OT_X86"]) for name in ("registration.cpp", "capability.cpp", "cuda/plan.cpp")]
+    amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    jobs.append((ROOT / "csrc" / "amx" / "linear.cpp", amx))
+    others = "registration.cpp", "linear_registration.cpp", "capability.cpp", "cuda/plan.cpp"
+    jobs += [(ROOT / "csrc" / name, ["-DH2OT_X86", "-DH2OT_AMX"]) for name in others]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = sorted({line for lines in pool.map(lambda job: findings(*job), jobs) for line in lines})
     print(*found, sep="\n", end="\n" if found else "")
-    print(f"tidy: {len(jobs)} compilations of {len(kernels) + 3} files, {len(found)} findings, the planted one seen")
+    files = len({file for file, _ in jobs})
+    print(f"tidy: {len(jobs)} compilations of {files} files, {len(found)} findings, the planted one seen")
     return int(bool(found))
 
 

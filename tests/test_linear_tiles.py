@@ -1,0 +1,246 @@
+"""Linear layers on the tile unit (AMX): natively where there is one, and the same source on an emulated one."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from h2ot_kernels import _C
+from h2ot_kernels.linear import Linear, OneDnn, Tiles, linear, pack_linear, tiles_run
+
+from .compare import assert_within
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mavx512bf16 -mamx-tile"
+FLAGS += " -mamx-bf16 -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w -DH2OT_ISA=amx"
+BAND = 1024
+# rows, C, M, chunks: below, at and above a tile, a group of rows, a block of groups (70 x 4096), a step of channels
+SIZES = [
+    (1, 1, 1, 1),
+    (31, 33, 31, 1),
+    (33, 31, 33, 2),
+    (16, 64, 32, 1),
+    (65, 48, 40, 3),
+    (70, 4096, 5, 1),
+    (9, 512, 96, 3),
+]
+
+
+def native(x, weight, bias=None, residual=None, chunks=1, gelu=False):
+    return linear(x, pack_linear(weight, chunks), bias, residual, len(weight), chunks, gelu)
+
+
+class Emulated:
+    """The kernel on an emulated unit; the bytes beside its results stay as they are."""
+
+    def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
+        for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*")]:
+            text = file.read_text()
+            for name, old, new in replaced:
+                if name == file.name:
+                    assert text.count(old) == 1, old
+                    text = text.replace(old, new)
+            to = folder / file.relative_to(ROOT / "csrc")
+            to.parent.mkdir(exist_ok=True)
+            to.write_text(text)
+        library = folder / "emulated.so"
+        source = ROOT / "tests/tiles/emulated.cpp"
+        subprocess.run(["g++", *FLAGS.split(), f"-I{folder}", str(source), "-o", str(library)], check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.emulated_pack.restype = ctypes.c_int64
+
+    def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False):
+        rows, M, C = x.numel() // x.shape[-1], len(weight) // chunks, x.shape[-1]
+        sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
+        count = self.library.emulated_pack(None, *sizes[1:], None)
+        size = (*x.shape[:-1], M)
+        packed, inside = guarded(count, torch.int16)
+        self.library.emulated_pack(at(weight), *sizes[1:], at(inside))
+        out, result = guarded(rows * len(weight), torch.float32)
+        given = at(inside), at(bias), at(residual), int(gelu), at(result)
+        assert self.library.emulated_linear(at(x), *sizes, *given) == 0
+        for whole in (packed, out):
+            assert (whole[:BAND] == 7).all()
+            assert (whole[-BAND:] == 7).all()
+        return result.view(size if chunks == 1 else (chunks, *size))
+
+
+def guarded(count, dtype):
+    whole = torch.full((count + 2 * BAND,), 7, dtype=dtype)
+    return whole, whole[BAND:-BAND]
+
+
+def at(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def can_emulate():
+    info = Path("/proc/cpuinfo")
+    return shutil.which("g++") is not None and info.exists() and "avx512_bf16" in info.read_text()
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    if not can_emulate():
+        pytest.skip("needs g++ and a CPU with AVX-512 and bfloat16 conversions")
+    return Emulated(tmp_path_factory.mktemp("tiles"))
+
+
+@pytest.fixture(params=["native", "emulated"])
+def run(request):
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    if not tiles_run():
+        pytest.skip("this CPU has no tile unit (AMX)")
+    return native
+
+
+def made(rows, C, M, chunks, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randn, generator=generator)
+    return draw(rows, C), draw(chunks * M, C) / C**0.5, draw(chunks * M), draw(rows, M)
+
+
+def by_torch(x, weight, bias, residual, chunks, gelu, dtype):
+    x, weight, bias, residual = (t if t is None else t.to(dtype) for t in (x, weight, bias, residual))
+    y = functional.linear(x, weight, bias)
+    y = torch.stack(y.chunk(chunks, -1)) if chunks > 1 else y
+    y = functional.gelu(y) if gelu else y
+    return y if residual is None else residual + y
+
+
+def check(run, sizes, gelu, with_bias):
+    x, weight, bias, residual = made(*sizes)
+    given = (
+        x,
+        weight,
+        bias if with_bias else None,
+        residual if sizes[3] == 1 and gelu == with_bias else None,
+        sizes[3],
+        gelu,
+    )
+    exact, same = by_torch(*given, torch.float64), by_torch(*given, torch.float32)
+    got = run(*given)
+    assert_within(got, exact, same, sizes[1])
+    return (got - exact).square().mean().sqrt().item(), (same - exact).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("gelu", "with_bias"), [(False, True), (True, True), (False, False)])
+def test_within_bound(run, sizes, gelu, with_bias):
+    check(run, sizes, gelu, with_bias)
+
+
+def test_as_accurate_as_float32(run):
+    """On average, too: no piece of the numbers is lost."""
+    ours, theirs = check(run, (64, 512, 64, 1), False, True)
+    assert ours <= 1.5 * theirs
+
+
+def test_gelu_of_any_number(run):
+    """To 3 units in the last place, and the rounding of x^2 / 2 in the exponent: nothing cancels below 0."""
+    x = torch.cat([torch.linspace(-12, 20, 4001), torch.tensor([-0.0, 1e-30, 3e38, torch.inf, -torch.inf, torch.nan])])
+    got = run(x[:, None], torch.ones(1, 1), gelu=True)[:, 0]
+    exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
+    finite = x.isfinite()
+    limit = (3 + x.double().square().clamp(max=144) / 2) * 2**-23 * exact.abs() + 2**-126
+    assert ((got - exact).abs() <= limit)[finite].all()
+    torch.testing.assert_close(got[-3:], torch.tensor([torch.inf, 0.0, torch.nan]), equal_nan=True)
+
+
+def test_numbers_that_cannot_be_split(run):
+    """Rows with infinities, NaN, the largest or only the smallest numbers: as in float32. The others notice nothing."""
+    x, weight, bias, _ = made(40, 48, 33, 1)
+    before = run(x, weight, bias)
+    odd = {3: torch.inf, 11: -torch.inf, 17: torch.nan, 32: 3.4e38}
+    for row, value in odd.items():
+        x[row, row] = value
+    x[39] *= 1e-38
+    got, same = run(x, weight, bias), functional.linear(x, weight, bias)
+    rows = [*odd, 39]
+    torch.testing.assert_close(got[rows], same[rows], equal_nan=True)
+    others = [row for row in range(40) if row not in rows]
+    assert torch.equal(got[others], before[others])
+
+
+def test_the_same_bits_in_any_batch(run):
+    x, weight, bias, _ = made(100, 96, 40, 1)
+    whole = run(x, weight, bias, gelu=True)
+    for first, last in ((0, 1), (31, 33), (64, 100)):
+        assert torch.equal(run(x[first:last].clone(), weight, bias, gelu=True), whole[first:last])
+
+
+@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+def test_the_emulation_gives_the_bits_of_the_unit(emulated):
+    for sizes in SIZES:
+        x, weight, bias, _ = made(*sizes)
+        assert torch.equal(native(x, weight, bias, None, sizes[3]), emulated(x, weight, bias, None, sizes[3]))
+
+
+@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+def test_threads_change_no_bit():
+    x, weight, bias, _ = made(1000, 512, 64, 1)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(native(x, weight, bias))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+MIDDLE, SECOND = "  load_weights(b, kMid);\n", "_tile_loadd(5, a + piece * 2 * kTile"
+MISTAKES = {
+    "the last of the products is dropped": ("tiles.h", "  load_rows(a, kLo);\n  add_products();\n", ""),
+    "the products of the middle pieces are dropped": ("tiles.h", MIDDLE + "  add_products();\n", MIDDLE),
+    "the second tile of rows is the first": ("tiles.h", SECOND + " + kTile,", SECOND + ","),
+    "outputs beyond the last are written": ("linear.cpp", "if (count == kFloats) {", "if (true) {"),
+    "the last product of a block is not finished": ("linear.cpp", "  finish(a, before, 0, kGroup);\n", ""),
+    "infinities are split": ("linear.cpp", "plain && row", "false && row"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_seen(mistake, tmp_path):
+    if not can_emulate():
+        pytest.skip("needs g++ and a CPU with AVX-512 and bfloat16 conversions")
+    wrong = Emulated(tmp_path, MISTAKES[mistake])
+    tests = [functools.partial(check, wrong, sizes, False, True) for sizes in SIZES]
+    tests += [
+        functools.partial(test, wrong) for test in (test_as_accurate_as_float32, test_numbers_that_cannot_be_split)
+    ]
+    assert any(fails(test) for test in tests)
+
+
+def fails(test):
+    try:
+        test()
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+def test_when_the_unit_is_used():
+    layer, x = Linear(48, 40).eval(), torch.randn(5, 48)
+    with torch.inference_mode():
+        y = layer(x)
+        assert isinstance(layer._packed[2], Tiles)
+        torch.testing.assert_close(layer(x, activation="tanh"), y.tanh())
+        torch.testing.assert_close(layer(x, residual=torch.ones(5, 40).double()), y.double() + 1)
+        _C.set_capability("avx2")
+        torch.testing.assert_close(layer(x), y)
+        assert isinstance(layer._packed[2], OneDnn)
+        _C.set_capability("avx512")
+    for value in (torch.inf, torch.nan, 3e38):
+        with torch.no_grad():
+            layer.weight[3, 5] = value
+            layer(x)
+            assert isinstance(layer._packed[2], OneDnn)
+    with torch.no_grad():
+        layer.bfloat16()(x.bfloat16())
+        assert isinstance(layer._packed[2], OneDnn)

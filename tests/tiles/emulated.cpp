@@ -1,0 +1,111 @@
+// csrc/amx/linear.cpp as it is, on a tile unit in plain C++: it runs where there is none, and between guard bands.
+//
+// What the processor's manual says: tiles of 16 rows of 64 bytes, none before they are configured; a product of
+// bfloat16 sums even and odd pairs apart, fused, subnormal numbers being 0, then adds both to what is there.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace emulated {
+
+struct Unit {
+  bool configured = false;
+  unsigned char tile[8][16][64];
+};
+static thread_local Unit unit;
+
+#define EMULATED_WANT(condition)                                    \
+  if (!(condition)) {                                               \
+    fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+    abort();                                                        \
+  }
+
+static inline void configure(const void* shapes) {
+  const unsigned char* const at = static_cast<const unsigned char*>(shapes);
+  EMULATED_WANT(at[0] == 1 && at[1] == 0);
+  for (int i = 0; i < 8; i++) EMULATED_WANT(at[16 + 2 * i] == 64 && at[17 + 2 * i] == 0 && at[48 + i] == 16);
+  memset(unit.tile, 0xff, sizeof unit.tile);  // NaN until written
+  unit.configured = true;
+}
+static inline void release() { unit.configured = false; }
+static inline void load(int tile, const void* from, int64_t stride) {
+  EMULATED_WANT(unit.configured);
+  for (int r = 0; r < 16; r++) memcpy(unit.tile[tile][r], static_cast<const char*>(from) + r * stride, 64);
+}
+static inline void store(int tile, void* to, int64_t stride) {
+  EMULATED_WANT(unit.configured);
+  for (int r = 0; r < 16; r++) memcpy(static_cast<char*>(to) + r * stride, unit.tile[tile][r], 64);
+}
+static inline void zero(int tile) {
+  EMULATED_WANT(unit.configured);
+  memset(unit.tile[tile], 0, sizeof unit.tile[tile]);
+}
+static inline float flushed(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.0f, v) : v; }
+static inline float widened(const unsigned char* at) {
+  uint16_t half;
+  memcpy(&half, at, 2);
+  const uint32_t bits = uint32_t(half) << 16;
+  float v;
+  memcpy(&v, &bits, 4);
+  return flushed(v);
+}
+static inline void products(int sums, int left, int right) {
+  EMULATED_WANT(unit.configured);
+  for (int m = 0; m < 16; m++) {
+    for (int n = 0; n < 16; n++) {
+      float parts[2] = {0, 0};
+      for (int k = 0; k < 16; k++) {
+        for (int p = 0; p < 2; p++) {
+          const float a = widened(unit.tile[left][m] + 4 * k + 2 * p), b = widened(unit.tile[right][k] + 4 * n + 2 * p);
+          parts[p] = flushed(std::fmaf(a, b, parts[p]));
+        }
+      }
+      float sum;
+      memcpy(&sum, unit.tile[sums][m] + 4 * n, 4);
+      sum = flushed(sum + flushed(parts[0] + parts[1]));
+      memcpy(unit.tile[sums][m] + 4 * n, &sum, 4);
+    }
+  }
+}
+
+}  // namespace emulated
+
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbf16ps
+#define _tile_loadconfig emulated::configure
+#define _tile_release emulated::release
+#define _tile_loadd emulated::load
+#define _tile_stored emulated::store
+#define _tile_zero emulated::zero
+#define _tile_dpbf16ps emulated::products
+
+#include "amx/linear.cpp"
+
+namespace {
+
+// Two pieces of the tasks, one after the other.
+void run_in_two(int64_t tasks, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+  body(context, 0, tasks / 2);
+  body(context, tasks / 2, tasks);
+}
+
+}  // namespace
+
+extern "C" int64_t emulated_pack(const float* weight, int64_t chunks, int64_t M, int64_t C, uint16_t* packed) {
+  const h2ot::PackArgs args = {weight, chunks, M, C, packed};
+  if (packed) h2ot::amx::pack(args);
+  return h2ot::amx::packed_size(args);
+}
+
+extern "C" int emulated_linear(const float* x, int64_t rows, int64_t chunks, int64_t M, int64_t C,
+                               const uint16_t* packed, const float* bias, const float* residual, int gelu, float* out) {
+  const auto activation = gelu ? h2ot::Activation::gelu : h2ot::Activation::none;
+  const h2ot::LinearArgs args = {x, rows, chunks, M, C, packed, bias, residual, activation, out};
+  return int(h2ot::amx::linear(args, {run_in_two, 2}));
+}
