@@ -16,14 +16,17 @@ constexpr int64_t kBlockBytes = 768 << 10;  // the rows of a block, in the secon
 
 int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Bias, activation, residual of one vector of a row.
+// Activation and residual of a vector of sums with their bias.
+H2OT_INLINE Floats finished(const LinearArgs& a, Floats v, const float* residual, int64_t count) {
+  if (a.activation == Activation::gelu) v = gelu(v);
+  return residual ? v + load_some(residual, count) : v;
+}
+// The same with bias, into a row; nothing beyond its last output.
 H2OT_INLINE void put_out(const LinearArgs& a, int64_t row, int64_t chunk, int64_t column, Floats v) {
-  const int64_t count = a.M - column < kFloats ? a.M - column : kFloats;
+  const int64_t count = a.M - column < kFloats ? a.M - column : kFloats, at = (chunk * a.rows + row) * a.M + column;
   if (count <= 0) return;
   if (a.bias) v += load_some(a.bias + chunk * a.M + column, count);
-  if (a.activation == Activation::gelu) v = gelu(v);
-  const int64_t at = (chunk * a.rows + row) * a.M + column;
-  if (a.residual) v += load_some(a.residual + at, count);
+  v = finished(a, v, a.residual ? a.residual + at : nullptr, count);
   if (count == kFloats) {
     store(a.out + at, v);
   } else {
@@ -37,11 +40,28 @@ struct Pending {
   int64_t row = 0, rows = 0, chunk = 0, column = 0;
 };
 
+// Rows [begin, end) of it. Few instructions: they take the place of tile instructions that wait for their turn.
 H2OT_INLINE void finish(const LinearArgs& a, const Pending& of, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end && r < of.rows; r++) {
-    const float* const at = of.sums + (r / kSide * 2 * kSide + r % kSide) * kSide;
-    put_out(a, of.row + r, of.chunk, of.column, load(at));
-    put_out(a, of.row + r, of.chunk, of.column + kSide, load(at + kSide * kSide));
+  if (end > of.rows) end = of.rows;
+  if (of.column + kGroup > a.M) {
+    for (int64_t r = begin; r < end; r++) {
+      const float* const at = of.sums + (r / kSide * 2 * kSide + r % kSide) * kSide;
+      put_out(a, of.row + r, of.chunk, of.column, load(at));
+      put_out(a, of.row + r, of.chunk, of.column + kSide, load(at + kSide * kSide));
+    }
+    return;
+  }
+  const float* const bias = a.bias ? a.bias + of.chunk * a.M + of.column : nullptr;
+  const Floats first = bias ? load(bias) : Floats{}, second = bias ? load(bias + kFloats) : Floats{};
+  int64_t at = (of.chunk * a.rows + of.row + begin) * a.M + of.column;
+  for (int64_t r = begin; r < end; r++, at += a.M) {
+    const float* const sums = of.sums + (r / kSide * 2 * kSide + r % kSide) * kSide;
+    const float* const residual = a.residual ? a.residual + at : nullptr;
+    const Floats left = finished(a, load(sums) + first, residual, kFloats);
+    const Floats right =
+        finished(a, load(sums + kSide * kSide) + second, residual ? residual + kFloats : nullptr, kFloats);
+    store(a.out + at, left);
+    store(a.out + at + kFloats, right);
   }
 }
 
