@@ -36,8 +36,8 @@ def cluster_tokens(
 ) -> TokenClusters:
     """DPC-kNN in one call: the num_tokens = K tokens with the largest scores, and which of them each token belongs to.
 
-    Arguments as in `prune_cluster`. Returns (index [B, K], labels [B, N], score [B, N]): those of `prune_cluster`,
-    `assign_clusters` of its index, and `score_tokens`. Raises as they do.
+    Arguments as in `prune_cluster`. Returns (index int64 [B, K], labels int64 [B, N], score float64 [B, N]): those of
+    `prune_cluster`, `assign_clusters` of its index, and `score_tokens`. Raises as they do.
     Cost: on a CPU, for up to 1536 tokens, that of `prune_cluster` alone, as labels are read off the distances that
     scoring has made; else that of both. Source: HoT section 3.2, TCFormer section 3, SPEC sections 1, 2 and 4.
 
