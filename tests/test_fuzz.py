@@ -224,7 +224,7 @@ def recovering(draw) -> None:
     for found, wanted, torch_own, scale in zip(ours, exact, same, attention_scales(*x, weight, H), strict=True):
         assert_within(found, wanted, torch_own, max(B, 1) * K * F, scale)
 
-    if BACKEND == "cpp" and rows == 1 and B:  # the fused tail: the same bits on any strides, near the definition
+    if BACKEND == "cpp" and rows == 1 and B:  # the fused tail: the same bits on any strides
         tail = [
             module.requires_grad_(False).to(dtype) for module in (nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 3))
         ]
