@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def test_every_test_that_a_promise_names_is_there():
 
 def test_the_documentation_is_made_from_docstrings(tmp_path):
     pdoc = pytest.importorskip("pdoc")
+    given = re.search(r"-m pdoc -o docs (.*?) ;;", (ROOT / "dev").read_text(), re.S).group(1)
+    pages = pdoc.extract.walk_specs(shlex.split(given.replace("\\\n", "")))
+    assert {name.rpartition(".")[0] for name in functions()} <= set(pages)
     pdoc.pdoc("h2ot_kernels.onnx", "h2ot_kernels.score", output_directory=tmp_path)
     page = (tmp_path / "h2ot_kernels" / "score.html").read_text()
     assert "Density, distance to the next denser token" in page
