@@ -95,7 +95,7 @@ def _growth(axes, shown: list[dict], axis: str, value: Callable[[dict, str], flo
             axes.plot(sizes, values, marker="o", markersize=4, color=COLOURS[rival], label=label)
     axes.set(xscale="log", yscale="log", xlabel=axis)
     axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize=7)
 
 
@@ -106,7 +106,7 @@ def scaling(rows: list[dict]) -> Figure | None:
         return None
     columns = min(2, len(found))
     grid = math.ceil(len(found) / columns), columns
-    figure, every = plt.subplots(*grid, figsize=(WIDTH, 2.7 * grid[0]), squeeze=False)
+    figure, every = plt.subplots(*grid, figsize=(WIDTH, 2.7 * grid[0]), squeeze=False, layout="constrained")
     for axes in every.flat[len(found) :]:
         axes.set_visible(False)
     for axes, (axis, shown) in zip(every.flat, found.items(), strict=False):
@@ -167,7 +167,12 @@ def trade_off(rows: list[dict]) -> Figure | None:
             if len(points) > 1:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{host}, {pruner['pruner']}")
     unit = losses[-1]["pruners"][0]["unit"]
-    axes.set(xlabel="input frames a second", ylabel=f"error of the interpolated walk, {unit}", yscale="log")
+    axes.set(
+        xlabel="input frames a second", ylabel=f"error of the interpolated walk, {unit}", xscale="log", yscale="log"
+    )
+    for which, format_of in (("major", axes.xaxis.set_major_formatter), ("minor", axes.xaxis.set_minor_formatter)):
+        format_of("{x:g}")
+        axes.tick_params(axis="x", which=which, labelsize=7)
     axes.legend(fontsize=6)
     return figure
 

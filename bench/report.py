@@ -20,14 +20,14 @@ from .figures import FIGURES, operations
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 
 
-def measure(rows: Path) -> int:
-    """Append this machine's rows, a few sizes of everything. 0: all right."""
+def measure(rows: Path, seconds: float = 0.5) -> int:
+    """Append this machine's rows, a few sizes of everything, `seconds` for each of an operation. 0: all right."""
     few = ["--out", str(rows), "--seconds"]
-    wrong = run.main([*few, "0.5", "--quick"])
-    wrong |= run.main([*few, "0.5", "--sweep", "--no-peers"])
+    wrong = run.main([*few, str(seconds), "--quick"])
+    wrong |= run.main([*few, str(seconds), "--sweep", "--no-peers"])
     names = "mixste", "hot_mixste", "h2ot_mixste"
-    wrong |= bench_kept.main([*few, "3", "--hosts", *names, "--kept", "27", "81", "162"])
-    return wrong | bench_onnx.main([*few, "5", "--hosts", *names])
+    wrong |= bench_kept.main([*few, str(6 * seconds), "--hosts", *names, "--kept", "27", "81", "162"])
+    return wrong | bench_onnx.main([*few, str(10 * seconds), "--hosts", *names])
 
 
 def latest(rows: list[dict]) -> list[dict]:

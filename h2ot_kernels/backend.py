@@ -145,6 +145,11 @@ def dispatch(op: str, tensor: Tensor, backend: str | None) -> Callable:
     return _resolved.get(choice) or _resolve(*choice)
 
 
+def is_reference(backend: str | None) -> bool:
+    """Whether a call that names `backend`, or none, is asked to run plain PyTorch."""
+    return (backend or _override or _from_environment) == "reference"
+
+
 def write(op: str, tensor: Tensor, backend: str | None, arguments: tuple, out: Tensor) -> Tensor:
     """Run `op` with its result in out, which comes back. What autograd has saved of out is known to be overwritten."""
     if not torch.compiler.is_compiling():

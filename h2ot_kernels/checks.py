@@ -180,9 +180,10 @@ def out(given: Tensor, size: Sequence[int], **inputs: Tensor | None) -> None:
 
 
 def no_tangent(op: str, *inputs: Tensor | None) -> None:
-    """Forward-mode AD would silently give zero tangents for operators with registered gradients: raise instead."""
+    """Forward-mode AD would silently give zero tangents: raise instead."""
     if forward_ad._current_level < 0:
         return
     for x in inputs:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(f"{op} has no forward-mode derivative; backend='reference' has one")
+            reference = "backend='reference' has one where one is defined"
+            raise NotImplementedError(f"{op} has no forward-mode derivative; {reference}")

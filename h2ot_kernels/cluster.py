@@ -9,7 +9,7 @@ from torch import Tensor
 import python_ref
 
 from . import checks
-from .backend import dispatch, implement
+from .backend import dispatch, implement, is_reference
 from .library import declare
 from .score import METRICS, Variant, check_scoring, pair_flops, valid_of
 
@@ -36,8 +36,8 @@ def cluster_tokens(
 ) -> TokenClusters:
     """DPC-kNN in one call: the num_tokens = K tokens with the largest scores, and which of them each token belongs to.
 
-    Arguments as in `prune_cluster`. Returns (index [B, K], labels [B, N], score [B, N]): those of `prune_cluster`,
-    `assign_clusters` of its index, and `score_tokens`. Raises as they do.
+    Arguments as in `prune_cluster`. Returns (index int64 [B, K], labels int64 [B, N], score float64 [B, N]): those of
+    `prune_cluster`, `assign_clusters` of its index, and `score_tokens`. Raises as they do.
     Cost: on a CPU, for up to 1536 tokens, that of `prune_cluster` alone, as labels are read off the distances that
     scoring has made; else that of both. Source: HoT section 3.2, TCFormer section 3, SPEC sections 1, 2 and 4.
 
@@ -47,6 +47,7 @@ def cluster_tokens(
     >>> index, labels
     (tensor([[0, 3]]), tensor([[0, 0, 0, 1, 1, 1]]))
     """
+    checks.no_tangent("cluster_tokens", x, noise)
     mask, noise = check_scoring(x, k, mask, lengths, noise, Variant(metric))
     B, N = x.shape[:2]
     checks.integer("num_tokens", num_tokens, 1, N, "the number of tokens")
@@ -126,7 +127,7 @@ def merge_tokens(
         checks.has_shape("weight", weight, (B, N, 1)[: weight.dim()], "[B, N] or [B, N, 1]")
         checks.same_device("weight", weight, "x", x)
         weight = weight.reshape(B, N).to(torch.promote_types(x.dtype, torch.float32))
-    if backend != "reference":
+    if not is_reference(backend):
         checks.no_tangent("merge_tokens", x, weight)
     return dispatch("merge_tokens", x, backend)(x, labels, num_clusters, weight)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 import python_ref
 
 from . import checks
-from .backend import copying, dispatch, implement, write
+from .backend import copying, dispatch, implement, is_reference, write
 from .library import declare, into_out
 
 
@@ -47,7 +47,7 @@ def gather_tokens(
     checks.index("index", index, x)
     if pos_embed is not None:
         pos_embed = _embedding(pos_embed, x, index.shape[1], dim, out_dim)
-    if backend != "reference":
+    if not is_reference(backend):
         checks.no_tangent("gather_tokens", x, pos_embed, out)
     arguments = x, index, pos_embed, dim, out_dim
     if out is None:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+import python_ref
+
 from . import checks
 from .gather import gather_tokens
 from .library import ranged
 from .nn import PRUNERS, TokenRecoveringAttention, TokenRecoveringInterpolation
-from .select import prune_sample
 
 Kept = tuple[Tensor, ...]
 
@@ -228,8 +229,8 @@ class Hourglass(nn.Module):
         positions, frames = [], list(range(self.num_frames))
         for tokens in self.stages.values():
             positions.append([frames.index(frame) for frame in self.keep])
-            sampled = prune_sample(len(frames), tokens, keep=positions[-1], device="cpu")
-            frames = [frames[position] for position in sampled[0].tolist()]
+            sampled = python_ref.select.sampled_frames(len(frames), tokens, positions[-1])
+            frames = [frames[position] for position in sampled]
         return positions
 
 

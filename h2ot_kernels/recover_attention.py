@@ -9,7 +9,7 @@ from torch.nn import functional
 import python_ref
 
 from . import checks
-from .backend import copying, dispatch, implement, write
+from .backend import copying, dispatch, implement, is_reference, write
 from .library import declare, into_out, no_second_order
 
 
@@ -56,7 +56,7 @@ def recover_attention(
     checks.integer("num_heads", num_heads, 1, C, "the number of channels")
     if C % num_heads:
         raise ValueError(f"num_heads: got {num_heads}, wanted a divisor of C = {C}")
-    if backend != "reference":
+    if not is_reference(backend):
         checks.no_tangent("recover_attention", query, key, value, out)
     scale = (C // num_heads) ** -0.5 if scale is None else float(scale)
     arguments = query, key, value, num_heads, scale
@@ -107,6 +107,8 @@ def recover_pose(
     given = token, proj.weight, proj.bias, *vectors
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, *given)):
         raise RuntimeError("recover_pose is for inference: call it under torch.no_grad() or torch.inference_mode()")
+    if not is_reference(backend):
+        checks.no_tangent("recover_pose", *given)
     checks.integer("num_joints", num_joints, 1)
     if key.shape[0] % num_joints:
         raise ValueError(f"num_joints: got {num_joints}, wanted a divisor of key's first axis, {key.shape[0]}")

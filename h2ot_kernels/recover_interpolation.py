@@ -6,7 +6,7 @@ from torch import Tensor
 import python_ref
 
 from . import checks
-from .backend import copying, dispatch, implement, write
+from .backend import copying, dispatch, implement, is_reference, write
 from .library import declare, into_out
 
 
@@ -53,7 +53,7 @@ def recover_interpolate(
         checks.same_device("index", index, "x", x)
         if index.shape[0] not in (1, B) or index.shape[1] != K:
             raise ValueError(f"index: got shape {checks.shape(index)}, wanted [1, {K}] or [{B}, {K}]")
-    if backend != "reference":
+    if not is_reference(backend):
         checks.no_tangent("recover_interpolate", x, out)
     arguments = x, index, num_frames, mode == "nearest"
     if out is None:

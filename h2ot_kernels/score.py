@@ -60,10 +60,9 @@ def score_tokens(
     >>> h2ot.score_tokens(torch.tensor([[[0.0], [1.0], [9.0]]]), k=2).parent
     tensor([[-1,  0,  1]])
     """
+    checks.no_tangent("score_tokens", x, noise)
     variant = Variant(metric, exclude_self, scale, density, cutoff)
     mask, noise = check_scoring(x, k, mask, lengths, noise, variant)
-    if backend != "reference":
-        checks.no_tangent("score_tokens", x)
     return score_checked(x.detach(), k, mask, noise, variant, backend)
 
 

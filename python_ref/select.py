@@ -1,5 +1,7 @@
 """Which tokens are kept: the K largest scores, and the pruners that make scores."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -52,22 +54,26 @@ def prune_cluster(x, num_tokens, k=2, *, keep=None, mask=None, lengths=None, **o
 
 
 def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) -> Tensor:
-    """TPS: evenly spaced frames, in integer arithmetic, [1, K].
+    """TPS: `sampled_frames` as [1, K]."""
+    keep = keep.flatten().tolist() if isinstance(keep, Tensor) else [keep] if isinstance(keep, int) else keep
+    return torch.tensor([sampled_frames(num_frames, num_tokens, keep or ())], dtype=torch.int64, device=device)
+
+
+def sampled_frames(F: int, K: int, keep: Iterable[int] = ()) -> list[int]:
+    """K evenly spaced frames of F, in integer arithmetic.
 
     Each `keep` frame (in ascending order) that is not sampled replaces the nearest sampled frame
     that is not itself kept, the lower on a tie.
     """
-    F, K = num_frames, num_tokens
     sampled = [(F - 1) // 2] if K == 1 else [i * (F - 1) // (K - 1) for i in range(K)]
-    keep = keep.flatten().tolist() if isinstance(keep, Tensor) else [keep] if isinstance(keep, int) else keep
-    kept = sorted(set(keep or ()))
+    kept = sorted(set(keep))
     for frame in kept:
         if frame not in sampled:
             free = [f for f in sampled if f not in kept]
             distance = min(abs(f - frame) for f in free)
             sampled.remove(frame - distance if frame - distance in free else frame + distance)
             sampled.append(frame)
-    return torch.tensor([sorted(sampled)], dtype=torch.int64, device=device)
+    return sorted(sampled)
 
 
 def motion_scores(pose: Tensor) -> Tensor:

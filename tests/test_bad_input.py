@@ -1,12 +1,19 @@
-"""Wrong input: one table of (call, exception, message); the same in eager mode and under torch.compile."""
+"""Wrong input: one table of (call, exception, message); the same in eager mode, for fakes and under torch.compile."""
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 import h2ot_kernels as h2ot
+import h2ot_kernels.onnx
 
+from .public import functions
 from .runners import DEVICE
+from .test_ftp_pose import BAD as FTP_POSE
+from .test_hosts import BAD as HOSTS
+from .test_hourglass import BAD as HOURGLASS
+from .test_nn import BAD as MODULES
 
 X = torch.randn(2, 9, 4)
 INDEX = torch.tensor([[0, 4, 8]])
@@ -16,9 +23,10 @@ LINEAR, NORM, HEAD = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
 WIDE, DOUBLE, ELSEWHERE = nn.Linear(4, 8), nn.Linear(4, 4).double(), nn.Linear(4, 4, device="meta")
 
 
-def tail(proj):
+def tail(proj, token=None, value=None):
+    token, value = X[0] if token is None else token, KEPT if value is None else value
     with torch.no_grad():
-        return h2ot.recover_pose(X[0], X[0], KEPT, KEPT, proj, NORM, HEAD, 2, num_joints=1)
+        return h2ot.recover_pose(token, X[0], KEPT, value, proj, NORM, HEAD, 2, num_joints=1)
 
 
 BAD = {
@@ -200,7 +208,50 @@ BAD = {
     "device mix": (lambda: h2ot.gather_tokens(X, INDEX.to("meta")), ValueError, "index: got device meta, wanted cpu"),
     "backend": (lambda: h2ot.gather_tokens(X, INDEX, backend="fast"), ValueError, "backend: got 'fast'"),
     "backend elsewhere": (lambda: h2ot.gather_tokens(X, INDEX, backend="cuda"), RuntimeError, "tensors are on cpu"),
+    "backend asked for": (lambda: h2ot.use_backend("fast").__enter__(), ValueError, "backend: got 'fast'"),
+    "backend of an op": (lambda: h2ot.can_run("gather_tokens", "fast", "cpu"), ValueError, "backend: got 'fast'"),
+    "op": (lambda: h2ot.explain("sort"), ValueError, "op: got 'sort', wanted one of assign_by_parent"),
+    "host": (lambda: h2ot.hosts.build("mix"), ValueError, "name: got 'mix', wanted one of mixste"),
+    "no host": (lambda: h2ot.hosts.count_flops(LINEAR), TypeError, "model: got Linear, wanted a host"),
+    "convention": (lambda: h2ot.hosts.count_flops(LINEAR, "all"), ValueError, "convention: got 'all'"),
+    "checkpoint": (lambda: h2ot.hosts.load_checkpoint(LINEAR, "none.pth"), FileNotFoundError, "none.pth"),
+    "blocks": (lambda: h2ot.hourglass.wrap(LINEAR, 9, {1: 3}), TypeError, "blocks: got Linear, wanted ModuleList"),
+    "patched": (lambda: h2ot.dropin.patch(3), TypeError, "target: got int, wanted an nn.Module"),
+    "kernels": (lambda: h2ot.dropin.patch(LINEAR, fast=True), TypeError, "patch: got fast, wanted some of cluster"),
+    "hot K": (lambda: h2ot.dropin.hot.cluster_dpc_knn(X, 10, 2), ValueError, "cluster_num: got 10, wanted 1 to 9"),
+    "tpc K": (lambda: h2ot.dropin.hot.cluster_dpc_knn_center(X, 9, 2, 4), ValueError, "cluster_num: got 9"),
+    "points": (lambda: h2ot.dropin.hot.index_points(X, INDEX + 1), IndexError, "index 9 is out of bounds"),
+    "tcformer K": (lambda: h2ot.dropin.tcformer.cluster_dpc_knn({"x": X}, 10), ValueError, "cluster_num: got 10"),
+    "tcformer label": (
+        lambda: h2ot.dropin.tcformer.merge_tokens({"x": X}, torch.full((2, 9), 3), 3),
+        (IndexError, RuntimeError),
+        "index 3 is out of bounds",
+    ),
+    "prunevid K": (lambda: h2ot.dropin.prunevid.cluster_dpc_knn(X, 10, 2), ValueError, "cluster_num: got 10"),
+    "exported batch": (
+        lambda: h2ot_kernels.onnx.export(LINEAR, (X[:1],), "none.onnx"),
+        ValueError,
+        r"inputs: got shape \[1, 9, 4\] as number 0, wanted a batch of 2 or more",
+    ),
 }
+BAD |= {f"module: {name}": row for name, row in MODULES.items()}
+BAD |= {f"hourglass: {name}": row for name, row in HOURGLASS.items()}
+COMPILED = list(BAD)  # what is checked when a model is made is checked outside of what is compiled
+BAD |= {f"host: {name}": row for name, row in HOSTS.items()}
+BAD |= {f"FTP-Pose: {name}": row for name, row in FTP_POSE.items()}
+# What only the contents of a tensor tell, which fake tensors do not have.
+CONTENTS = {
+    *("clusters keep tensor", "parent outside", "keep tensor outside", "keep tensor too many", "index outside"),
+    *("label outside", "frame outside", "not ascending", "out, index outside", "points", "tcformer label"),
+    *("hourglass: index range", "hourglass: index of a pruned frame"),
+}
+
+
+@pytest.mark.parametrize("name", functions())
+def test_every_public_function_is_in_the_table(name):
+    takes_nothing = {"h2ot_kernels.env_report", "h2ot_kernels.onnx.decompositions"}
+    called = {word for call, *_ in BAD.values() for word in call.__code__.co_names} | set(tail.__code__.co_names)
+    assert name.rpartition(".")[2] in called or name in takes_nothing
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -212,6 +263,22 @@ def test_eager(name, backend):
 
 
 @pytest.mark.parametrize("name", BAD)
+def test_fake(name, monkeypatch):
+    call, error, message = BAD[name]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for known, x in call.__globals__.items():
+            if isinstance(x, torch.Tensor):
+                monkeypatch.setitem(call.__globals__, known, mode.from_tensor(x))
+        if name in CONTENTS:
+            found = call()  # on the shapes alone
+            for x in found.values() if isinstance(found, dict) else found if isinstance(found, tuple) else [found]:
+                assert is_fake(x) or not isinstance(x, torch.Tensor)
+            return
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name):
     call, error, message = BAD[name]
     torch._dynamo.reset()
@@ -264,15 +331,47 @@ def test_out_within_an_input_is_refused(backend):
     assert torch.equal(x.cpu(), X)
 
 
-def test_forward_mode_raises_instead_of_giving_zeros():
+# Every operation with results that are no integers, by each input that may have a tangent.
+FORWARD = {
+    "score_tokens": lambda x, kept: h2ot.score_tokens(x, exclude_self=True).score,
+    "score_tokens, noise": lambda x, kept: h2ot.score_tokens(X, noise=x[..., 0]).score,
+    "cluster_tokens": lambda x, kept: h2ot.cluster_tokens(x, 3).score,
+    "cluster_tokens, noise": lambda x, kept: h2ot.cluster_tokens(X, 3, noise=x[..., 0]).score,
+    "gather_tokens": lambda x, kept: h2ot.gather_tokens(x, INDEX),
+    "gather_tokens, pos_embed": lambda x, kept: h2ot.gather_tokens(X, INDEX, kept[0]),
+    "merge_tokens": lambda x, kept: h2ot.merge_tokens(x, torch.zeros(2, 9).long(), 1),
+    "merge_tokens, weight": lambda x, kept: h2ot.merge_tokens(X, torch.zeros(2, 9).long(), 1, x[..., 0]),
+    "recover_attention": lambda x, kept: h2ot.recover_attention(X[0], KEPT, kept, 2),
+    "recover_attention, query": lambda x, kept: h2ot.recover_attention(x[0], KEPT, KEPT, 2),
+    "recover_pose": lambda x, kept: tail(LINEAR, value=kept),
+    "recover_pose, token": lambda x, kept: tail(LINEAR, token=x[0]),
+    "recover_interpolate": lambda x, kept: h2ot.recover_interpolate(kept, INDEX, 9),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_raises_instead_of_giving_zeros(name):
+    of_scoring = name.startswith(("score", "cluster"))  # without gradients on every backend
     with torch.autograd.forward_ad.dual_level():
-        x = torch.autograd.forward_ad.make_dual(KEPT, torch.ones_like(KEPT))
-        for call in (
-            lambda: h2ot.gather_tokens(x, torch.tensor([[0, 2]])),
-            lambda: h2ot.recover_interpolate(x, INDEX, 9),
-            lambda: h2ot.merge_tokens(x, torch.zeros(2, 3).long(), 1),
-            lambda: h2ot.recover_attention(X[0], x, KEPT, 2),
-            lambda: h2ot.gather_tokens(X, INDEX, out=x),
-        ):
-            with pytest.raises(NotImplementedError, match="forward-mode"):
-                call()
+        x, kept = (torch.autograd.forward_ad.make_dual(x, torch.randn_like(x)) for x in (X, KEPT))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            FORWARD[name](x, kept)
+        with h2ot.use_backend("reference"):
+            if of_scoring:
+                with pytest.raises(NotImplementedError, match="forward-mode"):
+                    FORWARD[name](x, kept)
+            else:
+                assert torch.autograd.forward_ad.unpack_dual(FORWARD[name](x, kept)).tangent.any()
+
+
+def test_forward_mode_raises_for_a_buffer_with_a_tangent():
+    with torch.autograd.forward_ad.dual_level():
+        out = torch.autograd.forward_ad.make_dual(KEPT.clone(), KEPT)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            h2ot.gather_tokens(X, INDEX, out=out)
+
+
+def test_every_operation_with_results_that_are_no_integers_meets_forward_mode():
+    integers = {"assign_clusters", "select_tokens", *(name for name in h2ot.__all__ if name.startswith("prune_"))}
+    operations = {name for name in h2ot.__all__ if "tokens" in name or name.startswith(("recover", "assign", "prune"))}
+    assert {name.partition(",")[0] for name in FORWARD} == operations - integers

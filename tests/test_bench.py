@@ -1,13 +1,14 @@
 """The benchmarks at tiny sizes: rows are written, what is wrong is not timed, timing is what it says."""
 
 import dataclasses
+import importlib
 import json
 
 import pytest
 import torch
 
 import python_ref
-from bench import acceptance, bench_dropin, bench_large, run, shapes
+from bench import acceptance, bench_dropin, bench_large, rivals, run, shapes
 from h2ot_kernels.comparison import Comparison, Verdict, compare, same_index, same_labels, same_values
 from h2ot_kernels.timing import Machine, interleave
 
@@ -130,13 +131,43 @@ def test_what_is_wrong_is_not_timed(machine, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "rows.jsonl").read_text())["timings"] == {}
 
 
-def test_a_wrong_implementation_fails_the_check(monkeypatch):
+def test_a_wrong_implementation_is_refused(monkeypatch, tmp_path, capsys):
+    """A planted mistake in a public function: by the command, and by the file for pytest-benchmark."""
     import h2ot_kernels as h2ot
 
-    genuine = h2ot.gather_tokens
-    case = shapes.Case("gather_tokens", "random", TINY["gather_tokens"])
-    monkeypatch.setattr(h2ot, "gather_tokens", lambda x, index: genuine(x, (index + 1).clamp(max=x.shape[1] - 1)))
-    assert not shapes.build(case, "cpu").check().is_right
+    genuine, out = h2ot.gather_tokens, tmp_path / "rows.jsonl"
+    monkeypatch.setattr(shapes, "_SIZES", {op: [sizes] for op, sizes in TINY.items()})
+    monkeypatch.setattr(h2ot, "gather_tokens", lambda x, index, *given: genuine(x, (index + 1).clamp(max=26), *given))
+    options = ["--no-memory", "--backends", "--seconds", "0.01", "--out", str(out)]
+    assert run.main(["--ops", "gather_tokens", "recover_interpolate", *options]) == 1
+    rows = {row["op"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert (rows["gather_tokens"]["is_right"], rows["gather_tokens"]["timings"]) == (False, {})
+    assert rows["recover_interpolate"]["timings"]["ours"]["p50"] > 0
+    assert "WRONG" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="is wrong and not timed"):
+        rivals.run(Recorded(), shapes.Case("gather_tokens", "smooth", TINY["gather_tokens"]), "ours")
+
+
+class Recorded:
+    """Stands for pytest-benchmark's fixture."""
+
+    called = 0
+
+    def __call__(self, call):
+        self.called += 1
+        call()
+
+
+@pytest.mark.parametrize("stem", shapes.STEMS)
+def test_every_stem_has_a_file_for_pytest_benchmark(stem):
+    function = getattr(importlib.import_module(f"bench.bench_{stem}"), f"test_{stem}")
+    drawn = {mark.args[0]: mark.args[1] for mark in function.pytestmark}
+    assert drawn == {"case": shapes.cases(shapes.STEMS[stem]), "rival": ["official", "ours"]}
+    benchmark = Recorded()
+    for op in shapes.STEMS[stem]:
+        for rival in drawn["rival"]:
+            function(benchmark, shapes.Case(op, "smooth", TINY[op]), rival)
+    assert benchmark.called == 2 * len(shapes.STEMS[stem])
 
 
 def test_the_oracle_of_a_case_is_computed_once(monkeypatch):

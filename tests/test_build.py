@@ -14,11 +14,12 @@ import pytest
 import h2ot_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
-STEMS = (
-    *("backend", "score", "select", "gather", "cluster", "recover_attention", "recover_interpolation"),
-    *("attention", "wrapped", "dropin.hot", "dropin.tcformer", "dropin.prunevid", "dropin.patch"),
-    "hosts.ftp_pose",
-)
+# onnx: in test_onnx.py, which is skipped where its packages are missing.
+WITH_EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted((ROOT / "h2ot_kernels").rglob("*.py"))
+    if ">>> " in path.read_text() and path.stem != "onnx"
+]
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 
 
@@ -44,16 +45,11 @@ def test_no_kernel_symbol_can_cross_instruction_sets():
     assert not weak
 
 
-@pytest.mark.parametrize("stem", STEMS)
-def test_docstring_examples_run(stem):
-    result = doctest.testmod(importlib.import_module(f"h2ot_kernels.{stem}"))
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_docstring_examples_run(name):
+    result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
-
-
-def test_every_public_function_is_documented():
-    for name in h2ot_kernels.__all__:
-        assert (getattr(h2ot_kernels, name).__doc__ or "").strip(), name
 
 
 def test_readme_examples_run(tmp_path):
@@ -63,11 +59,19 @@ def test_readme_examples_run(tmp_path):
         subprocess.run([sys.executable, "-c", block], check=True, cwd=tmp_path, timeout=120)
 
 
-def test_import_needs_little_beyond_torch():
-    code = (
-        "import sys, torch; before = set(sys.modules); import h2ot_kernels; print(*sorted(set(sys.modules) - before))"
-    )
+IMPORT = """
+import sys, time, torch
+before, began = set(sys.modules), time.process_time()
+import h2ot_kernels
+print(time.process_time() - began, *sorted(set(sys.modules) - before))
+"""
+
+
+def test_import_needs_little_and_under_a_second_beyond_torch():
+    """Of the processor's time: other work on the machine does not count."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "h2ot_kernels" in run.stdout.split()
-    assert not {"matplotlib", "rich", "sympy", "scipy", "torch._dynamo", "h2ot_kernels.demo"} & set(run.stdout.split())
+    run = subprocess.run([sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, check=True)
+    seconds, *modules = run.stdout.split()
+    assert float(seconds) < 1
+    assert "h2ot_kernels" in modules
+    assert not {"matplotlib", "rich", "sympy", "scipy", "torch._dynamo", "h2ot_kernels.demo"} & set(modules)

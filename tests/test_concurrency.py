@@ -135,6 +135,7 @@ def test_memory_is_flat_over_10_000_calls():
     index, outside = torch.tensor([[0, 4, 8]]), torch.tensor([[0, 4, 12]])
     labels = torch.randint(-1, 3, (2, 12))
     leaf = x.clone().requires_grad_()
+    tail = [module.requires_grad_(False) for module in (nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))]
 
     def refused():
         with pytest.raises(IndexError):
@@ -151,6 +152,8 @@ def test_memory_is_flat_over_10_000_calls():
         lambda: h2ot.recover_interpolate(leaf[:, :3], index, 12).sum().backward(),
         refused,
         lambda: h2ot.prune_motion(x[..., None], 3),
+        lambda: h2ot.cluster_tokens(x, 3, keep=5),
+        lambda: h2ot.recover_pose(x[0], x[0], x, x, *tail, 2, num_joints=1),
     ]
     turn = iter(range(10**9))
     with threads(1):

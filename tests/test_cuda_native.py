@@ -8,6 +8,7 @@ import h2ot_kernels as h2ot
 import python_ref
 from h2ot_kernels import backend
 
+from . import every_op
 from .cases import TokenCase, oracle_tokens
 from .compare import assert_scores
 
@@ -53,6 +54,25 @@ def test_graph_capture_and_replay(N):
         graph.replay()
         assert torch.equal(index, prune(x, N // 3, keep=5))
         assert all(map(torch.equal, scores, score(x)))
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+@torch.no_grad()
+def test_every_operation_is_captured_and_replayed_on_other_values(name):
+    given = {key: x.to("cuda") for key, x in every_op.inputs(600).items()}
+    for op, call in every_op.calls():
+        if not backend.can_run(op, name, "cuda")[0]:
+            continue
+        call(h2ot, given, backend=name)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call(h2ot, given, backend=name)
+        for x in given.values():
+            if x.is_floating_point():
+                x.normal_()
+        graph.replay()
+        assert all(map(torch.equal, found, call(h2ot, given, backend=name))), op
 
 
 def test_streams_do_not_disturb_each_other():

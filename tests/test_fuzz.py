@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import h2ot_kernels as h2ot
 import python_ref
@@ -121,6 +122,11 @@ def scoring(draw) -> None:
     assert torch.equal(index, oracle_index(case))
     named = {name: value for name, value in given_.items() if name in ("mask", "lengths", "metric")}
     assert torch.equal(unmodified(h2ot.assign_clusters, x, index, **named), oracle_labels(case))
+    if BACKEND == "cpp" and not (case.noisy or any(given_.get(name) for name in ("scale", "exclude_self", "cutoff"))):
+        clusters = unmodified(h2ot.cluster_tokens, x, K, case.k, keep=case.keep, **named)
+        assert torch.equal(clusters.index, index)
+        assert torch.equal(clusters.labels, oracle_labels(case))
+        assert torch.equal(clusters.score, scores.score)
     if h2ot.can_run("assign_by_parent", BACKEND, "cpu")[0]:
         by_parent = unmodified(h2ot.assign_clusters, x, index, parent=scores.parent, **named)
         assert torch.equal(by_parent, oracle_labels(case, by_parent=True))
@@ -217,6 +223,18 @@ def recovering(draw) -> None:
     exact, same = (results(python_ref.recover_attention, precision) for precision in (torch.float64, dtype))
     for found, wanted, torch_own, scale in zip(ours, exact, same, attention_scales(*x, weight, H), strict=True):
         assert_within(found, wanted, torch_own, max(B, 1) * K * F, scale)
+
+    if BACKEND == "cpp" and rows == 1 and B:  # the fused tail: the same bits on any strides
+        tail = [
+            module.requires_grad_(False).to(dtype) for module in (nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 3))
+        ]
+        token = laid_out(torch.randn(1, F, C).to(dtype), draw(st.sampled_from(LAYOUTS)))
+        ours, plain = (
+            unmodified(h2ot.recover_pose, *given_, *tail, H, num_joints=B)
+            for given_ in ((token, *x), [part.contiguous() for part in (token, *x)])
+        )
+        assert torch.equal(ours, plain)
+        assert ours.shape == (1, B, F, 3)
 
 
 def interpolating(draw) -> None:

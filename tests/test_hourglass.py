@@ -284,7 +284,7 @@ def prune(block=1, frames=F, kept=(), pruner="sampler", stages=STAGES, **given):
 
 FIVE = torch.arange(5)[None]
 ELEVEN = torch.arange(11)[None]
-BAD = {
+BAD = {  # rows of the table in test_bad_input.py
     "stages type": (lambda: h2ot.Hourglass(F, [1, 2]), TypeError, "stages: got list, wanted a mapping"),
     "stage block": (lambda: h2ot.Hourglass(F, {-1: 5}), ValueError, "stages: got -1, wanted 0"),
     "stage grows": (lambda: h2ot.Hourglass(F, {1: 5, 2: 6}), ValueError, "stages: got 6 tokens before block 2"),
@@ -327,10 +327,3 @@ BAD = {
         r"x: got shape \[2, 6, 8\], wanted 5 frames",
     ),
 }
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
-    call, error, message = BAD[name]
-    with pytest.raises(error, match=message):
-        call()

@@ -1,6 +1,7 @@
 """The report: pictures and tables from rows, one self-contained page; what feeds it: peers, memory, sweeps, hosts."""
 
 import base64
+import functools
 import json
 import logging
 import re
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from h2ot_kernels import hosts
 from h2ot_kernels.comparison import Verdict
+from h2ot_kernels.timing import Machine
 
 from .test_bench import TINY
 
@@ -129,6 +132,41 @@ def test_slopes_are_the_exponents():
         assert figures.slope([row["shape"]["N"] for row in shown], times) == pytest.approx(exponent)
     assert figures.series(rows, "B") == []
     assert all(draw([operation_row(right=False)]) is None for _, draw in figures.FIGURES.values())
+
+
+def test_scaling_is_log_log_with_its_slopes_said():
+    sizes = [{size: value for size, value in case.sizes.items() if size != "k"} for case in shapes.sweep()]
+    drawn = figures.scaling([operation_row(**given) for given in sizes]).axes
+    assert {axes.get_xlabel() for axes in drawn if axes.get_visible()} == set("NBCK")
+    for axes in drawn:
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        assert all(": slope " in text.get_text() for text in axes.get_legend().get_texts())
+
+
+def test_the_command_alone_measures_this_machine_and_shows_everything(tmp_path, monkeypatch, capsys):
+    """At tiny sizes; what is exported is a row that is made up (test_onnx.py exports)."""
+    small = {"num_frames": 27, "channels": 16, "depth": 4, "num_heads": 2}
+    middle = {"B": 2, "N": 27, "C": 16, "K": 9, "k": 2}
+    grid = {"N": (20, 40), "B": (1, 4), "C": (8, 32), "K": (5, 13)}
+    swept = [middle, *(middle | {size: value} for size, values in grid.items() for value in values)]
+    kept, row, onnx = bench_kept.measure, bench_kept.recovery_row, every_row()[-2]
+    monkeypatch.setattr(shapes, "_SIZES", {op: [sizes] for op, sizes in TINY.items()})
+    monkeypatch.setattr(run, "sweep", lambda: [shapes.Case("prune_cluster", "smooth", sizes) for sizes in swept])
+    monkeypatch.setattr(run, "Machine", lambda device: Machine(device, seconds=0.01))
+    monkeypatch.setattr(memory, "peak_bytes", lambda case, rival, *known: 100 * case.sizes.get("N", 1))
+    monkeypatch.setattr(
+        bench_kept, "measure", lambda names, _, **given: kept(names, [9, 13], **given | {"overrides": small})
+    )
+    monkeypatch.setattr(bench_kept, "recovery_row", lambda _: row([9, 13], 27))
+    monkeypatch.setattr(bench_onnx, "measure", lambda name, **given: onnx | {"kind": name, "is_right": True})
+    monkeypatch.setattr(hosts, "count_flops", lambda model: 10**9)
+    monkeypatch.setattr(report, "measure", functools.partial(report.measure, seconds=0.002))
+    assert report.main(["--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"1-{stem}.png" for stem in figures.FIGURES}
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Operations", "Whole hosts, batch 1", "onnxruntime on the CPU; deviation"):
+        assert f"<h3>{title}" in page
+    assert all(f"<td>{op} " in page for op in TINY)
 
 
 def test_the_command_reads_files(tmp_path, capsys):

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import h2ot_kernels as h2ot
 from bench import hosts as bench_hosts
 from bench import shapes
+from h2ot_kernels import backend
 
 from .runners import runners
 from .test_bench import TINY
+from .test_determinism import CALLS
 
 OPS = torch.ops.h2ot_kernels
 INDEX = torch.tensor([[0, 4, 8], [1, 2, 3]])
@@ -67,7 +70,10 @@ def test_opcheck():
 
 
 def whole_path(x, query, embed):
-    index = h2ot.prune_cluster(x, 4, keep=3)
+    """Every public operation but the fused tail, which hosts compile."""
+    index, labels_at_once, score = h2ot.cluster_tokens(x, 4, keep=3)
+    index = torch.where(index == h2ot.prune_cluster(x, 4, keep=3), index, -1)
+    at_once = h2ot.select_tokens(h2ot.score_tokens(x).score - score, 4) + labels_at_once[:, :4]
     kept = h2ot.gather_tokens(x, index, embed, out_dim=2).flatten(0, 1)
     labels = h2ot.assign_clusters(x, index)
     merged = h2ot.merge_tokens(x.mean(2), labels, 4)
@@ -76,7 +82,7 @@ def whole_path(x, query, embed):
     attended = h2ot.prune_attention(x.movedim(2, 1), x.movedim(2, 1), 4)
     sampled = h2ot.prune_sample(9, 4, device=x.device)
     gaussian = h2ot.prune_cluster(x, 4, metric="cosine", density="gaussian", cutoff=0.1, exclude_self=True)
-    moved = moved + gaussian
+    moved = moved + gaussian + at_once
     indices = (moved + attended + sampled).sum()
     return h2ot.recover_interpolate(merged, index, 9).sum() + recovered.square().sum() + indices
 
@@ -189,17 +195,18 @@ def test_activation_checkpointing():
 
 
 def test_profiler_shows_named_ranges():
-    inputs = rand(2, 9, 3, 8), rand(9, 8), rand(1, 4, 8)
+    """Of every operation that has kernels: prune_sample, integers that are kept, has none."""
+    inputs = rand(2, 9, 3, 8), rand(9, 8), [torch.empty(size) for size in ((2, 3, 4, 8), (6, 9, 8), (6, 9, 8))]
     model = bench_hosts.build("h2ot_mixste", reduced=True)
     with torch.profiler.profile() as profile:
-        whole_path(*inputs)
-        with h2ot.use_backend("reference"):
-            whole_path(*inputs)
+        for name in ("cpp", "reference"):
+            with h2ot.use_backend(name):
+                for call in CALLS.values():
+                    call(slice(0, 2))
+                into_buffers(*inputs[:2], *inputs[2])
         model(bench_hosts.keypoints(model, 1))
     seen = {event.key for event in profile.key_averages()}
-    ops = {"prune_cluster", "gather_tokens", "assign_clusters", "merge_tokens", "recover_attention", "prune_motion"}
-    ops |= {"prune_attention", "recover_interpolate"}
-    wanted = {f"h2ot_kernels::{op}{end}" for op in ops for end in ("", " (reference)")}
+    wanted = {f"h2ot_kernels::{op}{end}" for op in backend._implementations for end in ("", " (reference)")}
     assert wanted | {"Hourglass.prune", "Hourglass.recover"} <= seen
 
 
@@ -244,50 +251,62 @@ def test_fakes_of_a_cuda_device():
 
 
 def test_autocast_leaves_distances_alone():
-    """Nothing is cast down: not the distances, not the choice, not the sums of float32 tokens."""
-    x, index = rand(2, 27, 16), h2ot.prune_sample(27, 9)
+    """Nothing is cast down: not the distances, not the choice, not the sums of float32 tokens.
 
-    def results():
-        labels = h2ot.assign_clusters(x, index)
-        return (
-            *h2ot.score_tokens(x),
-            h2ot.prune_cluster(x, 9),
-            labels,
-            h2ot.merge_tokens(x, labels, 9),
-            h2ot.recover_interpolate(x[:, :9], index, 27),
-            h2ot.recover_attention(x[0], x, x, 4),
-            h2ot.prune_attention(x[:, None], x[:, None], 9),
-        )
-
-    expected = results()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = results()
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
+    But PyTorch's own products: the projection in recover_pose, and means and attention of the reference.
+    """
+    of_distances = [op for op in CALLS if op.startswith(("score", "prune_cluster", "cluster", "assign", "labels"))]
+    for name, ops in (("cpp", CALLS.keys() - {"recover_pose"}), ("reference", of_distances)):
+        for op in ops:
+            call = CALLS[op]
+            with h2ot.use_backend(name):
+                expected = call(slice(0, 2))
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    found = call(slice(0, 2))
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.dtype == theirs.dtype, op
+                assert torch.equal(ours, theirs), op
 
 
 def test_func_transforms():
-    x = rand(2, 9, 4)
-    gather = torch.func.grad(lambda x, **given: h2ot.gather_tokens(x, INDEX, **given).sum())
-    assert gather(x, backend="reference").sum() == 24
-    with pytest.raises(RuntimeError, match="functorch"):
-        gather(x)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda x: h2ot.gather_tokens(x, INDEX), (x,), (x,))
+    """Of every operation that has gradients."""
+    x, labels = rand(2, 9, 4), torch.randint(0, 3, (2, 9))
+    calls = {
+        "gather_tokens": lambda x: h2ot.gather_tokens(x, INDEX),
+        "merge_tokens": lambda x: h2ot.merge_tokens(x, labels, 3),
+        "recover_attention": lambda x: h2ot.recover_attention(x[0], x, x, 2),
+        "recover_interpolate": lambda x: h2ot.recover_interpolate(x[:, :3], INDEX, 9),
+    }
+    for name, call in calls.items():
+        grad = torch.func.grad(lambda x: call(x).square().sum())
+        with pytest.raises(RuntimeError, match="functorch"):
+            grad(x)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(call, (x,), (x,))
+        leaf = x.clone().requires_grad_()
+        with h2ot.use_backend("reference"):
+            recorded = torch.autograd.grad(call(leaf).square().sum(), leaf)[0]
+            assert torch.equal(grad(x), recorded), name
+            torch.testing.assert_close(torch.func.vmap(grad)(x[None].expand(3, -1, -1, -1))[2], recorded)
 
 
 def test_vmap_is_the_loop_over_samples():
     """The operators have no batching rule of their own: PyTorch calls them sample by sample, and says so."""
     x, labels = rand(3, 2, 9, 4), torch.randint(0, 3, (2, 9))
+    tail = [module.requires_grad_(False) for module in (nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))]
     calls = {
         "score_tokens": lambda x: h2ot.score_tokens(x).score,
+        "score_variant": lambda x: h2ot.score_tokens(x, exclude_self=True).score,
+        "select_tokens": lambda x: h2ot.select_tokens(x[..., 0], 3),
         "prune_cluster": lambda x: h2ot.prune_cluster(x, 3),
+        "cluster_tokens": lambda x: h2ot.cluster_tokens(x, 3).labels,
+        "prune_attention": lambda x: h2ot.prune_attention(x[:, None], x[:, None], 3),
         "prune_motion": lambda x: h2ot.prune_motion(x[..., None], 3),
         "gather_tokens": lambda x: h2ot.gather_tokens(x, INDEX),
         "assign_clusters": lambda x: h2ot.assign_clusters(x, INDEX),
         "merge_tokens": lambda x: h2ot.merge_tokens(x, labels, 3),
         "recover_attention": lambda x: h2ot.recover_attention(x[0], x, x, 2),
+        "recover_pose": lambda x: h2ot.recover_pose(x[0], x[0], x, x, *tail, 2, num_joints=1),
         "recover_interpolate": lambda x: h2ot.recover_interpolate(x[:, :3], INDEX, 9),
     }
     for name, call in calls.items():

@@ -30,12 +30,26 @@ def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int, token_mask: Tensor | No
 def cluster_dpc_knn_center(
     x: Tensor, cluster_num: int, k: int, center: int, token_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `cluster_dpc_knn`, without the frame `center`, which the caller appends (TPC)."""
+    """As `cluster_dpc_knn`, without the frame `center`, which the caller appends (TPC).
+
+    >>> import torch
+    >>> from h2ot_kernels.dropin import hot
+    >>> index_down, _ = hot.cluster_dpc_knn_center(torch.tensor([[[0.0], [0.1], [5.0], [5.1]]]), 3, 2, center=1)
+    >>> sorted(index_down[0].tolist())
+    [0, 2, 3]
+    """
     return select_and_assign(x, cluster_num, k, token_mask, without=center)
 
 
 def index_points(points: Tensor, idx: Tensor) -> Tensor:
-    """points [B, N, ...] at idx [B, ...] -> [B, ..., the rest]; idx in any order, repeats too, -1 is the last."""
+    """points [B, N, ...] at idx [B, ...] -> [B, ..., the rest]; idx in any order, repeats too, -1 is the last.
+
+    >>> import torch
+    >>> from h2ot_kernels.dropin import hot
+    >>> hot.index_points(torch.tensor([[[3.0], [4.0], [5.0]]]), torch.tensor([[2, 0]]))
+    tensor([[[5.],
+             [3.]]])
+    """
     records = is_transformed() or (torch.is_grad_enabled() and points.requires_grad)
     is_usual = points.dtype in FLOATS and 3 <= points.dim() <= 8 and idx.dtype == torch.int64 and idx.dim() == 2
     if is_usual and not records and len(idx) == len(points) and idx.numel():

@@ -42,6 +42,13 @@ def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_
     token_weight: [B, N, 1] or [B, N]. As in the official code a share is w / (sum of w + 1e-6). Tokens labelled -1, or
     False in token_dict["mask"], are not merged; a token of idx_token that was not merged stays -1, its agg_weight 0.
     Gradients to x and token_weight. Raises as `h2ot_kernels.merge_tokens`. Source: TCFormer section 3.
+
+    >>> import torch
+    >>> from h2ot_kernels.dropin import tcformer
+    >>> tokens = {"x": torch.tensor([[[1.0], [3.0], [7.0]]])}
+    >>> merged = tcformer.merge_tokens(tokens, torch.tensor([[0, 0, 1]]), 2)
+    >>> [round(x, 3) for x in merged["x"].flatten().tolist()], merged["token_num"]
+    ([2.0, 7.0], 2)
     """
     x = token_dict["x"]
     B, N, _ = x.shape

@@ -13,6 +13,11 @@ from ..linear import Linear
 QueryKey = tuple[Tensor, Tensor]
 
 
+def drop_rates(last: float, depth: int) -> list[float]:
+    """Of the blocks of a model: from 0 to `last`, evenly spaced."""
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
+
+
 def drop_path(x: Tensor, rate: float, dim: int) -> Tensor:
     """Each sequence along axis `dim` of x [..., C] becomes 0 with probability `rate`; the others are scaled up."""
     size = [1 if axis in (dim, x.dim() - 1) else length for axis, length in enumerate(x.shape)]

@@ -24,12 +24,15 @@ def count_flops(model: nn.Module, convention: str = "linear", *, executed: bool 
     `torch.utils.flop_counter` knows, and attention. Neither counts the choice of tokens or interpolation.
     executed: False counts the published formulation, in which TRA projects the recovery token once a sample and joint,
     and MotionAGFormer's graphs scale by dense products; True what is run here.
+    Raises TypeError or ValueError that name the argument.
 
     >>> from h2ot_kernels import hosts
     >>> round(hosts.count_flops(hosts.build("h2ot_mixste")) / 1e9, 2)
     121.23
     """
     checks.choice("convention", convention, CONVENTIONS)
+    if not hasattr(model, "in_shape"):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a host, which has an in_shape")
     return flops_by_convention(model, executed=executed)[convention]
 
 

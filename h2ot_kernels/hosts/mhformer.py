@@ -7,7 +7,7 @@ from torch.nn import functional
 from ..attention import attend_rows
 from ..hourglass import Kept
 from ..linear import Linear
-from .blocks import Attention, Block, Mlp, QueryKey, drop_path
+from .blocks import Attention, Block, Mlp, QueryKey, drop_path, drop_rates
 from .host import Host
 
 STREAMS = (1, 2, 3)
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, num_frames))
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(Block(num_frames, num_heads, 2 * num_frames, rate, dropout) for rate in rates)
         self.norm = nn.LayerNorm(num_frames, eps=1e-6)
 
@@ -119,7 +119,7 @@ class HypothesisTransformer(nn.Module):
         self.dropout = dropout
         for s in STREAMS:
             self.register_parameter(f"pos_embed_{s}", nn.Parameter(torch.zeros(1, num_frames, channels)))
-        rates = torch.linspace(0, drop_path_rate, 3, device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, 3)
         size = (channels, num_heads, hidden, dropout)
         self.SHR_blocks = nn.ModuleList(RefinementBlock(*size, rate) for rate in rates[:2])
         self.CHI_blocks = nn.ModuleList(InteractionBlock(*size, rate) for rate in rates[2:])

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..gather import gather_tokens
 from ..hourglass import Kept
-from .blocks import Block
+from .blocks import Block, drop_rates
 from .host import Host
 
 
@@ -41,7 +41,7 @@ class MixSTE(Host):
         self.Temporal_pos_embed = nn.Parameter(torch.zeros(1, num_frames, channels))
         self.x_token = self.recovery_token(channels)
         self.Spatial_patch_to_embedding = nn.Linear(in_channels, channels)
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depth)
         hidden = int(channels * mlp_ratio)
         self.STEblocks = nn.ModuleList(Block(channels, num_heads, hidden, rate) for rate in rates)
         self.TTEblocks = nn.ModuleList(Block(channels, num_heads, hidden, rate) for rate in rates)
