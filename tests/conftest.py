@@ -31,13 +31,33 @@ settings.register_profile("nightly", max_examples=2000, **_TIMELESS)
 settings.load_profile("fast")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="nothing is left out (tests/sample.py)")
+
+
+def _left_out(config, items: list) -> list:
+    """Nothing where tests are named one by one, or where Triton is native."""
+    from . import sample
+
+    named = any("::" in argument for argument in config.args)
+    if torch.cuda.is_available() or named or config.getoption("--all"):
+        return []
+    return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ)
+
+
 def pytest_report_header(config):
     from .runners import DEVICE, available
+    from .sample import AS_PTX, INTERPRETED, NOTE
 
-    return [f"device: {DEVICE}, torch {torch.__version__}, CPU capability: {_C.capability()}", *available()]
+    note = NOTE.format(AS_PTX if "H2OT_KERNELS_PTX" in os.environ else INTERPRETED)
+    sampled = [] if DEVICE == "cuda" or config.getoption("--all") else [note]
+    return [*sampled, f"device: {DEVICE}, torch {torch.__version__}, CPU capability: {_C.capability()}", *available()]
 
 
 def pytest_collection_modifyitems(config, items):
+    if out := set(_left_out(config, items)):
+        items[:] = [item for item in items if item not in out]
+        config.hook.pytest_deselected(items=list(out))
     if torch.cuda.is_available():
         return
     native = [item for item in items if item.get_closest_marker("gpu")]
