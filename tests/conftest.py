@@ -45,6 +45,17 @@ def _left_out(config, items: list) -> list:
     return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ)
 
 
+# Each file is one worker's: those that take longest come first, so that none of them is the last.
+LONG = ("cuda_simt", "cuda_simt_select", "triton_score", "score", "triton_mutants", "recover_attention", "onnx",
+        "bad_input", "cuda_simt_gather", "hosts", "ptx_barriers", "triton_forms", "determinism", "concurrency",
+        "fuzz")  # fmt: skip
+
+
+def _place(item) -> int:
+    stem = item.path.stem.removeprefix("test_")
+    return LONG.index(stem) if stem in LONG else len(LONG)
+
+
 def pytest_report_header(config):
     from .runners import DEVICE, available
     from .sample import AS_PTX, INTERPRETED, NOTE
@@ -55,6 +66,8 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_place)
     if out := set(_left_out(config, items)):
         items[:] = [item for item in items if item not in out]
         config.hook.pytest_deselected(items=list(out))
