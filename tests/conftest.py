@@ -58,11 +58,8 @@ def _place(item) -> int:
 
 def pytest_report_header(config):
     from .runners import DEVICE, available
-    from .sample import AS_PTX, INTERPRETED, NOTE
 
-    note = NOTE.format(AS_PTX if "H2OT_KERNELS_PTX" in os.environ else INTERPRETED)
-    sampled = [] if DEVICE == "cuda" or config.getoption("--all") else [note]
-    return [*sampled, f"device: {DEVICE}, torch {torch.__version__}, CPU capability: {_C.capability()}", *available()]
+    return [f"device: {DEVICE}, torch {torch.__version__}, CPU capability: {_C.capability()}", *available()]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -79,8 +76,12 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=native)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """What tests counted: how often the kept tokens are right. Nothing is excluded."""
+def pytest_terminal_summary(terminalreporter, config):
+    """What was left out; and what tests counted: how often the kept tokens are right, nothing excluded."""
+    from .sample import AS_PTX, INTERPRETED, NOTE
+
+    if not torch.cuda.is_available() and not config.getoption("--all"):
+        terminalreporter.write_line(NOTE.format(AS_PTX if "H2OT_KERNELS_PTX" in os.environ else INTERPRETED))
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "count" and report.when == "call":
