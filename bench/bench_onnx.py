@@ -11,10 +11,13 @@ import contextlib
 import functools
 import json
 import logging
+import multiprocessing
+import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import onnxruntime
@@ -138,6 +141,18 @@ def table(rows: list[dict]) -> Table:
     return found
 
 
+def measured(given: argparse.Namespace) -> Iterator[dict]:
+    """A row per host; a check runs in a process per core, for exporting takes one thread."""
+    if not given.check:
+        for name in given.hosts:
+            yield measure(name, reduced=given.reduced, seconds=given.seconds)
+        return
+    processes = min(len(given.hosts), os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(functools.partial(measure, reduced=True, seconds=0.0), given.hosts)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0: all float32 graphs are right; 1: some are not."""
     parser = argparse.ArgumentParser(prog="python -m bench.bench_onnx", description=__doc__.splitlines()[0])
@@ -151,9 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     rows, environment = [], environment_row("cpu")
-    for name in given.hosts:
-        seconds = 0.0 if given.check else given.seconds
-        rows.append(measure(name, reduced=given.check or given.reduced, seconds=seconds) | environment)
+    for row in measured(given):
+        rows.append(row | environment)
+        name = row["kind"]
         state = "right" if rows[-1]["is_right"] else "WRONG"
         print(f"{name}: {state}, deviation {rows[-1]['deviation']['onnx float32']:.1e}", flush=True)
     if not given.check:

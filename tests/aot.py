@@ -7,14 +7,18 @@ that is launched anywhere has no row.
 
 Architectures whose PTX differs in nothing but its target (`has_ptx_of`) have it made once and assembled for each; some
 builds of every stem are compiled the whole way, too, and the gate fails where that gives other PTX or another row.
+So are builds that optimise to the same first form (with sizes of 1, or a mask that is left out), and nothing but those
+compilations carries line numbers.
 """
 
 import argparse
 import ast
 import contextlib
+import hashlib
 import io
 import multiprocessing
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -41,6 +45,8 @@ ARCHITECTURES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 PROVEN = (120, 86, 120, 87, 120, 89)  # in every stem, those that have another's PTX
 PACKAGE = Path(common.__file__).parent
 _OPTIONS = CUDAOptions.__dataclass_fields__
+_PLACE = re.compile(r" *loc\(.*|^#loc.*\n", re.MULTILINE)  # of a form
+_LINE = re.compile(r"^\s*(?:\.(?:loc|file)\b|\$L__(?:tmp|func)\w*:|//).*\n|\s*//.*", re.MULTILINE)  # of PTX
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,29 @@ def has_ptx_of(first: int, arch: int, ptx: str) -> bool:
     return first // 10 == arch // 10 == 8 or ((first, arch) == (100, 120) and "tcgen05" not in ptx)
 
 
+def same_code(ours: Code, other: Code) -> bool:
+    """Whether the kernels are the same instruction for instruction, wherever in the source they come from."""
+    one, two = (_LINE.sub("", code.ptx[: code.ptx.index("\n}\n")]).split() for code in (ours, other))
+    return one == two and ours.shared == other.shared
+
+
+@contextlib.contextmanager
+def line_numbers(wanted: bool):
+    """They cost a tenth of the compilation."""
+    before, knobs.compilation.disable_line_info = knobs.compilation.disable_line_info, not wanted
+    try:
+        yield
+    finally:
+        knobs.compilation.disable_line_info = before
+
+
+def known(build: Build) -> Path:
+    """Where the codes of builds of this first form, optimised, are kept while the gate runs."""
+    form, _ = form_of(90, build, "ttir")
+    state = hashlib.sha256(f"{_PLACE.sub('', form)} {build.options}".encode())
+    return Path(knobs.cache.dir) / f"{state.hexdigest()}.codes"
+
+
 def compiled(arch: int, build: Build, source: ASTSource) -> Code:
     with contextlib.redirect_stdout(io.StringIO()) as log:
         built = compile(source, target=GPUTarget("cuda", arch, 32), options=dict(build.options))
@@ -230,20 +259,29 @@ def compile_build(task: tuple[Build, list[int], int | None]) -> list[Row]:
     """A row for each of the architectures; where `proven` has another's PTX, it is compiled the whole way, too."""
     build, architectures, proven = task
     source, rows, codes = source_of(build, SharedSource), [], {}
+    kept = known(build)
+    if kept.exists():
+        codes = pickle.loads(kept.read_bytes())
     for arch in architectures:
         same = next((code for first, code in codes.items() if has_ptx_of(first, arch, code.ptx)), None)
+        shared = arch in codes or same
         try:
-            code = assembled(arch, build, same) if same else compiled(arch, build, source)
+            with line_numbers(False):
+                code = codes.get(arch) or (assembled(arch, build, same) if same else compiled(arch, build, source))
             row = row_of(arch, build, code)
-            if same and arch == proven:
-                whole = compiled(arch, build, source_of(build))
-                if (whole.ptx, row_of(arch, build, whole)) != (code.ptx, row):
-                    row = replace(row, error="has PTX of its own: see has_ptx_of")
+            if shared and arch == proven:
+                with line_numbers(True):
+                    whole = compiled(arch, build, source_of(build))
+                if not same_code(whole, code) or row_of(arch, build, whole) != row:
+                    row = replace(row, error="has PTX of its own: see has_ptx_of, known and line_numbers")
             codes.setdefault(arch, code)
         except Exception as error:  # any failure of the compiler is this row's result
             message = " ".join(str(error).split())[-600:]
             row = Row(build.kernel, str(build), arch, error=f"{type(error).__name__}: {message}")
         rows.append(row)
+    made = kept.with_suffix(f".{os.getpid()}")
+    made.write_bytes(pickle.dumps(codes))
+    made.rename(kept)
     return rows
 
 

@@ -31,6 +31,31 @@ settings.register_profile("nightly", max_examples=2000, **_TIMELESS)
 settings.load_profile("fast")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="nothing is left out (tests/sample.py)")
+
+
+def _left_out(config, items: list) -> list:
+    """Nothing where tests are named one by one, or where Triton is native."""
+    from . import sample
+
+    named = any("::" in argument for argument in config.args)
+    if torch.cuda.is_available() or named or config.getoption("--all"):
+        return []
+    return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ)
+
+
+# Each file is one worker's: those that take longest come first, so that none of them is the last.
+LONG = ("cuda_simt", "cuda_simt_select", "triton_score", "score", "triton_mutants", "recover_attention", "onnx",
+        "bad_input", "cuda_simt_gather", "hosts", "ptx_barriers", "triton_forms", "determinism", "concurrency",
+        "fuzz")  # fmt: skip
+
+
+def _place(item) -> int:
+    stem = item.path.stem.removeprefix("test_")
+    return LONG.index(stem) if stem in LONG else len(LONG)
+
+
 def pytest_report_header(config):
     from .runners import DEVICE, available
 
@@ -38,6 +63,11 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_place)
+    if out := set(_left_out(config, items)):
+        items[:] = [item for item in items if item not in out]
+        config.hook.pytest_deselected(items=list(out))
     if torch.cuda.is_available():
         return
     native = [item for item in items if item.get_closest_marker("gpu")]
@@ -46,8 +76,12 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=native)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """What tests counted: how often the kept tokens are right. Nothing is excluded."""
+def pytest_terminal_summary(terminalreporter, config):
+    """What was left out; and what tests counted: how often the kept tokens are right, nothing excluded."""
+    from .sample import AS_PTX, INTERPRETED, NOTE
+
+    if not torch.cuda.is_available() and not config.getoption("--all"):
+        terminalreporter.write_line(NOTE.format(AS_PTX if "H2OT_KERNELS_PTX" in os.environ else INTERPRETED))
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "count" and report.when == "call":

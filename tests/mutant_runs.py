@@ -107,7 +107,8 @@ class Tree:
             path.write_text(kept)
 
     def run(self, file: str) -> str:
-        command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
+                   "--all"]  # fmt: skip
         environment = self.environment() | {"OMP_NUM_THREADS": "1"}
         seconds = 60 + PATIENCE * self.seconds[self.tests(file)] if self.tests(file) in self.seconds else None
         try:

@@ -111,11 +111,9 @@ def test_every_operation_in_onnxruntime(tmp_path):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-# Between them every pruner and recovery of the presets, in the host that is exported soonest; `./dev onnx`, of CI, does
-# it for every host.
-@pytest.mark.parametrize("name", ["hot_mixste", "tpc_mixste", "h2ot_mixste"])
-def test_hosts_in_onnxruntime(name, tmp_path):
-    model, path = bench_hosts.build(name, reduced=True), tmp_path / "host.onnx"
+def test_a_host_in_onnxruntime(tmp_path):
+    """The one that is exported soonest; `./dev onnx`, of CI, does it for every host."""
+    model, path = bench_hosts.build("h2ot_mixste", reduced=True), tmp_path / "host.onnx"
     h2ot_kernels.onnx.export(model, (bench_hosts.keypoints(model, 2),), path)
     for B in (1, 3):
         x = bench_hosts.keypoints(model, B, noise=bench_onnx.REDUCED_NOISE)

@@ -15,9 +15,12 @@ FILES = [*STEMS, "triton", "triton_score", "triton_gather", "triton_forms", "tri
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability; no tcgen05, so not 100")
+    parser.add_argument("--all", action="store_true", help="large cases of every kind, too (tests/sample.py)")
     given, others = parser.parse_known_args()
+    parallel = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+    whole = ["--all"] if given.all else []
     tests = ["-k", "triton or Triton or any_valid_input or barrier", *(f"tests/test_{file}.py" for file in FILES)]
-    command = [sys.executable, "-m", "pytest", *tests, *(others or ["-n", "auto", "--dist", "loadfile"])]
+    command = [sys.executable, "-m", "pytest", *tests, *whole, *(others or parallel)]
     chosen = {"H2OT_KERNELS_PTX": str(given.arch), "CUDA_VISIBLE_DEVICES": ""}  # on the CPU where there is a GPU, too
     return subprocess.run(command, env=os.environ | chosen, check=False).returncode
 

@@ -1,0 +1,56 @@
+"""What `./dev test` and `./dev ptx` leave out of the Triton tests, by rule; `--all` (`./dev reliability`) runs it.
+
+Both run the cases of Triton's kernels. `./dev ptx` runs what Triton compiles: of cases with more than LARGE products of
+channels the first of each form and size, for what tokens hold decides no path there that the small cases, which
+all run, do not take. The interpreter (`./dev test`) takes the first and the last case of each form of a test: its
+dtype, flags, options, and whatever else is no size and no kind of tokens.
+"""
+
+import torch
+
+from .cases import TokenCase
+
+LARGE, LARGEST = 2.5e7, 1.7e8  # B N^2 C; what is larger than the second has no path of its own
+STREAMED = "test_triton_score.py"  # names no runner: all of it is Triton's
+NOTE = "Triton: {} (tests/sample.py; --all runs the others, too)"
+INTERPRETED = "of cases that ./dev ptx runs, too, the first and the last of each form are interpreted"
+AS_PTX = "of large cases of one form and size the first runs as PTX"
+
+
+def _form(item) -> tuple:
+    """What tells the paths of a test's case apart; numbers and kinds of tokens do not."""
+    parts = [item.nodeid.split("[")[0]]
+    for name, value in sorted(item.callspec.params.items()):
+        if isinstance(value, TokenCase):
+            flags = value.masked, value.ragged, value.noisy, value.keep is None, value.J > 0, value.B > 0
+            parts += [value.dtype, *flags, *value.options]
+        elif name != "kind" and (value is None or isinstance(value, (bool, str, torch.dtype))):
+            parts.append((name, value))
+    return tuple(parts)
+
+
+def _size(item) -> float:
+    case = item.callspec.params.get("case")
+    return case.B * case.N**2 * case.C if isinstance(case, TokenCase) else 0
+
+
+def _on_triton(item) -> bool:
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    runner = given.get("runner")
+    return bool(given) and (runner.backend == "triton" if runner else item.path.name == STREAMED)
+
+
+def left_out(items: list, as_ptx: bool) -> list:
+    """The items that the rule leaves out, in order."""
+    triton, forms, out = [item for item in items if _on_triton(item)], {}, []
+    for item in triton:
+        if not as_ptx:
+            forms.setdefault(_form(item), []).append(item)
+        elif _size(item) > LARGEST:
+            out.append(item)
+        elif _size(item) > LARGE:
+            case = item.callspec.params["case"]
+            forms.setdefault((*_form(item), case.N, case.C, case.k), []).append(item)
+    for same in forms.values():
+        out += same[1:] if as_ptx else same[1:-1]
+    return out
