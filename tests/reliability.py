@@ -24,7 +24,12 @@ PROOFS = {
                  "tests/test_size.py", "tests/test_checkpoint.py", "tests/test_keypoints.py"],
     "kernels": [*PYTEST, "tests/test_score.py", "tests/test_select.py", "tests/test_gather.py", "tests/test_cluster.py",
                 "tests/test_recover_attention.py", "tests/test_recover_interpolation.py", "tests/test_official_ops.py"],
-    "cuda source, simulated": [*PYTEST, "tests/test_cuda_simt.py", "tests/test_cuda_plan.py"],
+    "cuda source, simulated": [
+        *PYTEST,
+        "tests/test_cuda_simt.py",
+        "tests/test_cuda_simt_cluster.py",
+        "tests/test_cuda_plan.py",
+    ],
     "triton, planted": [*PYTEST, "tests/test_triton_mutants.py"],
     "triton, its PTX": ["-m", "tests.ptx"],
     "fuzz": [*PYTEST, "--hypothesis-profile=nightly", "tests/test_fuzz.py"],
