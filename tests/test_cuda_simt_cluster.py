@@ -285,7 +285,7 @@ def hunted() -> list[Labelling]:
     integers = TokenCase("integers", N=33, C=3, K=11, masked=True)
     calls = [
         call_of(integers, plan=direct, samples=1),
-        call_of(TokenCase("clump", B=1, N=40, C=40, K=20), plan=products),
+        *(call_of(TokenCase(kind, B=2, N=40, C=40, K=20), plan=products) for kind in ("clump", "offset")),
         behind_others(),
         on_a_sphere(plan=direct),
         on_a_sphere(0.01, 1e-4, plan=products),
