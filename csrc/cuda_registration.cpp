@@ -35,14 +35,18 @@ const cuda::Machine& machine_of(int32_t device) {
   return machine;
 }
 
+cuda::Problem problem_of(const Tokens& tokens, int64_t k, int64_t centres, const char* op) {
+  if (tokens.N >= cuda::kMostTokens || centres >= cuda::kMostTokens) {
+    throw std::invalid_argument(std::string(op) + ": more than 2^30 tokens");
+  }
+  return {tokens.B, tokens.N, tokens.J, tokens.C, k, tokens.dtype, cuda::readable_in_place(tokens), centres};
+}
+
 // Plans, allocates the workspace and launches; args.score.x and the pointers are set.
 void run(const Tensor& x, const cuda::CudaScoreArgs& args, const char* op) {
   if (args.score.x.B == 0) return;
-  const Tokens& tokens = args.score.x;
-  if (tokens.N >= cuda::kMostTokens) throw std::invalid_argument(std::string(op) + ": more than 2^30 tokens");
+  const cuda::Problem problem = problem_of(args.score.x, args.score.k, args.labels ? args.K : 0, op);
   const int32_t device = x.get_device_index();
-  const cuda::Problem problem = {
-      tokens.B, tokens.N, tokens.J, tokens.C, args.score.k, tokens.dtype, cuda::readable_in_place(tokens)};
   const cuda::Plan plan = cuda::plan_score(problem, machine_of(device));
   const Tensor workspace = make(x, {plan.at.bytes}, ScalarType::Byte);
   check_cuda(cuda::launch_score(args, plan, workspace.mutable_data_ptr(), current_stream(device)), op);
@@ -69,24 +73,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_tokens(const Tensor& x, int64_t
   return {density, distance, score, parent};
 }
 
+// Scoring and selection with these arguments, kept tokens to index.
+cuda::CudaScoreArgs selection_args(const Tensor& x, int64_t k, const MaybeTensor& dense_keep,
+                                   const MaybeTensor& dense_mask, const MaybeTensor& dense_noise, const Tensor& index) {
+  cuda::CudaScoreArgs args = {};
+  args.score.x = tokens_of(x);
+  args.score.k = k;
+  args.score.mask = read<bool>(dense_mask);
+  args.score.noise = read<double>(dense_noise);
+  args.K = index.size(1);
+  args.keep = read<int64_t>(dense_keep);
+  args.keep_rows = dense_keep ? dense_keep->size(0) : 0;
+  args.M = dense_keep ? dense_keep->size(1) : 0;
+  args.index = write<int64_t>(index);
+  return args;
+}
+
 Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
                      const MaybeTensor& noise) {
   const DeviceGuard guard(x.get_device_index());
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
   const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);
-  cuda::CudaScoreArgs args = {};
-  args.score.x = tokens_of(x);
-  args.score.k = k;
-  args.score.mask = read<bool>(dense_mask);
-  args.score.noise = read<double>(dense_noise);
-  args.K = num_tokens;
-  args.keep = read<int64_t>(dense_keep);
-  args.keep_rows = keep ? keep->size(0) : 0;
-  args.M = keep ? keep->size(1) : 0;
-  args.index = write<int64_t>(index);
-  run(x, args, "prune_cluster");
+  run(x, selection_args(x, k, dense_keep, dense_mask, dense_noise, index), "prune_cluster");
   return index;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_tokens, int64_t k,
+                                                  const MaybeTensor& keep, const MaybeTensor& mask,
+                                                  const MaybeTensor& noise) {
+  const DeviceGuard guard(x.get_device_index());
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
+  const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
+  const std::vector<int64_t> size = {x.size(0), x.size(1)};
+  const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);
+  const Tensor labels = make(x, size, ScalarType::Long), score = make(x, size, ScalarType::Double);
+  cuda::CudaScoreArgs args = selection_args(x, k, dense_keep, dense_mask, dense_noise, index);
+  args.score.score = write<double>(score);
+  args.labels = write<int64_t>(labels);
+  run(x, args, "cluster_tokens");
+  return {index, labels, score};
+}
+
+Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& mask) {
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  const Tensor dense_index = dense(index), labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
+  if (x.size(0) == 0) return labels;
+  const MaybeTensor dense_mask = dense(mask, ScalarType::Bool);
+  const AssignArgs args = {tokens_of(x),           static_cast<const int64_t*>(dense_index.const_data_ptr()),
+                           index.size(0),          index.size(1),
+                           read<bool>(dense_mask), write<int64_t>(labels)};
+  const cuda::Plan plan = cuda::plan_assign(problem_of(args.x, 0, args.K, "assign_clusters"), machine_of(device));
+  const Tensor workspace = make(x, {plan.at.bytes}, ScalarType::Byte);
+  check_cuda(cuda::launch_assign(args, plan, workspace.mutable_data_ptr(), current_stream(device)), "assign_clusters");
+  return labels;
 }
 
 Tensor select_tokens(const Tensor& score, int64_t num_tokens, const MaybeTensor& keep, const MaybeTensor& mask) {
@@ -166,6 +207,8 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CUDA, m) {
   m.impl("score_tokens", TORCH_BOX(&h2ot::score_tokens));
   m.impl("prune_cluster", TORCH_BOX(&h2ot::prune_cluster));
+  m.impl("cluster_tokens", TORCH_BOX(&h2ot::cluster_tokens));
+  m.impl("assign_clusters", TORCH_BOX(&h2ot::assign_clusters));
   m.impl("select_tokens", TORCH_BOX(&h2ot::select_tokens));
   m.impl("gather_tokens", TORCH_BOX(&h2ot::gather_tokens));
   m.impl("gather_tokens_out", TORCH_BOX(&h2ot::gather_tokens_out));

@@ -45,7 +45,11 @@ pybind11::dict described(const Plan& plan) {
                                                    {"largest", at.largest},
                                                    {"arrived", at.arrived},
                                                    {"keys", at.keys},
-                                                   {"flag", at.flag}};
+                                                   {"flag", at.flag},
+                                                   {"centre_low", at.centre_low},
+                                                   {"centre_at", at.centre_at},
+                                                   {"centre_reach", at.centre_reach},
+                                                   {"centre_count", at.centre_count}};
   pybind11::dict offsets, result;
   for (const auto& [name, offset] : parts) {
     if (offset >= 0) offsets[name] = offset;
@@ -63,6 +67,8 @@ pybind11::dict described(const Plan& plan) {
   result["samples"] = plan.samples;
   result["pool_warps"] = plan.pool_warps;
   result["overlaps"] = plan.overlaps;
+  result["label_tile"] = pybind11::make_tuple(plan.labels.tile_rows, plan.labels.tile_columns);
+  result["label_splits"] = plan.labels.splits;
   result["workspace"] = at.bytes;
   result["offsets"] = offsets;
   return result;
@@ -120,14 +126,25 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan_score",
       [](int64_t B, int64_t N, int64_t J, int64_t C, int64_t k, const std::string& dtype, bool in_place, int32_t major,
-         int32_t minor, int32_t multiprocessors) {
-        const h2ot::cuda::Problem problem = {B, N, J, C, k, dtype_named(dtype), in_place};
+         int32_t minor, int32_t multiprocessors, int64_t centres) {
+        const h2ot::cuda::Problem problem = {B, N, J, C, k, dtype_named(dtype), in_place, centres};
         return described(plan_score(problem, {major, minor, multiprocessors}));
       },
-      "What the CUDA kernels would do for x [B, N, J, C] on a device: search, tiles, samples per pass, workspace.",
+      "What the CUDA kernels would do for x [B, N, J, C] on a device: search, tiles, samples per pass, workspace. "
+      "centres: so many kept tokens label all, 0: no labels.",
       pybind11::arg("B"), pybind11::arg("N"), pybind11::arg("J"), pybind11::arg("C"), pybind11::arg("k"),
       pybind11::arg("dtype"), pybind11::arg("in_place") = false, pybind11::arg("major") = 9, pybind11::arg("minor") = 0,
-      pybind11::arg("multiprocessors") = 132);
+      pybind11::arg("multiprocessors") = 132, pybind11::arg("centres") = 0);
+  m.def(
+      "plan_assign",
+      [](int64_t B, int64_t N, int64_t J, int64_t C, int64_t centres, const std::string& dtype, bool in_place,
+         int32_t major, int32_t minor, int32_t multiprocessors) {
+        const h2ot::cuda::Problem problem = {B, N, J, C, 0, dtype_named(dtype), in_place, centres};
+        return described(plan_assign(problem, {major, minor, multiprocessors}));
+      },
+      "The same for labels by `centres` given tokens.", pybind11::arg("B"), pybind11::arg("N"), pybind11::arg("J"),
+      pybind11::arg("C"), pybind11::arg("centres"), pybind11::arg("dtype"), pybind11::arg("in_place") = false,
+      pybind11::arg("major") = 9, pybind11::arg("minor") = 0, pybind11::arg("multiprocessors") = 132);
   m.def(
       "plan_tile",
       [](int64_t number, int64_t ratio) {

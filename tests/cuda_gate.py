@@ -27,7 +27,7 @@ from . import simt
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
-SOURCES = ("score.cu", "select.cu", "gather.cu")
+SOURCES = ("score.cu", "cluster.cu", "select.cu", "gather.cu")
 SHARED_LIMIT = 99 << 10  # what a launch may ask for on any device from 8.0 on; above 48 KiB it must opt in
 REGISTER_LIMIT = 255
 FLAGS = (
@@ -62,6 +62,15 @@ WANTED = (
     ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2 + 2 * (1 + 4)),
     ("parent_stored_kernel<float>", r"LDG\.E\.128", 1 + 4),
     ("parent_stored_kernel<float>", r"ATOMS", 1),
+    ("centre_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"LDGSTS\.E\.BYPASS\.128", 6),
+    ("centre_kernel<h2ot::cuda::DirectTile<float, 32, 64, 2>", r"FFMA", 2 * 2 * 64),
+    ("centre_kernel<h2ot::cuda::DirectTile<double, 32, 64, 2>", r"DFMA", 2 * 32),
+    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"HMMA\.16816\.F32 ", 2 * 3 * 8),
+    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"LDGSTS\.E\.BYPASS\.128", 3 * 4),
+    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 128", r"HMMA\.16816\.F32\.BF16", 32),
+    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64", r"HMMA\.16816\.F32 ", 32),
+    ("label_stored_kernel<float>", r"LDG\.E\.128", 1 + 2),
+    ("label_listed_kernel<float>", r"LDG\.E\.128", 1 + 2),
     ("select_kernel", r"LDG\.E\.64", 2 * 4),
     ("select_kernel", r"ATOMS", 1),
     ("move_kernel<h2ot::cuda::Unit<16>, unsigned int, false>", r"LDG\.E\.128", 4),
@@ -76,6 +85,8 @@ OVERLAPPING = (
     "nearest_stored_",
     "largest_stored_",
     "parent_stored_",
+    "centre_",
+    "label_",
     "move_",
     "embed_",
 )

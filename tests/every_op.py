@@ -66,6 +66,10 @@ def clusters(module, x: torch.Tensor, **given) -> tuple[torch.Tensor, ...]:
     return index, module.assign_clusters(x, index, **given)
 
 
+def every_seventh(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(0, x.shape[1], 7, device=x.device)[None]
+
+
 def into(module, op: str, *inputs, **given) -> tuple[torch.Tensor]:
     """An operation that writes into a buffer of the caller's."""
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -88,6 +92,7 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "cluster_tokens", lambda m, t, **b: clusters(m, t["x"].detach(), mask=t["mask"], **b)
     yield "cluster_tokens", lambda m, t, **b: clusters(m, t["many"].detach(), **b)
     yield "assign_clusters", lambda m, t, **b: (m.assign_clusters(t["x"], t["index"], mask=t["mask"], **b),)
+    yield "assign_clusters", lambda m, t, **b: (m.assign_clusters(t["many"], every_seventh(t["many"]), **b),)
     yield "merge_tokens", lambda m, t, **b: (m.merge_tokens(t["x"][:, :, 0], t["labels"], 9, t["weight"], **b),)
     yield "recover_attention", lambda m, t, **b: (m.recover_attention(t["query"], t["kept"], t["kept"], 4, **b),)
     yield "recover_tail", lambda m, t, **b: (m.recover_pose(*pose_arguments(t), 4, num_joints=3, **b),)

@@ -175,8 +175,13 @@ class CudaTree(Tree):
     name, chosen, memory = "cuda", "not large and not caught and not sanitizer", resource.RLIM_INFINITY
 
     def tests(self, file: str) -> tuple[str, ...]:
-        selects = Path(file).stem in ("select", "device", "warp")
-        return (*(["tests/test_cuda_simt_select.py"] if selects else []), "tests/test_cuda_simt.py")
+        stem = Path(file).stem
+        selects, labels = stem in ("select", "device", "warp"), stem.startswith("cluster") or stem == "score_launch"
+        return (
+            *(["tests/test_cuda_simt_select.py"] if selects else []),
+            *(["tests/test_cuda_simt_cluster.py"] if labels else []),
+            "tests/test_cuda_simt.py",
+        )
 
     def prepare(self, file: str) -> bool:
         for built in ("driver", "build/simt"):

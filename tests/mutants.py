@@ -32,7 +32,7 @@ RESULTS = ROOT / "bench" / "results" / "reliability" / "mutants.jsonl"
 COMPARED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 FILES = {
     "cpp": ["csrc/cpu/*.cpp", "csrc/cpu/*.h", "csrc/registration.cpp"],
-    "cuda": ["csrc/cuda/score*", "csrc/cuda/select*", "csrc/cuda/device.cuh", "csrc/cuda/warp.cuh"],
+    "cuda": [f"csrc/cuda/{name}" for name in ("score*", "select*", "cluster*", "device.cuh", "warp.cuh")],
     "triton": ["h2ot_kernels/triton/*.py"],
     "python": [f"{package}/{stem}.py" for package in ("h2ot_kernels", "python_ref") for stem in mutant_runs.STEMS],
 }

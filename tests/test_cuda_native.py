@@ -30,8 +30,20 @@ def prune(x, K, **given):
     return h2ot.prune_cluster(x, K, backend="cuda", **given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("B", "N", "C"), [(4, 243, 512), (96, 243, 128), (1, 3000, 40), (300, 27, 16)])
+def cluster(x, K, **given):
+    return h2ot.cluster_tokens(x, K, backend="cuda", **given)
+
+
+def assign(x, index, **given):
+    return h2ot.assign_clusters(x, index, backend="cuda", **given)
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+REGIMES = [(4, 243, 512), (96, 243, 128), (1, 3000, 40), (300, 27, 16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "N", "C"), REGIMES)
 def test_every_regime_equals_the_oracle(B, N, C, dtype):
     case = TokenCase("still", B=B, N=N, C=C, K=N // 3, dtype=dtype)
     x = case.tokens()
@@ -39,6 +51,40 @@ def test_every_regime_equals_the_oracle(B, N, C, dtype):
     assert_scores(h2ot.TokenScores(*(value[:2].cpu() for value in score(x.cuda()))), exact)
     kept = prune(x.cuda(), case.K)[:2].cpu()
     assert torch.equal(kept, python_ref.prune_cluster(oracle_tokens(x[:2]), case.K))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "N", "C"), REGIMES)
+def test_labels_in_every_regime(B, N, C, dtype):
+    for kind in ("still", "random"):
+        case = TokenCase(kind, B=B, N=N, C=C, K=N // 3, dtype=dtype)
+        x = case.tokens()
+        index = python_ref.prune_cluster(oracle_tokens(x[:2]), case.K)
+        labels = python_ref.assign_clusters(oracle_tokens(x[:2]), index)
+        clusters = cluster(x.cuda(), case.K)
+        assert torch.equal(clusters.index[:2].cpu(), index)
+        assert torch.equal(clusters.labels[:2].cpu(), labels)
+        assert torch.equal(assign(x.cuda(), clusters.index), clusters.labels)
+        mask = torch.rand(2, N, generator=torch.Generator().manual_seed(1)) > 0.3
+        wanted = python_ref.assign_clusters(oracle_tokens(x[:2]), index[:1], mask=mask)
+        assert torch.equal(assign(x[:2].cuda(), index[:1].cuda(), mask=mask.cuda()).cpu(), wanted)
+
+
+@pytest.mark.parametrize("kind", ["static", "clump", "duplicates", "offset", "huge", "tiny"])
+def test_labels_where_bounds_decide_little(kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = TokenCase(kind, B=2, N=700, C=256, K=233, dtype=dtype)
+        x = case.tokens()
+        index = python_ref.prune_cluster(oracle_tokens(x), case.K)
+        labels = python_ref.assign_clusters(oracle_tokens(x), index)
+        assert torch.equal(cluster(x.cuda(), case.K).labels.cpu(), labels)
+        assert torch.equal(assign(x.cuda(), index.cuda()).cpu(), labels)
+
+
+def test_an_index_with_values_outside_its_range_selects_nothing_by_them():
+    x, index = torch.randn(1, 40, 16, device="cuda"), torch.tensor([[3, 40, -2, 9, 2**40]], device="cuda")
+    wanted = torch.tensor([0, 3], device="cuda")[assign(x, torch.tensor([[3, 9]], device="cuda"))]
+    assert torch.equal(assign(x, index), wanted)
 
 
 @pytest.mark.parametrize("N", [243, 3000])
@@ -49,11 +95,15 @@ def test_graph_capture_and_replay(N):
     with torch.cuda.graph(graph):
         index = prune(x, N // 3, keep=5)
         scores = score(x)
+        clusters = cluster(x, N // 3)
+        labels = assign(x, index)
     for seed in range(3):
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         assert torch.equal(index, prune(x, N // 3, keep=5))
         assert all(map(torch.equal, scores, score(x)))
+        assert all(map(torch.equal, clusters, cluster(x, N // 3)))
+        assert torch.equal(labels, assign(x, index))
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
@@ -96,6 +146,7 @@ def test_the_host_does_not_wait():
     try:
         prune(x, 81, keep=3)
         score(x)
+        assign(x, cluster(x, 81).index)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -106,6 +157,10 @@ def test_same_bits_over_runs_and_batches():
     for _ in range(20):
         assert all(map(torch.equal, score(x), first))
     assert all(map(torch.equal, score(x[7:8]), (value[7:8] for value in first)))
+    labels = cluster(x, 81).labels
+    for _ in range(20):
+        assert torch.equal(cluster(x, 81).labels, labels)
+    assert torch.equal(cluster(x[7:8], 81).labels, labels[7:8])
 
 
 def test_a_wrong_keep_spoils_its_sample_only():
@@ -114,6 +169,9 @@ def test_a_wrong_keep_spoils_its_sample_only():
     index = prune(x, 4, keep=keep).cpu()
     assert torch.equal(index[0], prune(x[:1], 4, keep=keep[:1])[0].cpu())
     assert (index[1:] == -1).all()
+    labels = cluster(x, 4, keep=keep).labels.cpu()
+    assert torch.equal(labels[0], cluster(x[:1], 4, keep=keep[:1]).labels[0].cpu())
+    assert (labels[1:] == -1).all()
 
 
 def test_more_than_2_to_the_31_elements():
@@ -126,3 +184,5 @@ def test_more_than_2_to_the_31_elements():
     kept = prune(x, 81)
     assert torch.equal(kept[-2:], prune(x[-2:].clone(), 81))
     assert torch.equal(kept[-1:].cpu(), python_ref.prune_cluster(oracle_tokens(x[-1:].cpu()), 81))
+    labels = python_ref.assign_clusters(oracle_tokens(x[-1:].cpu()), kept[-1:].cpu())
+    assert torch.equal(assign(x, kept)[-1:].cpu(), labels)

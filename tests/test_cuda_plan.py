@@ -18,6 +18,21 @@ def plan(B=4, N=243, J=1, C=512, k=2, dtype="float32", **rest):
     return _C.plan_score(B, N, J, C, k, dtype, **rest)
 
 
+def plan_assign(B=4, N=243, J=1, C=512, centres=81, dtype="float32", **rest):
+    return _C.plan_assign(B, N, J, C, centres, dtype, **rest)
+
+
+def label_sizes(made, N, wide):
+    """Of what labels need."""
+    lists = made["samples"] * N * made["label_splits"]
+    return {
+        "centre_low": lists * 32 * wide,
+        "centre_at": lists * 32 * 4,
+        "centre_reach": lists * wide,
+        "centre_count": lists * 4,
+    }
+
+
 def sizes(made, N, k, wide):
     """Bytes that each part must have, written out from its shape alone."""
     tokens, list_ = made["samples"] * N, max(made["list"], 4)
@@ -43,7 +58,16 @@ def sizes(made, N, k, wide):
         "arrived": made["samples"] * 4,
         "flag": tokens,
         **{name: tokens * 8 for name in ("m", "key", "squared", "keys")},
+        **label_sizes(made, N, wide),
     }
+
+
+def assert_apart(made, needed):
+    """Parts are aligned, as long as they must be, and do not overlap."""
+    places = sorted(made["offsets"].items(), key=lambda item: (item[1], needed[item[0]]))
+    for (name, offset), (_, after) in zip(places, [*places[1:], ("end", made["workspace"])], strict=True):
+        assert offset % ALIGNMENT == 0
+        assert offset + needed[name] + GUARD <= after, name
 
 
 SHAPES = [
@@ -61,15 +85,51 @@ def test_parts_of_the_workspace_fit_and_do_not_overlap(shape):
     made = plan(**shape)
     wide = 8 if shape["dtype"] == "float64" else 4
     needed = sizes(made, shape["N"], shape["k"], wide)
-    places = sorted(made["offsets"].items(), key=lambda item: (item[1], needed[item[0]]))
-    for (name, offset), (_, after) in zip(places, [*places[1:], ("end", made["workspace"])], strict=True):
-        assert offset % ALIGNMENT == 0
-        assert offset + needed[name] + GUARD <= after, name
+    assert_apart(made, needed)
     assert {"valid", "m", "key", "squared", "parent", "arrived", "keys"} <= set(made["offsets"])
     assert ("matrix" in made["offsets"]) == (made["search"] == "stored")
     for part in ("listed", "proven", "peaks", "flag"):
         assert (part in made["offsets"]) == (made["search"] == "streamed")
     assert ("norm" in made["offsets"]) == (made["distance"] != "direct")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("share", [1, 4, 0])
+def test_labels_have_their_parts_and_fit_a_grid(shape, share):
+    """By a share of the tokens, 0: by none."""
+    wide, N = 8 if shape["dtype"] == "float64" else 4, shape["N"]
+    centres = -(-N // share) if share else 0
+    given = {name: value for name, value in shape.items() if name != "k"}
+    scored, alone = plan(**shape, centres=centres), plan_assign(**given, centres=centres)
+    listed = {"centre_low", "centre_at", "centre_reach", "centre_count"}
+    assert (listed <= set(scored["offsets"])) == (scored["search"] == "streamed" and centres > 0)
+    tokens = {"rows", "valid", "exponent", "operands", "scale", "norm", "largest", "arrived"}
+    assert listed <= set(alone["offsets"]) <= listed | tokens
+    for made in (scored, alone):
+        assert_apart(made, sizes(made, N, shape["k"], wide))
+        assert made["workspace"] <= LIMIT or made["samples"] == 1
+        rows, columns = made["label_tile"]
+        if made["label_splits"]:
+            assert 1 <= made["label_splits"] <= max(1, math.ceil(centres / columns))
+            assert math.ceil(N / rows) * made["label_splits"] < 2**31
+    assert ("norm" in alone["offsets"]) == (alone["distance"] != "direct")
+    # The memory of labels does not grow with the centres.
+    assert alone["workspace"] <= alone["samples"] * N * (8 * 400 + 12 * shape["C"]) + (64 << 10)
+
+
+def test_the_counted_choice_of_labels():
+    assert plan_assign()["distance"] == "direct"
+    assert plan_assign()["label_tile"] == (16, 32)
+    assert plan_assign(B=64, N=256, centres=128, dtype="float64")["label_tile"] == (32, 64)
+    assert plan_assign(B=4, N=576, C=768, centres=288)["distance"] == "products"
+    assert plan_assign(B=4, N=576, C=768, centres=288)["label_tile"] == (64, 64)
+    assert plan_assign(B=4, N=576, C=768, centres=288)["label_splits"] == 5
+    assert plan_assign(B=1, N=8192, C=256, centres=2048)["label_tile"] == (128, 128)
+    assert plan_assign(B=64, N=8192, C=256, centres=2048)["label_splits"] == 1
+    assert plan_assign(B=64, dtype="bfloat16")["distance"] == "exact_products"
+    assert plan(N=2048, centres=500)["label_splits"] == 0  # from the stored matrix
+    assert plan(B=1, N=8192, C=256, k=5, centres=2048)["label_tile"] == (128, 128)
+    assert plan(B=1, N=8192, C=256, k=5, dtype="float64", centres=2048)["label_tile"] == (32, 64)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))

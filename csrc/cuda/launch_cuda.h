@@ -19,11 +19,16 @@ struct CudaScoreArgs {
   int64_t K;
   const int64_t* keep;  // [keep_rows, M] contiguous, or null
   int64_t keep_rows, M;
-  int64_t* index;  // [B, K] out, or null
+  int64_t* index;   // [B, K] out, or null
+  int64_t* labels;  // [B, N] out, or null: of all tokens by the index, as AssignArgs defines them
 };
 
 // workspace: plan.at.bytes bytes, aligned to 16. Returns 0, or the cudaError_t of the launch that failed.
 int32_t launch_score(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream);
+
+// Labels as launch.h's AssignArgs says, without parents; a value of the index outside [0, N) selects nothing. Of a
+// token that the index names twice its own label is the last. workspace: as above, of plan_assign.
+int32_t launch_assign(const AssignArgs& args, const Plan& plan, void* workspace, void* stream);
 
 // Selection as launch.h's SelectArgs says, with a wrong or overfull row of `keep` as above. keys: room for [B, N].
 int32_t launch_select(const SelectArgs& args, uint64_t* keys, void* stream);

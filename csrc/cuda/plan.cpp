@@ -26,45 +26,53 @@ int64_t upper_tiles(int64_t N, int64_t rows, int64_t columns) {
   return tiles_before(last, ratio) + std::min(ceil_div(N, rows), ratio * (last + 1));
 }
 
-// Whether the smaller tiles of the direct stored search take fewer clocks.
-bool prefers_small_tiles(const Problem& p, const Machine& machine) {
+// Which pairs of a sample are searched.
+enum class Cover {
+  triangle,  // of tokens, each once
+  square,    // of tokens
+  centres    // tokens and centres
+};
+Cover cover_of(Search search) { return search == Search::stored ? Cover::triangle : Cover::square; }
+
+int64_t all_tiles(const Problem& p, Cover cover, int64_t rows, int64_t columns) {
+  if (cover == Cover::triangle) return p.B * upper_tiles(p.N, rows, columns);
+  return p.B * ceil_div(p.N, rows) * ceil_div(cover == Cover::square ? p.N : p.centres, columns);
+}
+
+// Whether the smaller tiles of differences take fewer clocks.
+bool prefers_small_tiles(const Problem& p, const Machine& machine, Cover cover) {
   const auto busiest = [&](int64_t rows, int64_t columns) {
-    return ceil_div(p.B * upper_tiles(p.N, rows, columns), machine.multiprocessors) * rows * columns;
+    return ceil_div(all_tiles(p, cover, rows, columns), machine.multiprocessors) * rows * columns;
   };
   // Large tiles read half as much: where they take as long, they win.
   return 8 * busiest(kSmallRows, kSmallColumns) < 7 * busiest(kDirectRows, kDirectColumns);
 }
 
-int64_t all_tiles(const Problem& p, Search search, int64_t rows, int64_t columns) {
-  return p.B *
-         (search == Search::stored ? upper_tiles(p.N, rows, columns) : ceil_div(p.N, rows) * ceil_div(p.N, columns));
-}
-
 // Products of tiles with `side` rows and columns. The warps of a small tile load more from shared memory per product.
-double product_clocks(const Problem& p, const Machine& machine, Search search, Distance distance, int64_t side) {
+double product_clocks(const Problem& p, const Machine& machine, Cover cover, Distance distance, int64_t side) {
   const double products = distance == Distance::products ? 3 : 1, loads = side == kProductSides[0] ? 1.6 : 2.4;
-  return clocks(all_tiles(p, search, side, side), side * side, p.C, products * loads, tensor_rate(machine), machine);
+  return clocks(all_tiles(p, cover, side, side), side * side, p.C, products * loads, tensor_rate(machine), machine);
 }
 
-int32_t product_side(const Problem& p, const Machine& machine, Search search, Distance distance) {
+int32_t product_side(const Problem& p, const Machine& machine, Cover cover, Distance distance) {
   int32_t best = kProductSides[0];
   for (const int32_t side : kProductSides) {
-    const auto cost = [&](int32_t s) { return product_clocks(p, machine, search, distance, s); };
+    const auto cost = [&](int32_t s) { return product_clocks(p, machine, cover, distance, s); };
     if (cost(side) < cost(best)) best = side;
   }
   return best;
 }
 
-Distance cheapest(const Problem& p, const Machine& machine, Search search) {
+Distance cheapest(const Problem& p, const Machine& machine, Cover cover) {
   if (p.dtype == Dtype::f64) return Distance::direct;
   const Distance products = is_half(p.dtype) && p.J == 1 ? Distance::exact_products : Distance::products;
   constexpr int64_t kLanes = 128;
   constexpr double kOperands = 5000;  // clocks of the kernel before, and until the first lines are there
   const double direct =
-      clocks(all_tiles(p, search, kDirectRows, kDirectColumns), kDirectRows * kDirectColumns, p.C, 2, kLanes, machine);
-  const int32_t side = product_side(p, machine, search, products);
+      clocks(all_tiles(p, cover, kDirectRows, kDirectColumns), kDirectRows * kDirectColumns, p.C, 2, kLanes, machine);
+  const int32_t side = product_side(p, machine, cover, products);
   // Products must win clearly: more rows are then decided by several candidates in float64.
-  const double multiplied = 1.5 * product_clocks(p, machine, search, products, side) + kOperands;
+  const double multiplied = 1.5 * product_clocks(p, machine, cover, products, side) + kOperands;
   return multiplied < direct ? products : Distance::direct;
 }
 
@@ -86,7 +94,7 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
     return offset;
   };
   const int64_t tokens = samples * p.N, wide = p.dtype == Dtype::f64 ? 8 : 4;
-  const bool stored = plan.search == Search::stored;
+  const bool scores = p.k > 0, stored = scores && plan.search == Search::stored, streamed = scores && !stored;
   at.rows = take(plan.pitch > 0, tokens * plan.pitch * wide);
   at.valid = take(true, tokens);
   at.exponent = take(true, samples * ceil_div(p.N, kTokensPerBlock) * 4);
@@ -95,24 +103,67 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
   at.norm = take(plan.distance != Distance::direct, tokens * wide);
   at.matrix = take(stored, tokens * plan.matrix_pitch * wide);
   const int64_t list = std::max(plan.list, kPeakList);
-  at.listed = take(!stored, tokens * plan.splits * list * wide);
-  at.listed_at = take(!stored, tokens * plan.splits * list * 4);
-  at.furthest = take(!stored, tokens * plan.splits * wide);
-  at.nearest = take(true, tokens * plan.near * 8);
-  at.nearest_at = take(true, tokens * plan.near * 4);
-  at.proven = take(!stored, tokens * 4);
-  at.peaks = take(!stored, tokens * 4);
-  at.peak_count = take(!stored, samples * 4);
-  at.m = take(true, tokens * 8);
-  at.key = take(true, tokens * 8);
-  at.squared = take(true, tokens * 8);
-  at.parent = take(true, tokens * 4);
+  at.listed = take(streamed, tokens * plan.splits * list * wide);
+  at.listed_at = take(streamed, tokens * plan.splits * list * 4);
+  at.furthest = take(streamed, tokens * plan.splits * wide);
+  at.nearest = take(scores, tokens * plan.near * 8);
+  at.nearest_at = take(scores, tokens * plan.near * 4);
+  at.proven = take(streamed, tokens * 4);
+  at.peaks = take(streamed, tokens * 4);
+  at.peak_count = take(streamed, samples * 4);
+  at.m = take(scores, tokens * 8);
+  at.key = take(scores, tokens * 8);
+  at.squared = take(scores, tokens * 8);
+  at.parent = take(scores, tokens * 4);
   at.largest = take(true, samples * 16);
   at.arrived = take(true, samples * 4);
-  at.keys = take(true, tokens * 8);
-  at.flag = take(!stored, tokens);
+  at.keys = take(scores, tokens * 8);
+  at.flag = take(streamed, tokens);
+  const int64_t lists = tokens * plan.labels.splits;
+  at.centre_low = take(lists > 0, lists * kCandidates * wide);
+  at.centre_at = take(lists > 0, lists * kCandidates * 4);
+  at.centre_reach = take(lists > 0, lists * wide);
+  at.centre_count = take(lists > 0, lists * 4);
   at.bytes = used;
   return at;
+}
+
+// Tokens, as they are read and as they enter products.
+void set_tokens(const Problem& p, const Machine& machine, Plan& plan) {
+  // Where there are blocks enough, smaller ones overlap better.
+  const bool few = p.B * ceil_div(p.N, kTokensPerBlock) <= 2 * machine.multiprocessors;
+  plan.pool_warps = few && p.C >= 256 ? 2 : 1;
+  plan.overlaps = can_overlap(machine);
+  plan.pitch = p.in_place && !is_half(p.dtype) ? 0 : ceil_div(p.C, 4) * 4;
+  if (plan.distance == Distance::products) plan.line_pitch = ceil_div(p.C, kPairChannels) * kLine;
+  // bfloat16 may still have to be scaled.
+  if (plan.distance == Distance::exact_products && !(p.in_place && p.dtype == Dtype::f16)) {
+    plan.line_pitch = ceil_div(p.C, kLine) * kLine;
+  }
+}
+
+// Parts of the columns for as many blocks as keep a device busy.
+int64_t split_columns(const Problem& p, const Machine& machine, int64_t rows, int64_t columns) {
+  const int64_t blocks = std::max<int64_t>(p.B, 1) * ceil_div(p.N, rows);
+  return std::max<int64_t>(1, std::min({int64_t(8), columns, 2 * machine.multiprocessors / blocks}));
+}
+
+LabelPlan plan_labels(const Problem& p, const Machine& machine, Distance distance, int32_t side) {
+  LabelPlan labels = {};
+  const bool direct = distance == Distance::direct;
+  const bool small = direct && prefers_small_tiles(p, machine, Cover::centres);
+  if (side == 0) side = product_side(p, machine, Cover::centres, distance);
+  labels.tile_rows = small ? kSmallRows : direct ? kDirectRows : side;
+  labels.tile_columns = small ? kSmallColumns : direct ? kDirectColumns : side;
+  labels.splits = split_columns(p, machine, labels.tile_rows, ceil_div(p.centres, labels.tile_columns));
+  return labels;
+}
+
+// The samples of a pass, and where its parts lie.
+void set_workspace(const Problem& p, int64_t most, Plan& plan) {
+  const int64_t each = lay_out(p, plan, 1).bytes;
+  plan.samples = std::max<int64_t>(1, std::min({p.B, kGridLimit, most, kWorkspaceBytes / each}));
+  plan.at = lay_out(p, plan, plan.samples);
 }
 
 }  // namespace
@@ -154,44 +205,47 @@ Plan plan_score_as(const Problem& p, const Machine& machine, Search search, Dist
   Plan plan = {};
   plan.search = search;
   plan.distance = allowed(p, distance);
-  const bool direct = plan.distance == Distance::direct;
-  const bool pairs = plan.distance == Distance::products;
-  const bool small = direct && search == Search::stored && prefers_small_tiles(p, machine);
-  if (search == Search::streamed) side = kStreamedSide;
-  if (side == 0) side = product_side(p, machine, search, plan.distance);
+  const bool direct = plan.distance == Distance::direct, streamed = search == Search::streamed;
+  const bool small = direct && !streamed && prefers_small_tiles(p, machine, Cover::triangle);
+  if (p.centres > 0 && streamed) plan.labels = plan_labels(p, machine, plan.distance, side);
+  if (streamed) side = kStreamedSide;
+  if (side == 0) side = product_side(p, machine, cover_of(search), plan.distance);
   plan.tile_rows = small ? kSmallRows : direct ? kDirectRows : side;
   plan.tile_columns = small ? kSmallColumns : direct ? kDirectColumns : side;
-  // Where there are blocks enough, smaller ones overlap better.
-  const bool few = p.B * ceil_div(p.N, kTokensPerBlock) <= 2 * machine.multiprocessors;
-  plan.pool_warps = few && p.C >= 256 ? 2 : 1;
-  plan.overlaps = can_overlap(machine);
-  plan.pitch = p.in_place && !is_half(p.dtype) ? 0 : ceil_div(p.C, 4) * 4;
-  // bfloat16 may still have to be scaled.
-  if (pairs) plan.line_pitch = ceil_div(p.C, kPairChannels) * kLine;
-  if (plan.distance == Distance::exact_products && !(p.in_place && p.dtype == Dtype::f16)) {
-    plan.line_pitch = ceil_div(p.C, kLine) * kLine;
-  }
+  set_tokens(p, machine, plan);
   plan.splits = 1;
-  if (search == Search::stored) {
+  if (streamed) {
+    plan.splits = split_columns(p, machine, plan.tile_rows, ceil_div(p.N, plan.tile_columns));
+    plan.list = p.k - 1 + kSpare <= kLongestList ? p.k - 1 + kSpare : 0;
+    plan.near = p.k - 1 + kSpare;
+  } else {
     plan.matrix_pitch = ceil_div(p.N, plan.tile_columns) * plan.tile_columns;
     plan.tiles = upper_tiles(p.N, plan.tile_rows, plan.tile_columns);
     plan.near = p.k - 1;
-  } else {
-    const int64_t blocks = std::max<int64_t>(p.B, 1) * ceil_div(p.N, plan.tile_rows);
-    const int64_t columns = ceil_div(p.N, plan.tile_columns);
-    plan.splits = std::max<int64_t>(1, std::min({int64_t(8), columns, 2 * machine.multiprocessors / blocks}));
-    plan.list = p.k - 1 + kSpare <= kLongestList ? p.k - 1 + kSpare : 0;
-    plan.near = p.k - 1 + kSpare;
   }
-  const int64_t each = lay_out(p, plan, 1).bytes;
-  plan.samples = std::max<int64_t>(1, std::min({p.B, kGridLimit, most, kWorkspaceBytes / each}));
-  plan.at = lay_out(p, plan, plan.samples);
+  set_workspace(p, most, plan);
   return plan;
 }
 
 Plan plan_score(const Problem& p, const Machine& machine) {
   const Search search = p.N <= kStoredTokens ? Search::stored : Search::streamed;
-  return plan_score_as(p, machine, search, cheapest(p, machine, search));
+  return plan_score_as(p, machine, search, cheapest(p, machine, cover_of(search)));
+}
+
+Plan plan_assign_as(const Problem& p, const Machine& machine, Distance distance, int64_t most, int32_t side) {
+  Plan plan = {};
+  plan.search = Search::streamed;
+  plan.distance = allowed(p, distance);
+  plan.labels = plan_labels(p, machine, plan.distance, side);
+  plan.tile_rows = plan.labels.tile_rows;
+  plan.tile_columns = plan.labels.tile_columns;
+  set_tokens(p, machine, plan);
+  set_workspace(p, most, plan);
+  return plan;
+}
+
+Plan plan_assign(const Problem& p, const Machine& machine) {
+  return plan_assign_as(p, machine, cheapest(p, machine, Cover::centres));
 }
 
 }  // namespace cuda

@@ -49,6 +49,7 @@ constexpr int64_t kStoredTokens = 2048;         // more tokens than this are str
 constexpr int64_t kLongestList = 32;            // a streamed list; for larger k rows are searched in float64
 constexpr int64_t kSpare = 4;                   // listed neighbours beyond those that m averages: they prove the others
 constexpr int64_t kPeakList = 4;                // listed denser tokens of one that has none among its neighbours
+constexpr int32_t kCandidates = 32;             // listed centres of a token: a lane each
 constexpr int64_t kWorkspaceBytes = 256 << 20;  // passes over parts of the batch keep the workspace below it
 constexpr int64_t kGuardBytes = 256;            // after each part of the workspace: nothing may touch them
 constexpr int64_t kGridLimit = 65535;           // of a grid's second axis
@@ -77,7 +78,17 @@ struct Workspace {
   int64_t arrived;              // [samples] int32: blocks that are done
   int64_t keys;                 // [samples, N] uint64: in the order of selection
   int64_t flag;                 // [samples, N] uint8: without a parent so far
+  int64_t centre_low;           // [samples, N, label splits, kCandidates]: lower bounds of centres that may be nearest
+  int64_t centre_at;            // the same shape, int32: their positions
+  int64_t centre_reach;         // [samples, N, label splits]: no centre above it is nearest
+  int64_t centre_count;         // the same shape, int32: how many are listed; -1: more than there is room for
   int64_t bytes;
+};
+
+// How the centres near each token are found where no stored matrix holds their distances.
+struct LabelPlan {
+  int32_t tile_rows, tile_columns;  // tokens and centres
+  int64_t splits;                   // of the centres; 0: no search
 };
 
 struct Plan {
@@ -94,6 +105,7 @@ struct Plan {
   int64_t samples;       // per pass
   int32_t pool_warps;    // per token where tokens are pooled
   bool overlaps;         // can_overlap
+  LabelPlan labels;
   Workspace at;
 };
 
@@ -122,11 +134,13 @@ struct Bound {
 };
 
 // What a plan is made for. in_place: tokens are rows of whole 16-byte vectors already, float32 or float64 ones to
-// search among, or bfloat16 or float16 ones to multiply.
+// search among, or bfloat16 or float16 ones to multiply. k: 0 where nothing is scored. centres: by which all tokens are
+// labelled, 0: no labels.
 struct Problem {
   int64_t B, N, J, C, k;
   Dtype dtype;
   bool in_place;
+  int64_t centres = 0;
 };
 
 // The plan for a problem by counted costs: until a device has been measured, arithmetic per multiprocessor and clock.
@@ -135,6 +149,10 @@ Plan plan_score(const Problem& problem, const Machine& machine);
 // most: of the samples per pass. side: of kProductSides, 0: the counted one.
 Plan plan_score_as(const Problem& problem, const Machine& machine, Search search, Distance distance,
                    int64_t most = kGridLimit, int32_t side = 0);
+// The plan of labels by given centres (k is 0), the same with the choice made by the caller.
+Plan plan_assign(const Problem& problem, const Machine& machine);
+Plan plan_assign_as(const Problem& problem, const Machine& machine, Distance distance, int64_t most = kGridLimit,
+                    int32_t side = 0);
 // What the search's arithmetic can be off by.
 Bound search_bound(const Problem& problem, Distance distance);
 // Whether the tokens of x are such rows.

@@ -7,8 +7,10 @@
 //   nearest   m from the k nearest, decided in float64
 //   parent    the nearest denser token, and the largest distance, decided in float64; density, distance, score; the
 //             kept tokens (many tokens: kernels of their own)
+//   labels    where asked for: of all tokens by the kept ones (cluster.cu)
 // Every decision is float64, every sum has one order: results do not depend on the plan, the device or the batch.
 #include "score_finish.cuh"
+#include "score_launch.cuh"
 #include "score_pool.cuh"
 #include "score_products.cuh"
 #include "score_stored.cuh"
@@ -20,108 +22,13 @@ namespace h2ot {
 namespace cuda {
 namespace {
 
-template <class T>
-T* at(void* workspace, int64_t offset) {
-  return offset < 0 ? nullptr : reinterpret_cast<T*>(static_cast<unsigned char*>(workspace) + offset);
-}
-template <class T>
-T* offset_by(T* pointer, int64_t count) {
-  return pointer ? pointer + count : nullptr;
-}
-
-// Whether pooling can read quads of channels.
-bool readable_in_quads(const Tokens& x) {
-  const int64_t bytes = element_bytes(x.dtype), vector = 4 * bytes < 16 ? 4 * bytes : 16;
-  const auto whole = [&](int64_t stride) { return stride * bytes % vector == 0; };
-  return x.stride_c == 1 && x.C % 4 == 0 && whole(x.stride_b) && whole(x.stride_n) && whole(x.stride_j) &&
-         reinterpret_cast<uintptr_t>(x.data) % vector == 0;
-}
-
-// The job of samples first .. of the call.
-template <class T>
-Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* workspace, int64_t first) {
-  typedef Accumulator<T> A;
-  const ScoreArgs& in = args.score;
-  const Workspace& where = plan.at;
-  Job<A> job = {};
-  job.x = in.x;
-  job.x.data = static_cast<const T*>(in.x.data) + first * in.x.stride_b;
-  job.vectors = readable_in_quads(in.x);
-  job.mask = offset_by(in.mask, first * in.x.N);
-  job.noise = offset_by(in.noise, first * in.x.N);
-  job.k = in.k;
-  job.wants_largest = in.distance != nullptr || in.noise != nullptr;
-  job.copy = at<A>(workspace, where.rows);
-  job.rows = job.copy ? job.copy : static_cast<const A*>(job.x.data);
-  job.row_stride_n = job.copy ? plan.pitch : in.x.stride_n;
-  job.row_stride_b = job.copy ? plan.pitch * in.x.N : in.x.stride_b;
-  job.channels = int32_t(job.copy ? plan.pitch : in.x.C);
-  job.valid = at<uint8_t>(workspace, where.valid);
-  job.exponent = at<int32_t>(workspace, where.exponent);
-  job.groups = ceil_div(in.x.N, kTokensPerBlock);
-  job.norm = at<A>(workspace, where.norm);
-  job.bound = search_bound({in.x.B, in.x.N, in.x.J, in.x.C, in.k, in.x.dtype, plan.pitch == 0}, plan.distance);
-  job.operands.in_place = plan.distance == Distance::exact_products && readable_in_place(in.x)
-                              ? static_cast<const uint16_t*>(job.x.data)
-                              : nullptr;
-  job.operands.stride_b = in.x.stride_b;
-  job.operands.stride_n = in.x.stride_n;
-  job.operands.copy = at<uint16_t>(workspace, where.operands);
-  job.operands.pitch = plan.line_pitch;
-  job.operands.scale = at<float>(workspace, where.scale);
-  job.matrix = at<A>(workspace, where.matrix);
-  job.matrix_pitch = plan.matrix_pitch;
-  job.tile_ratio = plan.tile_columns / plan.tile_rows;
-  job.listed = at<A>(workspace, where.listed);
-  job.listed_at = at<int32_t>(workspace, where.listed_at);
-  job.furthest = at<A>(workspace, where.furthest);
-  job.splits = plan.splits;
-  job.list = plan.list;
-  job.nearest = at<double>(workspace, where.nearest);
-  job.nearest_at = at<int32_t>(workspace, where.nearest_at);
-  job.near = plan.near;
-  job.proven = at<int32_t>(workspace, where.proven);
-  job.peaks = at<int32_t>(workspace, where.peaks);
-  job.peak_count = at<int32_t>(workspace, where.peak_count);
-  job.m = at<double>(workspace, where.m);
-  job.key = at<double>(workspace, where.key);
-  job.squared = at<double>(workspace, where.squared);
-  job.parent = at<int32_t>(workspace, where.parent);
-  job.largest = at<unsigned long long>(workspace, where.largest);
-  job.arrived = at<int32_t>(workspace, where.arrived);
-  job.keys = at<uint64_t>(workspace, where.keys);
-  job.flag = at<uint8_t>(workspace, where.flag);
-  job.density = offset_by(in.density, first * in.x.N);
-  job.distance = offset_by(in.distance, first * in.x.N);
-  job.score = offset_by(in.score, first * in.x.N);
-  job.parent_out = offset_by(in.parent, first * in.x.N);
-  job.K = args.K;
-  job.keep_stride = args.keep_rows > 1 ? args.M : 0;
-  job.keep = offset_by(args.keep, first * job.keep_stride);
-  job.M = args.keep ? args.M : 0;
-  job.index = offset_by(args.index, first * args.K);
-  return job;
-}
-
-// Issues kernels one after the other until one fails.
 template <class A>
-struct Issue {
-  Job<A> job;
-  const Plan& plan;
-  int64_t samples;
-  void* stream;
-  int32_t error = 0;
-  bool has_operands = false;
+struct Issue : Issuer<A> {
+  using Issuer<A>::follow;
+  using Issuer<A>::job;
+  using Issuer<A>::plan;
+  using Issuer<A>::run;
 
-  void run(void (*kernel)(Job<A>), int64_t blocks, int32_t threads, int64_t shared_bytes, bool follows = false) {
-    if (error == 0) {
-      error = launch(kernel, blocks, samples, threads, shared_bytes, stream, job, follows && plan.overlaps);
-    }
-  }
-  // A kernel that begins with follow_previous().
-  void follow(void (*kernel)(Job<A>), int64_t blocks, int32_t threads, int64_t shared_bytes) {
-    run(kernel, blocks, threads, shared_bytes, true);
-  }
   // A warp per token.
   void per_token(void (*kernel)(Job<A>), int64_t shared_bytes = 0) {
     run(kernel, job.groups, kWarps * kLanes, shared_bytes);
@@ -146,10 +53,6 @@ struct Issue {
   }
   template <class Operand>
   void multiply() {
-    if (!has_operands) {  // with long lists the first search is left out
-      follow(operand_kernel<Operand>, job.groups, kWarps * kLanes, kWarps * sizeof(int32_t));
-      has_operands = true;
-    }
     if (plan.search == Search::streamed) {
       typedef StreamedTile<Operand> Tiles;
       run(stream_products_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, Tiles::kThreads,
@@ -213,23 +116,44 @@ static_assert(sizeof(ProductShared<ProductTile<Pairs, 128>>) <= kSharedMost);
 
 template <class T>
 int32_t launch_passes(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream) {
+  typedef Accumulator<T> A;
   for (int64_t first = 0; first < args.score.x.B; first += plan.samples) {
-    const int64_t left = args.score.x.B - first;
-    Issue<Accumulator<T>> issue = {make_job<T>(args, plan, workspace, first), plan,
-                                   left < plan.samples ? left : plan.samples, stream};
-    issue.follow(pool_kernel<T>, issue.job.groups, plan.pool_warps * kTokensPerBlock * kLanes,
-                 sizeof(PoolShared<Accumulator<T>>));
+    const int64_t left = args.score.x.B - first, samples = left < plan.samples ? left : plan.samples;
+    const Job<A> job = make_job<T>(args, plan, workspace, first);
+    Issue<A> issue = {{job, plan, samples, stream, issue_tokens<T>(job, plan, samples, stream)}};
     if (plan.search == Search::stored) {
       issue.stored();
     } else {
       issue.streamed();
     }
+    if (issue.error == 0 && job.labels) issue.error = issue_labels(job, plan, samples, stream);
     if (issue.error) return issue.error;
   }
   return 0;
 }
 
 }  // namespace
+
+template <class T>
+int32_t issue_tokens(const Job<Accumulator<T>>& job, const Plan& plan, int64_t samples, void* stream) {
+  Issuer<Accumulator<T>> issue = {job, plan, samples, stream};
+  issue.follow(pool_kernel<T>, job.groups, plan.pool_warps * kTokensPerBlock * kLanes,
+               sizeof(PoolShared<Accumulator<T>>));
+  if constexpr (std::is_same<Accumulator<T>, float>::value) {
+    const auto make_operands = [&](void (*kernel)(Job<float>)) {
+      issue.follow(kernel, job.groups, kWarps * kLanes, kWarps * sizeof(int32_t));
+    };
+    if (plan.distance == Distance::products) make_operands(operand_kernel<Pairs>);
+    if (plan.distance == Distance::exact_products) {
+      make_operands(job.x.dtype == Dtype::bf16 ? operand_kernel<BFloat16> : operand_kernel<Float16>);
+    }
+  }
+  return issue.error;
+}
+template int32_t issue_tokens<float>(const Job<float>&, const Plan&, int64_t, void*);
+template int32_t issue_tokens<double>(const Job<double>&, const Plan&, int64_t, void*);
+template int32_t issue_tokens<BFloat16>(const Job<float>&, const Plan&, int64_t, void*);
+template int32_t issue_tokens<Float16>(const Job<float>&, const Plan&, int64_t, void*);
 
 int32_t launch_score(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream) {
   switch (args.score.x.dtype) {

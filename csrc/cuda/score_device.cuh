@@ -144,6 +144,17 @@ struct Job {
   int64_t keep_stride, M;  // keep_stride 0: one row for all samples
   int64_t* index;          // may be null
 
+  // Labels by centres: position -> token, -1 for none.
+  int64_t* labels;  // may be null
+  const int64_t* centres;
+  int64_t centre_stride;  // 0: one row for all samples
+  int64_t label_splits;   // 0: distances are in the matrix
+  // Per token and split, kCandidates entries: centres that may be the nearest, by ascending position.
+  A* centre_low;
+  int32_t* centre_at;
+  A* centre_reach;
+  int32_t* centre_count;
+
   H2OT_DEVICE const A* row(int64_t b, int64_t i) const { return rows + b * row_stride_b + i * row_stride_n; }
 };
 

@@ -153,6 +153,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
 template <class Operand, int kSide, int kFragmentsDown = kSide / 32>
 struct ProductTile {
   typedef float A;
+  static constexpr bool kProducts = true;
   static constexpr int kRows = kSide, kColumns = kSide;
   static constexpr int kDown = kFragmentsDown, kAcross = 4;  // 16 x 8 fragments of a warp
   static constexpr int kWarpsDown = kSide / (16 * kDown), kWarpsAcross = kSide / 32;

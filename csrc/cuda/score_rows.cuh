@@ -23,6 +23,7 @@ struct Row {
         spread(A(job.bound.spread)),
         N(int(job.x.N)) {}
 
+  H2OT_DEVICE int token(int j) const { return j; }
   // Calls f(u, j, low, high, key[j]) on the whole warp for the bounds of kAhead x 32 tokens from `first` on, u from 0:
   // both are infinite where there is no pair. key may be null.
   template <class F>
@@ -105,9 +106,9 @@ struct Share {
 
 // Calls f(j, n, squared) on the whole warp for its share of the pairs of token i with ascending j that
 // test(j, low, high, key[j]) (asked per lane), until f returns false: up to kBatch at a time, of which n count, with
-// their squared distances in float64.
-template <class A, class Test, class F>
-H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, int64_t i, const Row<A>& row, const double* key,
+// their squared distances in float64. Values: Row, or what has its look, N and token.
+template <class A, class Values, class Test, class F>
+H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, int64_t i, const Values& row, const double* key,
                              const Share& share, const Test& test, const F& f) {
   const int lane = threadIdx.x % kLanes;
   const A* const own = job.row(b, i);
@@ -141,9 +142,9 @@ H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, int64_t i, const Row<
     if (held == kBatch || (!more && held > 0)) {
       double squared[kBatch];
       if (held == 1) {
-        squared[0] = exact_squared(own, job.row(b, batch[0]), job.channels, lane);
+        squared[0] = exact_squared(own, job.row(b, row.token(batch[0])), job.channels, lane);
       } else {
-        const A* const rows[kBatch] = {job.row(b, batch[0]), job.row(b, batch[1])};
+        const A* const rows[kBatch] = {job.row(b, row.token(batch[0])), job.row(b, row.token(batch[1]))};
         static_assert(kBatch == 2);
         exact_squares(own, rows, job.channels, lane, squared);
       }

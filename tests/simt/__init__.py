@@ -19,7 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # The host side of what each driver runs.
-PLANS = {"driver": "plan.cpp", "gather_driver": "gather_plan.cpp", "select_driver": "plan.cpp"}
+PLANS = {
+    "driver": "plan.cpp",
+    "gather_driver": "gather_plan.cpp",
+    "select_driver": "plan.cpp",
+    "cluster_driver": "plan.cpp",
+}
 SEARCHES = {"stored": 0, "streamed": 1}
 DISTANCES = {"direct": 0, "products": 1, "exact_products": 2}
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -79,6 +84,17 @@ def build(
     return driver
 
 
+def tokens_record(x: Tensor) -> tuple[list[int], bytes]:
+    """A driver's description of tokens of any strides, and their buffer."""
+    x = x.detach()
+    B, N, C = x.shape[0], x.shape[1], x.shape[-1]
+    J = x.shape[2] if x.dim() == 4 else 1
+    strides = [x.stride(0), x.stride(1), x.stride(2) if x.dim() == 4 else 0, x.stride(-1)]
+    last = sum((n - 1) * s for n, s in zip((B, N, J, C), strides, strict=True)) if B else -1
+    raw = x.as_strided((last + 1,), (1,)).contiguous().view(torch.uint8).numpy().tobytes() if B else b""
+    return [_DTYPES[x.dtype], B, N, J, C, *strides, len(raw), 0], raw
+
+
 @dataclass
 class Call:
     """One call of launch_score: tokens x with any strides; plan: (search, distance), None for the counted one."""
@@ -100,17 +116,11 @@ class Call:
     error: int | None = field(default=None, init=False)
 
     def record(self) -> bytes:
-        x = self.x.detach()
-        B, N, C = x.shape[0], x.shape[1], x.shape[-1]
-        J = x.shape[2] if x.dim() == 4 else 1
-        strides = [x.stride(0), x.stride(1), x.stride(2) if x.dim() == 4 else 0, x.stride(-1)]
-        size = x.element_size()
-        last = sum((n - 1) * s for n, s in zip((B, N, J, C), strides, strict=True)) if B else -1
-        raw = x.as_strided((last + 1,), (1,)).contiguous().view(torch.uint8).numpy().tobytes() if B else b""
+        tokens, raw = tokens_record(self.x)
         keep = self.keep if self.keep is not None else torch.zeros(0, 0, dtype=torch.int64)
         search, distance = (-1, 0) if self.plan is None else (SEARCHES[self.plan[0]], DISTANCES[self.plan[1]])
         header = [
-            *(self.seed, _DTYPES[x.dtype], B, N, J, C, *strides, (last + 1) * size, 0),
+            *(self.seed, *tokens),
             *(self.k, self.mask is not None, self.noise is not None, self.num_tokens, *keep.shape),
             *(search, distance, self.multiprocessors, self.samples, self.only_index, self.side),
         ]

@@ -8,8 +8,9 @@
 #include <string>
 #include <utility>
 
-#include "buffer.h"
+#include "cuda/cluster.cu"
 #include "cuda/score.cu"
+#include "workspace.h"
 
 namespace {
 
@@ -43,15 +44,6 @@ enum Field {
   kHeader
 };
 
-// Makes the sanitizer see what touches the bytes between the parts of the workspace.
-void guard(const h2ot::cuda::Workspace& at, unsigned char* workspace) {
-  int64_t offsets[sizeof at / sizeof(int64_t)];
-  std::memcpy(offsets, &at, sizeof at);
-  for (const int64_t end : offsets) {
-    if (end > 0) ASAN_POISON_MEMORY_REGION(workspace + end - h2ot::cuda::kGuardBytes, h2ot::cuda::kGuardBytes);
-  }
-}
-
 // Kernels and the shared memory that they are launched with.
 void print_shared() {
   using namespace h2ot::cuda;
@@ -73,6 +65,15 @@ void print_shared() {
       {"nearest_stored_kernel", sizeof(NearestShared<float>)},
       {"parent_stored_kernel", sizeof(ParentShared)},
       {"peaks_kernel", sizeof(SelectShared)},
+      {"centre_kernel<h2ot::cuda::DirectTile<float, 16", sizeof(CentreShared<SmallTile<float>>)},
+      {"centre_kernel<h2ot::cuda::DirectTile<float, 32", sizeof(CentreShared<LargeTile<float>>)},
+      {"centre_kernel<h2ot::cuda::DirectTile<double, 16", sizeof(CentreShared<SmallTile<double>>)},
+      {"centre_kernel<h2ot::cuda::DirectTile<double, 32", sizeof(CentreShared<LargeTile<double>>)},
+      {"centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 64", sizeof(CentreShared<ProductTile<Pairs, 64>>)},
+      {"centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 64",
+       sizeof(CentreShared<ProductTile<BFloat16, 64>>)},
+      {"centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64", sizeof(CentreShared<ProductTile<Float16, 64>>)},
+      {"centre_kernel", sizeof(CentreShared<StreamedTile<Pairs>>)},
       {"index_kernel", sizeof(SelectShared)},
   };
   for (const auto& [name, bytes] : sizes) std::cout << name << " " << bytes << "\n";
@@ -129,11 +130,7 @@ int main(int argc, char** argv) {
                           ? plan_score(problem, device)
                           : plan_score_as(problem, device, h2ot::cuda::Search(h[kSearch]),
                                           h2ot::cuda::Distance(h[kDistance]), h[kSamples], int32_t(h[kSide]));
-    Buffer workspace(plan.at.bytes);
-    // What was never written is NaN, or (odd seeds) large numbers, as a call before may have left them.
-    if (workspace.bytes && h[kSeed] % 2) std::memset(workspace.data, 0x70, workspace.bytes);
-    guard(plan.at, workspace.data);
-    simt::machine.random = uint64_t(h[kSeed]) * 0x9e3779b97f4a7c15u + 1;
+    const Room workspace(plan, h[kSeed]);
     const int64_t error = launch_score(args, plan, workspace.data, nullptr);
     out.write(reinterpret_cast<const char*>(&error), sizeof error);
     for (const Buffer* buffer : {&density, &distance, &score, &parent, &index}) buffer->write(out);

@@ -1,0 +1,101 @@
+// Labels of all tokens by the nearest centre on CUDA devices (launch_cuda.h), exact as in float64.
+//
+// Given centres: the tokens (pooled, and as they enter products: score.cu), a search among the centres, labels. After
+// scoring the tokens are there: of few tokens the stored matrix holds all distances, and labels alone are left.
+#include "cluster_label.cuh"
+#include "cluster_search.cuh"
+#include "score_launch.cuh"
+
+namespace h2ot {
+namespace cuda {
+namespace {
+
+template <class A>
+struct Labelling : Issuer<A> {
+  using Issuer<A>::follow;
+  using Issuer<A>::job;
+  using Issuer<A>::plan;
+
+  template <class Tiles>
+  void search_by() {
+    follow(centre_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.label_splits, Tiles::kThreads,
+           sizeof(CentreShared<Tiles>));
+  }
+  template <class Operand>
+  void multiply() {
+    if (plan.labels.tile_rows == kProductSides[0]) {
+      search_by<StreamedTile<Operand>>();
+    } else {
+      search_by<ProductTile<Operand, kProductSides[1]>>();
+    }
+  }
+  void search() {
+    if constexpr (std::is_same<A, float>::value) {
+      if (plan.distance == Distance::products) return multiply<Pairs>();
+      if (plan.distance == Distance::exact_products) {
+        return job.x.dtype == Dtype::bf16 ? multiply<BFloat16>() : multiply<Float16>();
+      }
+    }
+    if (plan.labels.tile_rows == kSmallRows) {
+      search_by<SmallTile<A>>();
+    } else {
+      search_by<LargeTile<A>>();
+    }
+  }
+  void label(void (*kernel)(Job<A>)) { follow(kernel, job.groups, kWarps * kLanes, 0); }
+};
+
+static_assert(kStreamedSide == kProductSides[0]);
+static_assert(sizeof(CentreShared<StreamedTile<Pairs>>) <= kSharedMost);
+static_assert(sizeof(CentreShared<LargeTile<double>>) <= kSharedUnasked);
+
+template <class T>
+int32_t launch_passes(const AssignArgs& args, const Plan& plan, void* workspace, void* stream) {
+  CudaScoreArgs tokens = {};
+  tokens.score.x = args.x;
+  tokens.score.mask = args.mask;
+  tokens.K = args.K;
+  tokens.labels = args.labels;
+  for (int64_t first = 0; first < args.x.B; first += plan.samples) {
+    const int64_t left = args.x.B - first, samples = left < plan.samples ? left : plan.samples;
+    Job<Accumulator<T>> job = make_job<T>(tokens, plan, workspace, first);
+    job.centre_stride = args.index_rows > 1 ? args.K : 0;
+    job.centres = args.index + first * job.centre_stride;
+    int32_t error = issue_tokens<T>(job, plan, samples, stream);
+    if (error == 0) error = issue_labels(job, plan, samples, stream);
+    if (error) return error;
+  }
+  return 0;
+}
+
+}  // namespace
+
+template <class A>
+int32_t issue_labels(const Job<A>& job, const Plan& plan, int64_t samples, void* stream) {
+  Labelling<A> issue = {{job, plan, samples, stream}};
+  if (plan.labels.splits == 0) {
+    issue.label(label_stored_kernel<A>);
+  } else {
+    issue.search();
+    issue.label(label_listed_kernel<A>);
+  }
+  return issue.error;
+}
+template int32_t issue_labels<float>(const Job<float>&, const Plan&, int64_t, void*);
+template int32_t issue_labels<double>(const Job<double>&, const Plan&, int64_t, void*);
+
+int32_t launch_assign(const AssignArgs& args, const Plan& plan, void* workspace, void* stream) {
+  switch (args.x.dtype) {
+    case Dtype::f64:
+      return launch_passes<double>(args, plan, workspace, stream);
+    case Dtype::bf16:
+      return launch_passes<BFloat16>(args, plan, workspace, stream);
+    case Dtype::f16:
+      return launch_passes<Float16>(args, plan, workspace, stream);
+    default:
+      return launch_passes<float>(args, plan, workspace, stream);
+  }
+}
+
+}  // namespace cuda
+}  // namespace h2ot
