@@ -228,8 +228,8 @@ struct InterpolateBackwardArgs {
   void* grad_x;             // [B, K, S] contiguous
 };
 
-// Whether the machine has the tile unit, the compiler knew it, and the kernels in use are not those of a lesser
-// machine.
+// Whether the machine has the tile unit, the compiler knew it, the kernels in use are not those of a lesser machine,
+// and the environment variable H2OT_KERNELS_TILES is not 0.
 bool tiles_run();
 namespace amx {
 int64_t packed_size(const PackArgs&);

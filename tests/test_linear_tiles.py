@@ -2,8 +2,10 @@
 
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,14 @@ def test_threads_change_no_bit():
         results.append(native(x, weight, bias))
     torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_unit_can_be_left_alone():
+    program = "from h2ot_kernels import _C; print(_C.tiles_run())"
+    environment = {**os.environ, "H2OT_KERNELS_TILES": "0"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 MIDDLE, SECOND = "  load_weights(b, kMid);\n", "_tile_loadd(5, a + piece * 2 * kTile"

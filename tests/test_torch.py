@@ -14,6 +14,7 @@ import h2ot_kernels as h2ot
 from bench import hosts as bench_hosts
 from bench import shapes
 from h2ot_kernels import backend
+from h2ot_kernels.linear import tiles_run
 
 from .runners import runners
 from .test_bench import TINY
@@ -55,6 +56,10 @@ def samples():
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention, (heads, heads, 3, None, 0.5)
     yield OPS.attention_scores, (heads, heads, 0.5)
+    if tiles_run():
+        weight = rand(6, 9)
+        yield OPS.pack_linear, (weight, 2)
+        yield OPS.linear, (rand(2, 5, 9), OPS.pack_linear(weight, 2), rand(6), None, 6, 2, True)
 
 
 def test_opcheck():
@@ -65,8 +70,10 @@ def test_opcheck():
     declared = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("h2ot_kernels::")
     }
-    # Backward operators whose own derivative raises are checked through the forward; Triton's in their own tests.
-    assert {name for name in declared if not name.endswith("_triton")} - checked == {"recover_attention_backward"}
+    # Backward operators whose own derivative raises are checked through the forward; Triton's in their own tests;
+    # layers on a tile unit where there is one.
+    others = {"recover_attention_backward"} | (set() if tiles_run() else {"linear", "pack_linear"})
+    assert {name for name in declared if not name.endswith("_triton")} - checked == others
 
 
 def whole_path(x, query, embed):
@@ -220,9 +227,9 @@ def counted(function) -> int:
 def test_flop_counter_counts_what_the_benchmarks_count(op):
     comparison = shapes.build(shapes.Case(op, "random", TINY[op]), "cpu")
     wanted = 0 if op == "recover_interpolate" else comparison.flops
-    with torch.set_grad_enabled(op == "recover_attention"):  # without gradients its layers are oneDNN's: not counted
+    with torch.set_grad_enabled(op == "recover_attention"):
         found = counted(comparison.ours)
-    if op == "recover_pose":
+    if op == "recover_pose" and not tiles_run():  # its layers are oneDNN's then: not counted
         sizes = comparison.shape
         rows = sizes["B"] * sizes["J"]
         wanted = 4 * rows * sizes["F"] * sizes["K"] * sizes["C"] + 6 * rows * sizes["F"] * sizes["C"]
