@@ -194,7 +194,7 @@ struct RecoverTailArgs {
 // `chunks` layers with M outputs each, are packed once: three bfloat16 numbers for each, in tiles.
 enum class Activation : int32_t { none, gelu };
 struct PackArgs {
-  const float* weight;  // [chunks, M, C] contiguous, all below 2^127
+  const float* weight;  // [chunks, M, C] contiguous; the largest of each row 0, or from 2^-48 to 2^63
   int64_t chunks, M, C;
   uint16_t* packed;  // [packed_size()], bits of bfloat16
 };

@@ -112,7 +112,7 @@ class Linear(nn.Linear):
             if scale is not None:
                 weight, bias = weight * scale[:, None], None if bias is None else bias * scale
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-            kind = Tiles if Tiles.take(weight) else OneDnn
+            kind = Tiles if Tiles.take(weight, chunks) else OneDnn
             samples = [(part, part.clone()) for part in map(_sample, sources)]
             packed = self._packed = (state, samples, kind(weight, bias, x.numel() // self.in_features, chunks))
         return packed[2]
@@ -128,11 +128,14 @@ class Linear(nn.Linear):
 class Tiles:
     """float32 weights for the tile unit: all chunks in one product."""
 
-    LARGEST = 2.0**127  # no number may round to infinity
+    SMALLEST, LARGEST = 2.0**-48, 2.0**63  # csrc/amx/tiles.h: of the largest weight of each output, if any is not 0
 
     @staticmethod
-    def take(weight: Tensor) -> bool:
-        return tiles_run() and weight.dtype == torch.float32 and bool(weight.abs().amax() < Tiles.LARGEST)
+    def take(weight: Tensor, chunks: int) -> bool:
+        if not tiles_run() or weight.dtype != torch.float32 or weight.numel() == 0 or weight.shape[0] % chunks:
+            return False
+        largest = weight.abs().amax(1)
+        return bool(((largest == 0) | (largest >= Tiles.SMALLEST) & (largest < Tiles.LARGEST)).all())
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):
         self.packed, self.bias = pack_linear(weight, chunks), bias
@@ -140,7 +143,9 @@ class Tiles:
 
     def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
         inside = activation in ("none", "gelu")
-        added = residual if inside and residual is not None and residual.dtype == x.dtype else None
+        size = (*x.shape[:-1], self.out_features)
+        fits = residual is not None and residual.dtype == x.dtype and residual.shape == size
+        added = residual if inside and fits else None
         y = linear(x, self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu")
         if not inside:
             y = ACTIVATIONS[activation](y)

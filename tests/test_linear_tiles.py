@@ -170,6 +170,21 @@ def test_numbers_that_cannot_be_split(run):
     assert torch.equal(got[others], before[others])
 
 
+def test_every_scale(run):
+    """Rows and weights of any size are as accurate as float32's, by their own scale; what overflows is infinite."""
+    x, weight, _, _ = made(64, 96, 33, 1)
+    x *= 10.0 ** torch.linspace(-30, 24, 64)[:, None]
+    for scale in (2.0**-46, 1.0, 2.0**60):
+        given = x, scale * weight
+        exact, same = functional.linear(*(t.double() for t in given)), functional.linear(*given)
+        got = run(*given)
+        finite = exact.abs().amax(1) < 1e37
+        error, theirs = ((y.double() - exact).abs().amax(1)[finite] for y in (got, same))
+        limit = 2 * torch.finfo(torch.float32).eps * 96**0.5 * exact.abs().amax(1)[finite]
+        assert (error <= torch.maximum(4 * theirs, limit) + 2**-126).all()
+        assert torch.equal(got[~finite].isinf(), same[~finite].isinf())
+
+
 def test_the_same_bits_in_any_batch(run):
     x, weight, bias, _ = made(100, 96, 40, 1)
     whole = run(x, weight, bias, gelu=True)
@@ -193,6 +208,22 @@ def test_threads_change_no_bit():
         results.append(native(x, weight, bias))
     torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+def test_the_operator_refuses_other_sizes():
+    x, weight, bias, residual = made(5, 48, 40, 1)
+    packed = pack_linear(weight, 1)
+    for wrong in (
+        (x[:, :8], packed, bias, None, 40, 1, False),
+        (x, packed[:-1], bias, None, 40, 1, False),
+        (x, packed, bias[1:], None, 40, 1, False),
+        (x, packed, bias, residual[1:], 40, 1, False),
+        (x, packed, bias, None, 40, 3, False),
+        (x.double(), packed, bias, None, 40, 1, False),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="h2ot_kernels.linear: wanted"):
+            linear(*wrong)
 
 
 def test_the_unit_can_be_left_alone():
@@ -246,11 +277,21 @@ def test_when_the_unit_is_used():
         torch.testing.assert_close(layer(x), y)
         assert isinstance(layer._packed[2], OneDnn)
         _C.set_capability("avx512")
-    for value in (torch.inf, torch.nan, 3e38):
-        with torch.no_grad():
+    with torch.no_grad():
+        for value in (torch.inf, torch.nan, 3e38):
             layer.weight[3, 5] = value
             layer(x)
             assert isinstance(layer._packed[2], OneDnn)
+        layer.weight[3] = 1e-20
+        layer(x)
+        assert isinstance(layer._packed[2], OneDnn)
+        layer.weight[3] = 0
+        wide = layer(x, residual=torch.ones(1, 40))  # a residual that all rows share
+        assert isinstance(layer._packed[2], Tiles)
+        torch.testing.assert_close(wide, functional.linear(x, layer.weight, layer.bias) + 1)
+        uneven = layer(x, chunks=3)
+        assert [part.shape[-1] for part in uneven] == [14, 14, 12]
+        torch.testing.assert_close(torch.cat(uneven, -1), functional.linear(x, layer.weight, layer.bias))
     with torch.no_grad():
         layer.bfloat16()(x.bfloat16())
         assert isinstance(layer._packed[2], OneDnn)

@@ -1,9 +1,9 @@
 // Linear layers in float32 on the tile unit of recent x86 processors (AMX).
 //
-// A tile instruction does 16 x 16 x 32 multiply-adds in the time of 16 vector instructions, which do 2 x 16 each of
-// those cycles: six of them (tiles.h) take 3 / 16 of the vector units' time. Counted per 32 x 32 outputs and 32
-// channels: 24 instructions of 16 cycles, beside them 14 loads of 1 KB, from the second-level cache at worst (36 bytes
-// a cycle). A product is finished (bias, activation, residual) beside the next one.
+// A tile instruction does 16 x 16 x 32 multiply-adds in 16 cycles, in which the vector units do 16 x 2 x 16: six of
+// them (tiles.h) take 3 / 8 of the vector units' time. Counted per 32 x 32 outputs and 32 channels: 24 instructions of
+// 16 cycles, beside them 14 loads of 1 KB, from the second-level cache at worst (36 bytes a cycle). A product is
+// finished (bias, activation, residual) beside the next one.
 #include "../cpu/worker.h"
 #include "gelu.h"
 #include "tiles.h"

@@ -14,8 +14,9 @@ namespace H2OT_ISA {
 constexpr int64_t kSide = 16, kDepth = 32, kTile = kSide * kDepth;  // a tile of bfloat16; of sums kSide x kSide floats
 constexpr int64_t kGroup = 2 * kSide;                               // rows, or outputs, of 2 x 2 tiles of sums
 constexpr int64_t kSums = kGroup * kGroup;
-// Numbers outside this range lose bits in the pieces; rows that have such are left to plain multiply-adds.
-constexpr float kLargest = 0x1p127f, kSmallest = 0x1p-80f;
+// Of rows, and of weights, within this range no product of pieces overflows, and what the unit takes for 0 (products
+// below 2^-126) is below 2^-30 of the largest. Rows beyond it are left to plain multiply-adds.
+constexpr float kLargest = 0x1p63f, kSmallest = 0x1p-48f;
 
 constexpr int kPieces = 3;
 constexpr int64_t kStep = kPieces * 2 * kTile;  // a step of kGroup rows, or outputs: [piece][2][kTile]
@@ -104,8 +105,7 @@ H2OT_INLINE __m256i take_bfloat16(Floats& v) {
   return bits;
 }
 
-// Whether all of a row x[C] can be split: nothing so large that it would round to infinity, and its largest number not
-// so small that pieces would be subnormal, which the tile unit takes for 0.
+// Whether all of a row x[C] can be split: its largest number is 0 or in the range, and all are numbers.
 H2OT_INLINE bool can_split(const float* x, int64_t C) {
   Floats largest = {};
   Words unordered = {};
