@@ -156,16 +156,8 @@ template int32_t issue_tokens<BFloat16>(const Job<float>&, const Plan&, int64_t,
 template int32_t issue_tokens<Float16>(const Job<float>&, const Plan&, int64_t, void*);
 
 int32_t launch_score(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream) {
-  switch (args.score.x.dtype) {
-    case Dtype::f64:
-      return launch_passes<double>(args, plan, workspace, stream);
-    case Dtype::bf16:
-      return launch_passes<BFloat16>(args, plan, workspace, stream);
-    case Dtype::f16:
-      return launch_passes<Float16>(args, plan, workspace, stream);
-    default:
-      return launch_passes<float>(args, plan, workspace, stream);
-  }
+  return with_element(args.score.x.dtype,
+                      [&](auto element) { return launch_passes<decltype(element)>(args, plan, workspace, stream); });
 }
 
 }  // namespace cuda

@@ -15,6 +15,21 @@ T* offset_by(T* pointer, int64_t count) {
   return pointer ? pointer + count : nullptr;
 }
 
+// f of an element of the dtype.
+template <class F>
+int32_t with_element(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f64:
+      return f(double());
+    case Dtype::bf16:
+      return f(BFloat16());
+    case Dtype::f16:
+      return f(Float16());
+    default:
+      return f(float());
+  }
+}
+
 // Whether pooling can read quads of channels.
 inline bool readable_in_quads(const Tokens& x) {
   const int64_t bytes = element_bytes(x.dtype), vector = 4 * bytes < 16 ? 4 * bytes : 16;

@@ -154,8 +154,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, **options}
 
 
-def run(calls: list[Call], driver: Path, folder: Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs the calls in one process and fills in their results; on failure leaves them empty."""
+def run(calls: list, driver: Path, folder: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs the calls, each with `record` and `take`, in one process and fills in their results; none on failure."""
     given, results = folder / "in.bin", folder / "out.bin"
     given.write_bytes(b"".join(call.record() for call in calls))
     done = subprocess.run(

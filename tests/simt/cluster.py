@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import DISTANCES, SANITIZED, SEARCHES, build, environment, tokens_record
+from . import DISTANCES, SANITIZED, SEARCHES, build, tokens_record
+from . import run as run_calls
 
 
 @dataclass
@@ -71,16 +72,5 @@ class Labelling:
 
 
 def run(calls: list[Labelling], folder: Path, driver: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs the calls in one process and fills in their results; on failure leaves them empty."""
-    given, results = folder / "in.bin", folder / "out.bin"
-    given.write_bytes(b"".join(call.record() for call in calls))
-    driver = driver or build(SANITIZED, name="cluster_driver")
-    done = subprocess.run(
-        [driver, given, results], env=environment(), capture_output=True, text=True, check=False, timeout=600
-    )
-    if done.returncode == 0:
-        data = memoryview(results.read_bytes())
-        for call in calls:
-            data = call.take(data)
-        assert len(data) == 0
-    return done
+    """`tests.simt.run` of this driver."""
+    return run_calls(calls, driver or build(SANITIZED, name="cluster_driver"), folder, timeout=600)

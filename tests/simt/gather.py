@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _DTYPES, SANITIZED, build, environment
+from . import _DTYPES, SANITIZED, build
+from . import run as run_calls
 
 
 @dataclass
@@ -65,16 +66,5 @@ class Move:
 
 
 def run(moves: list[Move], folder: Path, driver: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs the calls in one process and fills in their results; on failure leaves them empty."""
-    given, results = folder / "in.bin", folder / "out.bin"
-    given.write_bytes(b"".join(move.record() for move in moves))
-    driver = driver or build(SANITIZED, name="gather_driver")
-    done = subprocess.run(
-        [driver, given, results], env=environment(), capture_output=True, text=True, check=False, timeout=300
-    )
-    if done.returncode == 0:
-        data = memoryview(results.read_bytes())
-        for move in moves:
-            data = move.take(data)
-        assert len(data) == 0
-    return done
+    """`tests.simt.run` of this driver."""
+    return run_calls(moves, driver or build(SANITIZED, name="gather_driver"), folder)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import SANITIZED, build, environment
+from . import SANITIZED, build
+from . import run as run_calls
 
 
 @dataclass
@@ -40,16 +41,5 @@ class Choice:
 
 
 def run(choices: list[Choice], folder: Path, driver: Path | None = None) -> subprocess.CompletedProcess:
-    """Runs the calls in one process and fills in their results; on failure leaves them empty."""
-    given, results = folder / "in.bin", folder / "out.bin"
-    given.write_bytes(b"".join(choice.record() for choice in choices))
-    driver = driver or build(SANITIZED, name="select_driver")
-    done = subprocess.run(
-        [driver, given, results], env=environment(), capture_output=True, text=True, check=False, timeout=300
-    )
-    if done.returncode == 0:
-        data = memoryview(results.read_bytes())
-        for choice in choices:
-            data = choice.take(data)
-        assert len(data) == 0
-    return done
+    """`tests.simt.run` of this driver."""
+    return run_calls(choices, driver or build(SANITIZED, name="select_driver"), folder)
