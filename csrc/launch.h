@@ -191,17 +191,17 @@ struct RecoverTailArgs {
 };
 
 // out[c, r] = residual[c, r] + activation(W_c x[r] + bias_c) in float32, on the tile unit of x86. The weights, those of
-// `chunks` layers with M outputs each, are packed once: three bfloat16 numbers for each, in tiles.
+// `chunks` layers with M outputs each, are packed once: three bytes for each, in tiles, and a scale for each output.
 enum class Activation : int32_t { none, gelu };
 struct PackArgs {
-  const float* weight;  // [chunks, M, C] contiguous; the largest of each row 0, or from 2^-48 to 2^63
+  const float* weight;  // [chunks, M, C] contiguous; the largest of each row 0, or from 2^-48 to 2^48; C 32 to 32768
   int64_t chunks, M, C;
-  uint16_t* packed;  // [packed_size()], bits of bfloat16
+  int8_t* packed;  // [packed_size()] aligned to 64 bytes
 };
 struct LinearArgs {
   const float* x;  // [rows, C] contiguous
   int64_t rows, chunks, M, C;
-  const uint16_t* packed;
+  const int8_t* packed;
   const float* bias;      // [chunks, M], or null
   const float* residual;  // [chunks, rows, M] contiguous, or null
   Activation activation;

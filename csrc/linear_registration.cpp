@@ -16,12 +16,14 @@ bool is_float(const Tensor& x) { return x.scalar_type() == ScalarType::Float; }
 
 Tensor pack_linear(const Tensor& weight, int64_t chunks) {
   require(tiles_run(), "a CPU with a tile unit");
-  require(is_float(weight) && weight.dim() == 2 && chunks > 0 && weight.size(0) % chunks == 0,
-          "a float32 weight [out_features, in_features], out_features a multiple of chunks");
+  require(
+      is_float(weight) && weight.dim() == 2 && chunks > 0 && weight.size(0) % chunks == 0 && weight.size(1) >= 32 &&
+          weight.size(1) <= 32768,
+      "a float32 weight [out_features, in_features], out_features a multiple of chunks, in_features from 32 to 32768");
   const Tensor dense_weight = dense(weight);
   PackArgs args = {read<float>(dense_weight), chunks, weight.size(0) / chunks, weight.size(1), nullptr};
-  const Tensor packed = make(weight, {amx::packed_size(args)}, ScalarType::BFloat16);
-  args.packed = write<uint16_t>(packed);
+  const Tensor packed = make(weight, {amx::packed_size(args)}, ScalarType::Char);
+  args.packed = write<int8_t>(packed);
   amx::pack(args);
   return packed;
 }
@@ -31,8 +33,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, co
   require(tiles_run(), "a CPU with a tile unit");
   require(is_float(x) && x.numel() > 0, "float32 tokens, some");
   const int64_t C = x.size(-1), M = chunks > 0 ? out_features / chunks : 0, rows = x.numel() / C;
-  require(M > 0 && M * chunks == out_features && packed.scalar_type() == ScalarType::BFloat16 &&
-              packed.is_contiguous() && packed.numel() == amx::packed_size({nullptr, chunks, M, C, nullptr}),
+  require(M > 0 && M * chunks == out_features && packed.scalar_type() == ScalarType::Char && packed.is_contiguous() &&
+              packed.numel() == amx::packed_size({nullptr, chunks, M, C, nullptr}),
           "what pack_linear made of a weight of these sizes");
   require(!bias || bias->numel() == out_features, "a bias [out_features]");
   require(!residual || residual->numel() == rows * out_features, "a residual of the result's shape");
@@ -47,7 +49,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, co
                            chunks,
                            M,
                            C,
-                           read<uint16_t>(packed),
+                           read<int8_t>(packed),
                            read<float>(dense_bias),
                            read<float>(added),
                            gelu ? Activation::gelu : Activation::none,

@@ -26,11 +26,11 @@ class Linear(nn.Linear):
 
     In eval mode without gradients, in float32 or bfloat16 (autocast included), the weight is packed at the first call
     and again after it changed, and the activation or the addition is part of the product; everywhere else this is
-    nn.Linear. Products are oneDNN's, or in float32 on a CPU with a tile unit (AMX) this package's, which makes three
-    bfloat16 numbers of each: float32's accuracy, faster. Packed weights are neither in the state_dict nor pickled or
-    copied. What changes a parameter behind autograd's back (`weight.data`, fused optimizers, NumPy) is noticed in
-    SAMPLED elements of it, spread over its rows and columns: edit single elements under `torch.no_grad()`, not through
-    `.data`.
+    nn.Linear. Products are oneDNN's, or in float32 on a CPU with a tile unit (AMX) this package's, which makes
+    whole numbers of three or four bytes of each row: float32's accuracy (csrc/amx/digits.h), faster. Packed weights are
+    neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back (`weight.data`,
+    fused optimizers, NumPy) is noticed in SAMPLED elements of it, spread over rows and columns: edit single elements
+    under `torch.no_grad()`, not through `.data`.
 
     >>> import torch
     >>> from h2ot_kernels.linear import Linear
@@ -128,11 +128,14 @@ class Linear(nn.Linear):
 class Tiles:
     """float32 weights for the tile unit: all chunks in one product."""
 
-    SMALLEST, LARGEST = 2.0**-48, 2.0**63  # csrc/amx/tiles.h: of the largest weight of each output, if any is not 0
+    SMALLEST, LARGEST = 2.0**-48, 2.0**48  # csrc/amx/digits.h: of the largest weight of each output, if any is not 0
+    CHANNELS = 32, 32768  # a tile has 64; sums of more do not fit
 
     @staticmethod
     def take(weight: Tensor, chunks: int) -> bool:
         if not tiles_run() or weight.dtype != torch.float32 or weight.numel() == 0 or weight.shape[0] % chunks:
+            return False
+        if not Tiles.CHANNELS[0] <= weight.shape[1] <= Tiles.CHANNELS[1]:
             return False
         largest = weight.abs().amax(1)
         return bool(((largest == 0) | (largest >= Tiles.SMALLEST) & (largest < Tiles.LARGEST)).all())
@@ -183,8 +186,8 @@ def _sample(parameter: Tensor) -> Tensor:
 
 
 def _fake_pack(weight, chunks):
-    panels, steps = -(-(weight.shape[0] // chunks) // 32), -(-weight.shape[1] // 32)
-    return weight.new_empty(chunks * panels * steps * 3 * 1024, dtype=torch.bfloat16)
+    panels, steps = -(-(weight.shape[0] // chunks) // 32), -(-weight.shape[1] // 64)
+    return weight.new_empty(chunks * panels * (steps * 6 * 1024 + 32 * 4) + 16 * 4, dtype=torch.int8)
 
 
 def _fake(x, packed, bias, residual, out_features, chunks, gelu):

@@ -37,7 +37,7 @@ def main() -> int:
         sys.exit("tidy: the planted finding was not seen")
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
-    amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mamx-tile", "-mamx-int8"]
     jobs.append((ROOT / "csrc" / "amx" / "linear.cpp", amx))
     others = "registration.cpp", "linear_registration.cpp", "capability.cpp", "cuda/plan.cpp"
     jobs += [(ROOT / "csrc" / name, ["-DH2OT_X86", "-DH2OT_AMX"]) for name in others]

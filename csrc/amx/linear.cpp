@@ -1,10 +1,12 @@
 // Linear layers in float32 on the tile unit of recent x86 processors (AMX).
 //
-// A tile instruction does 16 x 16 x 32 multiply-adds in 16 cycles, in which the vector units do 16 x 2 x 16: six of
-// them (tiles.h) take 3 / 8 of the vector units' time. Counted per 32 x 32 outputs and 32 channels: 24 instructions of
-// 16 cycles, beside them 14 loads of 1 KB, from the second-level cache at worst (36 bytes a cycle). A product is
-// finished (bias, activation, residual) beside the next one.
+// A tile instruction does 16 x 16 x 64 multiply-adds of bytes in 16 cycles, in which the vector units do 16 x 2 x 16
+// of floats: six of them (tiles.h) take 3 / 16 of the vector units' time. Counted per 32 x 16 outputs and 64 channels:
+// 12 instructions of 16 cycles, beside them 18 loads of 1 KB, of which six are rows from the second-level cache: the
+// weights of kSide outputs stay in the first while the rows of a block pass by. A product is finished (digits joined,
+// scales, bias, activation, residual) while the next one is made.
 #include "../cpu/worker.h"
+#include "digits.h"
 #include "gelu.h"
 #include "tiles.h"
 
@@ -12,179 +14,244 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 768 << 10;  // the rows of a block, in the second-level cache
+constexpr int64_t kBlockBytes = 384 << 10;  // the rows of a block, in the second-level cache
+constexpr float kScale = 0x1p16f;           // of a row: a sum of order 2 counts its square
+constexpr int64_t kSpread = 16;             // floats behind the scales: the weights' spread, and room
 
 int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// What pack() makes: digits [chunks][panels][steps][kWeightStep], scales [chunks][panels][kSide], the spread.
+struct Packed {
+  int64_t steps, panels;
+
+  Packed(int64_t M, int64_t C) : steps(groups_of(C, kDepth)), panels(groups_of(M, kSide)) {}
+  int64_t digits(int64_t chunks) const { return chunks * panels * steps * kWeightStep; }
+  int64_t bytes(int64_t chunks) const {
+    return digits(chunks) + (chunks * panels * kSide + kSpread) * int64_t(sizeof(float));
+  }
+  // Of output m of a panel at channel c; the digits are kTile apart.
+  static int64_t place(int64_t m, int64_t c) {
+    const int64_t i = c % kSide, v = c % kDepth / kSide;
+    return c / kDepth * kWeightStep + i * kDepth + m * 4 + v;
+  }
+};
+
+// A thread's block of rows.
+struct Rows {
+  int64_t first, count, groups;
+  int8_t* digits;  // [groups][steps][kRowStep]
+  float* scale;    // [groups][kGroup]: of sums of order 2
+  float* low;      // [groups][kGroup]: what a sum of order 3 counts, 1 / 256 or 0
+  bool* has_low;   // [groups]: whether one of it is not 0
+};
+
+// A product that is to be finished.
+struct Pending {
+  const int32_t* sums = nullptr;
+  int64_t row = 0, rows = 0;  // of the block
+  int64_t chunk = 0, column = 0;
+  Floats scale = {}, bias = {};
+  bool has_low = false;
+};
 
 // Activation and residual of a vector of sums with their bias.
 H2OT_INLINE Floats finished(const LinearArgs& a, Floats v, const float* residual, int64_t count) {
   if (a.activation == Activation::gelu) v = gelu(v);
   return residual ? v + load_some(residual, count) : v;
 }
-// The same with bias, into a row; nothing beyond its last output.
-H2OT_INLINE void put_out(const LinearArgs& a, int64_t row, int64_t chunk, int64_t column, Floats v) {
-  const int64_t count = a.M - column < kFloats ? a.M - column : kFloats, at = (chunk * a.rows + row) * a.M + column;
-  if (count <= 0) return;
-  if (a.bias) v += load_some(a.bias + chunk * a.M + column, count);
+H2OT_INLINE int64_t place_of(const LinearArgs& a, int64_t row, int64_t chunk, int64_t column) {
+  return (chunk * a.rows + row) * a.M + column;
+}
+// The same into a row; nothing beyond its last output.
+H2OT_INLINE void put_out(const LinearArgs& a, int64_t at, int64_t count, Floats v) {
   v = finished(a, v, a.residual ? a.residual + at : nullptr, count);
-  if (count == kFloats) {
+  if (count >= kFloats) {
     store(a.out + at, v);
   } else {
     store_part(a.out + at, v, count);
   }
 }
 
-// A product of kGroup rows and outputs, that is to be finished.
-struct Pending {
-  float* sums = nullptr;
-  int64_t row = 0, rows = 0, chunk = 0, column = 0;
-};
+H2OT_INLINE Floats numbers(const int32_t* sums, int64_t order) {
+  Words whole;
+  memcpy(&whole, sums + order * kGroup * kSide, sizeof whole);
+  return reinterpret_cast<Floats>(_mm512_maskz_cvtepi32_ps(kAll, reinterpret_cast<__m512i>(whole)));
+}
 
 // Rows [begin, end) of it. Few instructions: they take the place of tile instructions that wait for their turn.
-H2OT_INLINE void finish(const LinearArgs& a, const Pending& of, int64_t begin, int64_t end) {
+H2OT_INLINE void finish(const LinearArgs& a, const Rows& rows, const Pending& of, int64_t begin, int64_t end) {
   if (end > of.rows) end = of.rows;
-  if (of.column + kGroup > a.M) {
-    for (int64_t r = begin; r < end; r++) {
-      const float* const at = of.sums + (r / kSide * 2 * kSide + r % kSide) * kSide;
-      put_out(a, of.row + r, of.chunk, of.column, load(at));
-      put_out(a, of.row + r, of.chunk, of.column + kSide, load(at + kSide * kSide));
-    }
-    return;
-  }
-  const float* const bias = a.bias ? a.bias + of.chunk * a.M + of.column : nullptr;
-  const Floats first = bias ? load(bias) : Floats{}, second = bias ? load(bias + kFloats) : Floats{};
-  int64_t at = (of.chunk * a.rows + of.row + begin) * a.M + of.column;
+  const int64_t count = a.M - of.column;
+  int64_t at = place_of(a, rows.first + of.row + begin, of.chunk, of.column);
   for (int64_t r = begin; r < end; r++, at += a.M) {
-    const float* const sums = of.sums + (r / kSide * 2 * kSide + r % kSide) * kSide;
-    const float* const residual = a.residual ? a.residual + at : nullptr;
-    const Floats left = finished(a, load(sums) + first, residual, kFloats);
-    const Floats right =
-        finished(a, load(sums + kSide * kSide) + second, residual ? residual + kFloats : nullptr, kFloats);
-    store(a.out + at, left);
-    store(a.out + at + kFloats, right);
+    const int32_t* const sums = of.sums + r * kSide;
+    Floats v = numbers(sums, 0);
+    v = v * 256.0f + numbers(sums, 1);
+    v = v * 256.0f + numbers(sums, 2);
+    if (of.has_low) v += rows.low[of.row + r] * numbers(sums, 3);
+    put_out(a, at, count, v * rows.scale[of.row + r] * of.scale + of.bias);
   }
 }
 
-// The lines that finish() reads and writes: they come while the product is made.
-H2OT_INLINE void ask_for_out(const LinearArgs& a, const Pending& of) {
-  for (int64_t r = 0; r < of.rows; r++) {
-    const int64_t at = (of.chunk * a.rows + of.row + r) * a.M + of.column;
-    for (int64_t c = 0; c < kGroup && of.column + c < a.M; c += kFloats) {
-      __builtin_prefetch(a.out + at + c, 1);
-      if (a.residual) __builtin_prefetch(a.residual + at + c);
-    }
+// The lines that finish() writes and reads: they come while the product is made.
+H2OT_INLINE void ask_for_out(const LinearArgs& a, const Rows& rows, const Pending& of) {
+  int64_t at = place_of(a, rows.first + of.row, of.chunk, of.column);
+  for (int64_t r = 0; r < of.rows; r++, at += a.M) {
+    __builtin_prefetch(a.out + at, 1);
+    if (a.residual) __builtin_prefetch(a.residual + at);
   }
 }
 
-// Rows [row, row + kGroup) of x as tiles [steps][kStep], zeros for rows that are not there or cannot be split. Tile by
-// tile, so that memory is written in order. Returns whether a row could not be split.
-bool put_group(const LinearArgs& a, int64_t row, uint16_t* tiles) {
-  const float* const x = a.x + row * a.C;
-  bool fits[kGroup], all = true;
+// Group g as tiles; zeros for rows that are not there or have no digits. Returns whether a row has none.
+bool put_group(const LinearArgs& a, const Packed& p, float spread, const Rows& rows, int64_t g) {
+  float to_whole[kGroup];
+  bool all = true;
+  rows.has_low[g] = false;
   for (int64_t r = 0; r < kGroup; r++) {
-    fits[r] = row + r < a.rows && can_split(x + r * a.C, a.C);
-    all = all && (fits[r] || row + r >= a.rows);
+    const int64_t row = g * kGroup + r;
+    const Extent extent = row < rows.count ? extent_of(a.x + (rows.first + row) * a.C, a.C) : Extent{};
+    const bool has_digits = extent.has_digits();
+    all = all && has_digits;
+    to_whole[r] = has_digits && extent.largest != 0 ? kWhole / extent.largest : 0;
+    rows.scale[row] = to_whole[r] != 0 ? kScale / to_whole[r] : 0;
+    const bool has_low = to_whole[r] != 0 && extent.spread() * spread > kMostSpread * kMostSpread;
+    rows.low[row] = has_low ? 1.0f / 256 : 0;
+    rows.has_low[g] |= has_low;
   }
-  for (int64_t c = 0; c < a.C; c += kDepth, tiles += kStep) {
+  int8_t* tiles = rows.digits + g * p.steps * kRowStep;
+  for (int64_t c = 0; c < a.C; c += kDepth, tiles += kRowStep) {
     for (int64_t r = 0; r < kGroup; r++) {
-      uint16_t* const to = tiles + r * kDepth;
-      if (fits[r]) {
-        put_step(x + r * a.C, a.C, c, to);
+      int8_t* const to = tiles + r * kDepth;
+      if (to_whole[r] != 0) {
+        const float* const x = a.x + (rows.first + g * kGroup + r) * a.C;
+        put_digits(x, a.C, c, to_whole[r], rows.has_low[g], to, 2 * kTile);
       } else {
-        for (int p = 0; p < kPieces; p++) memset(to + p * 2 * kTile, 0, kDepth * sizeof *to);
+        for (int d = 0; d < kRowDigits; d++) memset(to + d * 2 * kTile, 0, kDepth);
       }
     }
   }
   return !all;
 }
 
-// The place of weight (m, c) in its panel's tiles: its pieces are 2 kTile apart.
-H2OT_INLINE int64_t place(int64_t m, int64_t c) {
-  return c / kDepth * kStep + m / kSide * kTile + c % kDepth / 2 * kDepth + m % kSide * 2 + c % 2;
+H2OT_INLINE Floats bias_of(const LinearArgs& a, int64_t chunk, int64_t column) {
+  return a.bias ? load_some(a.bias + chunk * a.M + column, a.M - column) : Floats{};
 }
 
-// A row that cannot be split, by multiply-adds in the order of the channels.
-void plain_row(const LinearArgs& a, int64_t row, int64_t steps, int64_t panels) {
+// A row without digits, by multiply-adds in the order of the channels.
+void plain_row(const LinearArgs& a, const Packed& p, const float* scales, int64_t row) {
   const float* const x = a.x + row * a.C;
-  for (int64_t panel = 0; panel < a.chunks * panels; panel++) {
-    const uint16_t* const b = a.packed + panel * steps * kStep;
-    for (int64_t first = 0; first < kGroup; first += kFloats) {
-      Floats sum = {};
-      for (int64_t c = 0; c < a.C; c++) {
-        Floats weight = {};
-        for (int p = kPieces - 1; p >= 0; p--) {
-          for (int lane = 0; lane < kFloats; lane++) {
-            weight[lane] += widen(BFloat16{b[place(first + lane, c) + p * 2 * kTile]});
-          }
-        }
-        sum += x[c] * weight;
+  for (int64_t panel = 0; panel < a.chunks * p.panels; panel++) {
+    const int8_t* const b = a.packed + panel * p.steps * kWeightStep;
+    const Floats scale = load(scales + panel * kSide) * (256 / kScale);
+    const int64_t chunk = panel / p.panels, column = panel % p.panels * kSide;
+    Floats sum = {};
+    for (int64_t c = 0; c < a.C; c++) {
+      Floats weight = {};
+      for (int lane = 0; lane < kFloats; lane++) {
+        const int8_t* const digits = b + Packed::place(lane, c);
+        weight[lane] = float((digits[0] * 256 + digits[kTile]) * 256 + digits[2 * kTile]);
       }
-      put_out(a, row, panel / panels, panel % panels * kGroup + first, sum);
+      sum += x[c] * (weight * scale);
     }
+    put_out(a, place_of(a, row, chunk, column), a.M - column, sum + bias_of(a, chunk, column));
   }
 }
 
-// The groups [begin, end) of kGroup rows each, which fit a block.
-void run_block(const LinearArgs& a, int64_t begin, int64_t end, uint16_t* tiles, float* sums) {
-  const int64_t steps = groups_of(a.C, kDepth), panels = groups_of(a.M, kGroup), per_group = steps * kStep;
-  const int64_t share = groups_of(kGroup, steps);
+void run_block(const LinearArgs& a, const Packed& p, const Rows& rows, int32_t* sums) {
+  const float* const scales = reinterpret_cast<const float*>(a.packed + p.digits(a.chunks));
+  const float spread = scales[a.chunks * p.panels * kSide];
+  // Beside a product where there is much to do, else after it.
+  const int64_t share = a.activation == Activation::none ? 0 : groups_of(kGroup, 4 * p.steps);
   bool plain = false;
-  for (int64_t group = begin; group < end; group++) {
-    plain |= put_group(a, group * kGroup, tiles + (group - begin) * per_group);
-  }
+  for (int64_t g = 0; g < rows.groups; g++) plain |= put_group(a, p, spread, rows, g);
   Pending before;
-  for (int64_t panel = 0; panel < a.chunks * panels; panel++) {
-    for (int64_t group = begin; group < end; group++) {
-      const int64_t row = group * kGroup, left = a.rows - row;
-      const Pending now = {before.sums == sums ? sums + kSums : sums, row, left < kGroup ? left : kGroup,
-                           panel / panels, panel % panels * kGroup};
-      ask_for_out(a, now);
-      multiply(tiles + (group - begin) * per_group, a.packed + panel * per_group, steps, now.sums,
-               [&](int64_t s) { finish(a, before, s * share, (s + 1) * share); });
+  for (int64_t panel = 0; panel < a.chunks * p.panels; panel++) {
+    Pending now;
+    now.chunk = panel / p.panels;
+    now.column = panel % p.panels * kSide;
+    now.scale = load(scales + panel * kSide);
+    now.bias = bias_of(a, now.chunk, now.column);
+    const int8_t* const weights = a.packed + panel * p.steps * kWeightStep;
+    for (int64_t g = 0; g < rows.groups; g++) {
+      const int8_t* const digits = rows.digits + g * p.steps * kRowStep;
+      int32_t* const to = before.sums == sums ? sums + kSums : sums;
+      now.sums = to;
+      now.row = g * kGroup;
+      now.rows = rows.count - now.row < kGroup ? rows.count - now.row : kGroup;
+      now.has_low = rows.has_low[g];
+      ask_for_out(a, rows, now);
+      int64_t done = 0;
+      multiply(digits, weights, p.steps, to, [&] {
+        if (share) finish(a, rows, before, done, done + share);
+        done += share;
+      });
+      finish(a, rows, before, done, kGroup);
+      if (now.has_low) multiply_low(digits, weights, p.steps, to);
       before = now;
     }
   }
-  finish(a, before, 0, kGroup);
-  for (int64_t row = begin * kGroup; plain && row < end * kGroup && row < a.rows; row++) {
-    if (!can_split(a.x + row * a.C, a.C)) plain_row(a, row, steps, panels);
+  finish(a, rows, before, 0, kGroup);
+  for (int64_t row = rows.first; plain && row < rows.first + rows.count; row++) {
+    if (!extent_of(a.x + row * a.C, a.C).has_digits()) plain_row(a, p, scales, row);
   }
 }
 
 }  // namespace
 
-int64_t packed_size(const PackArgs& a) { return a.chunks * groups_of(a.M, kGroup) * groups_of(a.C, kDepth) * kStep; }
+int64_t packed_size(const PackArgs& a) { return Packed(a.M, a.C).bytes(a.chunks); }
 
 void pack(const PackArgs& a) {
-  const int64_t steps = groups_of(a.C, kDepth), panels = groups_of(a.M, kGroup);
-  memset(a.packed, 0, size_t(packed_size(a)) * sizeof *a.packed);
+  const Packed p(a.M, a.C);
+  memset(a.packed, 0, size_t(p.bytes(a.chunks)));
+  float* const scales = reinterpret_cast<float*>(a.packed + p.digits(a.chunks));
+  double spreads = 0;
+  int64_t counted = 0;
   for (int64_t row = 0; row < a.chunks * a.M; row++) {
-    const int64_t m = row % a.M;
-    uint16_t* const panel = a.packed + (row / a.M * panels + m / kGroup) * steps * kStep;
-    for (int64_t c = 0; c < a.C; c++) {
-      float rest = a.weight[row * a.C + c];
-      for (int p = 0; p < kPieces; p++) {
-        BFloat16 piece;
-        narrow(rest, piece);
-        rest -= widen(piece);
-        panel[place(m % kGroup, c) + p * 2 * kTile] = piece.bits;
+    const int64_t panel = row / a.M * p.panels + row % a.M / kSide, m = row % a.M % kSide;
+    const float* const w = a.weight + row * a.C;
+    const Extent extent = extent_of(w, a.C);
+    if (extent.largest == 0) continue;
+    const float to_whole = kWhole / extent.largest;
+    for (int64_t c = 0; c < a.C; c += kDepth) {
+      alignas(64) int8_t step[kWeightDigits * kTile];
+      put_digits(w, a.C, c, to_whole, false, step, kTile);
+      for (int64_t d = 0; d < kWeightDigits; d++) {
+        for (int64_t i = 0; i < kSide; i++) {
+          memcpy(a.packed + panel * p.steps * kWeightStep + d * kTile + Packed::place(m, c + i),
+                 step + d * kTile + i * 4, 4);
+        }
       }
     }
+    scales[panel * kSide + m] = kScale / to_whole;
+    spreads += double(extent.spread());
+    counted++;
   }
+  // r^2 s^2 of a token is its own spread() times this.
+  scales[a.chunks * p.panels * kSide] = counted ? float(spreads / double(counted) * double(a.C * a.C)) : 0;
 }
 
 Status linear(const LinearArgs& a, const Parallel& pool) {
-  const int64_t group_bytes = groups_of(a.C, kDepth) * kStep * int64_t(sizeof(uint16_t));
+  const Packed p(a.M, a.C);
+  constexpr int64_t kSumsBytes = 2 * kSums * int64_t(sizeof(int32_t));
+  const int64_t digits = p.steps * kRowStep, group_bytes = digits + 2 * kGroup * int64_t(sizeof(float)) + 1;
   const int64_t most = kBlockBytes / group_bytes ? kBlockBytes / group_bytes : 1;
   Outcome outcome;
   parallel_for(pool, groups_of(a.rows, kGroup), 1, [&](int64_t begin, int64_t end) {
     const int64_t size = groups_of(end - begin, groups_of(end - begin, most));
-    constexpr int64_t kSumsBytes = 2 * kSums * int64_t(sizeof(float));
     char* const memory = static_cast<char*>(scratch(Slot::own, kSumsBytes + size * group_bytes));
     if (!memory) return outcome.fail(Status::out_of_memory);
+    Rows rows;
+    rows.digits = reinterpret_cast<int8_t*>(memory + kSumsBytes);
+    rows.scale = reinterpret_cast<float*>(rows.digits + size * digits);
+    rows.low = rows.scale + size * kGroup;
+    rows.has_low = reinterpret_cast<bool*>(rows.low + size * kGroup);
     const TileRegisters registers;
     for (int64_t first = begin; first < end; first += size) {
-      run_block(a, first, first + size < end ? first + size : end, reinterpret_cast<uint16_t*>(memory + kSumsBytes),
-                reinterpret_cast<float*>(memory));
+      const int64_t past = first + size < end ? first + size : end;
+      rows.first = first * kGroup;
+      rows.groups = past - first;
+      rows.count = (past * kGroup < a.rows ? past * kGroup : a.rows) - rows.first;
+      run_block(a, p, rows, reinterpret_cast<int32_t*>(memory));
     }
   });
   return outcome.result();

@@ -1,10 +1,9 @@
 // csrc/amx/linear.cpp as it is, on a tile unit in plain C++: it runs where there is none, and between guard bands.
 //
 // What the processor's manual says: tiles of 16 rows of 64 bytes, none before they are configured; a product of
-// bfloat16 sums even and odd pairs apart, fused, subnormal numbers being 0, then adds both to what is there.
+// bytes adds four neighbours of a row times four of a column to a 32-bit sum.
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -28,7 +27,7 @@ static inline void configure(const void* shapes) {
   const unsigned char* const at = static_cast<const unsigned char*>(shapes);
   EMULATED_WANT(at[0] == 1 && at[1] == 0);
   for (int i = 0; i < 8; i++) EMULATED_WANT(at[16 + 2 * i] == 64 && at[17 + 2 * i] == 0 && at[48 + i] == 16);
-  memset(unit.tile, 0xff, sizeof unit.tile);  // NaN until written
+  memset(unit.tile, 0xff, sizeof unit.tile);  // no number is this until written
   unit.configured = true;
 }
 static inline void release() { unit.configured = false; }
@@ -44,30 +43,21 @@ static inline void zero(int tile) {
   EMULATED_WANT(unit.configured);
   memset(unit.tile[tile], 0, sizeof unit.tile[tile]);
 }
-static inline float flushed(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.0f, v) : v; }
-static inline float widened(const unsigned char* at) {
-  uint16_t half;
-  memcpy(&half, at, 2);
-  const uint32_t bits = uint32_t(half) << 16;
-  float v;
-  memcpy(&v, &bits, 4);
-  return flushed(v);
-}
 static inline void products(int sums, int left, int right) {
   EMULATED_WANT(unit.configured);
   for (int m = 0; m < 16; m++) {
     for (int n = 0; n < 16; n++) {
-      float parts[2] = {0, 0};
-      for (int k = 0; k < 16; k++) {
-        for (int p = 0; p < 2; p++) {
-          const float a = widened(unit.tile[left][m] + 4 * k + 2 * p), b = widened(unit.tile[right][k] + 4 * n + 2 * p);
-          parts[p] = flushed(std::fmaf(a, b, parts[p]));
-        }
+      int64_t sum = 0;
+      for (int k = 0; k < 64; k++) {
+        const auto a = int8_t(unit.tile[left][m][k]), b = int8_t(unit.tile[right][k / 4][4 * n + k % 4]);
+        sum += a * b;
       }
-      float sum;
-      memcpy(&sum, unit.tile[sums][m] + 4 * n, 4);
-      sum = flushed(sum + flushed(parts[0] + parts[1]));
-      memcpy(unit.tile[sums][m] + 4 * n, &sum, 4);
+      int32_t to;
+      memcpy(&to, unit.tile[sums][m] + 4 * n, 4);
+      sum += to;
+      EMULATED_WANT(sum == int32_t(sum));  // the unit would wrap around
+      to = int32_t(sum);
+      memcpy(unit.tile[sums][m] + 4 * n, &to, 4);
     }
   }
 }
@@ -75,15 +65,17 @@ static inline void products(int sums, int left, int right) {
 }  // namespace emulated
 
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
-#undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #define _tile_loadconfig emulated::configure
 #define _tile_release emulated::release
 #define _tile_loadd emulated::load
+#define _tile_stream_loadd emulated::load
 #define _tile_stored emulated::store
 #define _tile_zero emulated::zero
-#define _tile_dpbf16ps emulated::products
+#define _tile_dpbssd emulated::products
 
 #include "amx/linear.cpp"
 
@@ -97,14 +89,14 @@ void run_in_two(int64_t tasks, int64_t, void (*body)(void*, int64_t, int64_t), v
 
 }  // namespace
 
-extern "C" int64_t emulated_pack(const float* weight, int64_t chunks, int64_t M, int64_t C, uint16_t* packed) {
+extern "C" int64_t emulated_pack(const float* weight, int64_t chunks, int64_t M, int64_t C, int8_t* packed) {
   const h2ot::PackArgs args = {weight, chunks, M, C, packed};
   if (packed) h2ot::amx::pack(args);
   return h2ot::amx::packed_size(args);
 }
 
-extern "C" int emulated_linear(const float* x, int64_t rows, int64_t chunks, int64_t M, int64_t C,
-                               const uint16_t* packed, const float* bias, const float* residual, int gelu, float* out) {
+extern "C" int emulated_linear(const float* x, int64_t rows, int64_t chunks, int64_t M, int64_t C, const int8_t* packed,
+                               const float* bias, const float* residual, int gelu, float* out) {
   const auto activation = gelu ? h2ot::Activation::gelu : h2ot::Activation::none;
   const h2ot::LinearArgs args = {x, rows, chunks, M, C, packed, bias, residual, activation, out};
   return int(h2ot::amx::linear(args, {run_in_two, 2}));
