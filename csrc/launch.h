@@ -190,8 +190,9 @@ struct RecoverTailArgs {
   void* out;  // [R, F, M]
 };
 
-// out[c, r] = residual[c, r] + activation(W_c x[r] + bias_c) in float32, on the tile unit of x86. The weights, those of
-// `chunks` layers with M outputs each, are packed once: three bytes for each, in tiles, and a scale for each output.
+// out[c, r] = residual[c, r] + activation(W_c norm(x[r]) + bias_c) in float32, on the tile unit of x86. The weights,
+// those of `chunks` layers with M outputs each, are packed once: three bytes for each, in tiles, and a scale for each
+// output.
 enum class Activation : int32_t { none, gelu };
 struct PackArgs {
   const float* weight;  // [chunks, M, C] contiguous; the largest of each row 0, or from 2^-48 to 2^48; C 32 to 32768
@@ -205,7 +206,10 @@ struct LinearArgs {
   const float* bias;      // [chunks, M], or null
   const float* residual;  // [chunks, rows, M] contiguous, or null
   Activation activation;
-  float* out;  // [chunks, rows, M]
+  float* out;                            // [chunks, rows, M]
+  bool has_norm;                         // norm is LayerNorm over C, else nothing
+  const float *norm_weight, *norm_bias;  // [C], or null
+  float eps;
 };
 
 enum class Interpolation : int32_t { linear, nearest };

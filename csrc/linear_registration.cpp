@@ -29,7 +29,8 @@ Tensor pack_linear(const Tensor& weight, int64_t chunks) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-              int64_t out_features, int64_t chunks, bool gelu) {
+              int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+              const MaybeTensor& norm_bias, double eps) {
   require(tiles_run(), "a CPU with a tile unit");
   require(is_float(x) && x.numel() > 0, "float32 tokens, some");
   const int64_t C = x.size(-1), M = chunks > 0 ? out_features / chunks : 0, rows = x.numel() / C;
@@ -38,7 +39,10 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, co
           "what pack_linear made of a weight of these sizes");
   require(!bias || bias->numel() == out_features, "a bias [out_features]");
   require(!residual || residual->numel() == rows * out_features, "a residual of the result's shape");
+  require(!norm_weight || norm_weight->numel() == C, "a norm's weight [in_features]");
+  require(!norm_bias || norm_bias->numel() == C, "a norm's bias [in_features]");
   const Tensor dense_x = dense(x);
+  const MaybeTensor weight = dense(norm_weight, ScalarType::Float), shift = dense(norm_bias, ScalarType::Float);
   const MaybeTensor dense_bias = dense(bias, ScalarType::Float), added = dense(residual, ScalarType::Float);
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = M;
@@ -53,7 +57,11 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, co
                            read<float>(dense_bias),
                            read<float>(added),
                            gelu ? Activation::gelu : Activation::none,
-                           write<float>(out)};
+                           write<float>(out),
+                           eps >= 0,
+                           read<float>(weight),
+                           read<float>(shift),
+                           float(eps)};
   check(amx::linear(args, pool()), "linear");
   return out;
 }

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.modules import module as nn_module
 
 from .backend import why_no_cpp
 from .library import declare
@@ -16,6 +17,7 @@ else:
         return False
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKABLE = (torch.float32, torch.bfloat16)
 SAMPLED = 1024  # elements of a parameter that are looked at before its packed form is used
 ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
@@ -50,18 +52,25 @@ class Linear(nn.Linear):
         residual: Tensor | None = None,
         scale: Tensor | None = None,
         chunks: int = 1,
+        norm: nn.LayerNorm | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """x [..., in_features] -> residual + scale * activation(product) [..., out_features].
+        """x [..., in_features] -> residual + scale * activation(product of norm(x)) [..., out_features].
 
         activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
-        output features in that many tensors of their own, a tuple (no residual then).
+        output features in that many tensors of their own, a tuple (no residual then). norm: what is done to x first.
         """
         if not x.is_cpu:  # nothing is packed there
-            return self._plain(x, activation, residual, scale, chunks)
+            return self._plain(x, activation, residual, scale, chunks, norm)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if not self._can_pack(x, dtype) or (scale is not None and scale.is_inference()):
-            return self._plain(x, activation, residual, scale, chunks)
-        products = self._pack(x, dtype, scale, chunks)(x.to(dtype), activation, residual)
+            return self._plain(x, activation, residual, scale, chunks, norm)
+        product = self._pack(x, dtype, scale, chunks)
+        fused = {}
+        if norm is not None and isinstance(product, Tiles) and _can_fuse(norm, x):
+            fused = {"norm": norm}
+        elif norm is not None:
+            x = norm(x)
+        products = product(x.to(dtype), activation, residual, **fused)
         return products[0] if chunks == 1 else products
 
     def _plain(
@@ -71,7 +80,9 @@ class Linear(nn.Linear):
         residual: Tensor | None = None,
         scale: Tensor | None = None,
         chunks: int = 1,
+        norm: nn.LayerNorm | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
+        x = x if norm is None else norm(x)
         if chunks > 1:
             biases = [None] * chunks if self.bias is None else self.bias.chunk(chunks)
             parts = zip(self.weight.chunk(chunks), biases, strict=True)
@@ -144,12 +155,15 @@ class Tiles:
         self.packed, self.bias = pack_linear(weight, chunks), bias
         self.chunks, self.out_features = chunks, weight.shape[0]
 
-    def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
+    def __call__(
+        self, x: Tensor, activation: str, residual: Tensor | None, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, ...]:
         inside = activation in ("none", "gelu")
         size = (*x.shape[:-1], self.out_features)
         fits = residual is not None and residual.dtype == x.dtype and residual.shape == size
         added = residual if inside and fits else None
-        y = linear(x, self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu")
+        normed = () if norm is None else (norm.weight, norm.bias, norm.eps)
+        y = linear(x, self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu", *normed)
         if not inside:
             y = ACTIVATIONS[activation](y)
         if residual is not None and added is None:
@@ -175,6 +189,24 @@ class OneDnn:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *part, "add")
 
 
+def _can_fuse(norm: nn.LayerNorm, x: Tensor) -> bool:
+    """A float32 LayerNorm over the last axis, on the CPU, that nothing listens to."""
+    vectors = [v for v in (norm.weight, norm.bias) if v is not None]
+    plain = all(type(v) is nn.Parameter and v.dtype == torch.float32 and v.is_cpu for v in vectors)
+    return type(norm) is nn.LayerNorm and is_silent(norm) and norm.normalized_shape == x.shape[-1:] and plain
+
+
+def is_silent(*modules: nn.Module | None) -> bool:
+    """Nothing happens in these modules' calls, which are left out or changed: no active dropout (of a module in
+    training mode, in an MLP that is not, too), no hook, no forward put on the instance.
+    """
+    called = [module for module in modules if module is not None]
+    active = any(module.training and getattr(module, "p", 0) for module in called)
+    listening = any(getattr(module, name) for module in called for name in HOOKS)
+    replaced = any("forward" in module.__dict__ for module in called)
+    return not (active or listening or replaced or nn_module._has_any_global_hook())
+
+
 def _casts(*tensors: Tensor) -> bool:
     """Autocast casts these: it leaves float64 as it is."""
     return all(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors)
@@ -186,23 +218,24 @@ def _sample(parameter: Tensor) -> Tensor:
 
 
 def _fake_pack(weight, chunks):
-    panels, steps = -(-(weight.shape[0] // chunks) // 32), -(-weight.shape[1] // 64)
-    return weight.new_empty(chunks * panels * (steps * 6 * 1024 + 32 * 4) + 16 * 4, dtype=torch.int8)
+    panels, steps = -(-(weight.shape[0] // chunks) // 16), -(-weight.shape[1] // 64)
+    return weight.new_empty(chunks * panels * (steps * 3 * 1024 + 16 * 4) + 16 * 4, dtype=torch.int8)
 
 
-def _fake(x, packed, bias, residual, out_features, chunks, gelu):
+def _fake(x, packed, bias, residual, out_features, chunks, gelu, norm_weight=None, norm_bias=None, eps=-1.0):
     size = (*x.shape[:-1], out_features // chunks)
     return x.new_empty(size if chunks == 1 else (chunks, *size))
 
 
-def _flops(x, packed, bias, residual, out_features, chunks, gelu):
+def _flops(x, packed, bias, residual, out_features, chunks, gelu, *norm):
     return 2 * torch.Size(x).numel() * out_features
 
 
 pack_linear = declare("pack_linear", "(Tensor weight, int chunks) -> Tensor", _fake_pack)
 linear = declare(
     "linear",
-    "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int chunks, bool gelu) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int chunks, bool gelu, "
+    "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",  # eps below 0: no norm
     _fake,
     flops=_flops,
 )

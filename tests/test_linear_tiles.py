@@ -33,8 +33,8 @@ SIZES = [
 ]
 
 
-def native(x, weight, bias=None, residual=None, chunks=1, gelu=False):
-    return linear(x, pack_linear(weight, chunks), bias, residual, len(weight), chunks, gelu)
+def native(x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=()):
+    return linear(x, pack_linear(weight, chunks), bias, residual, len(weight), chunks, gelu, *norm)
 
 
 class Emulated:
@@ -56,7 +56,7 @@ class Emulated:
         self.library = ctypes.CDLL(str(library))
         self.library.emulated_pack.restype = ctypes.c_int64
 
-    def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False):
+    def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
         rows, M, C = x.numel() // x.shape[-1], len(weight) // chunks, x.shape[-1]
         sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
         count = self.library.emulated_pack(None, *sizes[1:], None)
@@ -64,7 +64,8 @@ class Emulated:
         packed, inside = guarded(count, torch.int8)
         self.library.emulated_pack(at(weight), *sizes[1:], at(inside))
         out, result = guarded(rows * len(weight), torch.float32)
-        given = at(inside), at(bias), at(residual), int(gelu), at(result)
+        of_norm = at(norm[0]), at(norm[1]), ctypes.c_float(norm[2])
+        given = at(inside), at(bias), at(residual), int(gelu), at(result), *of_norm
         assert self.library.emulated_linear(at(x), *sizes, *given) == 0
         for whole in (packed, out):
             assert (whole[:BAND] == 7).all()
@@ -191,6 +192,25 @@ def test_numbers_far_above_the_others(run, C):
         assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_normed_tokens(run, sizes, affine):
+    """The product of layer_norm(x), tokens that are all equal and an offset among them."""
+    x, weight, bias, _ = made(*sizes)
+    C = sizes[1]
+    x[0] = 3.0
+    x[-1] += 1e3
+    scale, shift = (torch.linspace(0.5, 2, C), torch.linspace(-1, 1, C)) if affine else (None, None)
+    got = run(x, weight, bias, None, sizes[3], False, (scale, shift, 1e-5))
+
+    def expected(dtype):
+        scale_and_shift = (v if v is None else v.to(dtype) for v in (scale, shift))
+        y = functional.layer_norm(x.to(dtype), (C,), *scale_and_shift, 1e-5)
+        return by_torch(y, weight, bias, None, sizes[3], False, dtype)
+
+    assert_within(got, expected(torch.float64), expected(torch.float32), C)
+
+
 def test_every_scale(run):
     """Rows and weights of any size are as accurate as float32's, by their own scale; what overflows is infinite."""
     x, weight, _, _ = made(64, 96, 33, 1)
@@ -242,6 +262,8 @@ def test_the_operator_refuses_other_sizes():
         (x, packed, bias[1:], None, 40, 1, False),
         (x, packed, bias, residual[1:], 40, 1, False),
         (x, packed, bias, None, 40, 3, False),
+        (x, packed, bias, None, 40, 1, False, x[0, 1:], None, 1e-5),
+        (x, packed, bias, None, 40, 1, False, None, x[0, 1:], 1e-5),
         (x.double(), packed, bias, None, 40, 1, False),
     ):
         with pytest.raises((ValueError, RuntimeError), match="h2ot_kernels.linear: wanted"):
@@ -256,6 +278,7 @@ def test_the_unit_can_be_left_alone():
     assert done.stdout.strip() == "False"
 
 
+LANES = "count > 0 ? __mmask16((1u << count) - 1)"
 THIRD = "  load_weights(weights, 0);\n  _tile_dpbssd(3,"
 LAST = "  load_rows(rows, 2, 1);\n  _tile_dpbssd(5, 7, 6);\n  beside();\n"
 MISTAKES = {
@@ -267,6 +290,7 @@ MISTAKES = {
     "sums of order 3 count for rows that are even": ("linear.cpp", "has_low ? 1.0f / 256 : 0", "1.0f / 256"),
     "outputs beyond the last are written": ("linear.cpp", "if (count >= kFloats) {", "if (true) {"),
     "the last product of a block is not finished": ("linear.cpp", "  finish(a, rows, before, 0, kGroup);\n", ""),
+    "lanes beyond the last channel count in a norm": ("norm.h", LANES, "count > 0 ? kAll"),
     "infinities have digits": ("linear.cpp", "plain && row", "false && row"),
 }
 
@@ -280,6 +304,7 @@ def test_planted_mistakes_are_seen(mistake, tmp_path):
     tests += [
         functools.partial(test, wrong)
         for test in (
+            functools.partial(test_normed_tokens, sizes=SIZES[1], affine=True),
             test_as_accurate_as_float32,
             test_numbers_without_digits,
             functools.partial(test_numbers_far_above_the_others, C=512),

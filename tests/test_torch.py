@@ -61,9 +61,11 @@ def samples():
 def tile_samples():
     """Of the operators that only a CPU with a tile unit has."""
     if tiles_run():
-        weight = rand(6, 9)
+        weight = rand(6, 33)
         yield OPS.pack_linear, (weight, 2)
-        yield OPS.linear, (rand(2, 5, 9), OPS.pack_linear(weight, 2), rand(6), None, 6, 2, True)
+        packed = OPS.pack_linear(weight, 2)
+        yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True)
+        yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
 
 
 def test_opcheck():

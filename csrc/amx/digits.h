@@ -39,21 +39,31 @@ struct Extent {
   // r^2 / C, r being as above.
   float spread() const { return largest * largest / squares; }
 };
-H2OT_INLINE Extent extent_of(const float* x, int64_t C) {
-  Words most = {};
-  Floats squares = {};
-  for (int64_t c = 0; c < C; c += kFloats) {
-    const Floats v = load_some(x + c, C - c);
+// Collects it from the vectors of a row.
+class Measure {
+ public:
+  __attribute__((always_inline)) void add(Floats v) {
     const Words bits = as_words(v) & 0x7fffffffu;
-    most = bits > most ? bits : most;  // in the order of the numbers, NaN above infinity
-    squares += v * v;
+    most_ = bits > most_ ? bits : most_;  // in the order of the numbers, NaN above infinity
+    squares_ += v * v;
   }
-  uint32_t bits = 0;
-  for (int lane = 0; lane < kFloats; lane++) bits = most[lane] > bits ? most[lane] : bits;
-  Extent extent;
-  memcpy(&extent.largest, &bits, sizeof bits);
-  extent.squares = sum_lanes<float>(squares);
-  return extent;
+  __attribute__((always_inline)) Extent extent() const {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kFloats; lane++) bits = most_[lane] > bits ? most_[lane] : bits;
+    Extent extent;
+    memcpy(&extent.largest, &bits, sizeof bits);
+    extent.squares = sum_lanes<float>(squares_);
+    return extent;
+  }
+
+ private:
+  Words most_ = {};
+  Floats squares_ = {};
+};
+H2OT_INLINE Extent extent_of(const float* x, int64_t C) {
+  Measure measure;
+  for (int64_t c = 0; c < C; c += kFloats) measure.add(load_some(x + c, C - c));
+  return measure.extent();
 }
 
 // Channels [c, c + kDepth) of x[C] times `to_whole`, as row `to` of tiles `stride` apart, one of each digit: byte 4 i +

@@ -8,6 +8,7 @@
 #include "../cpu/worker.h"
 #include "digits.h"
 #include "gelu.h"
+#include "norm.h"
 #include "tiles.h"
 
 namespace h2ot {
@@ -43,6 +44,7 @@ struct Rows {
   float* scale;    // [groups][kGroup]: of sums of order 2
   float* low;      // [groups][kGroup]: what a sum of order 3 counts, 1 / 256 or 0
   bool* has_low;   // [groups]: whether one of it is not 0
+  float* normed;   // [kGroup][C], where there is a norm
 };
 
 // A product that is to be finished.
@@ -102,14 +104,28 @@ H2OT_INLINE void ask_for_out(const LinearArgs& a, const Rows& rows, const Pendin
   }
 }
 
+struct Row {
+  const float* x = nullptr;
+  Extent extent = {};
+};
+// Row `row` of x, normed into `to` where there is a norm.
+H2OT_INLINE Row row_of(const LinearArgs& a, int64_t row, float* to) {
+  const float* const x = a.x + row * a.C;
+  if (!a.has_norm) return {x, extent_of(x, a.C)};
+  return {to, norm_row(x, a.C, a.norm_weight, a.norm_bias, a.eps, to)};
+}
+
 // Group g as tiles; zeros for rows that are not there or have no digits. Returns whether a row has none.
 bool put_group(const LinearArgs& a, const Packed& p, float spread, const Rows& rows, int64_t g) {
+  const float* x[kGroup];
   float to_whole[kGroup];
   bool all = true;
   rows.has_low[g] = false;
   for (int64_t r = 0; r < kGroup; r++) {
     const int64_t row = g * kGroup + r;
-    const Extent extent = row < rows.count ? extent_of(a.x + (rows.first + row) * a.C, a.C) : Extent{};
+    const Row of = row < rows.count ? row_of(a, rows.first + row, rows.normed + r * a.C) : Row{};
+    const Extent extent = of.extent;
+    x[r] = of.x;
     const bool has_digits = extent.has_digits();
     all = all && has_digits;
     to_whole[r] = has_digits && extent.largest != 0 ? kWhole / extent.largest : 0;
@@ -123,8 +139,7 @@ bool put_group(const LinearArgs& a, const Packed& p, float spread, const Rows& r
     for (int64_t r = 0; r < kGroup; r++) {
       int8_t* const to = tiles + r * kDepth;
       if (to_whole[r] != 0) {
-        const float* const x = a.x + (rows.first + g * kGroup + r) * a.C;
-        put_digits(x, a.C, c, to_whole[r], rows.has_low[g], to, 2 * kTile);
+        put_digits(x[r], a.C, c, to_whole[r], rows.has_low[g], to, 2 * kTile);
       } else {
         for (int d = 0; d < kRowDigits; d++) memset(to + d * 2 * kTile, 0, kDepth);
       }
@@ -138,8 +153,7 @@ H2OT_INLINE Floats bias_of(const LinearArgs& a, int64_t chunk, int64_t column) {
 }
 
 // A row without digits, by multiply-adds in the order of the channels.
-void plain_row(const LinearArgs& a, const Packed& p, const float* scales, int64_t row) {
-  const float* const x = a.x + row * a.C;
+void plain_row(const LinearArgs& a, const Packed& p, const float* scales, const float* x, int64_t row) {
   for (int64_t panel = 0; panel < a.chunks * p.panels; panel++) {
     const int8_t* const b = a.packed + panel * p.steps * kWeightStep;
     const Floats scale = load(scales + panel * kSide) * (256 / kScale);
@@ -192,7 +206,8 @@ void run_block(const LinearArgs& a, const Packed& p, const Rows& rows, int32_t* 
   }
   finish(a, rows, before, 0, kGroup);
   for (int64_t row = rows.first; plain && row < rows.first + rows.count; row++) {
-    if (!extent_of(a.x + row * a.C, a.C).has_digits()) plain_row(a, p, scales, row);
+    const Row of = row_of(a, row, rows.normed);
+    if (!of.extent.has_digits()) plain_row(a, p, scales, of.x, row);
   }
 }
 
@@ -233,16 +248,18 @@ void pack(const PackArgs& a) {
 Status linear(const LinearArgs& a, const Parallel& pool) {
   const Packed p(a.M, a.C);
   constexpr int64_t kSumsBytes = 2 * kSums * int64_t(sizeof(int32_t));
+  const int64_t normed_bytes = a.has_norm ? kGroup * a.C * int64_t(sizeof(float)) : 0;
   const int64_t digits = p.steps * kRowStep, group_bytes = digits + 2 * kGroup * int64_t(sizeof(float)) + 1;
   const int64_t most = kBlockBytes / group_bytes ? kBlockBytes / group_bytes : 1;
   Outcome outcome;
   parallel_for(pool, groups_of(a.rows, kGroup), 1, [&](int64_t begin, int64_t end) {
     const int64_t size = groups_of(end - begin, groups_of(end - begin, most));
-    char* const memory = static_cast<char*>(scratch(Slot::own, kSumsBytes + size * group_bytes));
+    char* const memory = static_cast<char*>(scratch(Slot::own, kSumsBytes + size * group_bytes + normed_bytes));
     if (!memory) return outcome.fail(Status::out_of_memory);
     Rows rows;
     rows.digits = reinterpret_cast<int8_t*>(memory + kSumsBytes);
-    rows.scale = reinterpret_cast<float*>(rows.digits + size * digits);
+    rows.normed = reinterpret_cast<float*>(rows.digits + size * digits);
+    rows.scale = rows.normed + normed_bytes / int64_t(sizeof(float));
     rows.low = rows.scale + size * kGroup;
     rows.has_low = reinterpret_cast<bool*>(rows.low + size * kGroup);
     const TileRegisters registers;

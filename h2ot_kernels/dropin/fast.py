@@ -10,17 +10,15 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from ..attention import attend_rows
 from ..checks import FLOATS
-from ..linear import Linear
+from ..linear import Linear, is_silent
 from ..recover_attention import has_plain_tail, norm_and_head
 from .hot import is_transformed, shared_rows
 
 PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))
 LARGEST_HEAD = 8  # outputs, four of which share a pass over a row: with more the product by itself is as fast
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fast:
@@ -64,17 +62,6 @@ def fast_class(mixin: type, original: type, trains: bool = True) -> type:
     documented = {"__module__": original.__module__, "__doc__": original.__doc__}
     names = {"original": original, "extra": extra, "trains": trains} | documented
     return type(original.__name__, (mixin, original), names)
-
-
-def is_silent(*modules: nn.Module | None) -> bool:
-    """Nothing happens in these modules' calls, which are left out or changed: no active dropout (of a module in
-    training mode, in an MLP that is not, too), no hook, no forward put on the instance.
-    """
-    called = [module for module in modules if module is not None]
-    active = any(module.training and getattr(module, "p", 0) for module in called)
-    listening = any(getattr(module, name) for module in called for name in HOOKS)
-    replaced = any("forward" in module.__dict__ for module in called)
-    return not (active or listening or replaced or nn_module._has_any_global_hook())
 
 
 class FastLinear(Fast, Linear):

@@ -15,7 +15,7 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-from ..linear import Linear
+from ..linear import HOOKS, Linear
 from . import fast, hot, prunevid, tcformer
 
 SMALLEST = 16  # features of a linear layer below which packing gains nothing
@@ -133,7 +133,7 @@ def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Mod
     twin = type(module).__new__(type(module))
     own = module.__dict__.items()
     twin.__dict__.update((name, copy.copy(x) if isinstance(x, CONTAINERS) else x) for name, x in own)
-    for name in (*fast.HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    for name in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
         twin.__dict__[name] = type(module.__dict__[name])()
 
     def random(x: Tensor | None) -> Tensor | None:

@@ -47,20 +47,22 @@ class Attention(nn.Module):
         if not proj_first:
             self.proj = Linear(channels, channels)
 
-    def forward(self, x: Tensor, dim: int, *, with_query_key: bool = True, **update) -> tuple[Tensor, QueryKey | None]:
+    def forward(
+        self, x: Tensor, dim: int, *, with_query_key: bool = True, norm: nn.LayerNorm | None = None, **update
+    ) -> tuple[Tensor, QueryKey | None]:
         """x [B, T, C], or [B, F, J, C] with dim 1 or 2 -> attention along axis dim, (query, key) [B, (J, F), H, T, D].
 
-        with_query_key: False gives None for them: views cost as much as a launch. update: residual, scale as `Linear`
-        takes them.
+        with_query_key: False gives None for them: views cost as much as a launch. norm: what is done to x first.
+        update: residual, scale as `Linear` takes them.
         """
         query_key = None
         if takes_one_product(x, dim):
-            attended, *heads = attend_packed(self.qkv(x), self.num_heads, dim)
+            attended, *heads = attend_packed(self.qkv(x, norm=norm), self.num_heads, dim)
             if with_query_key:
                 others = x.shape[:-2] if dim == x.dim() - 2 else (1, x.shape[2])
                 query_key = tuple(y.unflatten(0, others) for y in heads)
         else:
-            heads = self.qkv(x, chunks=3)
+            heads = self.qkv(x, chunks=3, norm=norm)
             if with_query_key:
                 query_key = tuple(y.unflatten(-1, (self.num_heads, -1)).movedim(dim, -2) for y in heads[:2])
             if dim == x.dim() - 2:
@@ -89,10 +91,10 @@ class Mlp(nn.Module):
         self.fc1 = Linear(channels, hidden)
         self.fc2 = Linear(hidden, channels)
 
-    def forward(self, x: Tensor, **update) -> Tensor:
-        """update: residual, scale as `Linear` takes them."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, **update) -> Tensor:
+        """norm: what is done to x first; update: residual, scale as `Linear` takes them."""
         dropout = self.dropout if self.training else 0.0
-        hidden = self.fc1(x, activation="gelu")
+        hidden = self.fc1(x, activation="gelu", norm=norm)
         return project(self.fc2, functional.dropout(hidden, dropout) if dropout else hidden, dropout, **update)
 
 
@@ -118,11 +120,11 @@ class Block(nn.Module):
         """x [B, ..., C] -> the block's output along axis dim, and its attention's (query, key) where asked for."""
         asked = {"with_query_key": with_query_key}
         if not self.training or self.drop_path_rate == 0:
-            x, query_key = self.attn(self.norm1(x), dim, residual=x, **asked)
-            return self.mlp(self.norm2(x), residual=x), query_key
-        attended, query_key = self.attn(self.norm1(x), dim, **asked)
+            x, query_key = self.attn(x, dim, norm=self.norm1, residual=x, **asked)
+            return self.mlp(x, norm=self.norm2, residual=x), query_key
+        attended, query_key = self.attn(x, dim, norm=self.norm1, **asked)
         x = x + drop_path(attended, self.drop_path_rate, dim)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_rate, dim), query_key
+        return x + drop_path(self.mlp(x, norm=self.norm2), self.drop_path_rate, dim), query_key
 
 
 class Fusion(nn.Linear):

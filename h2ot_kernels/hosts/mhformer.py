@@ -149,7 +149,7 @@ class HypothesisBlock(nn.Module):
             streams[s] = streams[s] + self._dropped(update)
             query_keys.append(query_key)
         x = torch.cat(list(streams.values()), -1)
-        return x + self._dropped(self.mlp(self.norm2(x))), query_keys
+        return x + self._dropped(self.mlp(x, norm=self.norm2)), query_keys
 
     def _dropped(self, branch: Tensor) -> Tensor:
         return drop_path(branch, self.drop_path_rate, 1) if self.training and self.drop_path_rate else branch
@@ -165,7 +165,7 @@ class RefinementBlock(HypothesisBlock):
             self.add_module(f"attn_{s}", Attention(channels, num_heads, dropout=dropout))
 
     def update(self, s: int, streams: dict[int, Tensor]) -> tuple[Tensor, QueryKey]:
-        return getattr(self, f"attn_{s}")(getattr(self, f"norm1_{s}")(streams[s]), dim=1)
+        return getattr(self, f"attn_{s}")(streams[s], dim=1, norm=getattr(self, f"norm1_{s}"))
 
 
 class InteractionBlock(HypothesisBlock):

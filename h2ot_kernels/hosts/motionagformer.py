@@ -113,8 +113,8 @@ class Mixing(nn.Module):
 
     def forward(self, x: Tensor, dim: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """x [B, F, J, C] mixed along axis dim -> (x, what the mixer says beside)."""
-        x, beside = self.mixer(self.norm1(x), dim, residual=x, scale=self.layer_scale_1)
-        return self.mlp(self.norm2(x), residual=x, scale=self.layer_scale_2), beside
+        x, beside = self.mixer(x, dim, norm=self.norm1, residual=x, scale=self.layer_scale_1)
+        return self.mlp(x, norm=self.norm2, residual=x, scale=self.layer_scale_2), beside
 
 
 class Graph(nn.Module):
@@ -145,8 +145,9 @@ class SpatialGraph(Graph):
         adjacency = torch.tensor([[other in neighbours for other in range(len(joints))] for neighbours in joints])
         self.register_buffer("adjacency", adjacency, persistent=False)
 
-    def forward(self, x: Tensor, dim: int, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, dim: int, norm: nn.LayerNorm, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
         """x [B, F, J, C], dim 2."""
+        x = norm(x)
         y = by_degree(self.adjacency, x.dtype) @ self.V(x) + self.U(x)
         return self.finish(x, y.flatten(0, 1), residual, scale), None
 
@@ -158,8 +159,9 @@ class TemporalGraph(Graph):
         super().__init__(channels, nodes)
         self.num_neighbours = min(num_neighbours, nodes)
 
-    def forward(self, x: Tensor, dim: int, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, dim: int, norm: nn.LayerNorm, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
         """x [B, F, J, C], dim 1."""
+        x = norm(x)
         weights = by_degree(self.adjacency(x.transpose(1, 2)), x.dtype)
         y = (weights @ self.V(x).transpose(1, 2)).transpose(1, 2) + self.U(x)
         return self.finish(x, y.flatten(2), residual, scale), None

@@ -27,11 +27,11 @@ class DualBlock(nn.Module):
         """x [B, F, J, C] -> the block's output and its temporal (query, key)."""
         for axis in self.order:
             if axis == "s":
-                x, _ = self.attn_s(self.norm1_s(x), dim=2, with_query_key=False, residual=x)
-                x = self.mlp_s(self.norm2_s(x), residual=x)
+                x, _ = self.attn_s(x, dim=2, with_query_key=False, norm=self.norm1_s, residual=x)
+                x = self.mlp_s(x, norm=self.norm2_s, residual=x)
             else:
-                x, query_key = self.attn_t(self.norm1_t(x), dim=1, residual=x)
-                x = self.mlp_t(self.norm2_t(x), residual=x)
+                x, query_key = self.attn_t(x, dim=1, norm=self.norm1_t, residual=x)
+                x = self.mlp_t(x, norm=self.norm2_t, residual=x)
         return x, query_key
 
 
