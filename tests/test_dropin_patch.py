@@ -37,8 +37,8 @@ def tcformer_block():
 
 MODELS = (hot_mixste, tpc_mixste, hot_motionbert, tcformer_block)
 REPLACED = {
-    hot_mixste: {"cluster", "gather", "cross_attention", "attention", "linear", "mlp", "head"},
-    tpc_mixste: {"cluster", "gather", "attention", "linear", "mlp", "head"},
+    hot_mixste: {"cluster", "gather", "cross_attention", "attention", "linear", "mlp", "block", "head"},
+    tpc_mixste: {"cluster", "gather", "attention", "linear", "mlp", "block", "head"},
     hot_motionbert: {"cluster", "gather", "cross_attention", "attention", "linear", "mlp"},
     tcformer_block: {"cluster", "gather", "merge", "linear"},
 }

@@ -197,6 +197,35 @@ class FastCrossAttention(Fast):
         return project_out(self, attend_rows(query, key, value, self.num_heads, float(self.scale)))
 
 
+class FastBlock(Fast):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)): norms and additions in the same pass as the products they stand at.
+
+    In inference, where nothing listens inside the block; of blocks whose attention and MLP are fast already.
+    """
+
+    kernel = "block"
+    inputs = 1
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.training or torch.is_grad_enabled() or not self._can_fuse(x, args, kwargs):
+            return super().forward(x, *args, **kwargs)
+        attention, mlp = self.attn, self.mlp
+        x = attend(attention, attention.qkv(x, norm=self.norm1), type(attention).frame_dim, residual=x)
+        return mlp.fc2(mlp.fc1(x, activation="gelu", norm=self.norm2), residual=x)
+
+    def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
+        _, *inside = self.modules()
+        return self._is_usual(args, kwargs) and x.numel() > 0 and is_fusible(self) and is_silent(*inside)
+
+
+def is_fusible(block: nn.Module) -> bool:
+    """Whether its attention and MLP, which may be patched and unpatched on their own, are fast and of packed layers."""
+    attention, mlp = block.attn, block.mlp
+    if not (isinstance(attention, FastAttention) and isinstance(mlp, FastMlp)):
+        return False
+    return all(isinstance(layer, Linear) for layer in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
+
+
 def projections(module: nn.Module) -> tuple[str, str, str] | None:
     """The names of the three projections of a cross-attention."""
     for names in PROJECTIONS:
@@ -213,12 +242,13 @@ def stores_nothing(attention: Fast, *inputs: Tensor, project: tuple[str, ...] = 
     return same and all(x.numel() for x in inputs) and is_silent(*skipped)
 
 
-def attend(attention: Fast, qkv: Tensor, frame_dim: int = -2) -> Tensor:
-    """Self-attention along frame_dim of qkv [..., 3 C], then the output projection: [..., C]."""
+def attend(attention: Fast, qkv: Tensor, frame_dim: int = -2, residual: Tensor | None = None) -> Tensor:
+    """Self-attention along frame_dim of qkv [..., 3 C], then the output projection and the residual: [..., C]."""
     qkv = qkv.transpose(frame_dim, -2)
     rows = qkv.flatten(0, -3).chunk(3, -1)
     attended = attend_rows(*rows, attention.num_heads, float(attention.scale))
-    return project_out(attention, attended.unflatten(0, qkv.shape[:-2]).transpose(frame_dim, -2).contiguous())
+    attended = attended.unflatten(0, qkv.shape[:-2]).transpose(frame_dim, -2).contiguous()
+    return project_out(attention, attended) if residual is None else attention.proj(attended, residual=residual)
 
 
 def project_out(attention: Fast, attended: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from .fast import Fast
 from .recognise import FUNCTIONS, NotRecognised, function_for, kind_of
 
-KERNELS = ("cluster", "merge", "gather", "cross_attention", "attention", "linear", "mlp", "head")
+KERNELS = ("cluster", "merge", "gather", "cross_attention", "attention", "linear", "mlp", "block", "head")
 PLAIN = (bool, int, float, str, tuple, type(None))
 _OURS = __name__.split(".")[0]
 
@@ -38,9 +38,10 @@ def patch(target, **kernels: bool) -> "Patch":
     target: a model (instance of nn.Module), a module object (`import model.mixste as m; patch(m)`), or a list of such.
     kernels: switches, all True: cluster (`cluster_dpc_knn`, `cluster_dpc_knn_center`), merge (`merge_tokens`), gather
     (`index_points`), cross_attention, attention (no N x N weights are stored), linear (packed weights in CPU inference,
-    followed when they change), mlp (the GELU in the same pass), head (an nn.Sequential of a LayerNorm and a Linear to
-    at most 8 outputs in one pass, in CPU inference; the residual before it stands in the parent's forward, which no
-    module shows, and stays there).
+    followed when they change), mlp (the GELU in the same pass), block (norms and residuals of a pre-norm block of fast
+    `attn` and `mlp` in the same passes, in inference where nothing inside is hooked), head (an nn.Sequential of a
+    LayerNorm and a Linear to at most 8 outputs in one pass, in CPU inference; the residual before it stands in the
+    parent's forward, which no module shows, and stays there).
 
     Functions are replaced under every name, in every loaded module, that holds the same function object: for a model,
     those that the modules defining its classes and their bases hold. A model's submodules get a subclass of their own
@@ -234,9 +235,11 @@ class Patch:
 
     def _patch_modules(self, root: nn.Module) -> None:
         modules = dict(root.named_modules())
-        # Linear layers first: a fused MLP wants its fc1 packed.
-        for path, module in sorted(modules.items(), key=lambda item: not isinstance(item[1], nn.Linear)):
-            kind = (type(module).kernel, type) if isinstance(module, Fast) else kind_of(module)
+        kinds = {p: (type(m).kernel, type) if isinstance(m, Fast) else kind_of(m) for p, m in modules.items()}
+        # Linear layers first: a fused MLP wants its fc1 packed; blocks last, as they want both.
+        order = {"linear": 0, "block": 2}
+        for path, module in sorted(modules.items(), key=lambda item: order.get((kinds[item[0]] or ("",))[0], 1)):
+            kind = kinds[path]
             if kind is None or kind[0] not in self.kernels:
                 continue
             kernel, find = kind

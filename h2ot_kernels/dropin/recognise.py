@@ -75,6 +75,19 @@ def attention_class(module: nn.Module) -> type:
     return _that_agrees(module, of_rows, of_frames)
 
 
+def block_class(module: nn.Module) -> type:
+    if not fast.is_fusible(module):
+        raise NotRecognised("its attention or its MLP is not fast, or of layers without packed weights")
+    C = module.attn.proj.in_features
+    for name, child in module._modules.items():
+        if name in ("norm1", "norm2"):
+            if type(child) is not nn.LayerNorm or child.normalized_shape != (C,):
+                raise NotRecognised(f"its {name} is {child}, not LayerNorm({C})")
+        elif name not in ("attn", "mlp") and child is not None and (*child.parameters(), *child.buffers()):
+            raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
+    return _that_agrees(module, ([(6, 5, C)], (fast.FastBlock,)), ([(2, 3, 5, C)], (fast.FastBlock,)))
+
+
 def cross_attention_class(module: nn.Module) -> type:
     names = fast.projections(module)
     _wants_linears(module, *names, "proj")
@@ -101,6 +114,8 @@ def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
         return "cross_attention", cross_attention_class
     if has("fc1") and has("act") and has("fc2"):
         return "mlp", mlp_class
+    if all(map(has, ("norm1", "attn", "norm2", "mlp"))):
+        return "block", block_class
     if isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.LayerNorm):
         return ("head", head_class) if isinstance(module[1], nn.Linear) else None
     return None
