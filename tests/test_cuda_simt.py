@@ -2,9 +2,7 @@
 
 import functools
 import itertools
-import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from . import simt
 from .cases import TOKEN_CASES, TokenCase, oracle_tokens
 from .compare import assert_scores
 from .simt import mutants
+from .simt.planted import build_planted, survivors
 
 needs_simulator = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 pytestmark = needs_simulator
@@ -339,44 +338,35 @@ HUNTED_AS = [
 ]
 
 
-def survives(driver: Path) -> bool:
-    """Whether all hunted cases are right; a few at a time, for most mutants die early."""
-    for first in range(0, len(HUNTED_AS), 4):
-        hunted = HUNTED_AS[first : first + 4]
-        calls = [call_of(case, **options) for case, options in hunted]
-        with tempfile.TemporaryDirectory() as folder:
-            if simt.run(calls, driver, Path(folder)).returncode:
-                return False
-        try:
-            for (case, _), call in zip(hunted, calls, strict=True):
-                check(case, call)
-        except AssertionError:
-            return False
+def is_right(driver: Path, folder: Path, hunted: tuple[TokenCase, dict], mistake: int = 0) -> bool:
+    case, options = hunted
+    call = call_of(case, **options)
+    if simt.run([call], driver, folder, mistake=mistake).returncode:
+        return False
+    try:
+        check(case, call)
+    except AssertionError:
+        return False
     return True
 
 
-def build_mutant(name: str, folder: Path, flags=simt.QUICK) -> Path:
-    file, text, replacement = (MUTANTS | mutants.SANITIZED)[name]
-    folder = Path(tempfile.mkdtemp(dir=folder))
-    shutil.copytree(simt.ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    path = folder / "csrc" / "cuda" / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"{name}: found {source.count(text)} times"
-    path.write_text(source.replace(text, replacement))
-    return simt.build(flags, folder / "csrc", folder)
+def survives(driver: Path) -> bool:
+    """Whether all hunted cases are right: asked by tests/mutant_runs.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        return all(is_right(driver, Path(folder), hunted) for hunted in HUNTED_AS)
 
 
 def test_mutants_are_caught(tmp_path):
-    assert survives(simt.build(simt.QUICK))
-    with ThreadPoolExecutor(2) as pool:
-        alive = pool.map(lambda name: survives(build_mutant(name, tmp_path)), MUTANTS)
-        assert not [name for name, survived in zip(MUTANTS, alive, strict=True) if survived]
+    driver = build_planted(MUTANTS, tmp_path, simt.QUICK)
+    assert not survivors(MUTANTS, HUNTED_AS, functools.partial(is_right, driver, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["the mirrored edge one too far", "a token past the last is read"])
-def test_the_sanitizer_sees_what_leaves_its_memory(name, tmp_path):
+def test_the_sanitizer_sees_what_leaves_its_memory(tmp_path):
     case = TokenCase("integers", N=33)  # nothing is left at the end of the matrix
-    driver = build_mutant(name, tmp_path, simt.SANITIZED_QUICK)
-    done = simt.run([call_of(case, plan=("stored", "direct"), samples=1)], driver, tmp_path)
-    assert done.returncode != 0
-    assert "AddressSanitizer: use-after-poison" in done.stderr
+    driver = build_planted(mutants.SANITIZED, tmp_path, simt.SANITIZED_QUICK)
+    calls = [call_of(case, plan=("stored", "direct"), samples=1)]
+    assert simt.run(calls, driver, tmp_path).returncode == 0
+    for mistake in range(1, len(mutants.SANITIZED) + 1):
+        done = simt.run(calls, driver, tmp_path, mistake=mistake)
+        assert done.returncode != 0
+        assert "AddressSanitizer: use-after-poison" in done.stderr

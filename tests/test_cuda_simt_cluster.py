@@ -2,11 +2,7 @@
 
 import functools
 import itertools
-import shutil
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from . import simt
 from .cases import TOKEN_CASES, TokenCase, oracle_index, oracle_labels, oracle_tokens
 from .simt.cluster import Labelling, run
 from .simt.cluster_mutants import MUTANTS
+from .simt.planted import build_planted, survivors
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 
@@ -310,32 +307,15 @@ def hunted() -> list[Labelling]:
 
 def test_mutants_are_caught(tmp_path):
     calls = hunted()
-    expected = [(call.kept, call.labels) for call in check(calls, tmp_path, simt.QUICK)]
+    driver = build_planted(MUTANTS, tmp_path, simt.QUICK, "cluster_driver")
+    done = run(calls, tmp_path, driver)
+    assert done.returncode == 0, done.stderr[-4000:]
     assert all(holds(call) for call in calls if call.is_given)
-    with ThreadPoolExecutor(2) as pool:
-        alive = pool.map(lambda name: survives(name, MUTANTS, calls, expected, tmp_path, simt.QUICK), MUTANTS)
-        assert not [name for name, survived in zip(MUTANTS, alive, strict=True) if survived]
 
-
-def build_mutant(name: str, mutants: dict, folder, flags):
-    file, text, replacement = mutants[name]
-    shutil.copytree(simt.ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu"))
-    path = folder / "csrc" / "cuda" / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"{name}: found {source.count(text)} times"
-    path.write_text(source.replace(text, replacement))
-    return simt.build(flags, folder / "csrc", folder, "cluster_driver")
-
-
-def survives(name, mutants, calls, expected, tmp_path, flags) -> bool:
-    """Whether all calls give what they should; a few at a time, for most mutants die early."""
-    folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    driver = build_mutant(name, mutants, folder, flags)
-    for first in range(0, len(calls), 6):
-        some = [replace(call) for call in calls[first : first + 6]]
-        if run(some, folder, driver).returncode:
+    def is_right(expected: Labelling, mistake: int) -> bool:
+        call = replace(expected)
+        if run([call], tmp_path, driver, mistake).returncode or call.error:
             return False
-        for call, (kept, labels) in zip(some, expected[first : first + 6], strict=True):
-            if call.error or not torch.equal(call.kept, kept) or not torch.equal(call.labels, labels):
-                return False
-    return True
+        return torch.equal(call.kept, expected.kept) and torch.equal(call.labels, expected.labels)
+
+    assert not survivors(MUTANTS, calls, is_right)

@@ -1,5 +1,7 @@
 """Runs csrc/cuda/*.cu on the CPU: g++ compiles it against simt.h, under AddressSanitizer and UBSan."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -18,18 +20,18 @@ from python_ref import TokenScores
 ROOT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# The host side of what each driver runs.
-PLANS = {
-    "driver": "plan.cpp",
-    "gather_driver": "gather_plan.cpp",
-    "select_driver": "plan.cpp",
-    "cluster_driver": "plan.cpp",
+# What is compiled beside each driver.
+PARTS = {
+    "driver": ("score.cu", "cluster.cu", "plan.cpp"),
+    "cluster_driver": ("score.cu", "cluster.cu", "plan.cpp"),
+    "select_driver": ("select.cu", "plan.cpp"),
+    "gather_driver": ("gather_plan.cpp",),
 }
 SEARCHES = {"stored": 0, "streamed": 1}
 DISTANCES = {"direct": 0, "products": 1, "exact_products": 2}
-SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SANITIZED_QUICK = ("-O0", *SANITIZED[2:])  # to build: a third of the time
-FAST = ("-O2",)
+FAST = ("-O1",)
 QUICK = ("-O0",)  # to build
 _COMPILER = ("g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{_HERE}")
 # What all drivers include, whatever the kernels are.
@@ -43,20 +45,40 @@ def why_not() -> str | None:
     return None if shutil.which("g++") else "g++ is not installed"
 
 
+def _digest(*parts: str | Path) -> str:
+    texts = (part.read_text() if isinstance(part, Path) else part for part in parts)
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path):
+    """One process and thread at a time builds here; the next one finds what it built."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(source: Path, result: Path, *flags: str | Path) -> Path:
+    """Once, unless the result is there."""
+    with _alone(result.parent):
+        if not result.exists():
+            made = result.with_name(f"unfinished-{result.name}")
+            command = [*_COMPILER, *flags, "-c", source, "-o", made]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{source} does not compile:\n{done.stderr[-4000:]}")
+            made.rename(result)
+    return result
+
+
 def _common_header(flags) -> Path:
-    """Compiled once per flags: a third to a half of the time that a small mistake's driver takes."""
-    state = hashlib.sha256(
-        "\0".join([*flags, _COMMON, *(file.read_text() for file in sorted(_HERE.glob("*.h")))]).encode()
-    )
-    header = ROOT / "build" / "simt" / f"common-{state.hexdigest()[:16]}.h"
-    compiled = header.with_suffix(".h.gch")
-    if not compiled.exists():
-        header.parent.mkdir(parents=True, exist_ok=True)
+    """Compiled once per flags: a third to a half of the time that a small driver takes."""
+    header = ROOT / "build" / "simt" / f"common-{_digest(*flags, _COMMON, *sorted(_HERE.glob('*.h')))}" / "common.h"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    if not header.exists():
         header.write_text(_COMMON)
-        made = header.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        subprocess.run([*_COMPILER, *flags, "-x", "c++-header", header, "-o", made], capture_output=True, check=False)
-        if made.exists():
-            made.rename(compiled)  # without it the drivers read the header itself
+    _compile(header, header.with_suffix(".h.gch"), *flags, "-x", "c++-header")
     return header
 
 
@@ -65,21 +87,18 @@ def build(
 ) -> Path:
     """A driver under `folder`, built from `sources` once per content and flags. RuntimeError: what g++ says."""
     files = sorted([*(sources / "cuda").iterdir(), sources / "launch.h", *_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
-    state = hashlib.sha256("\0".join([*flags, *(file.read_text() for file in files)]).encode())
-    driver = folder / state.hexdigest()[:16] / name
+    folder = folder / _digest(*flags, *files)
+    driver = folder / name
     if driver.exists():
         return driver
-    driver.parent.mkdir(parents=True, exist_ok=True)
-    made = driver.with_name(f"{name}-{os.getpid()}")
-    kernels, compiler = made.with_suffix(".o"), [*_COMPILER, *flags, f"-I{sources}"]
-    for command in (
-        [*compiler, "-include", _common_header(flags), "-c", _HERE / f"{name}.cpp", "-o", kernels],
-        [*compiler, kernels, sources / "cuda" / PLANS[name], "-o", made],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{sources / 'cuda'} does not compile:\n{done.stderr[-4000:]}")
-    kernels.unlink()
+    threads = _HERE / "threads.cpp"
+    optimized = ROOT / "build" / "simt" / f"threads-{_digest(threads, *sorted(_HERE.glob('*.h')))}" / "threads.o"
+    objects = [_compile(threads, optimized, "-O2")]
+    options = (*flags, f"-I{sources}", "-include", _common_header(flags), "-x", "c++")
+    for source in (_HERE / f"{name}.cpp", *(sources / "cuda" / part for part in PARTS[name])):
+        objects.append(_compile(source, folder / f"{source.name}.o", *options))
+    made = folder / f"{name}-{os.getpid()}-{threading.get_ident()}"
+    subprocess.run(["g++", *flags, *objects, "-o", made], check=True)
     made.rename(driver)
     return driver
 
@@ -149,18 +168,19 @@ class Call:
         return data
 
 
-def environment() -> dict[str, str]:
+def environment(mistake: int = 0) -> dict[str, str]:
+    """mistake: the number of the one that runs where some are planted (tests/simt/planted.py)."""
     options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return {**os.environ, **options}
+    return {**os.environ, **options, "SIMT_MISTAKE": str(mistake)}
 
 
-def run(calls: list, driver: Path, folder: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(calls: list, driver: Path, folder: Path, timeout: float = 300, mistake: int = 0) -> subprocess.CompletedProcess:
     """Runs the calls, each with `record` and `take`, in one process and fills in their results; none on failure."""
-    given, results = folder / "in.bin", folder / "out.bin"
+    given, results = (folder / f"{name}-{mistake}.bin" for name in ("in", "out"))
     given.write_bytes(b"".join(call.record() for call in calls))
     done = subprocess.run(
         [driver, given, results],
-        env=environment(),
+        env=environment(mistake),
         capture_output=True,
         text=True,
         check=False,

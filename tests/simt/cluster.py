@@ -71,6 +71,8 @@ class Labelling:
         return data
 
 
-def run(calls: list[Labelling], folder: Path, driver: Path | None = None) -> subprocess.CompletedProcess:
+def run(
+    calls: list[Labelling], folder: Path, driver: Path | None = None, mistake: int = 0
+) -> subprocess.CompletedProcess:
     """`tests.simt.run` of this driver."""
-    return run_calls(calls, driver or build(SANITIZED, name="cluster_driver"), folder, timeout=600)
+    return run_calls(calls, driver or build(SANITIZED, name="cluster_driver"), folder, timeout=600, mistake=mistake)

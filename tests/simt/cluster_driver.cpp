@@ -6,8 +6,8 @@
 #include <fstream>
 #include <iostream>
 
-#include "cuda/cluster.cu"
-#include "cuda/score.cu"
+#include "cuda/launch_cuda.h"
+#include "cuda/score_device.cuh"
 #include "workspace.h"
 
 namespace {

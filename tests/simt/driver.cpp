@@ -8,8 +8,15 @@
 #include <string>
 #include <utility>
 
-#include "cuda/cluster.cu"
-#include "cuda/score.cu"
+#include "cuda/cluster_search.cuh"
+#include "cuda/score_finish.cuh"
+#include "cuda/score_launch.cuh"
+#include "cuda/score_pool.cuh"
+#include "cuda/score_products.cuh"
+#include "cuda/score_stored.cuh"
+#include "cuda/score_stream.cuh"
+#include "cuda/score_stream_products.cuh"
+#include "cuda/score_tiles.cuh"
 #include "workspace.h"
 
 namespace {

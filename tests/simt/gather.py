@@ -65,6 +65,6 @@ class Move:
         return data[end:]
 
 
-def run(moves: list[Move], folder: Path, driver: Path | None = None) -> subprocess.CompletedProcess:
+def run(moves: list[Move], folder: Path, driver: Path | None = None, mistake: int = 0) -> subprocess.CompletedProcess:
     """`tests.simt.run` of this driver."""
-    return run_calls(moves, driver or build(SANITIZED, name="gather_driver"), folder)
+    return run_calls(moves, driver or build(SANITIZED, name="gather_driver"), folder, mistake=mistake)

@@ -40,6 +40,8 @@ class Choice:
         return data[8 + 8 * count :]
 
 
-def run(choices: list[Choice], folder: Path, driver: Path | None = None) -> subprocess.CompletedProcess:
+def run(
+    choices: list[Choice], folder: Path, driver: Path | None = None, mistake: int = 0
+) -> subprocess.CompletedProcess:
     """`tests.simt.run` of this driver."""
-    return run_calls(choices, driver or build(SANITIZED, name="select_driver"), folder)
+    return run_calls(choices, driver or build(SANITIZED, name="select_driver"), folder, mistake=mistake)

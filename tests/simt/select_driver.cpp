@@ -6,7 +6,7 @@
 #include <iostream>
 
 #include "buffer.h"
-#include "cuda/select.cu"
+#include "cuda/launch_cuda.h"
 
 namespace {
 

@@ -36,10 +36,9 @@
 
 namespace simt {
 
-using bits::cut, bits::from_bits, bits::to_bits;
+using bits::from_bits, bits::to_bits;
 
 constexpr int kLanes = 32;
-constexpr size_t kStackBytes = 128 << 10;
 constexpr unsigned char kPoison = 0xff;
 
 struct Index {
@@ -57,15 +56,6 @@ struct Exchange {
 };
 typedef void (*WarpOperation)(Exchange* const (&lanes)[kLanes]);
 
-enum class State { ready, at_warp, at_block, done };
-
-struct Thread {
-  void* stack_pointer;
-  State state;
-  Exchange* exchange;
-  WarpOperation operation;
-};
-
 // An asynchronous copy of 16 bytes into shared memory, on its way until its thread waits for its group.
 struct Copy {
   unsigned char* to;
@@ -78,25 +68,11 @@ struct Copies {
   uint64_t committed = 0;  // groups
 };
 
-[[noreturn]] inline void stop(const char* what, const char* place) {
-  std::fprintf(stderr, "simt: %s (%s)\n", what, place);
-  std::fflush(stderr);
-  std::_Exit(70);
-}
-
-// The one block that runs.
+// What kernels and drivers see of the block that runs.
 struct Machine {
-  std::vector<Thread> threads;
-  std::vector<std::unique_ptr<unsigned char[]>> stacks;
-  std::vector<Copies> copies;
-  std::vector<int> ready;
-  std::vector<int> at_warp;  // arrived lanes per warp
-  int at_block = 0, running = 0, alive = 0;
-  const char* block_place = "";
-  void* scheduler = nullptr;
-  void (*body)(void*) = nullptr;
-  void* argument = nullptr;
   unsigned char* shared = nullptr;
+  Copies* copies = nullptr;  // of each thread
+  int running = 0;           // the thread
   uint64_t random = 1;
 
   uint64_t draw(uint64_t limit) {
@@ -106,159 +82,28 @@ struct Machine {
     return random % limit;
   }
 };
-inline Machine machine;
+extern Machine machine;
+extern Index thread_index, block_index, block_size, grid_size;
 
-inline Index thread_index, block_index, block_size, grid_size;
-
-// Saves the callee-saved registers on this stack, stores its pointer, and continues on another.
-extern "C" void simt_switch(void** save, void* to);
-asm(R"(
-.text
-.globl simt_switch
-.type simt_switch, @function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch, .-simt_switch
-)");
-
-inline void to_scheduler() { simt_switch(&machine.threads[machine.running].stack_pointer, machine.scheduler); }
-
-inline void enter() {
-  machine.body(machine.argument);
-  machine.threads[machine.running].state = State::done;
-  machine.alive--;
-  if (!machine.copies[machine.running].under_way.empty()) stop("a thread ends with copies under way", "cp.async");
-  if (machine.at_block > 0) stop("a thread ends while others wait at a barrier", machine.block_place);
-  to_scheduler();
-  std::abort();
-}
-
-inline void prepare(int t) {
-  unsigned char* stack = machine.stacks[t].get();
-  ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);
-  void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStackBytes) & ~uintptr_t(63));
-  *--top = nullptr;  // keeps the stack aligned as after a call
-  *--top = reinterpret_cast<void*>(&enter);
-  for (int saved = 0; saved < 6; saved++) *--top = nullptr;
-  machine.threads[t] = {top, State::ready, nullptr, nullptr};
-}
-
-inline void run_block(int threads) {
-  machine.threads.resize(threads);
-  machine.copies.assign(threads, Copies());
-  while (int(machine.stacks.size()) < threads) machine.stacks.emplace_back(new unsigned char[kStackBytes]);
-  machine.at_warp.assign((threads + kLanes - 1) / kLanes, 0);
-  machine.at_block = 0;
-  machine.alive = threads;
-  machine.ready.clear();
-  for (int t = 0; t < threads; t++) {
-    prepare(t);
-    machine.ready.push_back(t);
-  }
-  const bool warp_by_warp = machine.draw(2) == 1;
-  if (warp_by_warp && machine.draw(2) == 1) std::reverse(machine.ready.begin(), machine.ready.end());
-  while (!machine.ready.empty()) {
-    const uint64_t last = machine.ready.size() - 1, pick = warp_by_warp ? last : machine.draw(last + 1);
-    const int t = machine.ready[pick];
-    machine.ready[pick] = machine.ready.back();
-    machine.ready.pop_back();
-    machine.running = t;
-    thread_index = {uint32_t(t), 0, 0};
-    simt_switch(&machine.scheduler, machine.threads[t].stack_pointer);
-  }
-  if (machine.alive > 0) {
-    for (const Thread& thread : machine.threads) {
-      if (thread.state == State::at_warp) stop("a warp operation that not all lanes reach", thread.exchange->place);
-    }
-    stop("a barrier that not all threads reach", machine.block_place);
-  }
-}
-
-inline void block_barrier(const char* place) {
-  if (machine.at_block > 0 && std::strcmp(machine.block_place, place) != 0) {
-    stop("threads wait at different barriers", place);
-  }
-  machine.block_place = place;
-  machine.threads[machine.running].state = State::at_block;
-  if (++machine.at_block == machine.alive) {
-    machine.at_block = 0;
-    for (int t = 0; t < int(machine.threads.size()); t++) {
-      if (machine.threads[t].state != State::at_block) continue;
-      machine.threads[t].state = State::ready;
-      machine.ready.push_back(t);
-    }
-  }
-  to_scheduler();
-}
-
-inline void warp_operation(WarpOperation operation, Exchange& exchange) {
-  const int self = machine.running, warp = self / kLanes;
-  Thread& thread = machine.threads[self];
-  thread.exchange = &exchange;
-  thread.operation = operation;
-  thread.state = State::at_warp;
-  if (++machine.at_warp[warp] == kLanes) {
-    machine.at_warp[warp] = 0;
-    Exchange* lanes[kLanes];
-    for (int lane = 0; lane < kLanes; lane++) {
-      Thread& other = machine.threads[warp * kLanes + lane];
-      if (other.operation != operation || std::strcmp(other.exchange->place, exchange.place) != 0) {
-        stop("lanes meet at different warp operations", exchange.place);
-      }
-      lanes[lane] = other.exchange;
-      other.state = State::ready;
-      machine.ready.push_back(warp * kLanes + lane);
-    }
-    operation(lanes);
-  }
-  to_scheduler();
-}
-
-inline void check_all(uint32_t mask, const char* place) {
-  if (mask != 0xffffffff) stop("a warp operation of some lanes only", place);
-}
+// threads.cpp
+[[noreturn]] void stop(const char* what, const char* place);
+void run_block(int threads, void (*body)(void*), void* argument);
+void block_barrier(const char* place);
+void warp_operation(WarpOperation operation, Exchange& exchange);
+uint64_t exchanged(uint32_t mask, uint64_t value, int source, WarpOperation operation, const char* place);
+void take_from_lane(Exchange* const (&lanes)[kLanes]);
+void take_from_xor(Exchange* const (&lanes)[kLanes]);
+void take_from_below(Exchange* const (&lanes)[kLanes]);
+void take_ballot(Exchange* const (&lanes)[kLanes]);
+void only_meet(Exchange* const (&lanes)[kLanes]);
+void multiply_float16(Exchange* const (&lanes)[kLanes]);
+void multiply_bfloat16(Exchange* const (&lanes)[kLanes]);
 
 template <class T>
 T shuffle(uint32_t mask, T v, int source, WarpOperation operation, const char* place) {
   static_assert(sizeof(T) <= 8);
-  check_all(mask, place);
-  Exchange exchange = {place, to_bits(v), 0, source, nullptr, nullptr, nullptr, nullptr};
-  warp_operation(operation, exchange);
-  return from_bits<T>(exchange.result);
+  return from_bits<T>(exchanged(mask, to_bits(v), source, operation, place));
 }
-
-inline void take_from_lane(Exchange* const (&lanes)[kLanes]) {
-  for (Exchange* lane : lanes) lane->result = lanes[lane->source & 31]->value;
-}
-inline void take_from_xor(Exchange* const (&lanes)[kLanes]) {
-  for (int lane = 0; lane < kLanes; lane++) lanes[lane]->result = lanes[(lane ^ lanes[lane]->source) & 31]->value;
-}
-inline void take_from_below(Exchange* const (&lanes)[kLanes]) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    const int source = lane - lanes[lane]->source;
-    lanes[lane]->result = lanes[source < 0 ? lane : source]->value;
-  }
-}
-inline void take_ballot(Exchange* const (&lanes)[kLanes]) {
-  uint64_t bits = 0;
-  for (int lane = 0; lane < kLanes; lane++) bits |= uint64_t(lanes[lane]->value != 0) << lane;
-  for (Exchange* lane : lanes) lane->result = bits;
-}
-inline void only_meet(Exchange* const (&)[kLanes]) {}
 
 }  // namespace simt
 
@@ -273,11 +118,10 @@ void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads
     void (*kernel)(Job);
     const Job* job;
   } call = {kernel, &job};
-  machine.body = [](void* argument) {
+  const auto body = [](void* argument) {
     const Call& c = *static_cast<Call*>(argument);
     c.kernel(*c.job);
   };
-  machine.argument = &call;
   std::vector<uint64_t> blocks(uint64_t(grid_x) * grid_y);
   for (uint64_t n = 0; n < blocks.size(); n++) blocks[n] = n;
   for (uint64_t n = blocks.size(); n > 1; n--) std::swap(blocks[n - 1], blocks[machine.draw(n)]);
@@ -291,7 +135,7 @@ void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads
       std::memset(shared, kPoison, shared_bytes);
     }
     machine.shared = static_cast<unsigned char*>(shared);
-    run_block(threads);
+    run_block(threads, body, &call);
     std::free(shared);
   }
 }
@@ -361,11 +205,11 @@ inline void load_matrices(uint32_t (&r)[4], const void* shared) {
 }
 inline void mma_float16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   simt::Exchange exchange = {"mma_float16", 0, 0, 0, c, a, b, nullptr};
-  simt::warp_operation(simt::multiply<simt::read_float16>, exchange);
+  simt::warp_operation(simt::multiply_float16, exchange);
 }
 inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   simt::Exchange exchange = {"mma_bfloat16", 0, 0, 0, c, a, b, nullptr};
-  simt::warp_operation(simt::multiply<simt::read_bfloat16>, exchange);
+  simt::warp_operation(simt::multiply_bfloat16, exchange);
 }
 
 constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
