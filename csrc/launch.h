@@ -35,10 +35,10 @@ struct Tokens {
   int64_t stride_b, stride_n, stride_j, stride_c;
 };
 
-// SPEC section 1. A token is valid when mask (if given) says so and all its channels are finite.
-// Deterministic mode (noise null): j is denser than i when (m_j, j) < (m_i, i).
-// Gaussian density (cutoff > 0): rho_i = sum over j of exp(-d_ij^2 / cutoff^2), each term rounded to a multiple of
-// 2^-40, in place of exp(-m); -rho then orders like m does.
+// Density-peak scores (python_ref/score.py). A token is valid when mask (if given) says so and all its channels are
+// finite. Deterministic mode (noise null): j is denser than i when (m_j, j) < (m_i, i). Gaussian density (cutoff > 0):
+// rho_i = sum over j of exp(-d_ij^2 / cutoff^2), each term rounded to a multiple of 2^-40, in place of exp(-m); -rho
+// then orders like m does.
 struct ScoreArgs {
   Tokens x;
   int64_t k;            // 1 .. N (N - 1 with exclude_self); not used with cutoff

@@ -39,8 +39,8 @@ def cluster_tokens(
     Arguments as in `prune_cluster`. Returns (index int64 [B, K], labels int64 [B, N], score float64 [B, N]): those of
     `prune_cluster`, `assign_clusters` of its index, and `score_tokens`. Raises as they do.
     Cost: on a CPU, for up to 1536 tokens (CUDA C++: 2048), that of `prune_cluster` alone, as labels are read off the
-    distances that scoring has made; else that of both. Source: HoT section 3.2, TCFormer section 3, SPEC sections 1, 2
-    and 4.
+    distances that scoring has made; else that of both. Source: HoT section 3.2, TCFormer section 3;
+    `python_ref.score`, `python_ref.select`, `python_ref.cluster`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> x = torch.tensor([[[0.0], [1.0], [2.0], [50.0], [51.0], [52.0]]])
@@ -79,7 +79,7 @@ def assign_clusters(
     squared distances overflow.
     Returns int64 [B, N]. Raises TypeError or ValueError that name the argument, IndexError for an index or parent
     outside -1 .. N - 1. Cost: B N K C differences (parent: B N steps), memory O(N C); decided as in float64. Source:
-    SPEC section 4, Rodriguez & Laio 2014.
+    Rodriguez & Laio 2014; `python_ref.cluster`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.assign_clusters(torch.tensor([[[0.0], [1.0], [8.0], [9.0]]]), torch.tensor([[0, 3]]))
@@ -110,7 +110,7 @@ def merge_tokens(
     Returns [B, num_clusters, C] of x's dtype, summed in float32 (float64 for float64) in ascending token order; 0 for
     an empty cluster or one whose weights sum to 0. Gradients to x and weight, first and second order.
     Raises TypeError or ValueError that name the argument, IndexError for a label outside its range.
-    Cost: one read of x. Source: TCFormer section 3, SPEC section 4.
+    Cost: one read of x. Source: TCFormer section 3; `python_ref.cluster`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.merge_tokens(torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([[0, 0, 1]]), 2)

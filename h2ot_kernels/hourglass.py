@@ -32,7 +32,7 @@ class Hourglass(nn.Module):
 
     The only state is `kept`, which travels through the loop: for each stage so far the index [B, K] or [1, K] of the
     input frames that it kept. Nothing is remembered on the module: calls are independent, torch.compile traces them.
-    Raises TypeError or ValueError that name the argument. Source: HoT section 3, H2OT section 3, SPEC section 6.
+    Raises TypeError or ValueError that name the argument. Source: HoT section 3, H2OT section 3.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> hourglass = h2ot.Hourglass(243, stages={1: 121, 2: 81})

@@ -28,7 +28,7 @@ def export(model: torch.nn.Module, inputs: tuple[Tensor, ...], path: str | os.Pa
     [B, ...] each; the file takes any batch, 1 too. Inputs are named "input_0", ..., results "output_0", ...
     Raises ValueError for a smaller batch, and what torch.export and torch.onnx raise. Needs onnx and onnxscript.
     Cost: as the model; scoring, without its kernel, 3 N^2 C float64 operations and N^2 values a sample, some 100 times
-    the kernel: a sampler prunes for free. Source: SPEC sections 1 to 5.
+    the kernel: a sampler prunes for free. Source: `python_ref`.
 
     >>> import os, tempfile, torch, h2ot_kernels.onnx
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3))

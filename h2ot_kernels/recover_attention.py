@@ -32,7 +32,7 @@ def recover_attention(
     Returns [B, F, C], accumulated in float32 (float64 for float64). Gradients to query, key and value, first order
     (a second derivative raises; backend="reference" has one).
     Raises TypeError or ValueError that name the argument. Cost: 4 B F K C FLOPs.
-    Source: HoT section 3.3, SPEC section 5.
+    Source: HoT section 3.3; `python_ref.recover_attention`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> value = torch.tensor([[[1.0], [3.0]]])
@@ -90,7 +90,8 @@ def recover_pose(
     head, not after the attention. Of norm and head (in Triton of proj, too) only the parameters count, cast to key's
     dtype. Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
     Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
-    argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: SPEC section 5.
+    argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source:
+    `python_ref.recover_attention`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> from torch import nn

@@ -54,7 +54,7 @@ def score_tokens(
     Raises TypeError or ValueError that name the argument, RuntimeError where a named backend lacks an option. Cost:
     B N^2 C / 2 differences; "gaussian" as many again, and in float64 with an exponential for the pairs nearer than
     5.4 cutoff. Memory O(N (C + k)) beyond N of about 1500. Results are those of float64 arithmetic on the tokens.
-    Source: Rodriguez & Laio 2014, Du et al. 2016, SPEC section 1.
+    Source: Rodriguez & Laio 2014, Du et al. 2016; `python_ref.score`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.score_tokens(torch.tensor([[[0.0], [1.0], [9.0]]]), k=2).parent

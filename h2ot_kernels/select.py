@@ -37,7 +37,7 @@ def select_tokens(
     Returns int64 [B, K]. Raises TypeError or ValueError that name the argument, IndexError for keep outside 0 .. N - 1
     and for a tensor that keeps more than K tokens. On a GPU, which cannot raise, such a row is -1 (CUDA C++), or keeps
     what it can (Triton).
-    Cost: O(N) memory per sample. Source: SPEC section 2.
+    Cost: O(N) memory per sample. Source: `python_ref.select`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.select_tokens(torch.tensor([[0.1, 0.9, 0.5, 0.2]]), 2, keep=0)
@@ -89,7 +89,8 @@ def prune_cluster(
     Arguments as in `score_tokens` and `select_tokens` (a num_tokens per sample, too); equal to
     `select_tokens(score_tokens(x, k).score, K)` with the same mask given to both (tokens that hold NaN or infinity
     count as masked here; select_tokens sees only their score of -inf).
-    Raises as they do. Cost: that of scoring; nothing else is written. Source: HoT section 3.2, SPEC sections 1 and 2.
+    Raises as they do. Cost: that of scoring; nothing else is written. Source: HoT section 3.2;
+    `python_ref.score`, `python_ref.select`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> x = torch.tensor([[[0.0], [1.0], [2.0], [50.0], [51.0], [52.0]]])
@@ -113,7 +114,8 @@ def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) ->
     keep: an int or a list of frames that are always kept; one that is not sampled replaces the nearest sampled frame
     that is not kept itself, the lower on a tie. device: where the index is made.
     Returns ascending int64 [1, K], which every sample shares. Raises TypeError, ValueError or IndexError that name the
-    argument. Cost: computed once per (F, K, keep, device). Source: H2OT section 3, SPEC section 2.
+    argument. Cost: computed once per (F, K, keep, device). Source: H2OT section 3;
+    `python_ref.select`.
 
     >>> import h2ot_kernels as h2ot
     >>> h2ot.prune_sample(9, 3)
@@ -140,8 +142,8 @@ def prune_motion(pose: Tensor, num_tokens: int, *, keep=None, backend: str | Non
 
     pose: [B, F, J, D] (D = 2 for 2D keypoints, pixels or normalised), any float dtype and strides; score_0 = 0.
     A frame whose motion is NaN is taken last. keep: as in `select_tokens`.
-    Returns ascending int64 [B, K]. Raises as `select_tokens`. Cost: one read of pose. Source: H2OT section 3, SPEC
-    section 2.
+    Returns ascending int64 [B, K]. Raises as `select_tokens`. Cost: one read of pose. Source: H2OT section 3;
+    `python_ref.select`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> pose = torch.tensor([0.0, 0.0, 3.0, 3.0, 4.0]).reshape(1, 5, 1, 1)
@@ -162,7 +164,8 @@ def prune_attention(
 
     query, key: [B, H, F, D] or [B, J, H, F, D], one float dtype, any strides. scale: default D ** -0.5.
     keep: as in `select_tokens`. Returns ascending int64 [B, K]. Raises as `select_tokens`.
-    Cost: B J H F^2 D multiply-adds; no F x F matrix is stored. Source: H2OT section 3, SPEC section 2.
+    Cost: B J H F^2 D multiply-adds; no F x F matrix is stored. Source: H2OT section 3;
+    `python_ref.select`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> key = torch.tensor([0.0, 2.0, 1.0]).reshape(1, 1, 3, 1)

@@ -1,6 +1,6 @@
 """The formulation that public code uses today: the opponent in benchmarks and in the demo.
 
-The operator sequence and the layouts are those of HoT- and TCFormer-style code (SPEC sections 1 - 5 and 8), mistakes
+The operator sequence and the layouts are those of HoT- and TCFormer-style code, mistakes
 included: `torch.cdist` distances, density in the tokens' own precision, fills that couple the samples of a batch.
 Any float dtype; in float64 this is "the float64 official formulation". Nothing here depends on the rest of the package.
 """

@@ -88,7 +88,7 @@ def score_tokens(
     density: str = "knn",
     cutoff: float | None = None,
 ) -> TokenScores:
-    """SPEC section 1 in float64, over the tokens of `metric_tokens(x, metric)`; d = |x_i - x_j| / scale.
+    """Density-peak scores in float64, over the tokens of `metric_tokens(x, metric)`; d = |x_i - x_j| / scale.
 
     density "knn": exp(-m), m the mean d^2 to the k nearest tokens. "gaussian": the sum of exp(-(d / cutoff)^2) over all
     tokens, each term rounded to a multiple of 2^-40: the sum is then exact, in any order.

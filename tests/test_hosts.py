@@ -29,7 +29,7 @@ from .host_cases import (
     small,
 )
 
-# SPEC section 6: parameters (M), FLOPs (G) of Linear and Conv1d layers, and with attention.
+# As published: parameters (M), FLOPs (G) of Linear and Conv1d layers, and with attention.
 TABLE = {
     "mixste": ("33.784", "277.25", "294.85"),
     "hot_mixste": ("35.000", "167.51", "176.18"),

@@ -1,4 +1,4 @@
-"""HoT's and TPC's functions and recovering attention, with their signatures and return orders (SPEC section 8)."""
+"""HoT's and TPC's functions and recovering attention, with their signatures and return orders."""
 
 import torch
 from torch import Tensor, nn
