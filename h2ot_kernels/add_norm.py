@@ -48,8 +48,9 @@ def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> b
         return False
     C = norm.normalized_shape[-1]
     fits = norm.normalized_shape == x.shape[-1:] and C > 0 and all(t is None or t.shape == (C,) for t in (weight, bias))
-    adjacent = all(t is None or C == 1 or t.stride(-1) == 1 for t in (x, y))
-    if not (fits and adjacent and (y is None or y.shape == x.shape)):
+    if not (fits and (y is None or y.shape == x.shape)):
+        return False
+    if not all(t is None or C == 1 or t.stride(-1) == 1 for t in (x, y)):
         return False
     beside = {x.dtype, *HALVES} if x.dtype == torch.float32 else {x.dtype}
     vectors = {t.dtype for t in (weight, bias) if t is not None}

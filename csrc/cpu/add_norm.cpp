@@ -36,17 +36,19 @@ H2OT_INLINE Vector<T> between(Vector<T> v, int first, int end) {
   return (lane >= unsigned(first)) & (lane < unsigned(end)) ? v : Vector<T>{};
 }
 
-// A row's result is ((x - mean) * scale + shift) * weight + bias: the shift mends the rounding of the mean.
+// A row's result is ((x - mean) * scale + shift) * weight + bias. The shift is for what rounding took from the mean.
 template <class E>
 struct Moments {
   E mean, scale, shift;
 };
 
-// Of C deviations from the mean: their sum and that of their squares.
+// Of C deviations from a mean that rounded sums gave: their sum and that of their squares.
 template <class E>
-H2OT_INLINE Moments<E> moments_of(E mean, E sum, E squares, int64_t C, double eps) {
-  const double rest = double(sum) / double(C), variance = double(squares) / double(C) - rest * rest;
+H2OT_INLINE Moments<E> moments_of(E about, E sum, E squares, int64_t C, double eps) {
+  const double off = double(sum) / double(C), variance = double(squares) / double(C) - off * off;
   const double scale = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps);  // NaN stays NaN
+  const E mean = E(double(about) + off);
+  const double rest = (double(about) - double(mean)) + off;
   return {mean, E(scale), E(-rest * scale)};
 }
 
@@ -131,7 +133,8 @@ struct Arrays {
     const E mean = sum_lanes<T>(value) / E(C);
     const Vector<T> deviation = between<T>(value - mean, 0, C);
     const Moments<E> m = moments_of(mean, sum_lanes<T>(deviation), sum_lanes<T>(deviation * deviation), C, a.eps);
-    store_part(out(row), (deviation * m.scale + m.shift) * load(weight) + load(bias), C);
+    const Vector<T> normed = (value - m.mean) * m.scale + m.shift;
+    store_part(out(row), normed * load(weight) + load(bias), C);
   }
 };
 
