@@ -190,6 +190,18 @@ struct RecoverTailArgs {
   void* out;  // [R, F, M]
 };
 
+// sum[r] = x[r] + y[r], rounded as it is stored; out[r] = LayerNorm(sum[r]) over C, in float32 (float64 for f64).
+struct AddNormArgs {
+  const void *x, *y;                // [rows, C], channels adjacent; y null: out = LayerNorm(x), and sum is not written
+  Dtype dtype, y_dtype, out_dtype;  // of x and sum, of y, of out: f32 with y and out of f32, bf16 or f16, else the same
+  int64_t rows, C;
+  int64_t x_stride, y_stride;  // of the rows
+  const void *weight, *bias;   // [C] each, or null: 1, 0
+  Dtype weight_dtype;          // of both: f32, or x's
+  double eps;
+  void *sum, *out;  // [rows, C] contiguous
+};
+
 // out[c, r] = residual[c, r] + activation(W_c norm(x[r]) + bias_c) in float32, on the tile unit of x86. The weights,
 // those of `chunks` layers with M outputs each, are packed once: three bytes for each, in tiles, and a scale for each
 // output.
@@ -257,6 +269,7 @@ struct Kernels {
   Status (*recover_attention)(const RecoverAttentionArgs&, const Parallel&);
   Status (*recover_attention_backward)(const RecoverAttentionBackwardArgs&, const Parallel&);
   Status (*recover_tail)(const RecoverTailArgs&, const Parallel&);
+  Status (*add_norm)(const AddNormArgs&, const Parallel&);
   Status (*interpolate)(const InterpolateArgs&, const Parallel&);
   Status (*interpolate_backward)(const InterpolateBackwardArgs&, const Parallel&);
 };

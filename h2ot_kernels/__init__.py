@@ -15,6 +15,7 @@ from . import nn  # isort: skip
 from .hourglass import Hourglass  # isort: skip
 from . import hosts  # isort: skip
 from . import dropin  # isort: skip
+from . import add_norm as _add_norm  # noqa: F401  declares its operator
 from . import backend as _backend
 from .backend import can_run, env_report, explain, use_backend
 

@@ -53,6 +53,9 @@ def samples():
         yield OPS.recover_interpolate_out, (y, None, 20, False, torch.zeros(2, 20, C))
         yield OPS.recover_attention_out, (rand(1, 7, C), y, rand(2, 9, C), 1, 0.5, torch.zeros(2, 7, C))
         yield OPS.recover_tail, (rand(9, C), x.detach(), rand(C), rand(C), rand(3, C), rand(3), 1e-5)
+        yield OPS.add_norm, (y, rand(2, 9, C, dtype=torch.bfloat16), rand(C), rand(C), 1e-5, torch.bfloat16)
+        yield OPS.add_norm, (y[0], None, None, rand(C), 1e-5, torch.float16)
+        yield OPS.add_norm, (y.half(), y.half(), rand(C), None, 1e-5, torch.float16)
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention, (heads, heads, 3, None, 0.5)
     yield OPS.attention_scores, (heads, heads, 0.5)

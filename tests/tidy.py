@@ -39,7 +39,7 @@ def main() -> int:
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
     amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mamx-tile", "-mamx-int8"]
     jobs.append((ROOT / "csrc" / "amx" / "linear.cpp", amx))
-    others = "registration.cpp", "linear_registration.cpp", "capability.cpp", "cuda/plan.cpp"
+    others = "registration.cpp", "linear_registration.cpp", "norm_registration.cpp", "capability.cpp", "cuda/plan.cpp"
     jobs += [(ROOT / "csrc" / name, ["-DH2OT_X86", "-DH2OT_AMX"]) for name in others]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = sorted({line for lines in pool.map(lambda job: findings(*job), jobs) for line in lines})

@@ -23,6 +23,7 @@ const Kernels table = {
     recover_attention,
     recover_attention_backward,
     recover_tail,
+    add_norm,
     interpolate,
     interpolate_backward,
 };

@@ -199,6 +199,16 @@ class Driver:
         given = dense(token), dense(projected), *norm, dense(head_weight), dense(head_bias, dtype)
         return self.call("recover_tail", *given, DTYPES[dtype], R, F, C, M, eps, Out((R, F, M), dtype))[0]
 
+    def add_norm(self, x, y, weight, bias, eps, dtype):
+        C = x.shape[-1]
+        kinds = DTYPES[x.dtype], DTYPES[x.dtype if y is None else y.dtype], DTYPES[dtype]
+        vectors = dense(weight), dense(bias)
+        of_vectors = next((DTYPES[v.dtype] for v in vectors if v is not None), kinds[0])
+        outputs = None if y is None else Out(x.shape, x.dtype), Out(x.shape, dtype)
+        arguments = dense(x), dense(y), *kinds, x.numel() // C, C, C, C, *vectors, of_vectors, eps, *outputs
+        made = self.call("add_norm", *arguments)
+        return (x.new_empty(0), *made) if y is None else tuple(made)
+
     def _interpolate(self, x, x_shape, frames, index, nearest, out):
         index = dense(index, torch.int64)
         B, K, *trailing = x_shape
@@ -229,7 +239,7 @@ def _into_out(name: str):
 for _name in ("gather_tokens", "recover_attention", "recover_interpolate"):
     setattr(Driver, f"{_name}_out", _into_out(_name))
 OPERATORS = [name for name in vars(Driver) if name.startswith(("score_", "prune_", "select_", "attention_", "gather_",
-             "scatter_", "assign_", "cluster_", "merge_", "recover_"))]  # fmt: skip
+             "scatter_", "assign_", "cluster_", "merge_", "recover_", "add_"))]  # fmt: skip
 
 
 def memory_of(x: Tensor) -> bytes:

@@ -1,0 +1,90 @@
+"""A residual addition and the LayerNorm after it in one pass over memory, in CPU inference. Internal to the hosts."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .backend import is_reference, why_no_cpp
+from .checks import FLOATS, no_tangent
+from .library import declare
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def add_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x + y, norm(x + y).to(dtype)) where `takes` says so; y None: (x, norm(x).to(dtype)).
+
+    x, y: [..., C] of any strides, read in the order of x's memory, and so are the results laid out, of which the sum
+    has x's dtype. As PyTorch does it, the norm reads the sum as it is stored, in float32 (float64 for float64).
+    """
+    weight, bias = norm.weight, norm.bias
+    if _records(x, y, weight, bias):
+        raise RuntimeError("add_norm is for inference: call it under torch.no_grad() or torch.inference_mode()")
+    no_tangent("add_norm", x, y, weight, bias)
+    if x.is_contiguous() or not x.numel():
+        total, normed = _op(x, y, weight, bias, norm.eps, dtype)
+        return x if y is None else total, normed
+    axes = range(x.dim() - 1)
+    order = sorted(axes, key=x.stride, reverse=True)
+    laid_out = x.permute(*order, -1)
+    C = x.shape[-1]
+    rows = laid_out.reshape(-1, C), None if y is None else y.permute(*order, -1).reshape(-1, C)
+    results = _op(*rows, weight, bias, norm.eps, dtype)
+    total, normed = (x if t.dim() == 1 else t.reshape(laid_out.shape).movedim(list(axes), order) for t in results)
+    return total, normed
+
+
+def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether add_norm(x, y, norm, dtype) gives what PyTorch's own operators give, and nobody sees the difference.
+
+    Hooks and a forward on the instance of norm are the caller's business (`dropin.fast.is_silent`).
+    """
+    if type(norm) is not nn.LayerNorm or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    weight, bias = norm.weight, norm.bias
+    if not all(t is None or _is_plain(t) for t in (x, y, weight, bias)) or _records(x, y, weight, bias):
+        return False
+    C = norm.normalized_shape[-1]
+    fits = norm.normalized_shape == x.shape[-1:] and C > 0 and all(t is None or t.shape == (C,) for t in (weight, bias))
+    if not (fits and (y is None or y.shape == x.shape)):
+        return False
+    if not all(t is None or C == 1 or t.stride(-1) == 1 for t in (x, y)):
+        return False
+    beside = {x.dtype, *HALVES} if x.dtype == torch.float32 else {x.dtype}
+    vectors = {t.dtype for t in (weight, bias) if t is not None}
+    allowed = {x.dtype, torch.float32} if x.dtype in HALVES else {x.dtype}
+    mixes = dtype in beside and (y is None or y.dtype in beside) and len(vectors) <= 1 and vectors <= allowed
+    return x.dtype in FLOATS and mixes and not is_reference(None) and why_no_cpp() is None
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout is torch.strided and not t.is_nested
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _fake(x, y, weight, bias, eps, dtype):
+    return x.new_empty(0 if y is None else x.shape), x.new_empty(x.shape, dtype=dtype)
+
+
+def _setup(ctx, inputs, output):
+    """Nothing is kept: there is no gradient."""
+
+
+def _no_gradient(ctx, *grads):
+    raise NotImplementedError("add_norm has no gradient: it is for inference")
+
+
+# FLOPs count 0, as those of PyTorch's own elementwise operators and norms do. Without y the sum is an empty tensor: an
+# operator's result must not be its argument.
+_op = declare(
+    "add_norm",
+    "(Tensor x, Tensor? y, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor, Tensor)",
+    _fake,
+    backward=_no_gradient,
+    setup_context=_setup,
+)
