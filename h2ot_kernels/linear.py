@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as nn_module
 
+from .add_norm import add_norm, takes
 from .backend import why_no_cpp
 from .library import declare
 
@@ -69,7 +70,7 @@ class Linear(nn.Linear):
         if norm is not None and isinstance(product, Tiles) and _can_fuse(norm, x):
             fused = {"norm": norm}
         elif norm is not None:
-            x = norm(x)
+            x = _normed(norm, x, dtype)
         products = product(x.to(dtype), activation, residual, **fused)
         return products[0] if chunks == 1 else products
 
@@ -194,6 +195,12 @@ def _can_fuse(norm: nn.LayerNorm, x: Tensor) -> bool:
     vectors = [v for v in (norm.weight, norm.bias) if v is not None]
     plain = all(type(v) is nn.Parameter and v.dtype == torch.float32 and v.is_cpu for v in vectors)
     return type(norm) is nn.LayerNorm and is_silent(norm) and norm.normalized_shape == x.shape[-1:] and plain
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """norm(x), in the dtype of the product where that takes one pass."""
+    one_pass = is_silent(norm) and takes(x, None, norm, dtype)
+    return add_norm(x, None, norm, dtype)[1] if one_pass else norm(x)
 
 
 def is_silent(*modules: nn.Module | None) -> bool:

@@ -11,6 +11,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from ..add_norm import add_norm, takes
 from ..attention import attend_rows
 from ..checks import FLOATS
 from ..linear import Linear, is_silent
@@ -210,8 +211,17 @@ class FastBlock(Fast):
         if self.training or torch.is_grad_enabled() or not self._can_fuse(x, args, kwargs):
             return super().forward(x, *args, **kwargs)
         attention, mlp = self.attn, self.mlp
-        x = attend(attention, attention.qkv(x, norm=self.norm1), type(attention).frame_dim, residual=x)
-        return mlp.fc2(mlp.fc1(x, activation="gelu", norm=self.norm2), residual=x)
+        qkv, frame_dim = attention.qkv(x, norm=self.norm1), type(attention).frame_dim
+        if qkv.dtype == x.dtype:
+            x = attend(attention, qkv, frame_dim, residual=x)
+            return mlp.fc2(mlp.fc1(x, activation="gelu", norm=self.norm2), residual=x)
+        y = attend(attention, qkv, frame_dim)  # under autocast products cannot add to x
+        if takes(x, y, self.norm2, y.dtype):
+            x, normed = add_norm(x, y, self.norm2, y.dtype)
+        else:
+            x = x + y
+            normed = self.norm2(x)
+        return x + mlp.fc2(mlp.fc1(normed, activation="gelu"))
 
     def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
         _, *inside = self.modules()
