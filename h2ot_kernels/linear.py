@@ -198,9 +198,9 @@ def _can_fuse(norm: nn.LayerNorm, x: Tensor) -> bool:
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """norm(x), in the dtype of the product where that takes one pass."""
+    """norm(x), in the dtype of the product where that takes one pass; contiguous, for the product."""
     one_pass = is_silent(norm) and takes(x, None, norm, dtype)
-    return add_norm(x, None, norm, dtype)[1] if one_pass else norm(x)
+    return add_norm(x, None, norm, dtype)[1].contiguous() if one_pass else norm(x)
 
 
 def is_silent(*modules: nn.Module | None) -> bool:

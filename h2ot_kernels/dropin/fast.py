@@ -221,7 +221,7 @@ class FastBlock(Fast):
         else:
             x = x + y
             normed = self.norm2(x)
-        return x + mlp.fc2(mlp.fc1(normed, activation="gelu"))
+        return x + mlp.fc2(mlp.fc1(normed.contiguous(), activation="gelu"))
 
     def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
         _, *inside = self.modules()
