@@ -1,4 +1,7 @@
-"""A residual addition and the LayerNorm after it in one pass over memory, in CPU inference. Internal to the hosts."""
+"""A residual addition and the LayerNorm after it in one pass over memory, in CPU inference.
+
+Internal to linear layers and patched blocks.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ def add_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype
 def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> bool:
     """Whether add_norm(x, y, norm, dtype) gives what PyTorch's own operators give, and nobody sees the difference.
 
-    Hooks and a forward on the instance of norm are the caller's business (`dropin.fast.is_silent`).
+    Hooks and a forward on the instance of norm are the caller's business (`linear.is_silent`).
     """
     if type(norm) is not nn.LayerNorm or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

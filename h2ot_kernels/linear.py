@@ -30,10 +30,10 @@ class Linear(nn.Linear):
     In eval mode without gradients, in float32 or bfloat16 (autocast included), the weight is packed at the first call
     and again after it changed, and the activation or the addition is part of the product; everywhere else this is
     nn.Linear. Products are oneDNN's, or in float32 on a CPU with a tile unit (AMX) this package's, which makes
-    whole numbers of three or four bytes of each row: float32's accuracy (csrc/amx/digits.h), faster. Packed weights are
-    neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back (`weight.data`,
-    fused optimizers, NumPy) is noticed in SAMPLED elements of it, spread over rows and columns: edit single elements
-    under `torch.no_grad()`, not through `.data`.
+    whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster. Packed
+    weights are neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back
+    (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED elements of it, spread over rows and columns: edit
+    single elements under `torch.no_grad()`, not through `.data`.
 
     >>> import torch
     >>> from h2ot_kernels.linear import Linear

@@ -49,8 +49,10 @@ def test_under_autocast():
     exact = block(X)
     with torch.autocast("cpu", torch.bfloat16):
         before = block(X)
-        with torch.no_grad(), dropin.patch(block):
+        with torch.no_grad(), dropin.patch(block), Recorder() as called:
             after = block(X)
+    assert "h2ot_kernels::add_norm" in called.names
+    assert "aten::native_layer_norm" not in called.names
     assert after.dtype == before.dtype == torch.float32
     assert (after - exact).abs().max() <= 2 * (before - exact).abs().max()
 

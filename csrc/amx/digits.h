@@ -17,6 +17,7 @@ constexpr float kWhole = 0x1.fdfcp30f;  // in units of digit 3; what rounding ad
 constexpr float kLargest = 0x1p48f, kSmallest = 0x1p-48f;
 // Above this r s the products of order 3 are taken: without them a result would be off by 4.5e-7 of its size.
 constexpr float kMostSpread = 16.0f;
+
 // `even` with the odd 16-bit words, or bytes, of `odd`.
 H2OT_INLINE Words odd_words(Words even, Words odd) {
   return reinterpret_cast<Words>(

@@ -12,16 +12,9 @@ constexpr float kTailRate = 0.35f;
 constexpr float kTail[] = {0x1.1df1f6p-3f, 0x1.1e6da4p-3f,  0x1.eaf58ep-4f, 0x1.afafb2p-4f, -0x1.764476p-6f,
                            0x1.45372cp-3f, -0x1.05853cp-2f, 0x1.268a4ap-3f, -0x1.dd0542p-6f};
 
-// 1 / v to 1.1 units in the last place, v from 1 on: a division takes as long as all else here. 0 of infinity.
-H2OT_INLINE Floats inverse(Floats v) {
-  const auto first = reinterpret_cast<Floats>(_mm512_maskz_rcp14_ps(kAll, reinterpret_cast<__m512>(v)));  // to 2^-14
-  const Floats better = first + first * (1.0f - v * first);
-  return first == 0 ? first : better;
-}
-
 H2OT_INLINE Floats gelu(Floats x) {
   constexpr float kHalfLog2E = 0x1.715476p-1f;
-  const Floats t = as_floats(as_words(x) & 0x7fffffffu), z = inverse(kTailRate * t + 1.0f);
+  const Floats t = as_floats(as_words(x) & 0x7fffffffu), z = 1.0f / (kTailRate * t + 1.0f);
   constexpr int terms = int(sizeof kTail / sizeof *kTail);
   Floats m = splat<float>(kTail[terms - 1]);
 #pragma GCC unroll 9

@@ -43,13 +43,13 @@ class TileRegisters {
 };
 
 H2OT_INLINE void load_weights(const int8_t* weights, int digit) { _tile_loadd(6, weights + digit * kTile, kDepth); }
-// Once each, and marked so that they leave the weights in the first-level cache: 960 -> 730 ns for 512 channels.
+// Marked so that they leave the weights in the first-level cache: 960 -> 730 ns for 512 channels.
 H2OT_INLINE void load_rows(const int8_t* rows, int digit, int half) {
   _tile_stream_loadd(7, rows + (2 * digit + half) * kTile, kDepth);
 }
 
-// One step: kDepth channels of kGroup rows and of kSide outputs. Sums of order o are in registers 2 o and 2 o + 1; the
-// macros of the compiler want literals.
+// One step, which loads each tile of rows once: kDepth channels of kGroup rows and of kSide outputs. Sums of order o
+// are in registers 2 o and 2 o + 1; the macros of the compiler want literals.
 template <class Beside>
 H2OT_INLINE void step(const int8_t* rows, const int8_t* weights, Beside beside) {
   load_rows(rows, 0, 0);
@@ -84,8 +84,8 @@ H2OT_INLINE void step(const int8_t* rows, const int8_t* weights, Beside beside) 
   beside();
 }
 
-// sums[order][2][kSide][kSide], orders 0 to 2, of all steps. After each one beside(s): work for the vector units while
-// the tile unit is busy.
+// sums[order][2][kSide][kSide], orders 0 to 2, of all steps. Four times in each one beside(): work for the vector
+// units while the tile unit is busy.
 template <class Beside>
 __attribute__((noinline)) static void multiply(const int8_t* rows, const int8_t* weights, int64_t steps, int32_t* sums,
                                                Beside beside) {
