@@ -53,22 +53,15 @@ WANTED = (
     ("stored_kernel<h2ot::cuda::DirectTile<float, 32, 64, 2>", r"LDS\.128", 2 * 16),
     ("stored_kernel<h2ot::cuda::DirectTile<float, 32, 64, 2>", r"FFMA", 2 * 2 * 64),
     ("stored_kernel<h2ot::cuda::DirectTile<double, 16, 32, 4>", r"DFMA", 2 * 32),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"HMMA\.16816\.F32 ", 2 * 3 * 16),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"LDSM\.16\.M88\.4", 2 * 12),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"LDGSTS\.E\.BYPASS\.128", 3 * 8),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 128", r"HMMA\.16816\.F32\.BF16", 64),
-    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64", r"HMMA\.16816\.F32 ", 32),
-    ("stream_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs", r"HMMA\.16816\.F32 ", 2 * 3 * 8),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"LDGSTS\.E\.BYPASS\.128", 3 * 2),
+    ("stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 64", r"LDGSTS\.E\.BYPASS\.128", 3 * 8),
     ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2 + 2 * (1 + 4)),
     ("parent_stored_kernel<float>", r"LDG\.E\.128", 1 + 4),
     ("parent_stored_kernel<float>", r"ATOMS", 1),
     ("centre_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"LDGSTS\.E\.BYPASS\.128", 6),
     ("centre_kernel<h2ot::cuda::DirectTile<float, 32, 64, 2>", r"FFMA", 2 * 2 * 64),
     ("centre_kernel<h2ot::cuda::DirectTile<double, 32, 64, 2>", r"DFMA", 2 * 32),
-    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"HMMA\.16816\.F32 ", 2 * 3 * 8),
-    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"LDGSTS\.E\.BYPASS\.128", 3 * 4),
-    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::BFloat16, 128", r"HMMA\.16816\.F32\.BF16", 32),
-    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Float16, 64", r"HMMA\.16816\.F32 ", 32),
+    ("centre_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 128", r"LDGSTS\.E\.BYPASS\.128", 3 * 2),
     ("label_stored_kernel<float>", r"LDG\.E\.128", 1 + 2),
     ("label_listed_kernel<float>", r"LDG\.E\.128", 1 + 2),
     ("select_kernel", r"LDG\.E\.64", 2 * 4),
@@ -77,6 +70,27 @@ WANTED = (
     ("move_kernel<h2ot::cuda::Unit<16>, unsigned int, false>", r"STG\.E\.128", 4),
     ("embed_kernel<h2ot::cuda::Brain, 8, unsigned int>", r"LDG\.E\.128", 8),
 )
+# The same of products: by warps, or, on 9.0, by warpgroups.
+_PRODUCTS = [
+    (f"{kernel}<h2ot::cuda::ProductTile<h2ot::cuda::{operand}, {side}", operand)
+    for kernel in ("stored_products_kernel", "stream_products_kernel", "centre_kernel")
+    for operand in ("Pairs", "BFloat16", "Float16")
+    for side in (128, 64)
+    if side == 128 or kernel != "stream_products_kernel"
+]
+_BRAIN = {"BFloat16": r"\.BF16"}
+BY_WARPS = (
+    *(
+        (name, r"HMMA\.16816\.F32" + _BRAIN.get(operand, " "), 48 if operand == "Pairs" else 32)
+        for name, operand in _PRODUCTS
+    ),
+    *((name, r"LDSM\.16\.M88\.4", 16) for name, _ in _PRODUCTS),
+)
+BY_GROUPS = tuple(
+    (name, r"HGMMA\.64x64x16\.F32" + _BRAIN.get(operand, " "), 6 if operand == "Pairs" else 4)
+    for name, operand in _PRODUCTS
+)
+TARGETS = {90: "90a"}  # what a GPU of that architecture needs for all of its instructions
 # Kernels that are launched while the one before may still run: from 9.0 on they must wait for it.
 OVERLAPPING = (
     "pool_",
@@ -154,7 +168,15 @@ def compile_for(architecture: int, result_as: str, folder: Path, cuobjdump: Path
     start, result, code = time.monotonic(), Compiled(architecture, 0.0), {}
     for source in SOURCES:
         out = folder / f"{Path(source).stem}_{architecture}"
-        command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", result_as, f"csrc/cuda/{source}", "-o", out]
+        command = [
+            "nvcc",
+            *FLAGS,
+            f"-arch=sm_{TARGETS.get(architecture, architecture)}",
+            result_as,
+            f"csrc/cuda/{source}",
+            "-o",
+            out,
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             result.faults.append(f"nvcc failed:\n{done.stdout}{done.stderr}")
@@ -169,7 +191,7 @@ def compile_for(architecture: int, result_as: str, folder: Path, cuobjdump: Path
         if kernel["registers"] > REGISTER_LIMIT:
             result.faults.append(f"{name}: {kernel['registers']} registers")
     if cuobjdump:
-        for part, pattern, least in WANTED:
+        for part, pattern, least in (*WANTED, *(BY_GROUPS if architecture == 90 else BY_WARPS)):
             texts = [text for name, text in code.items() if name.startswith(part)]
             count = max((len(re.findall(rf"\b{pattern}", text)) for text in texts), default=0)
             if count < least:

@@ -60,7 +60,7 @@ def test_chains_that_meet_no_selected_token(runner):
     assert ours.tolist() == [[-1, -1, -1, 0, -1, -1, 1, -1]]
 
 
-@pytest.mark.parametrize("runner", runners("assign_clusters"))
+@pytest.mark.parametrize("runner", runners("prune_cluster", "assign_clusters", "merge_tokens"))
 def test_a_number_of_tokens_per_sample_through_the_whole_path(runner):
     x, counts = torch.randn(3, 30, 5), [7, 0, 3]
     index = runner(h2ot.prune_cluster, x, counts)

@@ -14,7 +14,7 @@ from h2ot_kernels import _C
 from . import simt
 from .cases import TOKEN_CASES, TokenCase, oracle_tokens
 from .compare import assert_scores
-from .simt import mutants
+from .simt import mutants, product_mutants
 from .simt.planted import build_planted, survivors
 
 needs_simulator = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
@@ -225,61 +225,7 @@ MUTANTS = {
         "const int32_t moved_at = moves ? token[r - 1] : 0;\n      __syncwarp();",
         "const int32_t moved_at = moves ? token[r - 1] : 0;",
     ),
-    "fragment rows and channels swapped": (
-        "score_products.cuh",
-        "place(stage, row + lane % 16, v + lane / 16)",
-        "place(stage, row + lane / 16 * 8 + lane % 8, v + lane / 8 % 2)",
-    ),
-    "fragment columns and channels swapped": (
-        "score_products.cuh",
-        "place(stage, column, v + lane / 8 % 2)",
-        "place(stage, column - lane / 16 * 8 + lane / 8 % 2 * 8, v + lane / 16)",
-    ),
-    "fragment column of the sums": (
-        "score_products.cuh",
-        "across * 8 + lane % 4 * 2 + e % 2] =",
-        "across * 8 + lane % 4 + e % 2 * 4] =",
-    ),
-    "another order of vectors where they are read": (
-        "score_products.cuh",
-        "load_matrices(a, place(stage, row + lane % 16, v + lane / 16));",
-        "load_matrices(a, &stage.token[row + lane % 16][(v + lane / 16) * kVector]);",
-    ),
-    "a line is read before it is there": (
-        "score_products.cuh",
-        "wait_for_copies<kStages - 2>();",
-        "wait_for_copies<kStages - 1>();",
-    ),
-    "no barrier between a line's copies and its reading": (
-        "score_products.cuh",
-        "__syncthreads();  // the line is there, and the one before is no longer read",
-        "",
-    ),
-    "a line is copied to where another is read": (
-        "score_products.cuh",
-        "const int before = at == 0 ? kStages - 1 : at - 1;",
-        "const int before = at == kStages - 1 ? 0 : at + 1;",
-    ),
-    "copies not committed": (
-        "score_products.cuh",
-        "slab.stage[before]);\n      commit_copies();",
-        "slab.stage[before]);",
-    ),
-    "one of the three products twice": (
-        "score_products.cuh",
-        "multiply(part, a[1], b[0]);\n          multiply(part, a[0], b[1]);",
-        "multiply(part, a[0], b[1]);\n          multiply(part, a[0], b[1]);",
-    ),
-    "the edge of large tiles one too early": (
-        "score_products.cuh",
-        "if (column + c > row + r) matrix",
-        "if (column + c > row + r + 1) matrix",
-    ),
-    "lower parts of another scale": (
-        "score_products.cuh",
-        "narrow_half(large - widen",
-        "narrow_half(2 * large - widen",
-    ),
+    **product_mutants.MUTANTS,
     "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
     "one column split less": (
         "score_stream.cuh",

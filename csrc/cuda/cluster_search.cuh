@@ -18,7 +18,7 @@ namespace cuda {
 template <class Tiles>
 struct CentreShared {
   typedef typename Tiles::A A;
-  TileTokens<Tiles::kRows, Tiles::kColumns> tokens;
+  typename Tiles::Tokens tokens;
   A column_norm[Tiles::kColumns];  // of products
   A reach[Tiles::kRows];           // lower bounds above it are not listed; -1: the token is a centre itself
   int32_t count[Tiles::kRows];     // listed; -1: there was no room

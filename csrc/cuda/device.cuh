@@ -15,7 +15,7 @@ constexpr uint32_t kAllLanes = 0xffffffff;
 
 // The block's dynamic shared memory.
 H2OT_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
 
@@ -90,6 +90,59 @@ H2OT_DEVICE void load_matrices(uint32_t (&r)[4], const void* shared) {
   }
 H2OT_MMA(mma_float16, "f16")
 H2OT_MMA(mma_bfloat16, "bf16")
+
+// Products by a warpgroup (four warps in a row): c += a b^T of 64 x 16 and 64 x 16 values in shared memory, whose rows
+// are lines of 128 bytes, vector v of row r at place v ^ (r % 8), the first row at a multiple of 1024 bytes. Warp w
+// gets rows 16 w to 16 w + 15, as eight fragments of mma side by side. They run on their own: c is there, and what they
+// read may be written again, after wait_for_products. Needs the target sm_90a.
+constexpr int kGroupSide = 64, kGroupThreads = 4 * 32;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasGroups = true;
+#else
+constexpr bool kHasGroups = false;
+#endif
+
+// A matrix from its first value on (a multiple of 16 of them into its rows): address, rows that lie 128 bytes apart in
+// groups of eight, that order of vectors.
+H2OT_DEVICE uint64_t shared_matrix(const void* first) {
+  constexpr uint64_t kUnused = uint64_t(1) << 16, kGroupOfRows = uint64_t(1024 / 16) << 32, kOrder = uint64_t(1) << 62;
+  return (shared_address(first) >> 4 & 0x3fff) | kUnused | kGroupOfRows | kOrder;
+}
+
+#define H2OT_ROW(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define H2OT_ROWS(c)                                                                                              \
+  H2OT_ROW(c, 0), H2OT_ROW(c, 1), H2OT_ROW(c, 2), H2OT_ROW(c, 3), H2OT_ROW(c, 4), H2OT_ROW(c, 5), H2OT_ROW(c, 6), \
+      H2OT_ROW(c, 7)
+#define H2OT_GROUP_PRODUCTS(name, type)                                                               \
+  H2OT_DEVICE void name(float (&c)[8][4], uint64_t a, uint64_t b, bool adds) {                        \
+    asm volatile(                                                                                     \
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %34, 0;\n"                                            \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                   \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "     \
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, adds, 1, 1, 0, " \
+        "0;\n}\n"                                                                                     \
+        : H2OT_ROWS(c)                                                                                \
+        : "l"(a), "l"(b), "r"(int(adds)));                                                            \
+  }
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+H2OT_GROUP_PRODUCTS(start_float16_products, "f16")
+H2OT_GROUP_PRODUCTS(start_bfloat16_products, "bf16")
+// Before the first of a group: registers that it adds to are written.
+H2OT_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+H2OT_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+H2OT_DEVICE void wait_for_products(float (&c)[8][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : H2OT_ROWS(c)::"memory");
+}
+// Lets products read what this thread's copies brought, after a barrier.
+H2OT_DEVICE void publish_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+void start_float16_products(float (&)[8][4], uint64_t, uint64_t, bool);
+void start_bfloat16_products(float (&)[8][4], uint64_t, uint64_t, bool);
+void begin_products();
+void commit_products();
+void wait_for_products(float (&)[8][4]);
+void publish_copies();
+#endif
 
 // Shared memory of a block that every device grants without being asked for more; what all of them (8.0 on) grant.
 constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;

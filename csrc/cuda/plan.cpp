@@ -180,10 +180,11 @@ Bound search_bound(const Problem& p, Distance distance) {
   Bound bound = {0.6 * kUnit * (roundings + 1), std::sqrt(C) * 0x1p-50, 0};
   if (distance == Distance::direct) return bound;
   // Products. An mma adds 16 products to a sum and cuts off 20 units of 2^-23 of what it adds at worst (once, or twice
-  // for eight each): a slab has one such mma (two before it add the lower parts of Pairs, below 2^-10 of them), or two.
-  // The slabs, the norms and what is made of them are rounded.
+  // for eight each). Summed from zero are lines, with two such mma for Pairs (those of the lower parts, below 2^-10 of
+  // them, come before) and four else, or, by warps, half lines: twice the sums then. They are rounded, as are the norms
+  // and what is made of them.
   const bool pairs = distance == Distance::products;
-  const double mma = pairs ? 41 : 80, sums = double(ceil_div(p.C, pairs ? 16 : 32));
+  const double mma = pairs ? 82 : 160, sums = double(ceil_div(p.C, pairs ? 16 : 32));
   const double norms = double(ceil_div(p.C, 128)) + 8;
   // Pairs: tokens less the first one are rounded (4), split into 22 bits (4), the lower parts' product is left out (4),
   // and float16 has no more than 2^-25 of 2^14 (1, and eta).

@@ -3,22 +3,21 @@
 // float32 tokens (and pooled ones) enter less the first valid token, scaled, each as the sum of two float16: three
 // products (the fourth, of the lower parts, is below the bound). bfloat16 and float16 tokens enter as they are.
 //
-// Count for one sample of MHFormer (N 351, C 1536), three products: 6 tiles of 128 x 128, each 96 steps of 16 channels
-// with 3 x 128 mma.sync of 2048 multiply-adds: 37 thousand clocks at 1024 multiply-adds a clock, 48 stages of 32 KiB
-// from L2.
+// Count for one sample of MHFormer (N 351, C 1536), three products: 6 tiles of 128 x 128, each 48 lines of 32 KiB from
+// L2, 1.6 million multiply-adds a line: 768 clocks at the 2048 of wgmma (1536 at the 1024 of mma.sync), and some 1200
+// for the line at 27 bytes a clock, which is what a multiprocessor gets of L2 where all read.
 #pragma once
 
+#include "score_multiply.cuh"
 #include "score_tiles.cuh"
 
 namespace h2ot {
 namespace cuda {
 
-// Operands are copied in lines of 128 bytes. Of Pairs: the upper parts of 32 channels, then their lower parts.
-constexpr int kVector = 8;  // 16-bit values copied by a thread
 constexpr int kStages = 3;  // lines of each token in shared memory, under way or being multiplied
 
-// Two large blocks fit a multiprocessor's 227 KiB of shared memory on 9.0; most have 99 KiB, and on 10.0 half of the
-// registers does not do.
+// Most multiprocessors have less than the 227 KiB of shared memory of 9.0, and on 10.0 half of the registers does not
+// do.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kShortOfShared = 2;
 #else
@@ -36,17 +35,6 @@ H2OT_DEVICE Quad<float> entering(const float* token, const float* origin, int64_
   return quad;
 }
 
-struct Pairs {};
-
-template <class Operand>
-struct Entry {
-  static constexpr bool kPairs = false;
-};
-template <>
-struct Entry<Pairs> {
-  static constexpr bool kPairs = true;
-};
-
 // What the parts of Pairs are scaled by, beside the sample's scale: differences of tokens stay below 2^15. (A sample's
 // scale brings tokens of 2^126 and more to below 4 only.)
 H2OT_DEVICE float pair_scale(int32_t most) { return most > 126 ? 0x1p12f : 0x1p14f; }
@@ -61,12 +49,6 @@ H2OT_DEVICE bool is_raw(float scale) {
 H2OT_DEVICE uint16_t narrowed(BFloat16, float v) { return uint16_t(pattern_with_sign(v) >> 16); }
 H2OT_DEVICE uint16_t narrowed(Float16, float v) { return narrow_half(v); }
 
-// One sample's operands.
-struct Lines {
-  const uint16_t* data;
-  int64_t stride;  // between tokens
-  int32_t length;  // of a token
-};
 template <class Operand>
 H2OT_DEVICE Lines lines_of(const Job<float>& job, int64_t b) {
   const Operands& from = job.operands;
@@ -75,6 +57,11 @@ H2OT_DEVICE Lines lines_of(const Job<float>& job, int64_t b) {
   }
   return {from.copy + b * job.x.N * from.pitch, from.pitch, int32_t(from.pitch)};
 }
+
+template <int kSide>
+struct ProductTokens : TileTokens<kSide, kSide> {
+  Lines lines;  // here rather than in registers
+};
 
 // Writes the tokens as they enter products, where they do not lie so already, their squared norms, and the scale of
 // each sample. A warp per token; grid: groups, samples.
@@ -149,130 +136,55 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
   if (lane == 0) job.norm[b * job.x.N + i] = norm;
 }
 
-// kSide x kSide pairs by warps of 16 kFragmentsDown x 32.
-template <class Operand, int kSide, int kFragmentsDown = kSide / 32>
+// kSide x kSide pairs.
+template <class Operand, int kSide>
 struct ProductTile {
   typedef float A;
+  typedef ProductTokens<kSide> Tokens;
+  typedef Products<Operand, kSide> Sums;
   static constexpr bool kProducts = true;
   static constexpr int kRows = kSide, kColumns = kSide;
-  static constexpr int kDown = kFragmentsDown, kAcross = 4;  // 16 x 8 fragments of a warp
-  static constexpr int kWarpsDown = kSide / (16 * kDown), kWarpsAcross = kSide / 32;
-  static constexpr int kThreads = kWarpsDown * kWarpsAcross * kLanes;
-  static constexpr int kBlocks = kThreads == 512 ? 1 : (kSide == 128 ? 2 : 4) / kShortOfShared;  // on a multiprocessor
-  struct Stage {
-    alignas(128) uint16_t token[kRows + kColumns][kLine];
-  };
+  static constexpr int kThreads = Sums::kThreads;
+  static constexpr int kBlocks = kSide == 128 ? 1 : 4 / kShortOfShared;  // on a multiprocessor
   struct Slab {
-    Stage stage[kStages];
-    Lines lines;  // here rather than in registers
+    LineStage<kSide> stage[kStages];
   };
-  float total[kDown][kAcross][4];
+  Sums sums;
 
-  static H2OT_DEVICE int first_row() { return threadIdx.x / kLanes / kWarpsAcross * kDown * 16; }
-  static H2OT_DEVICE int first_column() { return threadIdx.x / kLanes % kWarpsAcross * kAcross * 8; }
-
-  // Where vector `v` of a line stands: no two of eight tokens' vectors in the same banks.
-  static H2OT_DEVICE uint16_t* place(Stage& stage, int token, int v) {
-    return &stage.token[token][(v ^ (token & 7)) * kVector];
-  }
-
-  static H2OT_DEVICE void copy_line(const Lines& lines, const TileTokens<kRows, kColumns>& tokens, int32_t line,
-                                    Stage& stage) {
+  static H2OT_DEVICE void copy_line(const Tokens& tokens, int32_t line, LineStage<kSide>& stage) {
     constexpr int kTokensAtOnce = kThreads / kVector;
+    const Lines& lines = tokens.lines;
     const int v = threadIdx.x % kVector;
     const int32_t c = line * int32_t(kLine) + v * kVector;
-#pragma unroll(kThreads == 512 && !Entry<Operand>::kPairs ? 2 : 8)
+#pragma unroll(kThreads == 512 && !Sums::kAsynchronous ? 2 : 8)
     for (int from = 0; from < kRows + kColumns; from += kTokensAtOnce) {
       const int token = from + threadIdx.x / kVector;
       const int32_t i = from < kRows ? tokens.row[token] : tokens.column[token - kRows];
       // Values of a token that is none only reach pairs that are none.
       const bool there = c < lines.length;
-      copy_async(place(stage, token, v), lines.data + (there ? (i < 0 ? 0 : i) * lines.stride + c : 0), there);
+      copy_async(stage.place(token, v), lines.data + (there ? (i < 0 ? 0 : i) * lines.stride + c : 0), there);
     }
   }
 
-  // The fragments of 16 channels (vectors v, v + 1) of 16 rows, or of two times 8 columns.
-  static H2OT_DEVICE void load_rows(uint32_t (&a)[4], Stage& stage, int row, int v) {
-    const int lane = threadIdx.x % kLanes;
-    load_matrices(a, place(stage, row + lane % 16, v + lane / 16));
-  }
-  static H2OT_DEVICE void load_columns(uint32_t (&b)[kAcross][2], Stage& stage, int v) {
-    const int lane = threadIdx.x % kLanes;
-#pragma unroll
-    for (int across = 0; across < kAcross; across += 2) {
-      const int column = kRows + first_column() + across * 8 + lane / 16 * 8 + lane % 8;
-      uint32_t read[4];
-      load_matrices(read, place(stage, column, v + lane / 8 % 2));
-      b[across][0] = read[0];
-      b[across][1] = read[1];
-      b[across + 1][0] = read[2];
-      b[across + 1][1] = read[3];
-    }
-  }
-  static H2OT_DEVICE void multiply(float (&c)[kAcross][4], const uint32_t (&a)[4], const uint32_t (&b)[kAcross][2]) {
-#pragma unroll
-    for (int across = 0; across < kAcross; across++) {
-      if constexpr (std::is_same<Operand, BFloat16>::value) {
-        mma_bfloat16(c[across], a, b[across]);
-      } else {
-        mma_float16(c[across], a, b[across]);
-      }
-    }
-  }
-
-  // A line: two slabs, each summed from zero and then added. A slab is 16 channels of Pairs, the small products first,
-  // or 32 channels.
-  H2OT_DEVICE void multiply_line(Stage& stage) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      constexpr int kFirst = Entry<Operand>::kPairs ? 2 : 4, kSecond = Entry<Operand>::kPairs ? 4 : 2;
-      uint32_t b[2][kAcross][2];
-      load_columns(b[0], stage, half * kFirst);
-      load_columns(b[1], stage, half * kFirst + kSecond);
-#pragma unroll
-      for (int down = 0; down < kDown; down++) {
-        uint32_t a[2][4];
-        load_rows(a[0], stage, first_row() + down * 16, half * kFirst);
-        load_rows(a[1], stage, first_row() + down * 16, half * kFirst + kSecond);
-        float part[kAcross][4] = {};
-        if constexpr (Entry<Operand>::kPairs) {
-          multiply(part, a[1], b[0]);
-          multiply(part, a[0], b[1]);
-          multiply(part, a[0], b[0]);
-        } else {
-          multiply(part, a[0], b[0]);
-          multiply(part, a[1], b[1]);
-        }
-#pragma unroll
-        for (int across = 0; across < kAcross; across++) {
-          for (int e = 0; e < 4; e++) total[down][across][e] += part[across][e];
-        }
-      }
-    }
-  }
-
-  H2OT_DEVICE void compute(const Job<float>& job, int64_t b, const TileTokens<kRows, kColumns>& tokens, Slab& slab) {
-    if (threadIdx.x == 0) slab.lines = lines_of<Operand>(job, b);
+  H2OT_DEVICE void compute(const Job<float>& job, int64_t b, Tokens& tokens, Slab& slab) {
+    if (threadIdx.x == 0) tokens.lines = lines_of<Operand>(job, b);
     __syncthreads();
-    const Lines& lines = slab.lines;
-    const int32_t count = int32_t(ceil_div(lines.length, kLine));
-    for (auto& fragments : total) {
-      for (auto& fragment : fragments) {
-        for (float& v : fragment) v = 0;
-      }
-    }
+    const int32_t count = int32_t(ceil_div(tokens.lines.length, kLine));
+    sums.clear();
     for (int ahead = 0; ahead < kStages - 1; ahead++) {
-      if (ahead < count) copy_line(lines, tokens, ahead, slab.stage[ahead]);
+      if (ahead < count) copy_line(tokens, ahead, slab.stage[ahead]);
       commit_copies();
     }
     int at = 0;
     for (int32_t line = 0; line < count; line++) {
       wait_for_copies<kStages - 2>();
+      if constexpr (Sums::kAsynchronous) publish_copies();
       __syncthreads();  // the line is there, and the one before is no longer read
       const int before = at == 0 ? kStages - 1 : at - 1;
-      if (line + kStages - 1 < count) copy_line(lines, tokens, line + kStages - 1, slab.stage[before]);
+      if constexpr (Sums::kAsynchronous) sums.start_line(slab.stage[at]);
+      if (line + kStages - 1 < count) copy_line(tokens, line + kStages - 1, slab.stage[before]);
       commit_copies();
-      multiply_line(slab.stage[at]);
+      sums.finish_line(slab.stage[at]);
       at = at == kStages - 1 ? 0 : at + 1;
     }
     wait_for_copies<0>();
@@ -281,18 +193,18 @@ struct ProductTile {
   H2OT_DEVICE void put_sums(TileValues<float, kRows, kColumns>& tile) const {
     const int lane = threadIdx.x % kLanes;
 #pragma unroll
-    for (int down = 0; down < kDown; down++) {
+    for (int down = 0; down < Sums::kDown; down++) {
 #pragma unroll
-      for (int across = 0; across < kAcross; across++) {
+      for (int across = 0; across < Sums::kAcross; across++) {
         for (int e = 0; e < 4; e++) {
-          const int r = first_row() + down * 16 + lane / 4 + e / 2 * 8;
-          tile.value[r][first_column() + across * 8 + lane % 4 * 2 + e % 2] = total[down][across][e];
+          const int r = Sums::first_row() + down * 16 + lane / 4 + e / 2 * 8;
+          tile.value[r][Sums::first_column() + across * 8 + lane % 4 * 2 + e % 2] = sums.total[down][across][e];
         }
       }
     }
   }
   // The sums first, then their distances: all at once takes more registers than there are.
-  H2OT_DEVICE void put(const Job<float>& job, int64_t b, const TileTokens<kRows, kColumns>& tokens,
+  H2OT_DEVICE void put(const Job<float>& job, int64_t b, const Tokens& tokens,
                        TileValues<float, kRows, kColumns>& tile) const {
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
     put_sums(tile);
@@ -317,7 +229,7 @@ struct ProductTile {
 
 template <class Tiles>
 struct ProductShared {
-  TileTokens<Tiles::kRows, Tiles::kColumns> tokens;
+  typename Tiles::Tokens tokens;
   int32_t row, column;  // the first ones
   union {
     typename Tiles::Slab slab;

@@ -10,14 +10,13 @@ namespace cuda {
 
 constexpr float kLargest = 0x1.fffffep127f;
 
-// Twice the warps of the stored search, each of half the size: what the loop over tiles keeps takes registers, too.
 template <class Operand>
-using StreamedTile = ProductTile<Operand, kStreamedSide, kStreamedSide / 64>;
+using StreamedTile = ProductTile<Operand, kStreamedSide>;
 
 template <class Tiles>
 struct StreamProductsShared {
   static constexpr int kSide = Tiles::kRows, kOwned = kSide / (Tiles::kThreads / kLanes);
-  TileTokens<kSide, kSide> tokens;
+  typename Tiles::Tokens tokens;
   float column_norm[kSide];  // infinite for no token
   float worst[kSide];        // lower bounds above it are not listed
   float furthest[kSide];     // upper bounds of the largest distances
@@ -46,41 +45,22 @@ H2OT_DEVICE float insert_pair(float* low, int32_t* at, int32_t room, float value
   return last < kLargest ? last : kLargest;
 }
 
-// The pairs of row r in one tile; returns the largest lower bound. For the warp that owns the row.
+// Lists those pairs of row r, in one tile, that are near enough: low, their lower bounds (NaN: not a pair), of the
+// columns u * 32 + lane.
 template <class Tiles>
-H2OT_DEVICE float list_row(const Job<float>& job, int64_t b, int r, StreamProductsShared<Tiles>& shared, int lane) {
-  constexpr int kSide = Tiles::kRows, kColumnsOfLane = kSide / kLanes;
+H2OT_DEVICE void list_near(const Job<float>& job, int64_t b, int r, StreamProductsShared<Tiles>& shared,
+                           const float (&low)[Tiles::kColumns / kLanes], int lane) {
   const int64_t N = job.x.N, split = blockIdx.x % job.splits;
   const int32_t i = shared.tokens.row[r], room = int32_t(job.list);
   const double* key = job.key + b * N;
-  const float factor = job.operands.scale[2 * b + 1], spread = job.bound.spread, own = job.norm[b * N + i];
-  float low[kColumnsOfLane], furthest = -1, lowest = -1;
 #pragma unroll
-  for (int u = 0; u < kColumnsOfLane; u++) {
-    const int c = u * kLanes + lane;
-    const int32_t j = shared.tokens.column[c];
-    const float both = own + shared.column_norm[c];
-    const float v = fma(factor, shared.values.value[r][c], both);
-    const bool pair = j >= 0 && j != i;
-    low[u] = !pair ? infinity_of(0.0f) : v > spread * both ? v - spread * both : 0;
-    if (pair) {
-      const float high = (v > 0 ? v : 0) + spread * both;
-      furthest = high > furthest ? high : furthest;
-      lowest = low[u] > lowest ? low[u] : lowest;
-    }
-  }
-  if (job.wants_largest && !job.for_peaks) {
-    furthest = warp_max(furthest);
-    if (lane == 0 && furthest > shared.furthest[r]) shared.furthest[r] = furthest;
-  }
-#pragma unroll
-  for (int u = 0; u < kColumnsOfLane; u++) {
+  for (int u = 0; u < Tiles::kColumns / kLanes; u++) {
     const int32_t j = shared.tokens.column[u * kLanes + lane];
-    bool hit = low[u] <= shared.worst[r];
+    bool hit = low[u] <= shared.worst[r] && j != i;
     if (hit && job.for_peaks) hit = is_denser(key[j], j, key[i], i, job.noise != nullptr);
     for (uint32_t bits = __ballot_sync(kAllLanes, hit); bits; bits &= bits - 1) {
       const int source = __ffs(int(bits)) - 1;
-      const float value = __shfl_sync(kAllLanes, low[u], source);
+      const float value = __shfl_sync(kAllLanes, low[u] > 0 ? low[u] : 0, source);
       const int32_t token = __shfl_sync(kAllLanes, j, source);
       if (value > shared.worst[r]) continue;
       const int64_t at = ((b * N + i) * job.splits + split) * room;
@@ -90,7 +70,53 @@ H2OT_DEVICE float list_row(const Job<float>& job, int64_t b, int r, StreamProduc
       __syncwarp();
     }
   }
-  return lowest;
+}
+
+// The pairs of a warp's rows in one tile. Nearly all rows of nearly all tiles have none to list: what they take is what
+// the search takes beside its products.
+template <class Tiles>
+H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamProductsShared<Tiles>& shared, int lane) {
+  constexpr int kColumnsOfLane = Tiles::kColumns / kLanes, kOwned = StreamProductsShared<Tiles>::kOwned;
+  const float factor = job.operands.scale[2 * b + 1], spread = job.bound.spread;
+  const bool wants_largest = job.wants_largest && !job.for_peaks;
+  const int32_t own_row = lane < kOwned ? shared.tokens.row[first + lane] : -1;
+  const float own_norm = own_row >= 0 ? job.norm[b * job.x.N + own_row] : 0;
+  float norm[kColumnsOfLane], lowest = -1;
+#pragma unroll
+  for (int u = 0; u < kColumnsOfLane; u++) norm[u] = shared.column_norm[u * kLanes + lane];
+#pragma unroll 1
+  for (int r = first; r < first + kOwned; r++) {
+    if (shared.tokens.row[r] < 0) continue;
+    const float own = __shfl_sync(kAllLanes, own_norm, r - first);
+    const float worst = shared.worst[r];
+    float low[kColumnsOfLane];
+    bool near = false;
+#pragma unroll
+    for (int u = 0; u < kColumnsOfLane; u++) {  // of a column that is no token the norm is infinite, and this NaN
+      const float both = own + norm[u];
+      low[u] = fma(factor, shared.values.value[r][u * kLanes + lane], both) - spread * both;
+      near |= low[u] <= worst;
+    }
+    if (wants_largest) {
+      float furthest = -1;
+#pragma unroll
+      for (int u = 0; u < kColumnsOfLane; u++) {
+        const int32_t j = shared.tokens.column[u * kLanes + lane];
+        if (j < 0 || j == shared.tokens.row[r]) continue;
+        const float both = own + norm[u], v = fma(factor, shared.values.value[r][u * kLanes + lane], both);
+        const float high = (v > 0 ? v : 0) + spread * both;
+        furthest = high > furthest ? high : furthest;
+        lowest = low[u] > lowest ? low[u] : lowest;
+      }
+      furthest = warp_max(furthest);
+      if (lane == 0 && furthest > shared.furthest[r]) shared.furthest[r] = furthest;
+    }
+    if (__ballot_sync(kAllLanes, near)) list_near(job, b, r, shared, low, lane);
+  }
+  if (wants_largest) {
+    lowest = warp_max(lowest);
+    if (lane == 0 && lowest > 0) offer_largest(job, b, lowest);
+  }
 }
 
 // Grid: blocks of rows x splits of the columns, samples.
@@ -143,18 +169,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_produc
     }
     __syncthreads();
     {
-      const int thread = thread_here(), first = thread / kLanes * Shared::kOwned;
-      const int64_t sample = block_y_here();
-      float lowest = -1;
-      for (int r = first; r < first + Shared::kOwned; r++) {
-        if (shared.tokens.row[r] < 0) continue;
-        const float of_row = list_row(job, sample, r, shared, thread % kLanes);
-        lowest = of_row > lowest ? of_row : lowest;
-      }
-      if (job.wants_largest && !job.for_peaks) {
-        lowest = warp_max(lowest);
-        if (thread % kLanes == 0 && lowest > 0) offer_largest(job, sample, lowest);
-      }
+      const int thread = thread_here();
+      list_rows(job, block_y_here(), thread / kLanes * Shared::kOwned, shared, thread % kLanes);
     }
     __syncthreads();
     if (thread_here() == 0) shared.tile++;

@@ -36,6 +36,7 @@ struct TileTokens {
 template <class T, int kDown = kDirectRows, int kAcross = kDirectColumns, int kGroups = 1>
 struct DirectTile {
   typedef T A;
+  typedef TileTokens<kDown, kAcross> Tokens;
   static constexpr bool kProducts = false;
   static constexpr int kRows = kDown, kColumns = kAcross;
   static constexpr int kOwnThreads = kRows * kColumns / 16, kThreads = kGroups * kOwnThreads;

@@ -56,6 +56,13 @@ struct Exchange {
 };
 typedef void (*WarpOperation)(Exchange* const (&lanes)[kLanes]);
 
+// A product of a warpgroup, of which a thread adds its share to c when it waits.
+struct GroupProduct {
+  float (*c)[4];
+  uint64_t a, b;  // the matrices' first values
+  bool adds, is_brain;
+};
+
 // An asynchronous copy of 16 bytes into shared memory, on its way until its thread waits for its group.
 struct Copy {
   unsigned char* to;
@@ -65,7 +72,9 @@ struct Copy {
 };
 struct Copies {
   std::vector<Copy> under_way;
-  uint64_t committed = 0;  // groups
+  uint64_t committed = 0;              // groups
+  bool unpublished = false;            // some landed that products must not read yet
+  std::vector<GroupProduct> products;  // started
 };
 
 // What kernels and drivers see of the block that runs.
@@ -98,6 +107,8 @@ void take_ballot(Exchange* const (&lanes)[kLanes]);
 void only_meet(Exchange* const (&lanes)[kLanes]);
 void multiply_float16(Exchange* const (&lanes)[kLanes]);
 void multiply_bfloat16(Exchange* const (&lanes)[kLanes]);
+double half_value(uint32_t bits, bool is_brain);
+float add_products(float c, const double (&products)[16]);
 
 template <class T>
 T shuffle(uint32_t mask, T v, int source, WarpOperation operation, const char* place) {
@@ -131,7 +142,7 @@ void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads
     block_index = {uint32_t(n % grid_x), uint32_t(n / grid_x), 0};
     void* shared = nullptr;
     if (shared_bytes > 0) {
-      shared = std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128);
+      shared = std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024);
       std::memset(shared, kPoison, shared_bytes);
     }
     machine.shared = static_cast<unsigned char*>(shared);
@@ -211,6 +222,24 @@ inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
   simt::Exchange exchange = {"mma_bfloat16", 0, 0, 0, c, a, b, nullptr};
   simt::warp_operation(simt::multiply_bfloat16, exchange);
 }
+
+constexpr int kGroupSide = 64, kGroupThreads = 4 * 32;
+#if defined(SIMT_GROUPS)
+constexpr bool kHasGroups = true;
+#else
+constexpr bool kHasGroups = false;
+#endif
+inline uint64_t shared_matrix(const void* first) { return reinterpret_cast<uint64_t>(first); }
+inline void start_float16_products(float (&c)[8][4], uint64_t a, uint64_t b, bool adds) {
+  simt::start_product({c, a, b, adds, false});
+}
+inline void start_bfloat16_products(float (&c)[8][4], uint64_t a, uint64_t b, bool adds) {
+  simt::start_product({c, a, b, adds, true});
+}
+inline void begin_products() { simt::check_published(); }
+inline void commit_products() {}
+inline void wait_for_products(float (&)[8][4]) { simt::finish_products(); }
+inline void publish_copies() { simt::machine.copies[simt::machine.running].unpublished = false; }
 
 constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 

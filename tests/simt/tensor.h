@@ -23,6 +23,7 @@ inline void wait_for_groups(uint64_t newest) {
     } else {
       std::memset(copy.to, 0, 16);
     }
+    copies.unpublished = true;
     return true;
   };
   std::erase_if(copies.under_way, lands);
@@ -38,6 +39,46 @@ inline void load(Exchange* const (&lanes)[kLanes]) {
       std::memcpy(&lanes[lane]->loaded[matrix], reinterpret_cast<const unsigned char*>(row) + lane % 4 * 4, 4);
     }
   }
+}
+
+// wgmma m64n64k16 of two matrices of 64 rows in shared memory: rows of 128 bytes, their 16-byte vectors in the order of
+// the 128-byte swizzle, which is one of the addresses: bits 7 to 9 are added to bits 4 to 6 without carry. Read when
+// the thread waits, as late as may be.
+inline void check_published() {
+  for (uint32_t t = 0; t < block_size.x; t++) {
+    if (machine.copies[t].unpublished) stop("products read copies that are not published", "wgmma");
+  }
+}
+inline void start_product(const GroupProduct& product) {
+  if (product.a % 32 || product.b % 32) stop("an address", "wgmma");
+  machine.copies[machine.running].products.push_back(product);
+}
+inline void read_line(uint64_t matrix, int row, bool is_brain, double (&values)[16]) {
+  for (int k = 0; k < 16; k++) {
+    uint64_t at = matrix + row * 128 + k * 2;
+    at ^= (at >> 7 & 7) << 4;
+    uint16_t bits;
+    std::memcpy(&bits, reinterpret_cast<const void*>(at), 2);
+    values[k] = half_value(bits, is_brain);
+  }
+}
+inline void finish_products() {
+  const int lane = machine.running % kLanes, first = machine.running / kLanes % 4 * 16 + lane / 4;
+  for (const GroupProduct& product : machine.copies[machine.running].products) {
+    double rows[2][16];
+    for (int r = 0; r < 2; r++) read_line(product.a, first + r * 8, product.is_brain, rows[r]);
+    for (int c = 0; c < 16; c++) {
+      double column[16];
+      read_line(product.b, c / 2 * 8 + lane % 4 * 2 + c % 2, product.is_brain, column);
+      for (int r = 0; r < 2; r++) {
+        double products[16];
+        for (int k = 0; k < 16; k++) products[k] = rows[r][k] * column[k];
+        float& sum = product.c[c / 2][r * 2 + c % 2];
+        sum = add_products(product.adds ? sum : 0, products);
+      }
+    }
+  }
+  machine.copies[machine.running].products.clear();
 }
 
 }  // namespace simt

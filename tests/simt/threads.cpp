@@ -212,8 +212,12 @@ double read_bfloat16(uint32_t bits) { return double(from_bits<float>(uint64_t(bi
 int exponent_of(double v) { return int(to_bits(v) >> 52 & 0x7ff) - 1023; }
 double two_to(int power) { return from_bits<double>(uint64_t(power + 1023) << 52); }
 
+}  // namespace
+
+double half_value(uint32_t bits, bool is_brain) { return is_brain ? read_bfloat16(bits) : read_float16(bits); }
+
 // c + products as a tensor core adds them at worst: all are cut off at 24 bits below the largest, and so is their sum.
-float add_truncated(float c, const double (&products)[16]) {
+float add_products(float c, const double (&products)[16]) {
   double most = std::fabs(double(c));
   for (const double p : products) most = !(std::fabs(p) <= most) ? std::fabs(p) : most;
   if (most == 0) return c;
@@ -228,6 +232,8 @@ float add_truncated(float c, const double (&products)[16]) {
   for (const double p : products) sum += int64_t(p * to_units);
   return cut(double(sum) * two_to(unit));
 }
+
+namespace {
 
 // mma.sync.aligned.m16n8k16.row.col.f32.*.*.f32 with the fragments of the PTX manual, groupID = lane / 4, threadID =
 // lane % 4, two values to a register. A (16 x 16): register e at row groupID + (e % 2) 8, columns 2 threadID + (e / 2)
@@ -250,7 +256,7 @@ void multiply(Exchange* const (&lanes)[kLanes]) {
       const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
       double products[16];
       for (int k = 0; k < 16; k++) products[k] = a[row][k] * b[k][column];
-      lanes[lane]->c[e] = add_truncated(lanes[lane]->c[e], products);
+      lanes[lane]->c[e] = add_products(lanes[lane]->c[e], products);
     }
   }
 }
