@@ -229,13 +229,19 @@ MUTANTS = {
     "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
     "one column split less": (
         "score_stream.cuh",
-        "t < tiles * (split + 1) / job.splits",
-        "t < tiles * (split + 1) / job.splits - (split > 0)",
+        "t < tiles * (part.split + 1) / part.splits",
+        "t < tiles * (part.split + 1) / part.splits - (part.split > 0)",
     ),
+    "lists of peaks in each other's place": (
+        "score_stream.cuh",
+        "(job.for_peaks ? first_row + r : i) * splits + split;",
+        "(job.for_peaks ? first_row + r : i) + split;",
+    ),
+    "peaks by the splits of all": ("score_stream.cuh", "at, job.peak_count[2 * b + 1], lane);", "at, 1, lane);"),
     "one split of large tiles less": (
         "score_stream_products.cuh",
-        "shared.last_tile = int32_t(tiles * (split + 1) / job.splits);",
-        "shared.last_tile = int32_t(tiles * (split + 1) / job.splits - (split > 0));",
+        "shared.last_tile = int32_t(tiles * (part.split + 1) / part.splits);",
+        "shared.last_tile = int32_t(tiles * (part.split + 1) / part.splits - (part.split > 0));",
     ),
     "no barrier before streamed sums are read": (
         "score_stream_products.cuh",

@@ -25,7 +25,7 @@ struct CentreShared {
   int32_t tile, last_tile;         // here rather than in registers
   union {
     typename Tiles::Slab slab;
-    TileValues<A, Tiles::kRows, Tiles::kColumns> values;
+    TileValues<A, Tiles::kRows, Tiles::kColumns, Tiles::kProducts ? 8 : 1> values;
   };
 };
 

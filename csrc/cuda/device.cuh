@@ -102,12 +102,13 @@ constexpr bool kHasGroups = true;
 constexpr bool kHasGroups = false;
 #endif
 
-// A matrix from its first value on (a multiple of 16 of them into its rows): address, rows that lie 128 bytes apart in
-// groups of eight, that order of vectors.
+// A matrix by its first value: address, rows that lie 128 bytes apart in groups of eight, that order of vectors.
 H2OT_DEVICE uint64_t shared_matrix(const void* first) {
   constexpr uint64_t kUnused = uint64_t(1) << 16, kGroupOfRows = uint64_t(1024 / 16) << 32, kOrder = uint64_t(1) << 62;
   return (shared_address(first) >> 4 & 0x3fff) | kUnused | kGroupOfRows | kOrder;
 }
+// The same of its rows from value c on, a multiple of 16.
+H2OT_DEVICE uint64_t moved_matrix(uint64_t matrix, int c) { return matrix + uint64_t(c * 2 / 16); }
 
 #define H2OT_ROW(c, n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define H2OT_ROWS(c)                                                                                              \

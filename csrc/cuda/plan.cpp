@@ -110,7 +110,7 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
   at.nearest_at = take(scores, tokens * plan.near * 4);
   at.proven = take(streamed, tokens * 4);
   at.peaks = take(streamed, tokens * 4);
-  at.peak_count = take(streamed, samples * 4);
+  at.peak_count = take(streamed, samples * 8);
   at.m = take(scores, tokens * 8);
   at.key = take(scores, tokens * 8);
   at.squared = take(scores, tokens * 8);

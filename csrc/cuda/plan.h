@@ -70,7 +70,7 @@ struct Workspace {
   int64_t nearest, nearest_at;  // [samples, N, near] float64 and int32: the nearest in order
   int64_t proven;               // [samples, N] int32: how many of them are proven to be the nearest
   int64_t peaks;                // [samples, N] int32: tokens whose parent is not among them
-  int64_t peak_count;           // [samples] int32
+  int64_t peak_count;           // [samples, 2] int32
   int64_t m, key;               // [samples, N] float64
   int64_t squared;              // [samples, N] float64: to the parent
   int64_t parent;               // [samples, N] int32

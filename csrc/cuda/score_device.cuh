@@ -122,13 +122,14 @@ struct Job {
   int32_t* listed_at;
   A* furthest;
   int64_t splits, list;
-  bool for_peaks;  // the second search: rows are `peaks`, columns the tokens denser than they
+  int32_t search_rows;  // of a block of the search
+  bool for_peaks;       // the second search: rows are `peaks`, columns the tokens denser than they
   double* nearest;
   int32_t* nearest_at;
   int64_t near;
   int32_t* proven;
   int32_t* peaks;
-  int32_t* peak_count;
+  int32_t* peak_count;  // [samples, 2]: peaks, and over how many splits of the columns their search is spread
 
   double *m, *key, *squared;
   int32_t* parent;

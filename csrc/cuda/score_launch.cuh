@@ -77,6 +77,7 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.listed_at = at<int32_t>(workspace, where.listed_at);
   job.furthest = at<A>(workspace, where.furthest);
   job.splits = plan.splits;
+  job.search_rows = plan.tile_rows;
   job.list = plan.list;
   job.nearest = at<double>(workspace, where.nearest);
   job.nearest_at = at<int32_t>(workspace, where.nearest_at);

@@ -140,10 +140,10 @@ struct GroupProducts {
 
   // Starts the products of a line: of Pairs the small ones first.
   H2OT_DEVICE void start_line(LineStage<kSide>& stage) {
-    const uint16_t* rows = stage.token[group_row()];
-    const uint16_t* columns = stage.token[kSide + first_column()];
+    const uint64_t rows = shared_matrix(stage.token[group_row()]);
+    const uint64_t columns = shared_matrix(stage.token[kSide + first_column()]);
     const auto multiply = [&](int a, int b, bool adds) {
-      const uint64_t of_rows = shared_matrix(rows + a), of_columns = shared_matrix(columns + b);
+      const uint64_t of_rows = moved_matrix(rows, a), of_columns = moved_matrix(columns, b);
       if constexpr (std::is_same<Operand, BFloat16>::value) {
         start_bfloat16_products(part, of_rows, of_columns, adds);
       } else {
@@ -161,7 +161,7 @@ struct GroupProducts {
     }
     commit_products();
   }
-  H2OT_DEVICE void finish_line(LineStage<kSide>&) {
+  H2OT_DEVICE void finish_line() {
     wait_for_products(part);
 #pragma unroll
     for (int across = 0; across < kAcross; across++) {

@@ -151,54 +151,80 @@ struct ProductTile {
   };
   Sums sums;
 
-  static H2OT_DEVICE void copy_line(const Tokens& tokens, int32_t line, LineStage<kSide>& stage) {
-    constexpr int kTokensAtOnce = kThreads / kVector;
-    const Lines& lines = tokens.lines;
-    const int v = threadIdx.x % kVector;
-    const int32_t c = line * int32_t(kLine) + v * kVector;
+  // What a thread copies of every line: vector threadIdx.x % kVector of every kTokensAtOnce-th token.
+  static constexpr int kTokensAtOnce = kThreads / kVector, kCopies = (kRows + kColumns) / kTokensAtOnce;
+
+  static H2OT_DEVICE const uint16_t* line_of(const Tokens& tokens, int copy) {
+    const int token = copy * kTokensAtOnce + threadIdx.x / kVector;
+    const int32_t i = token < kRows ? tokens.row[token] : tokens.column[token - kRows];
+    // Values of a token that is none only reach pairs that are none.
+    return tokens.lines.data + (i < 0 ? 0 : i) * tokens.lines.stride + threadIdx.x % kVector * kVector;
+  }
+  // Past the end of a token zeros; from is then the token's first line. Where registers are short, `from` is made anew.
+  static H2OT_DEVICE void copy_line(const Tokens& tokens, const uint16_t* const (&from)[kCopies], int32_t line,
+                                    LineStage<kSide>& stage) {
+    const int token = threadIdx.x / kVector, v = threadIdx.x % kVector;
+    const int32_t c = line * int32_t(kLine);
+    const bool there = c + v * kVector < tokens.lines.length;
 #pragma unroll(kThreads == 512 && !Sums::kAsynchronous ? 2 : 8)
-    for (int from = 0; from < kRows + kColumns; from += kTokensAtOnce) {
-      const int token = from + threadIdx.x / kVector;
-      const int32_t i = from < kRows ? tokens.row[token] : tokens.column[token - kRows];
-      // Values of a token that is none only reach pairs that are none.
-      const bool there = c < lines.length;
-      copy_async(stage.place(token, v), lines.data + (there ? (i < 0 ? 0 : i) * lines.stride + c : 0), there);
+    for (int copy = 0; copy < kCopies; copy++) {
+      const uint16_t* const own = Sums::kAsynchronous ? from[copy] : line_of(tokens, copy);
+      copy_async(stage.place(copy * kTokensAtOnce + token, v), own + (there ? c : 0), there);
     }
   }
 
+  // A line is multiplied while the next one arrives and the one after that is asked for.
   H2OT_DEVICE void compute(const Job<float>& job, int64_t b, Tokens& tokens, Slab& slab) {
     if (threadIdx.x == 0) tokens.lines = lines_of<Operand>(job, b);
     __syncthreads();
     const int32_t count = int32_t(ceil_div(tokens.lines.length, kLine));
+    const uint16_t* from[kCopies] = {};
+    if constexpr (Sums::kAsynchronous) {
+#pragma unroll
+      for (int copy = 0; copy < kCopies; copy++) from[copy] = line_of(tokens, copy);
+    }
     sums.clear();
     for (int ahead = 0; ahead < kStages - 1; ahead++) {
-      if (ahead < count) copy_line(tokens, ahead, slab.stage[ahead]);
+      if (ahead < count) copy_line(tokens, from, ahead, slab.stage[ahead]);
       commit_copies();
     }
+    wait_for_copies<kStages - 2>();
+    if constexpr (Sums::kAsynchronous) publish_copies();
     int at = 0;
     for (int32_t line = 0; line < count; line++) {
-      wait_for_copies<kStages - 2>();
-      if constexpr (Sums::kAsynchronous) publish_copies();
       __syncthreads();  // the line is there, and the one before is no longer read
       const int before = at == 0 ? kStages - 1 : at - 1;
       if constexpr (Sums::kAsynchronous) sums.start_line(slab.stage[at]);
-      if (line + kStages - 1 < count) copy_line(tokens, line + kStages - 1, slab.stage[before]);
+      if (line + kStages - 1 < count) copy_line(tokens, from, line + kStages - 1, slab.stage[before]);
       commit_copies();
-      sums.finish_line(slab.stage[at]);
+      if constexpr (!Sums::kAsynchronous) sums.finish_line(slab.stage[at]);
+      wait_for_copies<kStages - 2>();
+      if constexpr (Sums::kAsynchronous) {
+        publish_copies();
+        sums.finish_line();
+      }
       at = at == kStages - 1 ? 0 : at + 1;
     }
     wait_for_copies<0>();
   }
 
-  H2OT_DEVICE void put_sums(TileValues<float, kRows, kColumns>& tile) const {
+  template <class Values>
+  H2OT_DEVICE void put_sums(Values& tile) const {
     const int lane = threadIdx.x % kLanes;
 #pragma unroll
     for (int down = 0; down < Sums::kDown; down++) {
 #pragma unroll
       for (int across = 0; across < Sums::kAcross; across++) {
-        for (int e = 0; e < 4; e++) {
-          const int r = Sums::first_row() + down * 16 + lane / 4 + e / 2 * 8;
-          tile.value[r][Sums::first_column() + across * 8 + lane % 4 * 2 + e % 2] = sums.total[down][across][e];
+        for (int half = 0; half < 2; half++) {
+          const int r = Sums::first_row() + down * 16 + lane / 4 + half * 8;
+          const int c = Sums::first_column() + across * 8 + lane % 4 * 2;
+          const float (&sum)[4] = sums.total[down][across];
+          if constexpr (Values::kInPairs) {
+            *reinterpret_cast<Two*>(&tile.value[r][c]) = {sum[2 * half], sum[2 * half + 1]};
+          } else {
+            tile.value[r][c] = sum[2 * half];
+            tile.value[r][c + 1] = sum[2 * half + 1];
+          }
         }
       }
     }

@@ -42,20 +42,40 @@ H2OT_DEVICE int32_t list_pair(A* low, int32_t* at, int32_t count, int32_t room, 
   return end;
 }
 
+constexpr int64_t kMostPeakSplits = 32;  // more lists of a peak take longer to read than the search of its tiles
+
+// What a block of the search does: rows first_row to .. of `rows`, split `split` of `splits` of the columns. The second
+// search spreads its few rows over as many blocks as the first one has.
+struct SearchPart {
+  int64_t rows, splits, first_row, split;
+
+  template <class A>
+  H2OT_DEVICE SearchPart(const Job<A>& job, int64_t b, int64_t block)
+      : rows(job.for_peaks ? job.peak_count[2 * b] : job.x.N),
+        splits(job.for_peaks ? job.peak_count[2 * b + 1] : job.splits),
+        first_row(block / splits * job.search_rows),
+        split(block % splits) {}
+  // Where the list of row r of the block (token i) begins, in lists.
+  template <class A>
+  H2OT_DEVICE int64_t list_of(const Job<A>& job, int64_t b, int64_t r, int64_t i) const {
+    return b * job.x.N * job.splits + (job.for_peaks ? first_row + r : i) * splits + split;
+  }
+};
+
 // Grid: blocks of rows x splits of the columns, samples.
 template <class Tiles>
 __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Tiles::A> job) {
   typedef typename Tiles::A A;
   StreamShared<Tiles>& shared = *reinterpret_cast<StreamShared<Tiles>*>(shared_memory());
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t b = blockIdx.y, N = job.x.N, split = blockIdx.x % job.splits;
-  const int64_t rows = job.for_peaks ? job.peak_count[b] : N, first_row = blockIdx.x / job.splits * Tiles::kRows;
-  if (first_row >= rows) return;
+  const int64_t b = blockIdx.y, N = job.x.N;
+  const SearchPart part(job, b, blockIdx.x);
+  if (part.first_row >= part.rows) return;
   const uint8_t* valid = job.valid + b * N;
   const double* key = job.key + b * N;
   for (int r = threadIdx.x; r < Tiles::kRows; r += kTileThreads) {
-    const int64_t at = first_row + r;
-    const int64_t i = at >= rows ? -1 : job.for_peaks ? job.peaks[b * N + at] : at;
+    const int64_t at = part.first_row + r;
+    const int64_t i = at >= part.rows ? -1 : job.for_peaks ? job.peaks[b * N + at] : at;
     shared.tokens.row[r] = i >= 0 && valid[i] ? int32_t(i) : -1;
     shared.count[r] = 0;
     shared.lowest_furthest[r] = -1;
@@ -65,7 +85,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
   const int32_t room = int32_t(job.list);
   const bool wants_largest = job.wants_largest && !job.for_peaks;
   const A spread = A(job.bound.spread);
-  for (int64_t t = tiles * split / job.splits; t < tiles * (split + 1) / job.splits; t++) {
+  for (int64_t t = tiles * part.split / part.splits; t < tiles * (part.split + 1) / part.splits; t++) {
     __syncthreads();
     for (int c = threadIdx.x; c < Tiles::kColumns; c += kTileThreads) {
       const int64_t j = t * Tiles::kColumns + c;
@@ -118,7 +138,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
   for (int r = warp; r < Tiles::kRows; r += kTileThreads / kLanes) {
     const int32_t i = shared.tokens.row[r];
     if (i < 0) continue;
-    const int64_t at = (b * N + i) * job.splits + split;
+    const int64_t at = part.list_of(job, b, r, i);
     if (lane < room) {
       const bool listed = lane < shared.count[r];
       job.listed[at * room + lane] = listed ? shared.low[r][lane] : infinity_of(A());
@@ -131,8 +151,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
   }
 }
 
-// What the lists of all splits say of a token: tokens that are on no list are no nearer than `limit` (a float64 squared
-// distance).
+// What the lists of all splits say of a token, which are those of `place` (the token, or its place among the peaks):
+// tokens that are on no list are no nearer than `limit` (a float64 squared distance).
 template <class A>
 struct Lists {
   const Bound& bound;
@@ -143,15 +163,15 @@ struct Lists {
   double limit;
   bool one;
 
-  H2OT_DEVICE Lists(const Job<A>& job, int64_t b, int64_t i, int lane) : bound(job.bound) {
-    const int64_t at = (b * job.x.N + i) * job.splits;
+  H2OT_DEVICE Lists(const Job<A>& job, int64_t b, int64_t place, int64_t splits, int lane) : bound(job.bound) {
+    const int64_t at = b * job.x.N * job.splits + place * splits;
     low = job.listed + at * job.list;
     token = job.listed_at + at * job.list;
-    entries = job.splits * job.list;
-    one = job.splits == 1;
+    entries = splits * job.list;
+    one = splits == 1;
     scale = sample_scale(job, b, lane);
     A least = infinity_of(A());
-    for (int64_t split = lane; split < job.splits; split += kLanes) {
+    for (int64_t split = lane; split < splits; split += kLanes) {
       const A last = low[(split + 1) * job.list - 1];
       least = last < least ? last : least;
     }
@@ -261,7 +281,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(Job
   int64_t proven = 0;
   bool settled = false;
   if (job.list > 0) {
-    const Lists<A> lists(job, b, i, lane);
+    const Lists<A> lists(job, b, i, job.splits, lane);
     lists.take(job, b, i, list, lane);
     while (proven < list.count && lists.prove(list.squared[proven])) proven++;
     // Values tie at the limit without harm to m; with fewer than k - 1 listed, all valid tokens are.
@@ -316,13 +336,22 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) parent_streamed_kernel(Job<
   if (lane == 0) atomicMax(job.largest + 2 * b + 1, static_cast<unsigned long long>(pattern(largest)));
 }
 
-// The flagged tokens, as a list. Grid: 1, samples.
+// The flagged tokens, as a list, and how their search is spread. Grid: 1, samples.
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads) peaks_kernel(Job<A> job) {
   SelectShared& shared = *reinterpret_cast<SelectShared*>(shared_memory());
   const int64_t b = blockIdx.y, N = job.x.N;
   const int64_t count = compact(job.flag + b * N, N, job.peaks + b * N, shared);
-  if (threadIdx.x == 0) job.peak_count[b] = int32_t(count);
+  if (threadIdx.x > 0) return;
+  int64_t splits = 1;
+  if (count > 0) {
+    const int64_t blocks = ceil_div(N, job.search_rows) * job.splits / ceil_div(count, job.search_rows);
+    const int64_t room = N * job.splits / count;  // for lists
+    splits = blocks < room ? blocks : room;
+    splits = splits < kMostPeakSplits ? splits : kMostPeakSplits;
+  }
+  job.peak_count[2 * b] = int32_t(count);
+  job.peak_count[2 * b + 1] = int32_t(splits);
 }
 
 // The parents of the listed tokens. A warp per token; grid: groups, samples.
@@ -330,11 +359,11 @@ template <class A>
 __global__ void __launch_bounds__(kWarps* kLanes, 2) peak_parent_kernel(Job<A> job) {
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, N = job.x.N, at = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.x / kLanes;
-  if (at >= job.peak_count[b]) return;
+  if (at >= job.peak_count[2 * b]) return;
   const int64_t i = job.peaks[b * N + at];
   const double* key = job.key + b * N;
   List list = {job.nearest + (b * N + i) * job.near, job.nearest_at + (b * N + i) * job.near, 0, 1};
-  const Lists<A> lists(job, b, i, lane);
+  const Lists<A> lists(job, b, at, job.peak_count[2 * b + 1], lane);
   lists.take(job, b, i, list, lane);
   if (list.count > 0 && !lists.prove(list.squared[0])) {
     search_exactly(job, b, i, list, lane,

@@ -4,6 +4,7 @@
 
 #include "score_products.cuh"
 #include "score_rows.cuh"
+#include "score_stream.cuh"
 
 namespace h2ot {
 namespace cuda {
@@ -23,7 +24,7 @@ struct StreamProductsShared {
   int32_t tile, last_tile;   // here rather than in registers
   union {
     typename Tiles::Slab slab;
-    TileValues<float, kSide, kSide> values;
+    TileValues<float, kSide, kSide, 8> values;  // read by rows only
   };
 };
 
@@ -50,7 +51,7 @@ H2OT_DEVICE float insert_pair(float* low, int32_t* at, int32_t room, float value
 template <class Tiles>
 H2OT_DEVICE void list_near(const Job<float>& job, int64_t b, int r, StreamProductsShared<Tiles>& shared,
                            const float (&low)[Tiles::kColumns / kLanes], int lane) {
-  const int64_t N = job.x.N, split = blockIdx.x % job.splits;
+  const int64_t N = job.x.N;
   const int32_t i = shared.tokens.row[r], room = int32_t(job.list);
   const double* key = job.key + b * N;
 #pragma unroll
@@ -63,7 +64,7 @@ H2OT_DEVICE void list_near(const Job<float>& job, int64_t b, int r, StreamProduc
       const float value = __shfl_sync(kAllLanes, low[u] > 0 ? low[u] : 0, source);
       const int32_t token = __shfl_sync(kAllLanes, j, source);
       if (value > shared.worst[r]) continue;
-      const int64_t at = ((b * N + i) * job.splits + split) * room;
+      const int64_t at = SearchPart(job, b, blockIdx.x).list_of(job, b, r, i) * room;
       const float last = insert_pair(job.listed + at, job.listed_at + at, room, value, token, lane);
       __syncwarp();
       if (lane == 0) shared.worst[r] = last;
@@ -126,28 +127,28 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_produc
   constexpr int kSide = Tiles::kRows;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t b = blockIdx.y, N = job.x.N, split = blockIdx.x % job.splits;
-  const int64_t rows = job.for_peaks ? job.peak_count[b] : N, first_row = blockIdx.x / job.splits * kSide;
-  if (first_row >= rows) return;
+  const int64_t b = blockIdx.y, N = job.x.N;
+  const SearchPart part(job, b, blockIdx.x);
+  if (part.first_row >= part.rows) return;
   const uint8_t* valid = job.valid + b * N;
   const int32_t room = int32_t(job.list);
   for (int r = threadIdx.x; r < kSide; r += Tiles::kThreads) {
-    const int64_t at = first_row + r;
-    const int64_t i = at >= rows ? -1 : job.for_peaks ? job.peaks[b * N + at] : at;
+    const int64_t at = part.first_row + r;
+    const int64_t i = at >= part.rows ? -1 : job.for_peaks ? job.peaks[b * N + at] : at;
     shared.tokens.row[r] = i >= 0 && valid[i] ? int32_t(i) : -1;
     shared.worst[r] = kLargest;
     shared.furthest[r] = -1;
   }
   if (threadIdx.x == 0) {
     const int64_t tiles = ceil_div(N, kSide);
-    shared.tile = int32_t(tiles * split / job.splits);
-    shared.last_tile = int32_t(tiles * (split + 1) / job.splits);
+    shared.tile = int32_t(tiles * part.split / part.splits);
+    shared.last_tile = int32_t(tiles * (part.split + 1) / part.splits);
   }
   __syncthreads();
   for (int r = warp * Shared::kOwned; r < (warp + 1) * Shared::kOwned; r++) {
     const int32_t i = shared.tokens.row[r];
     if (i < 0 || lane >= room) continue;
-    const int64_t at = ((b * N + i) * job.splits + split) * room + lane;
+    const int64_t at = part.list_of(job, b, r, i) * room + lane;
     job.listed[at] = infinity_of(0.0f);
     job.listed_at[at] = -1;
   }

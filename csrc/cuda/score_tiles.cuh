@@ -19,9 +19,13 @@ constexpr int kSmallBlocks = 3;
 #endif
 
 // One tile: value[r][c] is infinity where either token is not valid or both are the same.
-template <class A, int kRows, int kColumns>
+template <class A, int kRows, int kColumns, int kPad = 1>
 struct TileValues {
-  A value[kRows][kColumns + 1];
+  static constexpr bool kInPairs = kPad % 2 == 0;  // two neighbours can be written at once
+  A value[kRows][kColumns + kPad];
+};
+struct alignas(8) Two {
+  float v[2];
 };
 
 // Which tokens make a tile; -1: none.

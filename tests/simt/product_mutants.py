@@ -16,8 +16,8 @@ MUTANTS = {
     ),
     "fragment column of the sums": (
         "score_products.cuh",
-        "across * 8 + lane % 4 * 2 + e % 2] =",
-        "across * 8 + lane % 4 + e % 2 * 4] =",
+        "first_column() + across * 8 + lane % 4 * 2;",
+        "first_column() + across * 8 + lane % 4;",
     ),
     "another order of vectors where they are read": (
         "score_multiply.cuh",
@@ -26,8 +26,8 @@ MUTANTS = {
     ),
     "a line is read before it is there": (
         "score_products.cuh",
-        "wait_for_copies<kStages - 2>();",
-        "wait_for_copies<kStages - 1>();",
+        "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 2>();",
+        "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 1>();",
     ),
     "no barrier between a line's copies and its reading": (
         "score_products.cuh",
@@ -64,14 +64,14 @@ MUTANTS = {
 GROUP_MUTANTS = {
     "copies that products may not read yet": (
         "score_products.cuh",
-        "if constexpr (Sums::kAsynchronous) publish_copies();",
-        "",
+        "publish_copies();\n        sums.finish_line();",
+        "sums.finish_line();",
     ),
     "a line's products are not waited for": ("score_multiply.cuh", "wait_for_products(part);", ""),
     "a line is started before it is there": (
         "score_products.cuh",
-        "wait_for_copies<kStages - 2>();",
-        "wait_for_copies<kStages - 1>();",
+        "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 2>();",
+        "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 1>();",
     ),
     "no barrier before a line is started": (
         "score_products.cuh",

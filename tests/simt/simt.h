@@ -230,6 +230,7 @@ constexpr bool kHasGroups = true;
 constexpr bool kHasGroups = false;
 #endif
 inline uint64_t shared_matrix(const void* first) { return reinterpret_cast<uint64_t>(first); }
+inline uint64_t moved_matrix(uint64_t matrix, int c) { return matrix + uint64_t(c * 2); }
 inline void start_float16_products(float (&c)[8][4], uint64_t a, uint64_t b, bool adds) {
   simt::start_product({c, a, b, adds, false});
 }
