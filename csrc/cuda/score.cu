@@ -1,7 +1,7 @@
 // Density-peak scoring and selection on CUDA devices (launch_cuda.h), exact as in float64.
 //
 // Passes over parts of the batch, each a few kernels in a row on the caller's stream:
-//   pool      one read of x: pooled float32 (float64) tokens, which are valid, their magnitude
+//   pool      one read of x: pooled float32 (float64) tokens where x has no such rows, which are valid, their magnitude
 //   search    approximate distances with a proven bound: all of them stored (N up to kStoredTokens), or the few nearest
 //             of each token streamed; by direct difference, or products on tensor cores
 //   nearest   m from the k nearest, decided in float64
