@@ -287,7 +287,11 @@ MUTANTS = {
     ),
     "rows of the first sample": ("score_device.cuh", " + b * this->x.stride_b", ""),
     "rows a channel late": ("score_device.cuh", "+ i * this->x.stride_n;", "+ i * this->x.stride_n + 4;"),
-    "huge tokens multiplied as they are": ("score_products.cuh", "raw ? int32_t(job.x.C) : 0}", "int32_t(job.x.C)}"),
+    "huge tokens multiplied as they are": (
+        "score_products.cuh",
+        "raw = is_raw<Operand>(from.scale[2 * b]);",
+        "raw = from.scale != nullptr;",
+    ),
     "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
     "one column split less": (
         "score_stream.cuh",
@@ -344,8 +348,8 @@ HUNTED_AS = [
     ),
     *((case, {"plan": plan}) for plan in HUNTED_PLANS[2:] for case in HUNTED),
     *(
-        (TokenCase(kind, C=40, dtype=torch.bfloat16), {"plan": (search, "exact_products")})
-        for kind in ("smooth", "huge")
+        (TokenCase(kind, N=N, C=8, dtype=torch.bfloat16), {"plan": (search, "exact_products")})
+        for kind, N in (("smooth", 27), ("huge", 140))  # huge ones that point away from each other
         for search in simt.SEARCHES
     ),
 ]
