@@ -58,6 +58,8 @@ WANTED = (
     ("nearest_stored_kernel<float>", r"LDG\.E\.128", 2 + 2 * (1 + 4)),
     ("parent_stored_kernel<float>", r"LDG\.E\.128", 1 + 4),
     ("parent_stored_kernel<float>", r"ATOMS", 1),
+    ("nearest_stored_kernel<h2ot::cuda::BFloat16>", r"LDG\.E\.64", 2 + 2 * (1 + 4)),
+    ("nearest_streamed_kernel<h2ot::cuda::Float16>", r"LDG\.E\.64", 2 + 1 + 4),
     ("centre_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"LDGSTS\.E\.BYPASS\.128", 6),
     ("centre_kernel<h2ot::cuda::DirectTile<float, 32, 64, 2>", r"FFMA", 2 * 2 * 64),
     ("centre_kernel<h2ot::cuda::DirectTile<double, 32, 64, 2>", r"DFMA", 2 * 32),

@@ -182,6 +182,7 @@ class CudaTree(Tree):
             *(["tests/test_cuda_simt_select.py"] if selects else []),
             *(["tests/test_cuda_simt_cluster.py"] if labels else []),
             "tests/test_cuda_simt.py",
+            "tests/test_cuda_simt_halves.py",
         )
 
     def prepare(self, file: str) -> bool:

@@ -26,7 +26,7 @@ PROOFS = {
                 "tests/test_gather.py", "tests/test_cluster.py", "tests/test_recover_attention.py",
                 "tests/test_recover_interpolation.py", "tests/test_official_ops.py"],
     "cuda source, simulated": [*PYTEST, "tests/test_cuda_simt.py", "tests/test_cuda_simt_cluster.py",
-                               "tests/test_cuda_plan.py"],
+                               "tests/test_cuda_simt_halves.py", "tests/test_cuda_plan.py"],
     "triton, planted": [*PYTEST, "tests/test_triton_mutants.py"],
     "triton, its PTX": ["-m", "tests.ptx", "--all"],
     "fuzz": [*PYTEST, "--hypothesis-profile=nightly", "tests/test_fuzz.py"],

@@ -234,10 +234,25 @@ def test_tokens_read_in_place_are_not_copied():
     assert "rows" not in plan(in_place=True)["offsets"]
     assert plan(C=5)["pitch"] == 8
     whole = {"B": 256, "N": 351, "C": 1536, "in_place": True}
-    assert "operands" not in plan(**whole, dtype="float16")["offsets"]
-    assert plan(**whole, dtype="bfloat16")["line_pitch"] == 1536  # written for what must be scaled
-    assert plan(**{**whole, "C": 1000, "in_place": False}, dtype="float16")["line_pitch"] == 1024
+    for dtype in ("bfloat16", "float16"):
+        for made in (plan(**whole, dtype=dtype), plan_assign(**whole, dtype=dtype), plan(**{**whole, "N": 4096})):
+            assert "rows" not in made["offsets"]
+        assert "operands" not in plan(**whole, dtype=dtype)["offsets"]
+        assert "operands" not in plan_assign(**whole, dtype=dtype)["offsets"]
+        assert plan(**{**whole, "C": 1000, "in_place": False}, dtype=dtype)["line_pitch"] == 1024
+        assert plan(B=1, N=27, C=64, in_place=True, dtype=dtype)["distance"] == "direct"
+        assert plan(B=1, N=27, C=64, in_place=True, dtype=dtype)["pitch"] == 64  # differences are of float32
     assert plan(**whole)["line_pitch"] == 2 * 1536
+
+
+@pytest.mark.parametrize("device", [H200, ORIN], ids=["h200", "orin"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_many_tokens_read_in_place_need_a_hundredth_of_the_official_memory(dtype, device):
+    official = 4.7e9  # N 16384, C 1024, K 4096: what the official code asks for beside its tokens
+    made = plan(B=1, N=16384, C=1024, k=2, dtype=dtype, in_place=True, **device)
+    assert made["search"] == "streamed"
+    assert made["workspace"] < 4 << 20 < official / 100
+    assert plan(B=1, N=16384, C=1024, k=2, dtype=dtype, in_place=True, centres=4096)["workspace"] < official / 100
 
 
 def test_cuda_comes_before_triton():

@@ -27,8 +27,13 @@ CASES = [
     TokenCase("smooth", N=70, C=8, k=60, K=30),  # lists that do not fit shared memory; streamed: rows in float64
     TokenCase("duplicates", N=300, C=12, k=5, K=100),  # streamed: several splits
     TokenCase("still", N=300, C=12, k=3, K=100, masked=True, noisy=True),
-    *(TokenCase(kind, C=C, dtype=torch.bfloat16) for kind in ("huge", "tiny") for C in (5, 72)),  # scaled copies
+    # Scaled copies, but of whole rows (C 72) none: float64 decides.
+    *(TokenCase(kind, C=C, dtype=torch.bfloat16) for kind in ("huge", "tiny") for C in (5, 68, 72)),
+    *(TokenCase(kind, N=70, C=72, k=5, dtype=torch.bfloat16, masked=True, noisy=True) for kind in ("huge", "tiny")),
     *(TokenCase("smooth", C=72, N=70, dtype=dtype) for dtype in HALVES),  # read in place
+    *(TokenCase(kind, C=136, N=70, dtype=dtype) for kind in ("duplicates", "nonfinite") for dtype in HALVES),
+    *(TokenCase("still", B=1, C=24, N=150, k=5, dtype=dtype, masked=True, noisy=True) for dtype in HALVES),
+    *(TokenCase("integers", C=8, N=40, k=31, dtype=dtype) for dtype in HALVES),  # streamed: rows in float64
 ]
 LARGE = [
     TokenCase("smooth", B=1, N=243, C=512, K=81),
@@ -226,6 +231,13 @@ MUTANTS = {
         "const int32_t moved_at = moves ? token[r - 1] : 0;",
     ),
     **product_mutants.MUTANTS,
+    "rows of the first sample": ("score_device.cuh", " + b * this->x.stride_b", ""),
+    "rows a channel late": ("score_device.cuh", "+ i * this->x.stride_n;", "+ i * this->x.stride_n + 4;"),
+    "huge tokens multiplied as they are": (
+        "score_products.cuh",
+        "raw = is_raw<Operand>(from.scale[2 * b]);",
+        "raw = from.scale != nullptr;",
+    ),
     "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
     "one column split less": (
         "score_stream.cuh",
@@ -287,6 +299,11 @@ HUNTED_AS = [
         for search in simt.SEARCHES
     ),
     *((case, {"plan": plan}) for plan in HUNTED_PLANS[2:] for case in HUNTED),
+    *(
+        (TokenCase(kind, N=N, C=8, dtype=torch.bfloat16), {"plan": (search, "exact_products")})
+        for kind, N in (("smooth", 27), ("huge", 140))  # huge ones that point away from each other
+        for search in simt.SEARCHES
+    ),
 ]
 
 

@@ -21,7 +21,10 @@ HALVES = (torch.bfloat16, torch.float16)
 CASES = [
     *(case for case in TOKEN_CASES if not case.large),
     *(TokenCase("smooth", C=72, N=70, K=33, dtype=dtype) for dtype in HALVES),  # read in place
-    *(TokenCase(kind, C=C, dtype=torch.bfloat16) for kind in ("huge", "tiny") for C in (5, 72)),  # scaled copies
+    # Scaled copies, but of whole rows (C 72) none: float64 decides.
+    *(TokenCase(kind, C=C, dtype=torch.bfloat16) for kind in ("huge", "tiny") for C in (5, 68, 72)),
+    *(TokenCase(kind, N=130, C=8, K=70, dtype=torch.bfloat16, masked=True) for kind in ("huge", "tiny")),
+    *(TokenCase(kind, C=136, N=70, K=40, dtype=dtype) for kind in ("duplicates", "static") for dtype in HALVES),
     TokenCase("still", B=1, N=130, C=12, k=3, K=70, masked=True),  # several splits of the centres
     TokenCase("static", B=1, N=130, C=6, K=100),  # more candidates than a list holds, at distance 0
     TokenCase("clump", B=1, N=130, C=33, K=70),  # and at others

@@ -10,8 +10,10 @@ namespace h2ot {
 namespace cuda {
 namespace {
 
-template <class A>
-struct Labelling : Issuer<A> {
+// With rows of T.
+template <class T>
+struct Labelling : Issuer<Accumulator<T>> {
+  typedef Accumulator<T> A;
   using Issuer<A>::follow;
   using Issuer<A>::job;
   using Issuer<A>::plan;
@@ -30,7 +32,8 @@ struct Labelling : Issuer<A> {
     }
   }
   void search() {
-    if constexpr (std::is_same<A, float>::value) {
+    if constexpr (!std::is_same<T, A>::value) return multiply<T>();
+    if constexpr (std::is_same<T, float>::value) {
       if (plan.distance == Distance::products) return multiply<Pairs>();
       if (plan.distance == Distance::exact_products) {
         return job.x.dtype == Dtype::bf16 ? multiply<BFloat16>() : multiply<Float16>();
@@ -42,7 +45,7 @@ struct Labelling : Issuer<A> {
       search_by<LargeTile<A>>();
     }
   }
-  void label(void (*kernel)(Job<A>)) { follow(kernel, job.groups, kWarps * kLanes, 0); }
+  void label(void (*kernel)(RowJob<T>)) { follow(kernel, job.groups, kWarps * kLanes, 0); }
 };
 
 static_assert(kStreamedSide == kProductSides[0]);
@@ -62,7 +65,9 @@ int32_t launch_passes(const AssignArgs& args, const Plan& plan, void* workspace,
     job.centre_stride = args.index_rows > 1 ? args.K : 0;
     job.centres = args.index + first * job.centre_stride;
     int32_t error = issue_tokens<T>(job, plan, samples, stream);
-    if (error == 0) error = issue_labels(job, plan, samples, stream);
+    if (error == 0) {
+      error = with_rows<T>(plan, [&](auto row) { return issue_labels<decltype(row)>(job, plan, samples, stream); });
+    }
     if (error) return error;
   }
   return 0;
@@ -70,19 +75,21 @@ int32_t launch_passes(const AssignArgs& args, const Plan& plan, void* workspace,
 
 }  // namespace
 
-template <class A>
-int32_t issue_labels(const Job<A>& job, const Plan& plan, int64_t samples, void* stream) {
-  Labelling<A> issue = {{job, plan, samples, stream}};
+template <class T>
+int32_t issue_labels(const Job<Accumulator<T>>& job, const Plan& plan, int64_t samples, void* stream) {
+  Labelling<T> issue = {{job, plan, samples, stream}};
   if (plan.labels.splits == 0) {
-    issue.label(label_stored_kernel<A>);
+    issue.label(label_stored_kernel<T>);
   } else {
     issue.search();
-    issue.label(label_listed_kernel<A>);
+    issue.label(label_listed_kernel<T>);
   }
   return issue.error;
 }
 template int32_t issue_labels<float>(const Job<float>&, const Plan&, int64_t, void*);
 template int32_t issue_labels<double>(const Job<double>&, const Plan&, int64_t, void*);
+template int32_t issue_labels<BFloat16>(const Job<float>&, const Plan&, int64_t, void*);
+template int32_t issue_labels<Float16>(const Job<float>&, const Plan&, int64_t, void*);
 
 int32_t launch_assign(const AssignArgs& args, const Plan& plan, void* workspace, void* stream) {
   return with_element(args.x.dtype,

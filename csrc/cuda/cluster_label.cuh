@@ -90,8 +90,8 @@ H2OT_DEVICE void look_at_all(const Values& row, int lane, const F& f) {
 }
 
 // The position of the nearest of a row's centres whose lower bound is within reach, -1 where there is none.
-template <class A, class Values>
-H2OT_DEVICE int32_t nearest_within(const Job<A>& job, int64_t b, int64_t i, const Values& row, A reach, int lane) {
+template <class T, class Values, class A>
+H2OT_DEVICE int32_t nearest_within(const RowJob<T>& job, int64_t b, int64_t i, const Values& row, A reach, int lane) {
   const auto within = [&](A low) { return low < infinity_of(A()) && low <= reach; };
   int found = 0, last = -1;
   look_at_all(row, lane, [&](int, int p, A low, A, double) {
@@ -120,9 +120,9 @@ H2OT_DEVICE int32_t nearest_within(const Job<A>& job, int64_t b, int64_t i, cons
 }
 
 // The same among all centres, in float64; what is far by its first channels is left.
-template <class A>
-H2OT_DEVICE int32_t nearest_of_all(const Job<A>& job, int64_t b, int64_t i, int lane) {
-  const A* const own = job.row(b, i);
+template <class T>
+H2OT_DEVICE int32_t nearest_of_all(const RowJob<T>& job, int64_t b, int64_t i, int lane) {
+  const T* const own = job.row(b, i);
   const int64_t* centre = job.centres + b * job.centre_stride;
   double least = infinity_of(0.0);
   int64_t best = -1;
@@ -131,7 +131,7 @@ H2OT_DEVICE int32_t nearest_of_all(const Job<A>& job, int64_t b, int64_t i, int 
     const bool there = j >= 0 && j < job.x.N && is_valid(job, b, j);
     for (uint32_t bits = __ballot_sync(kAllLanes, there); bits && least > 0;) {
       int64_t position[kFarAhead];
-      const A* rows[kFarAhead];
+      const T* rows[kFarAhead];
       int n = 0;
 #pragma unroll
       for (int e = 0; e < kFarAhead; e++) {
@@ -157,9 +157,10 @@ H2OT_DEVICE int32_t nearest_of_all(const Job<A>& job, int64_t b, int64_t i, int 
 }
 
 // Labels from the stored matrix. A warp per token; grid: groups, samples.
-template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 3 : 1) label_stored_kernel(Job<A> job) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 3 : 1) label_stored_kernel(RowJob<T> job) {
   follow_previous();
+  typedef Accumulator<T> A;
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   if (i >= job.x.N) return;
@@ -179,9 +180,10 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 3 : 1) label_
 }
 
 // Labels from the lists of the search among the centres. A warp per token; grid: groups, samples.
-template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) label_listed_kernel(Job<A> job) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 2 : 1) label_listed_kernel(RowJob<T> job) {
   follow_previous();
+  typedef Accumulator<T> A;
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   if (i >= N) return;

@@ -134,12 +134,10 @@ void set_tokens(const Problem& p, const Machine& machine, Plan& plan) {
   const bool few = p.B * ceil_div(p.N, kTokensPerBlock) <= 2 * machine.multiprocessors;
   plan.pool_warps = few && p.C >= 256 ? 2 : 1;
   plan.overlaps = can_overlap(machine);
-  plan.pitch = p.in_place && !is_half(p.dtype) ? 0 : ceil_div(p.C, 4) * 4;
+  const bool exact = plan.distance == Distance::exact_products;
+  plan.pitch = p.in_place && (exact || !is_half(p.dtype)) ? 0 : ceil_div(p.C, 4) * 4;
   if (plan.distance == Distance::products) plan.line_pitch = ceil_div(p.C, kPairChannels) * kLine;
-  // bfloat16 may still have to be scaled.
-  if (plan.distance == Distance::exact_products && !(p.in_place && p.dtype == Dtype::f16)) {
-    plan.line_pitch = ceil_div(p.C, kLine) * kLine;
-  }
+  if (exact && !p.in_place) plan.line_pitch = ceil_div(p.C, kLine) * kLine;
 }
 
 // Parts of the columns for as many blocks as keep a device busy.

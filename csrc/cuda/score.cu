@@ -1,7 +1,7 @@
 // Density-peak scoring and selection on CUDA devices (launch_cuda.h), exact as in float64.
 //
 // Passes over parts of the batch, each a few kernels in a row on the caller's stream:
-//   pool      one read of x: pooled float32 (float64) tokens, which are valid, their magnitude
+//   pool      one read of x: pooled float32 (float64) tokens where x has no such rows, which are valid, their magnitude
 //   search    approximate distances with a proven bound: all of them stored (N up to kStoredTokens), or the few nearest
 //             of each token streamed; by direct difference, or products on tensor cores
 //   nearest   m from the k nearest, decided in float64
@@ -22,17 +22,17 @@ namespace h2ot {
 namespace cuda {
 namespace {
 
-template <class A>
-struct Issue : Issuer<A> {
+// With rows of T.
+template <class T>
+struct Issue : Issuer<Accumulator<T>> {
+  typedef Accumulator<T> A;
   using Issuer<A>::follow;
   using Issuer<A>::job;
   using Issuer<A>::plan;
   using Issuer<A>::run;
 
   // A warp per token.
-  void per_token(void (*kernel)(Job<A>), int64_t shared_bytes = 0) {
-    run(kernel, job.groups, kWarps * kLanes, shared_bytes);
-  }
+  void per_token(void (*kernel)(RowJob<T>)) { run(kernel, job.groups, kWarps * kLanes, 0); }
 
   template <class Tiles>
   void search_stored() {
@@ -67,46 +67,38 @@ struct Issue : Issuer<A> {
   void multiply_stored() {
     follow(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(ProductShared<Tiles>));
   }
-  void search();
+  void search() {
+    if constexpr (!std::is_same<T, A>::value) return multiply<T>();
+    if constexpr (std::is_same<T, float>::value) {
+      if (plan.distance == Distance::products) return multiply<Pairs>();
+      if (plan.distance == Distance::exact_products) {
+        return job.x.dtype == Dtype::bf16 ? multiply<BFloat16>() : multiply<Float16>();
+      }
+    }
+    search_directly();
+  }
 
   void stored() {
     search();
     const int32_t threads = kWarps * kLanes;
-    follow(nearest_stored_kernel<A>, job.groups, threads, sizeof(NearestShared<A>));
-    if (job.wants_largest) follow(largest_stored_kernel<A>, job.groups, threads, 0);
-    follow(parent_stored_kernel<A>, job.groups, threads, sizeof(ParentShared));
+    follow(nearest_stored_kernel<T>, job.groups, threads, sizeof(NearestShared<A>));
+    if (job.wants_largest) follow(largest_stored_kernel<T>, job.groups, threads, 0);
+    follow(parent_stored_kernel<T>, job.groups, threads, sizeof(ParentShared));
   }
 
   void streamed() {
     if (plan.list > 0) search();
-    per_token(nearest_streamed_kernel<A>);
-    per_token(parent_streamed_kernel<A>);
+    per_token(nearest_streamed_kernel<T>);
+    per_token(parent_streamed_kernel<T>);
     run(peaks_kernel<A>, 1, kFinishThreads, sizeof(SelectShared));
     job.for_peaks = true;
     job.list = kPeakList;
     search();
-    per_token(peak_parent_kernel<A>);
+    per_token(peak_parent_kernel<T>);
     run(scores_kernel<A>, ceil_div(job.x.N, kFinishThreads), kFinishThreads, 0);
     if (job.index) run(index_kernel<A>, 1, kMostWarps * kLanes, sizeof(SelectShared));
   }
 };
-
-template <>
-void Issue<float>::search() {
-  if (plan.distance == Distance::direct) {
-    search_directly();
-  } else if (plan.distance == Distance::products) {
-    multiply<Pairs>();
-  } else if (job.x.dtype == Dtype::bf16) {
-    multiply<BFloat16>();
-  } else {
-    multiply<Float16>();
-  }
-}
-template <>
-void Issue<double>::search() {
-  search_directly();
-}
 
 static_assert(sizeof(StoredShared<SmallTile<double>>) <= kSharedUnasked);
 static_assert(sizeof(StoredShared<LargeTile<double>>) <= kSharedUnasked);
@@ -114,20 +106,29 @@ static_assert(sizeof(StreamShared<DirectTile<double>>) <= kSharedUnasked);
 static_assert(sizeof(StreamProductsShared<StreamedTile<Pairs>>) <= kSharedMost);
 static_assert(sizeof(ProductShared<ProductTile<Pairs, 128>>) <= kSharedMost);
 
+// One pass from where its tokens are there.
+template <class T>
+int32_t issue_rows(const Job<Accumulator<T>>& job, const Plan& plan, int64_t samples, void* stream) {
+  Issue<T> issue = {{job, plan, samples, stream}};
+  if (plan.search == Search::stored) {
+    issue.stored();
+  } else {
+    issue.streamed();
+  }
+  if (issue.error == 0 && job.labels) issue.error = issue_labels<T>(job, plan, samples, stream);
+  return issue.error;
+}
+
 template <class T>
 int32_t launch_passes(const CudaScoreArgs& args, const Plan& plan, void* workspace, void* stream) {
-  typedef Accumulator<T> A;
   for (int64_t first = 0; first < args.score.x.B; first += plan.samples) {
     const int64_t left = args.score.x.B - first, samples = left < plan.samples ? left : plan.samples;
-    const Job<A> job = make_job<T>(args, plan, workspace, first);
-    Issue<A> issue = {{job, plan, samples, stream, issue_tokens<T>(job, plan, samples, stream)}};
-    if (plan.search == Search::stored) {
-      issue.stored();
-    } else {
-      issue.streamed();
+    const Job<Accumulator<T>> job = make_job<T>(args, plan, workspace, first);
+    int32_t error = issue_tokens<T>(job, plan, samples, stream);
+    if (error == 0) {
+      error = with_rows<T>(plan, [&](auto row) { return issue_rows<decltype(row)>(job, plan, samples, stream); });
     }
-    if (issue.error == 0 && job.labels) issue.error = issue_labels(job, plan, samples, stream);
-    if (issue.error) return issue.error;
+    if (error) return error;
   }
   return 0;
 }

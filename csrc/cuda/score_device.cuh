@@ -85,9 +85,9 @@ H2OT_DEVICE int32_t exponent_of(uint64_t bits) { return bits == 0 ? kNoExponent 
 
 // Tokens of 16-bit values as they enter products (score_products.cuh).
 struct Operands {
-  const uint16_t* in_place;  // x itself, where a sample's scale allows it; null: never
+  const uint16_t* in_place;  // x itself; null: copied
   int64_t stride_b, stride_n;
-  uint16_t* copy;  // [samples, N, pitch]; null: not needed
+  uint16_t* copy;  // [samples, N, pitch]; null: read in place
   int64_t pitch;
   float* scale;  // of each sample
 };
@@ -102,7 +102,7 @@ struct Job {
   int64_t k;
   bool wants_largest;
 
-  const A* rows;  // pooled tokens: x itself, or `copy`
+  const A* rows;  // pooled tokens: x itself, or `copy`; null: of 16 bits in x (RowJob)
   A* copy;
   int64_t row_stride_b, row_stride_n;
   int32_t channels;  // of a row that can be read in quads: C, or C rounded up to 4 with zeros
@@ -159,15 +159,27 @@ struct Job {
   H2OT_DEVICE const A* row(int64_t b, int64_t i) const { return rows + b * row_stride_b + i * row_stride_n; }
 };
 
+// The job of kernels that decide in float64, from rows of T: pooled tokens, or bfloat16 and float16 where they lie.
+template <class T>
+struct RowJob : Job<Accumulator<T>> {
+  H2OT_DEVICE const T* row(int64_t b, int64_t i) const {
+    if constexpr (std::is_same<T, Accumulator<T>>::value) {
+      return Job<T>::row(b, i);
+    } else {
+      return static_cast<const T*>(this->x.data) + b * this->x.stride_b + i * this->x.stride_n;
+    }
+  }
+};
+
 // The squared distance in float64, on all lanes. The same bits for (a, b) and (b, a), for any plan.
-template <class A>
-H2OT_DEVICE double exact_squared(const A* a, const A* b, int channels, int lane) {
+template <class T>
+H2OT_DEVICE double exact_squared(const T* a, const T* b, int channels, int lane) {
   double sum = 0;
 #pragma unroll 2
   for (int c = 4 * lane; c < channels; c += 4 * kLanes) {
-    const Quad<A> p = *reinterpret_cast<const Quad<A>*>(a + c), q = *reinterpret_cast<const Quad<A>*>(b + c);
+    const Quad<T> p = *reinterpret_cast<const Quad<T>*>(a + c), q = *reinterpret_cast<const Quad<T>*>(b + c);
     for (int u = 0; u < 4; u++) {
-      const double d = double(p.v[u]) - double(q.v[u]);
+      const double d = double(widen(p.v[u])) - double(widen(q.v[u]));
       sum = fma(d, d, sum);
     }
   }
@@ -175,18 +187,18 @@ H2OT_DEVICE double exact_squared(const A* a, const A* b, int channels, int lane)
 }
 
 // The same of one token to kBatch others: the same bits each.
-template <class A>
-H2OT_DEVICE void exact_squares(const A* a, const A* const (&b)[kBatch], int channels, int lane,
+template <class T>
+H2OT_DEVICE void exact_squares(const T* a, const T* const (&b)[kBatch], int channels, int lane,
                                double (&squared)[kBatch]) {
   for (double& sum : squared) sum = 0;
 #pragma unroll 2
   for (int c = 4 * lane; c < channels; c += 4 * kLanes) {
-    const Quad<A> p = *reinterpret_cast<const Quad<A>*>(a + c);
-    Quad<A> q[kBatch];
-    for (int n = 0; n < kBatch; n++) q[n] = *reinterpret_cast<const Quad<A>*>(b[n] + c);
+    const Quad<T> p = *reinterpret_cast<const Quad<T>*>(a + c);
+    Quad<T> q[kBatch];
+    for (int n = 0; n < kBatch; n++) q[n] = *reinterpret_cast<const Quad<T>*>(b[n] + c);
     for (int u = 0; u < 4; u++) {
       for (int n = 0; n < kBatch; n++) {
-        const double d = double(p.v[u]) - double(q[n].v[u]);
+        const double d = double(widen(p.v[u])) - double(widen(q[n].v[u]));
         squared[n] = fma(d, d, squared[n]);
       }
     }

@@ -30,6 +30,15 @@ int32_t with_element(Dtype dtype, const F& f) {
   }
 }
 
+// f of an element of the rows that float64 reads: of x where they lie in it, or of their copy.
+template <class T, class F>
+int32_t with_rows(const Plan& plan, const F& f) {
+  if constexpr (!std::is_same<T, Accumulator<T>>::value) {
+    if (plan.pitch == 0) return f(T());
+  }
+  return f(Accumulator<T>());
+}
+
 // Whether pooling can read quads of channels.
 inline bool readable_in_quads(const Tokens& x) {
   const int64_t bytes = element_bytes(x.dtype), vector = 4 * bytes < 16 ? 4 * bytes : 16;
@@ -53,7 +62,8 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.k = in.k;
   job.wants_largest = in.distance != nullptr || in.noise != nullptr;
   job.copy = at<A>(workspace, where.rows);
-  job.rows = job.copy ? job.copy : static_cast<const A*>(job.x.data);
+  job.rows = job.copy;
+  if constexpr (std::is_same<T, A>::value) job.rows = job.copy ? job.copy : static_cast<const A*>(job.x.data);
   job.row_stride_n = job.copy ? plan.pitch : in.x.stride_n;
   job.row_stride_b = job.copy ? plan.pitch * in.x.N : in.x.stride_b;
   job.channels = int32_t(job.copy ? plan.pitch : in.x.C);
@@ -62,7 +72,7 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.groups = ceil_div(in.x.N, kTokensPerBlock);
   job.norm = at<A>(workspace, where.norm);
   job.bound = search_bound({in.x.B, in.x.N, in.x.J, in.x.C, in.k, in.x.dtype, plan.pitch == 0}, plan.distance);
-  job.operands.in_place = plan.distance == Distance::exact_products && readable_in_place(in.x)
+  job.operands.in_place = plan.distance == Distance::exact_products && plan.line_pitch == 0
                               ? static_cast<const uint16_t*>(job.x.data)
                               : nullptr;
   job.operands.stride_b = in.x.stride_b;
@@ -127,18 +137,26 @@ struct Issuer {
       error = launch(kernel, blocks, samples, threads, shared_bytes, stream, job, follows && plan.overlaps);
     }
   }
+  template <class T>
+  void run(void (*kernel)(RowJob<T>), int64_t blocks, int32_t threads, int64_t shared_bytes, bool follows = false) {
+    if (error == 0) {
+      const RowJob<T> of_rows = {job};
+      error = launch(kernel, blocks, samples, threads, shared_bytes, stream, of_rows, follows && plan.overlaps);
+    }
+  }
   // A kernel that begins with follow_previous().
-  void follow(void (*kernel)(Job<A>), int64_t blocks, int32_t threads, int64_t shared_bytes) {
+  template <class AnyJob>
+  void follow(void (*kernel)(AnyJob), int64_t blocks, int32_t threads, int64_t shared_bytes) {
     run(kernel, blocks, threads, shared_bytes, true);
   }
 };
 
 // One pass: the tokens, pooled and (for products) as they are multiplied (score.cu); labels from the stored matrix, or
-// from a search among the centres (cluster.cu).
+// from a search among the centres (cluster.cu), with rows of T.
 template <class T>
 int32_t issue_tokens(const Job<Accumulator<T>>& job, const Plan& plan, int64_t samples, void* stream);
-template <class A>
-int32_t issue_labels(const Job<A>& job, const Plan& plan, int64_t samples, void* stream);
+template <class T>
+int32_t issue_labels(const Job<Accumulator<T>>& job, const Plan& plan, int64_t samples, void* stream);
 
 }  // namespace cuda
 }  // namespace h2ot

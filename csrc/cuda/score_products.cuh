@@ -40,7 +40,8 @@ H2OT_DEVICE Quad<float> entering(const float* token, const float* origin, int64_
 H2OT_DEVICE float pair_scale(int32_t most) { return most > 126 ? 0x1p12f : 0x1p14f; }
 
 // Whether a sample's tokens can be multiplied as they are: what float32 loses below them is within the bound, and their
-// squares are finite. Always for float16.
+// squares are finite. Always for float16. Else a scaled copy is; of tokens that are read in place there is none: no
+// line is then multiplied, all bounds are 0, and float64 decides everything.
 template <class Operand>
 H2OT_DEVICE bool is_raw(float scale) {
   return std::is_same<Operand, Float16>::value || (scale >= 0x1p-40f && scale <= 0x1p30f);
@@ -52,8 +53,9 @@ H2OT_DEVICE uint16_t narrowed(Float16, float v) { return narrow_half(v); }
 template <class Operand>
 H2OT_DEVICE Lines lines_of(const Job<float>& job, int64_t b) {
   const Operands& from = job.operands;
-  if (!Entry<Operand>::kPairs && from.in_place && is_raw<Operand>(from.scale[2 * b])) {
-    return {from.in_place + b * from.stride_b, from.stride_n, int32_t(job.x.C)};
+  if (!Entry<Operand>::kPairs && from.in_place) {
+    const bool raw = is_raw<Operand>(from.scale[2 * b]);
+    return {from.in_place + b * from.stride_b, from.stride_n, raw ? int32_t(job.x.C) : 0};
   }
   return {from.copy + b * job.x.N * from.pitch, from.pitch, int32_t(from.pitch)};
 }
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
   }
 
   const Operands& to = job.operands;
-  const float* row = job.row(b, i);
+  const float* row = Entry<Operand>::kPairs || job.rows ? job.row(b, i) : nullptr;
   uint16_t* copy = to.copy ? to.copy + (b * job.x.N + i) * to.pitch : nullptr;
   float sum[4] = {};
   if constexpr (Entry<Operand>::kPairs) {

@@ -107,11 +107,12 @@ struct Share {
 // Calls f(j, n, squared) on the whole warp for its share of the pairs of token i with ascending j that
 // test(j, low, high, key[j]) (asked per lane), until f returns false: up to kBatch at a time, of which n count, with
 // their squared distances in float64. Values: Row, or what has its look, N and token.
-template <class A, class Values, class Test, class F>
-H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, int64_t i, const Values& row, const double* key,
+template <class T, class Values, class Test, class F>
+H2OT_DEVICE void for_batches(const RowJob<T>& job, int64_t b, int64_t i, const Values& row, const double* key,
                              const Share& share, const Test& test, const F& f) {
+  typedef Accumulator<T> A;
   const int lane = threadIdx.x % kLanes;
-  const A* const own = job.row(b, i);
+  const T* const own = job.row(b, i);
   int batch[kBatch] = {};
   int held = 0, turn = 0, u = kAhead;
   int first = -kAhead * kLanes;  // of the tokens that were looked at last
@@ -144,7 +145,7 @@ H2OT_DEVICE void for_batches(const Job<A>& job, int64_t b, int64_t i, const Valu
       if (held == 1) {
         squared[0] = exact_squared(own, job.row(b, row.token(batch[0])), job.channels, lane);
       } else {
-        const A* const rows[kBatch] = {job.row(b, row.token(batch[0])), job.row(b, row.token(batch[1]))};
+        const T* const rows[kBatch] = {job.row(b, row.token(batch[0])), job.row(b, row.token(batch[1]))};
         static_assert(kBatch == 2);
         exact_squares(own, rows, job.channels, lane, squared);
       }
@@ -178,8 +179,8 @@ H2OT_DEVICE void offer_largest(const Job<A>& job, int64_t b, A low) {
 }
 
 // Whether token i equals the sample's first, another one: the first one's distances are then i's as well.
-template <class A>
-H2OT_DEVICE bool equals_first(const Job<A>& job, int64_t b, int64_t i, int lane) {
+template <class T>
+H2OT_DEVICE bool equals_first(const RowJob<T>& job, int64_t b, int64_t i, int lane) {
   const int64_t first = first_valid(job, b, lane);
   return first != i && exact_squared(job.row(b, i), job.row(b, first), job.channels, lane) == 0;
 }

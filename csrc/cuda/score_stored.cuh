@@ -22,8 +22,8 @@ struct NearestShared {
 };
 
 // Lists a share of the row's candidates, those that bounds reach; false where more than `most` would be needed.
-template <class A>
-H2OT_DEVICE bool list_candidates(const Job<A>& job, int64_t b, int64_t i, const Row<A>& row, A reach,
+template <class T, class A>
+H2OT_DEVICE bool list_candidates(const RowJob<T>& job, int64_t b, int64_t i, const Row<A>& row, A reach,
                                  const Share& share, int most, List& list) {
   const int lane = threadIdx.x % kLanes;
   for_batches(
@@ -58,9 +58,10 @@ H2OT_DEVICE void set_nearest(const Job<A>& job, int64_t b, int64_t i, const List
 }
 
 // m and the nearest of every token, from the stored matrix. A warp per token; grid: groups, samples.
-template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 3 : 1) nearest_stored_kernel(Job<A> job) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 3 : 1) nearest_stored_kernel(RowJob<T> job) {
   follow_previous();
+  typedef Accumulator<T> A;
   NearestShared<A>& shared = *reinterpret_cast<NearestShared<A>*>(shared_memory());
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t b = blockIdx.y, first = int64_t(blockIdx.x) * kWarps, i = first + warp;
@@ -123,9 +124,10 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 3 : 1) neares
 
 // The sample's largest distance: of each token those to later tokens that the bounds allow to be it. A warp per token;
 // grid: groups, samples.
-template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) largest_stored_kernel(Job<A> job) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 2 : 1) largest_stored_kernel(RowJob<T> job) {
   follow_previous();
+  typedef Accumulator<T> A;
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   if (i >= job.x.N || !is_valid(job, b, i)) return;
@@ -174,9 +176,10 @@ struct ParentShared {
 
 // The parent of every token from its list and the stored matrix; the block that is a sample's last finishes the sample.
 // A warp per token; grid: groups, samples.
-template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, sizeof(A) == 4 ? 2 : 1) parent_stored_kernel(Job<A> job) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 2 : 1) parent_stored_kernel(RowJob<T> job) {
   follow_previous();
+  typedef Accumulator<T> A;
   ParentShared& shared = *reinterpret_cast<ParentShared*>(shared_memory());
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes;

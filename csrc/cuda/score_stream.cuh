@@ -186,7 +186,8 @@ struct Lists {
   H2OT_DEVICE bool prove(double s) const { return s < limit || (s == 0 && one); }
 
   // Fills a sorted list with the nearest of the entries, two read together.
-  H2OT_DEVICE void take(const Job<A>& job, int64_t b, int64_t i, List& list, int lane) const {
+  template <class T>
+  H2OT_DEVICE void take(const RowJob<T>& job, int64_t b, int64_t i, List& list, int lane) const {
     static_assert(kBatch == 2);
     int64_t e = 0;
     const auto next = [&] {  // the next entry that may be among the nearest, or -1
@@ -197,7 +198,7 @@ struct Lists {
     };
     for (int32_t first = next(); first >= 0; first = next()) {
       const int32_t other = next();
-      const A* const rows[kBatch] = {job.row(b, first), job.row(b, other < 0 ? first : other)};
+      const T* const rows[kBatch] = {job.row(b, first), job.row(b, other < 0 ? first : other)};
       double squared[kBatch];
       exact_squares(job.row(b, i), rows, job.channels, lane, squared);
       list.insert(squared[0], first, lane);
@@ -209,20 +210,20 @@ struct Lists {
 constexpr int kFarAhead = 4;  // tokens whose first channels are read together
 
 // The squared distances of one token to several by their first channels: no more than those by all of them.
-template <class A>
-H2OT_DEVICE void first_squares(const A* a, const A* const (&b)[kFarAhead], int channels, int lane,
+template <class T>
+H2OT_DEVICE void first_squares(const T* a, const T* const (&b)[kFarAhead], int channels, int lane,
                                double (&squared)[kFarAhead]) {
   const int c = 4 * lane;
   for (double& sum : squared) sum = 0;
   if (c < channels) {
-    const Quad<A> p = *reinterpret_cast<const Quad<A>*>(a + c);
-    Quad<A> q[kFarAhead];
+    const Quad<T> p = *reinterpret_cast<const Quad<T>*>(a + c);
+    Quad<T> q[kFarAhead];
 #pragma unroll
-    for (int n = 0; n < kFarAhead; n++) q[n] = *reinterpret_cast<const Quad<A>*>(b[n] + c);
+    for (int n = 0; n < kFarAhead; n++) q[n] = *reinterpret_cast<const Quad<T>*>(b[n] + c);
 #pragma unroll
     for (int n = 0; n < kFarAhead; n++) {
       for (int u = 0; u < 4; u++) {
-        const double d = double(p.v[u]) - double(q[n].v[u]);
+        const double d = double(widen(p.v[u])) - double(widen(q[n].v[u]));
         squared[n] = fma(d, d, squared[n]);
       }
     }
@@ -234,9 +235,9 @@ H2OT_DEVICE void first_squares(const A* a, const A* const (&b)[kFarAhead], int c
 
 // Completes a sorted list, which may hold some of them, by all tokens that test(j), decided in float64. What is far by
 // its first channels is left.
-template <class A, class Test>
-H2OT_DEVICE void search_exactly(const Job<A>& job, int64_t b, int64_t i, List& list, int lane, const Test& test) {
-  const A* const own = job.row(b, i);
+template <class T, class Test>
+H2OT_DEVICE void search_exactly(const RowJob<T>& job, int64_t b, int64_t i, List& list, int lane, const Test& test) {
+  const T* const own = job.row(b, i);
   const auto holds = [&](int64_t j) {
     bool found = false;
     for (int r = 0; r < list.count; r++) found |= list.token[r] == j;
@@ -254,7 +255,7 @@ H2OT_DEVICE void search_exactly(const Job<A>& job, int64_t b, int64_t i, List& l
         n += bits != 0;
         bits &= bits - 1;
       }
-      const A* const rows[kFarAhead] = {job.row(b, j[0]), job.row(b, j[1]), job.row(b, j[2]), job.row(b, j[3])};
+      const T* const rows[kFarAhead] = {job.row(b, j[0]), job.row(b, j[1]), job.row(b, j[2]), job.row(b, j[3])};
       static_assert(kFarAhead == 4);
       double least[kFarAhead];
       first_squares(own, rows, job.channels, lane, least);
@@ -272,8 +273,8 @@ H2OT_DEVICE void search_exactly(const Job<A>& job, int64_t b, int64_t i, List& l
 }
 
 // m of every token, and its nearest in order. A warp per token; grid: groups, samples.
-template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(Job<A> job) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(RowJob<T> job) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kTokensPerBlock + warp;
   if (i >= N || !is_valid(job, b, i)) return;
@@ -281,7 +282,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(Job
   int64_t proven = 0;
   bool settled = false;
   if (job.list > 0) {
-    const Lists<A> lists(job, b, i, job.splits, lane);
+    const Lists<Accumulator<T>> lists(job, b, i, job.splits, lane);
     lists.take(job, b, i, list, lane);
     while (proven < list.count && lists.prove(list.squared[proven])) proven++;
     // Values tie at the limit without harm to m; with fewer than k - 1 listed, all valid tokens are.
@@ -298,8 +299,8 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) nearest_streamed_kernel(Job
 
 // The parents that are among the proven neighbours (nearly all); `flag` marks the tokens left. The sample's largest
 // distance. A warp per token; grid: groups, samples.
-template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, 2) parent_streamed_kernel(Job<A> job) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, 2) parent_streamed_kernel(RowJob<T> job) {
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, N = job.x.N, i = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.x / kLanes;
   if (i >= N) return;
@@ -355,15 +356,15 @@ __global__ void __launch_bounds__(kFinishThreads) peaks_kernel(Job<A> job) {
 }
 
 // The parents of the listed tokens. A warp per token; grid: groups, samples.
-template <class A>
-__global__ void __launch_bounds__(kWarps* kLanes, 2) peak_parent_kernel(Job<A> job) {
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, 2) peak_parent_kernel(RowJob<T> job) {
   const int lane = threadIdx.x % kLanes;
   const int64_t b = blockIdx.y, N = job.x.N, at = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.x / kLanes;
   if (at >= job.peak_count[2 * b]) return;
   const int64_t i = job.peaks[b * N + at];
   const double* key = job.key + b * N;
   List list = {job.nearest + (b * N + i) * job.near, job.nearest_at + (b * N + i) * job.near, 0, 1};
-  const Lists<A> lists(job, b, at, job.peak_count[2 * b + 1], lane);
+  const Lists<Accumulator<T>> lists(job, b, at, job.peak_count[2 * b + 1], lane);
   lists.take(job, b, i, list, lane);
   if (list.count > 0 && !lists.prove(list.squared[0])) {
     search_exactly(job, b, i, list, lane,

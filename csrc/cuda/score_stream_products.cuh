@@ -29,7 +29,7 @@ struct StreamProductsShared {
 };
 
 // Adds a pair to a sorted list of `room` entries (up to a warp's width; empty ones are infinite) that a warp keeps.
-// Returns the last lower bound.
+// Returns the last lower bound; less than any for 0: tokens ascend, so a later 0 never displaces one.
 H2OT_DEVICE float insert_pair(float* low, int32_t* at, int32_t room, float value, int32_t token, int lane) {
   const float mine = lane < room ? low[lane] : infinity_of(0.0f);
   const int32_t mine_at = lane < room ? at[lane] : -1;
@@ -43,7 +43,7 @@ H2OT_DEVICE float insert_pair(float* low, int32_t* at, int32_t room, float value
     at[lane] = lane == place ? token : above_at;
   }
   const float last = __shfl_sync(kAllLanes, now, room - 1);
-  return last < kLargest ? last : kLargest;
+  return last == 0 ? -infinity_of(0.0f) : last < kLargest ? last : kLargest;
 }
 
 // Lists those pairs of row r, in one tile, that are near enough: low, their lower bounds (NaN: not a pair), of the
