@@ -28,6 +28,7 @@ pybind11::dict described(const Plan& plan) {
                                                    {"exponent", at.exponent},
                                                    {"operands", at.operands},
                                                    {"scale", at.scale},
+                                                   {"factor", at.factor},
                                                    {"norm", at.norm},
                                                    {"matrix", at.matrix},
                                                    {"listed", at.listed},

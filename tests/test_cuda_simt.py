@@ -276,7 +276,7 @@ MUTANTS = {
         "if (column + c > row + r + 1) matrix",
     ),
     "lower parts of another scale": (
-        "score_products.cuh",
+        "score_pairs.cuh",
         "narrow_half(large - widen",
         "narrow_half(2 * large - widen",
     ),
@@ -293,8 +293,8 @@ MUTANTS = {
     ),
     "no barrier before streamed sums are read": (
         "score_stream_products.cuh",
-        "tile.put_sums(shared.values);\n    }\n    __syncthreads();",
-        "tile.put_sums(shared.values);\n    }",
+        "shared.tokens.column[c]);\n    }\n    __syncthreads();",
+        "shared.tokens.column[c]);\n    }",
     ),
     "a list entry displaced too early": (
         "score_stream_products.cuh",

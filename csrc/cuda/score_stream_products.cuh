@@ -24,7 +24,7 @@ struct StreamProductsShared {
   int32_t tile, last_tile;   // here rather than in registers
   union {
     typename Tiles::Slab slab;
-    TileValues<float, kSide, kSide> values;
+    TileSums<kSide, kSide> values;
   };
 };
 
@@ -53,14 +53,15 @@ H2OT_DEVICE float list_row(const Job<float>& job, int64_t b, int r, StreamProduc
   const int64_t N = job.x.N, split = blockIdx.x % job.splits;
   const int32_t i = shared.tokens.row[r], room = int32_t(job.list);
   const double* key = job.key + b * N;
-  const float factor = job.operands.scale[2 * b + 1], spread = job.bound.spread, own = job.norm[b * N + i];
+  const float factor = of_row<typename Tiles::Entered>(job, b, i);
+  const float spread = job.bound.spread, own = job.norm[b * N + i];
   float low[kColumnsOfLane], furthest = -1, lowest = -1;
 #pragma unroll
   for (int u = 0; u < kColumnsOfLane; u++) {
     const int c = u * kLanes + lane;
     const int32_t j = shared.tokens.column[c];
     const float both = own + shared.column_norm[c];
-    const float v = fma(factor, shared.values.value[r][c], both);
+    const float v = fma(factor * shared.values.value[r][c], shared.values.counts[c], both);
     const bool pair = j >= 0 && j != i;
     low[u] = !pair ? infinity_of(0.0f) : v > spread * both ? v - spread * both : 0;
     if (pair) {
@@ -140,6 +141,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_produc
       tile.compute(job, block_y_here(), shared.tokens, shared.slab);
       __syncthreads();
       tile.put_sums(shared.values);
+    }
+    for (int c = thread_here(); c < kSide; c += Tiles::kThreads) {
+      shared.values.counts[c] = of_column<typename Tiles::Entered>(job, block_y_here(), shared.tokens.column[c]);
     }
     __syncthreads();
     {
