@@ -2,7 +2,7 @@
 // and of each its difference to an origin, scaled by a power of two of its own, as sums of two float16, and its norm.
 //
 // Bytes: a token once and as much written, 8 C; the origin is in L1, and so is what a longer token is read again from.
-// Floor: those at the copy bandwidth. A warp asks for up to 8 KiB before it waits, 16 warps a multiprocessor.
+// Floor: those at the copy bandwidth. A warp asks for up to 6 KiB before it waits, 16 warps a multiprocessor.
 #pragma once
 
 #include "score_device.cuh"
@@ -10,7 +10,7 @@
 namespace h2ot {
 namespace cuda {
 
-constexpr int kPairQuads = 16;                          // of a token, held by a lane
+constexpr int kPairQuads = 12;                          // of a token, held by a lane
 constexpr int kOriginQuads = 4;                         // of the origin, read before the first is subtracted
 constexpr int32_t kPairPart = 4 * kLanes * kPairQuads;  // channels that a warp holds
 constexpr int32_t kPairTop = 15;                        // scaled differences: the largest in [2^14, 2^15)
