@@ -28,7 +28,6 @@ pybind11::dict described(const Plan& plan) {
                                                    {"exponent", at.exponent},
                                                    {"operands", at.operands},
                                                    {"scale", at.scale},
-                                                   {"factor", at.factor},
                                                    {"norm", at.norm},
                                                    {"matrix", at.matrix},
                                                    {"listed", at.listed},

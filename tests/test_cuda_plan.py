@@ -42,8 +42,7 @@ def sizes(made, N, k, wide):
         "valid": tokens,
         "exponent": made["samples"] * math.ceil(N / 8) * 4,
         "operands": tokens * made["line_pitch"] * 2,
-        "scale": made["samples"] * 8,
-        "factor": tokens * 4,
+        "scale": tokens * 4 if made["distance"] == "products" else made["samples"] * 8,
         "norm": tokens * wide,
         "matrix": tokens * made["matrix_pitch"] * wide,
         "listed": lists * wide,
@@ -104,7 +103,7 @@ def test_labels_have_their_parts_and_fit_a_grid(shape, share):
     scored, alone = plan(**shape, centres=centres), plan_assign(**given, centres=centres)
     listed = {"centre_low", "centre_at", "centre_reach", "centre_count"}
     assert (listed <= set(scored["offsets"])) == (scored["search"] == "streamed" and centres > 0)
-    tokens = {"rows", "valid", "exponent", "operands", "scale", "factor", "norm", "largest", "arrived"}
+    tokens = {"rows", "valid", "exponent", "operands", "scale", "norm", "largest", "arrived"}
     assert listed <= set(alone["offsets"]) <= listed | tokens
     for made in (scored, alone):
         assert_apart(made, sizes(made, N, shape["k"], wide))

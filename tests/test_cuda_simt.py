@@ -283,8 +283,8 @@ MUTANTS = {
     "norms of a token's own scale": ("score_pairs.cuh", "* factor * factor;", "* factor;"),
     "no factor of the other token": (
         "score_products.cuh",
-        "? 1 : j < 0 ? 0 : job.operands.factor[b * job.x.N + j];",
-        "? 1 : j < 0 ? 0 : job.operands.factor[b * job.x.N];",
+        "? 1 : j < 0 ? 0 : job.operands.scale[b * job.x.N + j];",
+        "? 1 : j < 0 ? 0 : job.operands.scale[b * job.x.N];",
     ),
     "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
     "one column split less": (

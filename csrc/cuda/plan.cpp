@@ -99,8 +99,7 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
   at.valid = take(true, tokens);
   at.exponent = take(true, samples * ceil_div(p.N, kTokensPerBlock) * 4);
   at.operands = take(plan.line_pitch > 0, tokens * plan.line_pitch * 2);
-  at.scale = take(plan.distance == Distance::exact_products, samples * 8);
-  at.factor = take(plan.distance == Distance::products, tokens * 4);
+  at.scale = take(plan.distance != Distance::direct, plan.distance == Distance::products ? tokens * 4 : samples * 8);
   at.norm = take(plan.distance != Distance::direct, tokens * wide);
   at.matrix = take(stored, tokens * plan.matrix_pitch * wide);
   const int64_t list = std::max(plan.list, kPeakList);

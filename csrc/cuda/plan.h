@@ -61,8 +61,7 @@ struct Workspace {
   int64_t valid;                // [samples, N] uint8
   int64_t exponent;             // [samples, groups] int32: the largest of kTokensPerBlock tokens
   int64_t operands;             // [samples, N, line pitch] uint16: the tokens as they enter products
-  int64_t scale;                // [samples, 2] float32: of exact products' tokens, and what a product counts
-  int64_t factor;               // [samples, N] float32: of products, what a token's products count
+  int64_t scale;                // [samples, 2] float32: of the tokens, and what a product counts; of pairs [samples, N]
   int64_t norm;                 // [samples, N] squared norms of the tokens as they enter products
   int64_t matrix;               // [samples, N, matrix_pitch] stored search
   int64_t listed;               // [samples, N, splits, list] streamed: lower bounds of the nearest

@@ -70,7 +70,6 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.operands.copy = at<uint16_t>(workspace, where.operands);
   job.operands.pitch = plan.line_pitch;
   job.operands.scale = at<float>(workspace, where.scale);
-  job.operands.factor = at<float>(workspace, where.factor);
   job.matrix = at<A>(workspace, where.matrix);
   job.matrix_pitch = plan.matrix_pitch;
   job.tile_ratio = plan.tile_columns / plan.tile_rows;

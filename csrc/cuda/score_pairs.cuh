@@ -92,7 +92,7 @@ H2OT_DEVICE int32_t enter_pairs(const Job<float>& job, int64_t b, int64_t i, int
   if (!valid) {
     if (lane == 0) {  // rows of norms are read whole
       job.norm[token] = 0;
-      to.factor[token] = kNoPower;
+      to.scale[token] = kNoPower;
     }
     return kNoExponent;
   }
@@ -138,7 +138,7 @@ H2OT_DEVICE int32_t enter_pairs(const Job<float>& job, int64_t b, int64_t i, int
   if (lane == 0) {
     const int32_t all = power + (lift > 1 ? 64 : 0) - (scale < 1 ? 2 : 0);
     job.norm[token] = norm;
-    to.factor[token] = furthest == 0 ? kNoPower : float(all);
+    to.scale[token] = furthest == 0 ? kNoPower : float(all);
   }
   return exponent_of(most);
 }
@@ -174,11 +174,11 @@ __global__ void __launch_bounds__(kScaleThreads) scale_kernel(Job<A> job) {
   const int64_t b = blockIdx.y, i = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x, token = b * job.x.N + i;
   const float scale = sample_scale(job, b, threadIdx.x % kLanes);
   if (i >= job.x.N) return;
-  const int32_t power = int32_t(pattern(scale) >> 23) - 127 - int32_t(job.operands.factor[token]);
+  const int32_t power = int32_t(pattern(scale) >> 23) - 127 - int32_t(job.operands.scale[token]);
   // Below it a token is the origin by all that the bound leaves.
   const float factor = power < -126 ? 0 : power_of_two(power);
   job.norm[token] = job.norm[token] * factor * factor;
-  job.operands.factor[token] = factor;
+  job.operands.scale[token] = factor;
 }
 
 }  // namespace cuda

@@ -64,11 +64,11 @@ H2OT_DEVICE Lines lines_of(const Job<float>& job, int64_t b) {
 // What a product counts: of_row of one token times of_column of the other.
 template <class Operand>
 H2OT_DEVICE float of_row(const Job<float>& job, int64_t b, int64_t i) {
-  return Entry<Operand>::kPairs ? -2 * job.operands.factor[b * job.x.N + i] : job.operands.scale[2 * b + 1];
+  return Entry<Operand>::kPairs ? -2 * job.operands.scale[b * job.x.N + i] : job.operands.scale[2 * b + 1];
 }
 template <class Operand>
 H2OT_DEVICE float of_column(const Job<float>& job, int64_t b, int32_t j) {
-  return !Entry<Operand>::kPairs ? 1 : j < 0 ? 0 : job.operands.factor[b * job.x.N + j];
+  return !Entry<Operand>::kPairs ? 1 : j < 0 ? 0 : job.operands.scale[b * job.x.N + j];
 }
 
 // A tile's sums of products, where its lines were, and of_column of its columns.
