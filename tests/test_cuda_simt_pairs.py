@@ -52,6 +52,20 @@ def at_the_largest() -> torch.Tensor:
     return x
 
 
+def beyond_the_largest() -> torch.Tensor:
+    """The same less a token that is nearly as large."""
+    x = at_the_largest()
+    x[0, 0] *= 0.249
+    return x
+
+
+def read_again() -> torch.Tensor:
+    """More channels than a warp holds, the largest ones first."""
+    x = 5 + torch.cat([drawn(1, 10, 1572), 1e-4 * drawn(1, 3, 1572)], 1)
+    x[..., :8] *= 1e4 * drawn(1, 13, 8)
+    return x
+
+
 def nearly_the_first() -> torch.Tensor:
     """Large channels alike, small ones not: differences that vanish beside them."""
     x = torch.full((1, 40, 16), 3e4)
@@ -72,15 +86,18 @@ TOKENS = {
     "all alike": first(30.0)[:, :1].expand(1, 40, 20).contiguous(),
     "magnitudes": mixed(-12, 12),
     "magnitudes, small": mixed(-148, -124),
+    "magnitudes, in one step or two": mixed(-66, -54),
     "magnitudes, large": mixed(96, 120),
     "magnitudes, first large": mixed(-20, 0).flip(1) + torch.eye(40, 24) * 2.0**100,
     "at the largest": at_the_largest(),
+    "beyond the largest": beyond_the_largest(),
+    "largest of a block's last warp": torch.cat([drawn(1, 7, 16), 1e30 * drawn(1, 1, 16)], 1),
     "at the smallest": 1e-44 * drawn(1, 40, 33),
     "nearly the first": nearly_the_first(),
     "one token": drawn(1, 1, 5),
     "a few channels": drawn(1, 40, 1) + 100,
     "held to the last": torch.cat([drawn(1, 10, 1536), drawn(1, 1, 1536).expand(1, 3, 1536)], 1),
-    "read again": without(torch.cat([5 + drawn(1, 10, 1572), 5 + 1e-4 * drawn(1, 3, 1572)], 1), 1),
+    "read again": without(read_again(), 1),
     "read again, large": 1e38 * drawn(1, 9, 3200).clamp(-3, 3),
     "pooled": 7 + drawn(1, 40, 3, 20),
     "copied": drawn(1, 40, 23)[..., 1:],

@@ -15,7 +15,7 @@ constexpr int kOriginQuads = 4;                         // of the origin, read b
 constexpr int32_t kPairPart = 4 * kLanes * kPairQuads;  // channels that a warp holds
 constexpr int32_t kPairTop = 15;                        // scaled differences: the largest in [2^14, 2^15)
 constexpr float kLargePair = 0x1p126f, kTinyPair = 0x1p-60f;
-constexpr float kNoPower = 1024;  // of a token at the origin, and of none: it counts nothing
+constexpr float kNoPower = 1024;  // of what is no token: it counts nothing
 constexpr int kScaleThreads = 256;
 
 H2OT_DEVICE float power_of_two(int32_t power) { return value_of(uint32_t(power + 127) << 23); }
@@ -138,7 +138,7 @@ H2OT_DEVICE int32_t enter_pairs(const Job<float>& job, int64_t b, int64_t i, int
   if (lane == 0) {
     const int32_t all = power + (lift > 1 ? 64 : 0) - (scale < 1 ? 2 : 0);
     job.norm[token] = norm;
-    to.scale[token] = furthest == 0 ? kNoPower : float(all);
+    to.scale[token] = float(all);
   }
   return exponent_of(most);
 }
