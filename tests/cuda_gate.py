@@ -46,6 +46,8 @@ FLAGS = (
 WANTED = (
     ("pool_kernel<float>", r"LDG\.E\.128", 1),
     ("pool_kernel<h2ot::cuda::BFloat16>", r"LDG\.E\.64", 1),
+    ("pair_kernel", r"LDG\.E\.128", 12 + 2 * (12 + 12)),
+    ("pair_kernel", r"STG\.E\.64", 2 * 12),
     ("stored_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"LDGSTS\.E\.BYPASS\.128", 6),
     ("stored_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"LDS\.128", 2 * 16),
     ("stored_kernel<h2ot::cuda::DirectTile<float, 16, 32, 8>", r"FFMA", 2 * 2 * 64),
@@ -97,6 +99,8 @@ TARGETS = {90: "90a"}  # what a GPU of that architecture needs for all of its in
 OVERLAPPING = (
     "pool_",
     "operand_",
+    "pair_",
+    "scale_",
     "stored_",
     "nearest_stored_",
     "largest_stored_",

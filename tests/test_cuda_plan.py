@@ -42,7 +42,7 @@ def sizes(made, N, k, wide):
         "valid": tokens,
         "exponent": made["samples"] * math.ceil(N / 8) * 4,
         "operands": tokens * made["line_pitch"] * 2,
-        "scale": made["samples"] * 8,
+        "scale": tokens * 4 if made["distance"] == "products" else made["samples"] * 8,
         "norm": tokens * wide,
         "matrix": tokens * made["matrix_pitch"] * wide,
         "listed": lists * wide,

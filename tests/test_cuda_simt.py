@@ -238,6 +238,12 @@ MUTANTS = {
         "raw = is_raw<Operand>(from.scale[2 * b]);",
         "raw = from.scale != nullptr;",
     ),
+    "norms of a token's own scale": ("score_pairs.cuh", "* factor * factor;", "* factor;"),
+    "no factor of the other token": (
+        "score_products.cuh",
+        "? 1 : j < 0 ? 0 : job.operands.scale[b * job.x.N + j];",
+        "? 1 : j < 0 ? 0 : job.operands.scale[b * job.x.N];",
+    ),
     "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
     "one column split less": (
         "score_stream.cuh",
@@ -257,8 +263,8 @@ MUTANTS = {
     ),
     "no barrier before streamed sums are read": (
         "score_stream_products.cuh",
-        "tile.put_sums(shared.values);\n    }\n    __syncthreads();",
-        "tile.put_sums(shared.values);\n    }",
+        "shared.tokens.column[c]);\n    }\n    __syncthreads();",
+        "shared.tokens.column[c]);\n    }",
     ),
     "a list entry displaced too early": (
         "score_stream_products.cuh",

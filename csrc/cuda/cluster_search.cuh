@@ -16,6 +16,10 @@ namespace h2ot {
 namespace cuda {
 
 template <class Tiles>
+using CentreValues = typename std::conditional<Tiles::kProducts, TileSums<Tiles::kRows, Tiles::kColumns>,
+                                               TileValues<typename Tiles::A, Tiles::kRows, Tiles::kColumns>>::type;
+
+template <class Tiles>
 struct CentreShared {
   typedef typename Tiles::A A;
   typename Tiles::Tokens tokens;
@@ -25,7 +29,7 @@ struct CentreShared {
   int32_t tile, last_tile;         // here rather than in registers
   union {
     typename Tiles::Slab slab;
-    TileValues<A, Tiles::kRows, Tiles::kColumns, Tiles::kProducts ? 8 : 1> values;
+    CentreValues<Tiles> values;
   };
 };
 
@@ -65,7 +69,7 @@ H2OT_DEVICE void list_centres(const Job<typename Tiles::A>& job, int64_t b, int 
     A v = shared.values.value[r][c], error = 0;
     if constexpr (Tiles::kProducts) {
       const A both = job.norm[b * job.x.N + i] + shared.column_norm[c];
-      v = fma(job.operands.scale[2 * b + 1], v, both);
+      v = fma(of_row<typename Tiles::Entered>(job, b, i) * v, shared.values.counts[c], both);
       v = v > 0 ? v : 0;
       error = job.bound.spread * both;
     }
@@ -162,6 +166,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, kCentreBlocks<Tiles>) centre_
         tile.put_sums(shared.values);
       } else {
         tile.put(job, block_y_here(), shared.tokens, shared.slab, shared.values);
+      }
+    }
+    if constexpr (Tiles::kProducts) {
+      for (int c = thread_here(); c < Tiles::kColumns; c += Tiles::kThreads) {
+        shared.values.counts[c] = of_column<typename Tiles::Entered>(job, block_y_here(), shared.tokens.column[c]);
       }
     }
     __syncthreads();

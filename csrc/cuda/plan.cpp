@@ -99,7 +99,7 @@ Workspace lay_out(const Problem& p, const Plan& plan, int64_t samples) {
   at.valid = take(true, tokens);
   at.exponent = take(true, samples * ceil_div(p.N, kTokensPerBlock) * 4);
   at.operands = take(plan.line_pitch > 0, tokens * plan.line_pitch * 2);
-  at.scale = take(plan.distance != Distance::direct, samples * 8);
+  at.scale = take(plan.distance != Distance::direct, plan.distance == Distance::products ? tokens * 4 : samples * 8);
   at.norm = take(plan.distance != Distance::direct, tokens * wide);
   at.matrix = take(stored, tokens * plan.matrix_pitch * wide);
   const int64_t list = std::max(plan.list, kPeakList);
@@ -184,12 +184,14 @@ Bound search_bound(const Problem& p, Distance distance) {
   const bool pairs = distance == Distance::products;
   const double mma = pairs ? 82 : 160, sums = double(ceil_div(p.C, pairs ? 16 : 32));
   const double norms = double(ceil_div(p.C, 128)) + 8;
-  // Pairs: tokens less the first one are rounded (4), split into 22 bits (4), the lower parts' product is left out (4),
-  // and float16 has no more than 2^-25 of 2^14 (1, and eta).
-  const double split = pairs ? 13 : 0;
+  // Pairs: tokens less the origin are rounded (4), split into 22 bits (4), the lower parts' product is left out (4),
+  // and float16 has no more than 2^-25, where a token's largest difference is 2^14 or more: 2^-39 sqrt(C) of its
+  // length. Powers of two round nothing. What they bring below float32's range is 2^-149 of the sample's scale per
+  // channel at worst, or 2^-126 where a token counts as the origin; of norms and products, 2^-120 C: eta.
+  const double split = pairs ? 12 + std::sqrt(C) * 0x1p-14 : 0;
   bound.spread = float((mma + sums + norms + split + 4) * kUnit);
   // Of tokens as they are, float32 loses products below 2^-126, which is 2^-66 of the largest or less.
-  bound.eta = std::sqrt(C) * (pairs ? 0x1p-24 : 0x1p-30);
+  if (!pairs) bound.eta = std::sqrt(C) * 0x1p-30;
   return bound;
 }
 

@@ -27,7 +27,7 @@ constexpr bool can_overlap(const Machine& machine) { return machine.major >= 9; 
 // How approximate distances come about (float64 always decides in the end).
 enum class Distance : int32_t {
   direct,          // sum of (a - b)^2 on the FFMA pipes: relative error only
-  products,        // |a|^2 + |b|^2 - 2 a b on tensor cores, from tokens less the first one as sums of two float16
+  products,        // |a|^2 + |b|^2 - 2 a b on tensor cores, from tokens less one of them as sums of two float16
   exact_products,  // the same from tokens that are bfloat16 or float16, as they are
 };
 
@@ -61,7 +61,7 @@ struct Workspace {
   int64_t valid;                // [samples, N] uint8
   int64_t exponent;             // [samples, groups] int32: the largest of kTokensPerBlock tokens
   int64_t operands;             // [samples, N, line pitch] uint16: the tokens as they enter products
-  int64_t scale;                // [samples, 2] float32: of the tokens, and what a product counts
+  int64_t scale;                // [samples, 2] float32: of the tokens, and what a product counts; of pairs [samples, N]
   int64_t norm;                 // [samples, N] squared norms of the tokens as they enter products
   int64_t matrix;               // [samples, N, matrix_pitch] stored search
   int64_t listed;               // [samples, N, splits, list] streamed: lower bounds of the nearest

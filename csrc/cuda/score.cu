@@ -2,6 +2,7 @@
 //
 // Passes over parts of the batch, each a few kernels in a row on the caller's stream:
 //   pool      one read of x: pooled float32 (float64) tokens where x has no such rows, which are valid, their magnitude
+//   operands  for products, the tokens as they enter them; of float32 tokens in place, by the same read
 //   search    approximate distances with a proven bound: all of them stored (N up to kStoredTokens), or the few nearest
 //             of each token streamed; by direct difference, or products on tensor cores
 //   nearest   m from the k nearest, decided in float64
@@ -11,6 +12,7 @@
 // Every decision is float64, every sum has one order: results do not depend on the plan, the device or the batch.
 #include "score_finish.cuh"
 #include "score_launch.cuh"
+#include "score_pairs.cuh"
 #include "score_pool.cuh"
 #include "score_products.cuh"
 #include "score_stored.cuh"
@@ -138,13 +140,19 @@ int32_t launch_passes(const CudaScoreArgs& args, const Plan& plan, void* workspa
 template <class T>
 int32_t issue_tokens(const Job<Accumulator<T>>& job, const Plan& plan, int64_t samples, void* stream) {
   Issuer<Accumulator<T>> issue = {job, plan, samples, stream};
-  issue.follow(pool_kernel<T>, job.groups, plan.pool_warps * kTokensPerBlock * kLanes,
-               sizeof(PoolShared<Accumulator<T>>));
+  const bool pairs = plan.distance == Distance::products;
+  if (!pairs || job.copy) {
+    issue.follow(pool_kernel<T>, job.groups, plan.pool_warps * kTokensPerBlock * kLanes,
+                 sizeof(PoolShared<Accumulator<T>>));
+  }
   if constexpr (std::is_same<Accumulator<T>, float>::value) {
     const auto make_operands = [&](void (*kernel)(Job<float>)) {
       issue.follow(kernel, job.groups, kWarps * kLanes, kWarps * sizeof(int32_t));
     };
-    if (plan.distance == Distance::products) make_operands(operand_kernel<Pairs>);
+    if (pairs) {
+      issue.follow(pair_kernel<float>, job.groups, kWarps * kLanes, sizeof(PairShared));
+      issue.follow(scale_kernel<float>, ceil_div(job.x.N, kScaleThreads), kScaleThreads, 0);
+    }
     if (plan.distance == Distance::exact_products) {
       make_operands(job.x.dtype == Dtype::bf16 ? operand_kernel<BFloat16> : operand_kernel<Float16>);
     }

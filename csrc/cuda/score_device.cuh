@@ -89,7 +89,7 @@ struct Operands {
   int64_t stride_b, stride_n;
   uint16_t* copy;  // [samples, N, pitch]; null: read in place
   int64_t pitch;
-  float* scale;  // of each sample
+  float* scale;  // of each sample, two values; of pairs (score_pairs.cuh) of each token, one
 };
 
 // Everything the kernels of one pass read and write: samples first .. first + samples - 1 of the call.

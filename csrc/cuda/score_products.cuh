@@ -1,7 +1,7 @@
 // Squared distances as |a|^2 + |b|^2 - 2 a b on the tensor cores, from 16-bit operands and with float32 sums.
 //
-// float32 tokens (and pooled ones) enter less the first valid token, scaled, each as the sum of two float16: three
-// products (the fourth, of the lower parts, is below the bound). bfloat16 and float16 tokens enter as they are.
+// float32 tokens (and pooled ones) enter as pairs (score_pairs.cuh): three products (the fourth, of the lower parts, is
+// below the bound). bfloat16 and float16 tokens enter as they are.
 //
 // Count for one sample of MHFormer (N 351, C 1536), three products: 6 tiles of 128 x 128, each 48 lines of 32 KiB from
 // L2, 1.6 million multiply-adds a line: 768 clocks at the 2048 of wgmma (1536 at the 1024 of mma.sync), and some 1200
@@ -23,21 +23,6 @@ constexpr int kShortOfShared = 2;
 #else
 constexpr int kShortOfShared = 1;
 #endif
-
-// A quad of channels as it enters the search.
-H2OT_DEVICE Quad<float> entering(const float* token, const float* origin, int64_t c, float scale) {
-  Quad<float> quad = *reinterpret_cast<const Quad<float>*>(token + c);
-  for (int u = 0; u < 4; u++) quad.v[u] *= scale;
-  if (origin) {
-    const Quad<float> less = *reinterpret_cast<const Quad<float>*>(origin + c);
-    for (int u = 0; u < 4; u++) quad.v[u] -= less.v[u] * scale;
-  }
-  return quad;
-}
-
-// What the parts of Pairs are scaled by, beside the sample's scale: differences of tokens stay below 2^15. (A sample's
-// scale brings tokens of 2^126 and more to below 4 only.)
-H2OT_DEVICE float pair_scale(int32_t most) { return most > 126 ? 0x1p12f : 0x1p14f; }
 
 // Whether a sample's tokens can be multiplied as they are: what float32 loses below them is within the bound, and their
 // squares are finite. Always for float16. Else a scaled copy is; of tokens that are read in place there is none: no
@@ -65,8 +50,24 @@ struct ProductTokens : TileTokens<kSide, kSide> {
   Lines lines;  // here rather than in registers
 };
 
-// Writes the tokens as they enter products, where they do not lie so already, their squared norms, and the scale of
-// each sample. A warp per token; grid: groups, samples.
+// What a product counts: of_row of one token times of_column of the other.
+template <class Operand>
+H2OT_DEVICE float of_row(const Job<float>& job, int64_t b, int64_t i) {
+  return Entry<Operand>::kPairs ? -2 * job.operands.scale[b * job.x.N + i] : job.operands.scale[2 * b + 1];
+}
+template <class Operand>
+H2OT_DEVICE float of_column(const Job<float>& job, int64_t b, int32_t j) {
+  return !Entry<Operand>::kPairs ? 1 : j < 0 ? 0 : job.operands.scale[b * job.x.N + j];
+}
+
+// A tile's sums of products, where its lines were, and of_column of its columns. Read by rows only.
+template <int kRows, int kColumns>
+struct TileSums : TileValues<float, kRows, kColumns, 8> {
+  float counts[kColumns];
+};
+
+// Writes bfloat16 and float16 tokens as they enter products, where they do not lie so already, their squared norms, and
+// the scale of each sample. A warp per token; grid: groups, samples.
 template <class Operand>
 __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> job) {
   follow_previous();
@@ -82,11 +83,11 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
   if (lane == 0) exponents[warp] = most;
   __syncthreads();
   for (int w = 0; w < kWarps; w++) most = exponents[w] > most ? exponents[w] : most;
-  const float scale = scale_of(most), pair = pair_scale(most);
+  const float scale = scale_of(most);
   const bool raw = is_raw<Operand>(scale);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     job.operands.scale[2 * b] = scale;
-    job.operands.scale[2 * b + 1] = -2 * (Entry<Operand>::kPairs ? 1 / (pair * pair) : raw ? scale * scale : 1);
+    job.operands.scale[2 * b + 1] = -2 * (raw ? scale * scale : 1);
   }
   if (i >= job.x.N) return;
   if (!job.valid[b * job.x.N + i]) {
@@ -98,41 +99,23 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
   const float* row = Entry<Operand>::kPairs || job.rows ? job.row(b, i) : nullptr;
   uint16_t* copy = to.copy ? to.copy + (b * job.x.N + i) * to.pitch : nullptr;
   float sum[4] = {};
-  if constexpr (Entry<Operand>::kPairs) {
-    const float* origin = job.row(b, first_valid(job, b, lane));
-    for (int64_t c = 4 * lane; c < to.pitch / 2; c += 4 * kLanes) {
-      Quad<float> v = {};
-      if (c < job.channels) v = entering(row, origin, c, scale);
-      Quad<uint16_t> upper, lower;
-      for (int u = 0; u < 4; u++) {
-        sum[u] = fma(v.v[u], v.v[u], sum[u]);
-        const float large = v.v[u] * pair;
-        upper.v[u] = narrow_half(large);
-        lower.v[u] = narrow_half(large - widen_half(upper.v[u]));
-      }
-      uint16_t* at = copy + c / kPairChannels * kLine + c % kPairChannels;
-      *reinterpret_cast<Quad<uint16_t>*>(at) = upper;
-      *reinterpret_cast<Quad<uint16_t>*>(at + kPairChannels) = lower;
+  const bool lies = to.in_place && raw;
+  const uint16_t* from = lies ? to.in_place + b * to.stride_b + i * to.stride_n : nullptr;
+  for (int64_t c = 4 * lane; c < (lies ? job.x.C : to.pitch); c += 4 * kLanes) {
+    Quad<float> v = {};
+    if (lies) {
+      const Quad<Operand> read = *reinterpret_cast<const Quad<Operand>*>(from + c);
+      for (int u = 0; u < 4; u++) v.v[u] = widen(read.v[u]);
+    } else if (c < job.channels) {
+      v = *reinterpret_cast<const Quad<float>*>(row + c);
     }
-  } else {
-    const bool lies = to.in_place && raw;
-    const uint16_t* from = lies ? to.in_place + b * to.stride_b + i * to.stride_n : nullptr;
-    for (int64_t c = 4 * lane; c < (lies ? job.x.C : to.pitch); c += 4 * kLanes) {
-      Quad<float> v = {};
-      if (lies) {
-        const Quad<Operand> read = *reinterpret_cast<const Quad<Operand>*>(from + c);
-        for (int u = 0; u < 4; u++) v.v[u] = widen(read.v[u]);
-      } else if (c < job.channels) {
-        v = *reinterpret_cast<const Quad<float>*>(row + c);
-      }
-      Quad<uint16_t> written;
-      for (int u = 0; u < 4; u++) {
-        const float scaled = v.v[u] * scale;
-        sum[u] = fma(scaled, scaled, sum[u]);
-        written.v[u] = narrowed(Operand(), raw ? v.v[u] : scaled);
-      }
-      if (!lies) *reinterpret_cast<Quad<uint16_t>*>(copy + c) = written;
+    Quad<uint16_t> written;
+    for (int u = 0; u < 4; u++) {
+      const float scaled = v.v[u] * scale;
+      sum[u] = fma(scaled, scaled, sum[u]);
+      written.v[u] = narrowed(Operand(), raw ? v.v[u] : scaled);
     }
+    if (!lies) *reinterpret_cast<Quad<uint16_t>*>(copy + c) = written;
   }
   const float norm = warp_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
   if (lane == 0) job.norm[b * job.x.N + i] = norm;
@@ -142,6 +125,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
 template <class Operand, int kSide>
 struct ProductTile {
   typedef float A;
+  typedef Operand Entered;
   typedef ProductTokens<kSide> Tokens;
   typedef Products<Operand, kSide> Sums;
   static constexpr bool kProducts = true;
@@ -238,18 +222,27 @@ struct ProductTile {
     put_sums(tile);
     __syncthreads();
     const float* norm = job.norm + b * job.x.N;
-    const float factor = job.operands.scale[2 * b + 1];
+    constexpr int kColumnsOfLane = kColumns / kLanes;
+    int32_t j[kColumnsOfLane];
+    float other[kColumnsOfLane], counts[kColumnsOfLane];
+#pragma unroll
+    for (int u = 0; u < kColumnsOfLane; u++) {
+      j[u] = tokens.column[u * kLanes + lane];
+      other[u] = j[u] >= 0 ? norm[j[u]] : 0;
+      counts[u] = of_column<Operand>(job, b, j[u]);
+    }
     for (int r = warp; r < kRows; r += kThreads / kLanes) {
       const int32_t i = tokens.row[r];
-      const float own = i >= 0 ? norm[i] : 0;
-      for (int c = lane; c < kColumns; c += kLanes) {
-        const int32_t j = tokens.column[c];
+      const float own = i >= 0 ? norm[i] : 0, factor = i >= 0 ? of_row<Operand>(job, b, i) : 0;
+#pragma unroll
+      for (int u = 0; u < kColumnsOfLane; u++) {
+        float& value = tile.value[r][u * kLanes + lane];
         float v = infinity_of(0.0f);
-        if (i >= 0 && j >= 0 && i != j) {
-          v = fma(factor, tile.value[r][c], own + norm[j]);
+        if (i >= 0 && j[u] >= 0 && i != j[u]) {
+          v = fma(factor * value, counts[u], own + other[u]);
           v = v > 0 ? v : 0;
         }
-        tile.value[r][c] = v;
+        value = v;
       }
     }
   }

@@ -24,7 +24,7 @@ struct StreamProductsShared {
   int32_t tile, last_tile;   // here rather than in registers
   union {
     typename Tiles::Slab slab;
-    TileValues<float, kSide, kSide, 8> values;  // read by rows only
+    TileSums<kSide, kSide> values;
   };
 };
 
@@ -78,10 +78,14 @@ H2OT_DEVICE void list_near(const Job<float>& job, int64_t b, int r, StreamProduc
 template <class Tiles>
 H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamProductsShared<Tiles>& shared, int lane) {
   constexpr int kColumnsOfLane = Tiles::kColumns / kLanes, kOwned = StreamProductsShared<Tiles>::kOwned;
-  const float factor = job.operands.scale[2 * b + 1], spread = job.bound.spread;
+  const float spread = job.bound.spread;
   const bool wants_largest = job.wants_largest && !job.for_peaks;
   const int32_t own_row = lane < kOwned ? shared.tokens.row[first + lane] : -1;
   const float own_norm = own_row >= 0 ? job.norm[b * job.x.N + own_row] : 0;
+  const float own_count = own_row >= 0 ? of_row<typename Tiles::Entered>(job, b, own_row) : 0;
+  const auto counts = [&](int u) {
+    return Entry<typename Tiles::Entered>::kPairs ? shared.values.counts[u * kLanes + lane] : 1;
+  };
   float norm[kColumnsOfLane], lowest = -1;
 #pragma unroll
   for (int u = 0; u < kColumnsOfLane; u++) norm[u] = shared.column_norm[u * kLanes + lane];
@@ -89,13 +93,14 @@ H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamPr
   for (int r = first; r < first + kOwned; r++) {
     if (shared.tokens.row[r] < 0) continue;
     const float own = __shfl_sync(kAllLanes, own_norm, r - first);
+    const float count = __shfl_sync(kAllLanes, own_count, r - first);
     const float worst = shared.worst[r];
     float low[kColumnsOfLane];
     bool near = false;
 #pragma unroll
     for (int u = 0; u < kColumnsOfLane; u++) {  // of a column that is no token the norm is infinite, and this NaN
       const float both = own + norm[u];
-      low[u] = fma(factor, shared.values.value[r][u * kLanes + lane], both) - spread * both;
+      low[u] = fma(count * shared.values.value[r][u * kLanes + lane], counts(u), both) - spread * both;
       near |= low[u] <= worst;
     }
     if (wants_largest) {
@@ -104,7 +109,7 @@ H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamPr
       for (int u = 0; u < kColumnsOfLane; u++) {
         const int32_t j = shared.tokens.column[u * kLanes + lane];
         if (j < 0 || j == shared.tokens.row[r]) continue;
-        const float both = own + norm[u], v = fma(factor, shared.values.value[r][u * kLanes + lane], both);
+        const float both = own + norm[u], v = fma(count * shared.values.value[r][u * kLanes + lane], counts(u), both);
         const float high = (v > 0 ? v : 0) + spread * both;
         furthest = high > furthest ? high : furthest;
         lowest = low[u] > lowest ? low[u] : lowest;
@@ -167,6 +172,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_produc
       tile.compute(job, block_y_here(), shared.tokens, shared.slab);
       __syncthreads();
       tile.put_sums(shared.values);
+    }
+    for (int c = thread_here(); c < kSide; c += Tiles::kThreads) {
+      shared.values.counts[c] = of_column<typename Tiles::Entered>(job, block_y_here(), shared.tokens.column[c]);
     }
     __syncthreads();
     {

@@ -11,6 +11,7 @@
 #include "cuda/cluster_search.cuh"
 #include "cuda/score_finish.cuh"
 #include "cuda/score_launch.cuh"
+#include "cuda/score_pairs.cuh"
 #include "cuda/score_pool.cuh"
 #include "cuda/score_products.cuh"
 #include "cuda/score_stored.cuh"
@@ -62,6 +63,7 @@ void print_shared() {
       {"stored_kernel<h2ot::cuda::DirectTile<double, 16", sizeof(StoredShared<SmallTile<double>>)},
       {"stored_kernel<h2ot::cuda::DirectTile<double, 32", sizeof(StoredShared<LargeTile<double>>)},
       {"operand_kernel", kWarps * sizeof(int32_t)},
+      {"pair_kernel", sizeof(PairShared)},
       {"stored_products_kernel<h2ot::cuda::ProductTile<h2ot::cuda::Pairs, 64",
        sizeof(ProductShared<ProductTile<Pairs, 64>>)},
       {"stored_products_kernel", sizeof(ProductShared<ProductTile<Pairs, 128>>)},

@@ -55,7 +55,7 @@ MUTANTS = {
         "if (column + c > row + r + 1) matrix",
     ),
     "lower parts of another scale": (
-        "score_products.cuh",
+        "score_pairs.cuh",
         "narrow_half(large - widen",
         "narrow_half(2 * large - widen",
     ),
