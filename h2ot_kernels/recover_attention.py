@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import python_ref
@@ -11,6 +12,7 @@ import python_ref
 from . import checks
 from .backend import copying, dispatch, implement, is_reference, write
 from .library import declare, into_out, no_second_order
+from .linear import Linear, is_silent
 
 
 def recover_attention(
@@ -177,6 +179,50 @@ def project_inside(tail):
     return run
 
 
+def project_apart(token: Tensor, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """What runs as "recover_project": (query, key, value) by the modules themselves."""
+    query, key, value = layers
+    return query(token), key(x), value(x)
+
+
+def project_together(op):
+    """The same by an operator `op` that makes all three, in float32 inference by plain linear layers."""
+
+    def run(token: Tensor, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+        C = x.shape[-1]
+        if not _fits_together(token, x, layers):
+            return project_apart(token, x, *layers)
+        parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        query, both = op(token.reshape(-1, C), x.reshape(-1, C), *parameters)
+        return query.view(token.shape), *both.view(*x.shape[:-1], 2 * C).split(C, -1)
+
+    return run
+
+
+def _fits_together(token: Tensor, x: Tensor, layers: tuple[nn.Linear, ...]) -> bool:
+    C, tensors = x.shape[-1], (token, *(p for layer in layers for p in (layer.weight, layer.bias) if p is not None))
+    return (
+        not torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.backends.cuda.matmul.allow_tf32  # one product of TF32 is as fast as three of float16
+        and all(t.dtype == x.dtype and t.device == x.device and t.layout is torch.strided for t in tensors)
+        and all(type(layer) in (nn.Linear, Linear) and layer.weight.shape == (C, C) for layer in layers)
+        and is_silent(*layers)
+        and token.shape[-1] == C
+        and min(token.numel(), x.numel()) > 0
+        and forward_ad._current_level < 0
+    )
+
+
+def _project_fake(token, x, *parameters):
+    return token.new_empty(token.shape), x.new_empty(x.shape[0], 2 * x.shape[1])
+
+
+def _project_flops(token, x, weight, *rest) -> int:
+    return 2 * (math.prod(token) + 2 * math.prod(x)) * weight[0]
+
+
 def _fake(query, key, value, num_heads, scale):
     return value.new_empty(value.shape[0], query.shape[-2], value.shape[2])
 
@@ -250,6 +296,12 @@ PROJECTED_TAIL = {
     "fake": _projected_tail_fake,
     "flops": _projected_tail_flops,
 }
+PROJECT = {
+    "schema": "(Tensor token, Tensor x, Tensor query_weight, Tensor? query_bias, Tensor key_weight, Tensor? key_bias, "
+    "Tensor value_weight, Tensor? value_bias) -> (Tensor, Tensor)",
+    "fake": _project_fake,
+    "flops": _project_flops,
+}
 
 
 def _reference(query, key, value, num_heads, scale):
@@ -273,6 +325,8 @@ implement(
 )
 declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
+implement("recover_project", "cpp", project_apart)
+implement("recover_project", "reference", project_apart)
 implement("recover_attention_out", "cpp", declare("recover_attention_out", **into_out(**FORWARD)))
 implement("recover_attention_out", "reference", copying(_reference))
 _plain_tail = project_first(declare("recover_tail", **TAIL))
