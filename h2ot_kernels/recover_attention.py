@@ -168,41 +168,37 @@ def norm_and_head(x: Tensor, *vectors: Tensor | None, eps: float) -> Tensor:
     return out.reshape(*rows.shape[:-1], out.shape[-1]).movedim(list(axes), order).contiguous()
 
 
-def project_inside(tail):
-    """The same of an operator `tail` that projects, too."""
+def project_inside(tail, project):
+    """The same of an operator `tail` that projects, too. project: an operator that makes query, key and value."""
 
     def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
         *vectors, eps = rest
         token, *vectors = _cast(attended.dtype, token, proj.weight, proj.bias, *vectors)
         return tail(token, attended, *vectors, eps)
 
+    run.project = project
     return run
 
 
-def project_apart(token: Tensor, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-    """What runs as "recover_project": (query, key, value) by the modules themselves."""
-    query, key, value = layers
-    return query(token), key(x), value(x)
+def project(token: Tensor, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """(query, key, value) of token [..., C] and x [B, K, C] by their three layers.
 
-
-def project_together(op):
-    """The same by an operator `op` that makes all three, in float32 inference by plain linear layers."""
-
-    def run(token: Tensor, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-        C = x.shape[-1]
-        if not _fits_together(token, x, layers):
-            return project_apart(token, x, *layers)
-        parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-        query, both = op(token.reshape(-1, C), x.reshape(-1, C), *parameters)
-        return query.view(token.shape), *both.view(*x.shape[:-1], 2 * C).split(C, -1)
-
-    return run
+    In one launch, where the backend that does the tail has one, in float32 inference by plain linear layers.
+    """
+    together = getattr(dispatch("recover_tail", x, None), "project", None)
+    if together is None or not _fits_together(token, x, layers):
+        query, key, value = layers
+        return query(token), key(x), value(x)
+    C = x.shape[-1]
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    query, both = together(token.reshape(-1, C), x.reshape(-1, C), *parameters)
+    return query.view(token.shape), *both.view(*x.shape[:-1], 2 * C).split(C, -1)
 
 
 def _fits_together(token: Tensor, x: Tensor, layers: tuple[nn.Linear, ...]) -> bool:
     C, tensors = x.shape[-1], (token, *(p for layer in layers for p in (layer.weight, layer.bias) if p is not None))
     return (
-        not torch.is_grad_enabled()
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled(x.device.type)
         and not torch.backends.cuda.matmul.allow_tf32  # one product of TF32 is as fast as three of float16
@@ -325,8 +321,6 @@ implement(
 )
 declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
-implement("recover_project", "cpp", project_apart)
-implement("recover_project", "reference", project_apart)
 implement("recover_attention_out", "cpp", declare("recover_attention_out", **into_out(**FORWARD)))
 implement("recover_attention_out", "reference", copying(_reference))
 _plain_tail = project_first(declare("recover_tail", **TAIL))

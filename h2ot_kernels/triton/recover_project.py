@@ -1,13 +1,11 @@
 """The query, key and value of a recovery in float32 inference, projected in one launch."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import implement
 from ..library import declare_custom
-from ..recover_attention import PROJECT, project_together
+from ..recover_attention import PROJECT
 from .common import launch, modulo
 from .pairs import in_units, pair_products, pairs_of
 
@@ -100,8 +98,4 @@ def recover_project(
     return query, both
 
 
-implement(
-    "recover_project",
-    "triton",
-    project_together(declare_custom("recover_project_triton", function=recover_project, **PROJECT)),
-)
+project = declare_custom("recover_project_triton", function=recover_project, **PROJECT)

@@ -11,6 +11,7 @@ from ..recover_attention import PROJECTED_TAIL, project_inside
 from .common import divide, launch, modulo, narrow, number, pow2, product, widen
 from .distance import load_tokens
 from .pairs import in_units, pair_products, pairs_of
+from .recover_project import project
 
 PROGRAMS = 128  # to be had before a program owns more rows: large GPUs have 108 to 148 multiprocessors
 
@@ -180,8 +181,5 @@ def recover_projected_tail(
     return out
 
 
-implement(
-    "recover_tail",
-    "triton",
-    project_inside(declare_custom("recover_projected_tail_triton", function=recover_projected_tail, **PROJECTED_TAIL)),
-)
+_tail = declare_custom("recover_projected_tail_triton", function=recover_projected_tail, **PROJECTED_TAIL)
+implement("recover_tail", "triton", project_inside(_tail, project))
