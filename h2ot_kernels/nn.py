@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import checks
 from .gather import gather_tokens
 from .linear import Linear
-from .recover_attention import recover_attention, recover_pose
+from .recover_attention import project, recover_attention, recover_pose
 from .recover_interpolation import recover_interpolate
 from .select import prune_attention, prune_cluster, prune_motion, prune_sample, select_tokens
 
@@ -160,7 +160,7 @@ class TokenRecoveringAttention(nn.Module):
         """
         rows = x.movedim(frame_dim, -2)
         others, rows = rows.shape[:-2], rows.flatten(0, -3).contiguous()
-        query, key, value = self.linear_q(token), self.linear_k(rows), self.linear_v(rows)
+        query, key, value = project(token, rows, self.linear_q, self.linear_k, self.linear_v)
         if _is_norm_linear(head) and not torch.is_grad_enabled():
             tail = (self.proj, *head, self.num_heads)
             recovered = recover_pose(token, query, key, value, *tail, num_joints=1).squeeze(1)

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 import python_ref
@@ -11,6 +12,7 @@ import python_ref
 from . import checks
 from .backend import copying, dispatch, implement, is_reference, write
 from .library import declare, into_out, no_second_order
+from .linear import Linear, is_silent
 
 
 def recover_attention(
@@ -166,15 +168,55 @@ def norm_and_head(x: Tensor, *vectors: Tensor | None, eps: float) -> Tensor:
     return out.reshape(*rows.shape[:-1], out.shape[-1]).movedim(list(axes), order).contiguous()
 
 
-def project_inside(tail):
-    """The same of an operator `tail` that projects, too."""
+def project_inside(tail, project):
+    """The same of an operator `tail` that projects, too. project: an operator that makes query, key and value."""
 
     def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
         *vectors, eps = rest
         token, *vectors = _cast(attended.dtype, token, proj.weight, proj.bias, *vectors)
         return tail(token, attended, *vectors, eps)
 
+    run.project = project
     return run
+
+
+def project(token: Tensor, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """(query, key, value) of token [..., C] and x [B, K, C] by their three layers.
+
+    In one launch, where the backend that does the tail has one, in float32 inference by plain linear layers.
+    """
+    together = getattr(dispatch("recover_tail", x, None), "project", None)
+    if together is None or not _fits_together(token, x, layers):
+        query, key, value = layers
+        return query(token), key(x), value(x)
+    C = x.shape[-1]
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    query, both = together(token.reshape(-1, C), x.reshape(-1, C), *parameters)
+    return query.view(token.shape), *both.view(*x.shape[:-1], 2 * C).split(C, -1)
+
+
+def _fits_together(token: Tensor, x: Tensor, layers: tuple[nn.Linear, ...]) -> bool:
+    C, tensors = x.shape[-1], (token, *(p for layer in layers for p in (layer.weight, layer.bias) if p is not None))
+    return (
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.backends.cuda.matmul.allow_tf32  # one product of TF32 is as fast as three of float16
+        and all(t.dtype == x.dtype and t.device == x.device and t.layout is torch.strided for t in tensors)
+        and all(type(layer) in (nn.Linear, Linear) and layer.weight.shape == (C, C) for layer in layers)
+        and is_silent(*layers)
+        and token.shape[-1] == C
+        and min(token.numel(), x.numel()) > 0
+        and forward_ad._current_level < 0
+    )
+
+
+def _project_fake(token, x, *parameters):
+    return token.new_empty(token.shape), x.new_empty(x.shape[0], 2 * x.shape[1])
+
+
+def _project_flops(token, x, weight, *rest) -> int:
+    return 2 * (math.prod(token) + 2 * math.prod(x)) * weight[0]
 
 
 def _fake(query, key, value, num_heads, scale):
@@ -249,6 +291,12 @@ PROJECTED_TAIL = {
     "Tensor? norm_bias, Tensor head_weight, Tensor? head_bias, float eps) -> Tensor",
     "fake": _projected_tail_fake,
     "flops": _projected_tail_flops,
+}
+PROJECT = {
+    "schema": "(Tensor token, Tensor x, Tensor query_weight, Tensor? query_bias, Tensor key_weight, Tensor? key_bias, "
+    "Tensor value_weight, Tensor? value_bias) -> (Tensor, Tensor)",
+    "fake": _project_fake,
+    "flops": _project_flops,
 }
 
 

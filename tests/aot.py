@@ -45,7 +45,7 @@ ARCHITECTURES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 PROVEN = (120, 86, 120, 87, 120, 89)  # in every stem, those that have another's PTX
 PACKAGE = Path(common.__file__).parent
 _OPTIONS = CUDAOptions.__dataclass_fields__
-_PLACE = re.compile(r" *loc\(.*|^#loc.*\n", re.MULTILINE)  # of a form
+_PLACE = re.compile(r" *\bloc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", re.MULTILINE)  # of a form; attributes follow it
 _LINE = re.compile(r"^\s*(?:\.(?:loc|file)\b|\$L__(?:tmp|func)\w*:|//).*\n|\s*//.*", re.MULTILINE)  # of PTX
 
 

@@ -12,6 +12,7 @@ from h2ot_kernels.triton import (
     gather,
     recover_attention,
     recover_interpolation,
+    recover_project,
     recover_tail,
     score,
     select,
@@ -135,6 +136,14 @@ def tail_calls() -> Iterator[Callable]:
     yield partial(recover_tail.recover_projected_tail, token, attended, *bare, 1e-5)
 
 
+def project_calls() -> Iterator[Callable]:
+    """Few and many rows; channels that fill a block of pairs, less and more, and not a multiple of 16; no bias."""
+    for rows, C in ((1377, 64), (1377, 512), (5508, 512), (5508, 1024), (5508, 100)):
+        for bias in (tensor(C), None) if rows > C == 512 else (tensor(C),):
+            weights = (tensor(C, C), bias) * 3
+            yield partial(recover_project.recover_project, tensor(243, C), tensor(rows, C), *weights)
+
+
 def calls() -> Iterator[Callable]:
     yield from gather_calls()
     yield from score_calls()
@@ -144,6 +153,7 @@ def calls() -> Iterator[Callable]:
     yield from cluster_calls()
     yield from recovery_calls()
     yield from tail_calls()
+    yield from project_calls()
 
 
 def calls_of_ones() -> Iterator[Callable]:
@@ -171,6 +181,7 @@ def calls_of_ones() -> Iterator[Callable]:
     vector = tensor(1)
     yield partial(recover_tail.recover_projected_tail, two, one, two, vector, vector, vector, two, vector, 1.0)
     yield partial(recover_tail.recover_projected_tail, two, one, two, None, None, None, two, None, 1e-5)
+    yield partial(recover_project.recover_project, two, two, two, vector, two, vector, two, None)
     yield partial(gather.gather_tokens, tensor(1, 1, 1, 1), index(1, 1), two, 1, 2)
     yield partial(gather.gather_tokens, tensor(1, 1, 1, 1), index(1, 1), None, 3, 3)
     yield partial(gather.scatter_tokens, one, index(1, 1), 1, 1, 2)

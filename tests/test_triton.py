@@ -101,8 +101,10 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
         attention_scores,
         cluster,
         gather,
+        pairs,
         recover_attention,
         recover_interpolation,
+        recover_project,
         recover_tail,
         score,
         score_large,
@@ -124,6 +126,13 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
             for rows in (1, 27, 4131, 9000, 16524, 10**6)
             for C in (3, 100, 512, 5120)
             for M in (1, 3, 5, 51)
+        ],
+        "pair_kernel": [pairs.pair_tile(C) for C in (*range(1, 600), 5120)],
+        "project_kernel": [
+            recover_project.project_tile(rows, F, C)
+            for rows in (1, 27, 1377, 5508, 10**6)
+            for F in (1, 243, 10**4)
+            for C in (*range(1, 600, 7), 512, 5120)
         ],
         "nearest_kernel": [
             score_large.stream_tile(B, N, slots, dtype, gaussian)
@@ -211,13 +220,17 @@ COUNTS = {
         lambda t: t.recover_tail.recover_projected_tail(
             meta(243, 64), meta(34, 243, 64), meta(64, 64), meta(64), meta(64), meta(64), meta(3, 64), meta(3), 1e-5
         ),
-        ["projected_tail_kernel"],
+        ["pair_kernel", "projected_tail_kernel"],
+    ),
+    "query, key and value": (
+        lambda t: t.recover_project.recover_project(meta(243, 64), meta(2754, 64), *(meta(64, 64), meta(64)) * 3),
+        ["pair_kernel", "project_kernel"],
     ),
     "recovery tail": (
         lambda t: h2ot.recover_pose(
             rand(3, 8), rand(3, 8), rand(2, 2, 8), rand(2, 2, 8), *tail_modules(8), 2, num_joints=1, backend="triton"
         ),
-        ["attention_kernel", "projected_tail_kernel"],
+        ["attention_kernel", "pair_kernel", "projected_tail_kernel"],
     ),
     "interpolation": (
         lambda t: t.recover_interpolation.recover_interpolate(meta(4, 81, 17, 3), meta(4, 81, dtype=INT), 243, False),
@@ -298,6 +311,7 @@ def samples():
         yield OPS.recover_interpolate_backward_triton, (x, INDEX, 3, True)
         yield OPS.recover_attention_triton, (rand(1, 7, 4, grad=True), x, rand(2, 9, 4, grad=True), 1, 0.5)
         vectors = rand(4), rand(4), rand(4)
+        yield OPS.recover_project_triton, (rand(9, 4), rand(6, 4), *(rand(4, 4), rand(4)) * 2, rand(4, 4), None)
         yield OPS.recover_projected_tail_triton, (rand(9, 4), y, rand(4, 4), *vectors, rand(3, 4), rand(3), 1e-5)
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention_triton, (heads, heads, 3, None, 0.5)

@@ -10,6 +10,8 @@ from ..library import declare_custom
 from ..recover_attention import PROJECTED_TAIL, project_inside
 from .common import divide, launch, modulo, narrow, number, pow2, product, widen
 from .distance import load_tokens
+from .pairs import in_units, pair_products, pairs_of
+from .recover_project import project
 
 PROGRAMS = 128  # to be had before a program owns more rows: large GPUs have 108 to 148 multiprocessors
 
@@ -21,36 +23,21 @@ def _vector(x, at, step, inside):
 
 
 @triton.jit
-def _halves(x):
-    """(big, small): big is x rounded to TF32, and big + small is x."""
-    big = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return big, x - big
-
-
-@triton.jit
-def _product(a, b, total):
-    """total + a b^T. float32: as three TF32 products, and what is not finite gives NaN (so does the norm after it)."""
-    if a.dtype == tl.float32:
-        big_a, small_a = _halves(a)
-        big_b, small_b = _halves(b)
-        step = tl.dot(small_a, tl.trans(big_b), input_precision="tf32")
-        step = tl.dot(big_a, tl.trans(small_b), step, input_precision="tf32")
-        return total + tl.dot(big_a, tl.trans(big_b), step, input_precision="tf32")
-    else:
-        return product(a, tl.trans(b), total)
-
-
-@triton.jit
 def _projected(
-    attended, row_at, row_inside, attended_c, weight, weight_n, weight_c, bias, bias_n, channel, C, like,
-    STEP: tl.constexpr,
+    attended, row_at, row_inside, attended_c, weight, weight_n, weight_c, bias, bias_n, unit, row_unit, plane,
+    channel, C, like, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Channels `channel` of attended weight^T + bias, of like's dtype; 0 outside."""
-    total = tl.zeros([row_at.shape[0], channel.shape[0]], like.dtype)
-    for first in range(0, C, STEP):
-        a = load_tokens(attended, row_at, row_inside, first, attended_c, C, STEP)
-        b = load_tokens(weight, channel.to(tl.int64) * weight_n, channel < C, first, weight_c, C, STEP)
-        total = _product(a, b, total)
+    """Channels `channel` of attended weight^T + bias, of like's dtype; 0 outside. Of pairs where there is a unit."""
+    if unit is not None:
+        column_at = tl.minimum(channel, C - 1).to(tl.int64) * weight_n
+        total = pair_products(attended, row_at, weight, column_at, plane, weight_n, STEP)
+        total = in_units(total, row_unit, tl.load(unit + channel, channel < C, 0))
+    else:
+        total = tl.zeros([row_at.shape[0], channel.shape[0]], like.dtype)
+        for first in range(0, C, STEP):
+            a = load_tokens(attended, row_at, row_inside, first, attended_c, C, STEP)
+            b = load_tokens(weight, channel.to(tl.int64) * weight_n, channel < C, first, weight_c, C, STEP)
+            total = product(a, tl.trans(b), total)
     if bias is not None:
         total += _vector(bias, channel, bias_n, channel < C)[None, :]
     return total
@@ -61,8 +48,8 @@ def _projected(
 # the product rate; from L2 come (1 / ROWS + 1 / COLUMNS) R F C^2 elements.
 @triton.jit
 def projected_tail_kernel(
-    token, attended, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, out,
-    rows, F, C, M, token_f, token_c, attended_r, attended_c, proj_n, proj_c, proj_bias_n,
+    token, attended, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, unit, out,
+    rows, plane, F, C, M, token_f, token_c, attended_r, attended_c, proj_n, proj_c, proj_bias_n,
     norm_c, norm_bias_c, head_m, head_c, head_bias_m, eps: tl.float64,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -71,15 +58,23 @@ def projected_tail_kernel(
     COLUMNS channels of y at a time, never stored. Kept of them are their mean, the sum of their squared deviations and,
     per output, the deviations times w = norm_weight head_weight: sums about the mean of the block, moved to the common
     mean as it changes (Chan et al.). What is added is of the size of the deviations: nothing as large as the mean
-    cancels, as it would in E[y^2] - E[y]^2 or in sum y w - mean sum w.
+    cancels, as it would in E[y^2] - E[y]^2 or in sum y w - mean sum w. unit: attended and proj_weight are pairs of
+    float32 (pairs.py), plane elements apart, with units of their rows, proj_weight's after attended's.
     """
     parts = tl.cdiv(M, OUTPUTS)
     first_output = modulo(tl.program_id(0), parts) * OUTPUTS
     output = first_output + tl.arange(0, OUTPUTS)
     row = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row_at = row * attended_r
-    token_at = row % F * token_f
     like = widen(tl.zeros([1], attended.dtype.element_ty))
+    row_unit = like
+    weight_unit = None
+    if unit is not None:  # rows that are not there: the last one again
+        row_at = tl.minimum(row, rows - 1) * attended_r
+        row_unit = tl.load(unit + row, row < rows, 0)
+        weight_unit = unit + rows
+    else:
+        row_at = row * attended_r
+    token_at = row % F * token_f
     mean = tl.zeros([ROWS], like.dtype)
     squares = tl.zeros([ROWS], like.dtype)
     forms = tl.zeros([ROWS, OUTPUTS], like.dtype)  # sums of (y - mean) w
@@ -92,7 +87,7 @@ def projected_tail_kernel(
         inside = channel < C
         y = _projected(
             attended, row_at, row < rows, attended_c, proj_weight, proj_n, proj_c, proj_bias, proj_bias_n,
-            channel, C, like, STEP,
+            weight_unit, row_unit, plane, channel, C, like, STEP,
         )  # fmt: skip
         y += widen(load_tokens(token, token_at, row < rows, first, token_c, C, COLUMNS))
         # Nothing is added: Triton keeps the rows of a product within a quarter of a warp, those of loads across half of
@@ -134,18 +129,17 @@ def tail_tile(rows: int, C: int, M: int, dtype: torch.dtype) -> dict[str, int]:
     16 a thread loads single elements: their addresses leave registers for small tiles only.
 
     >>> tail_tile(68 * 243, 512, 3, torch.float32)
-    {'OUTPUTS': 4, 'ROWS': 64, 'COLUMNS': 64, 'STEP': 16, 'num_warps': 4, 'num_stages': 4}
+    {'OUTPUTS': 4, 'ROWS': 128, 'COLUMNS': 64, 'STEP': 32, 'num_warps': 8, 'num_stages': 3}
     >>> tail_tile(68 * 243, 512, 3, torch.bfloat16)
     {'OUTPUTS': 4, 'ROWS': 128, 'COLUMNS': 128, 'STEP': 64, 'num_warps': 8, 'num_stages': 3}
     """
-    single = dtype == torch.float32
-    many = pow2(rows // PROGRAMS // 2 + 1, 32, 64 if single or M > 4 else 128)
+    many = pow2(rows // PROGRAMS // 2 + 1, 32, 64 if M > 4 else 128)
     if dtype == torch.float64:
         tile = 16, 16, 16, 4, 1
     elif C % 16:
-        tile = 32, 64, 16 if single else 32, 8, 4
-    elif single:
-        tile = (32, 128, 32, 8, 4) if many == 32 else (64, 64, 16, 4, 4)
+        tile = 32, 64, 32, 8, 4
+    elif dtype == torch.float32:
+        tile = many, 64 if many == 128 else 128, 32, 8, 3  # two sums in registers
     else:
         tile = many, 128, 64, 8, 3
     names = "ROWS", "COLUMNS", "STEP", "num_warps", "num_stages"
@@ -169,22 +163,23 @@ def recover_projected_tail(
     M = head_weight.shape[0]
     out = attended.new_empty((R, F, M))
     config = tail_tile(R * F, C, M, attended.dtype)
+    unit, plane = None, 0
+    if attended.dtype == torch.float32:
+        pairs, unit = pairs_of(rows, proj_weight)
+        rows, proj_weight, plane = pairs[0], pairs[0, R * F :], pairs.stride(0)
     proj_bias_n, norm_c, norm_bias_c, head_bias_m = (
         0 if x is None else x.stride(0) for x in (proj_bias, norm_weight, norm_bias, head_bias)
     )
     launch(
         projected_tail_kernel,
         (triton.cdiv(R * F, config["ROWS"]) * triton.cdiv(M, config["OUTPUTS"]),),
-        token, rows, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, out,
-        R * F, F, C, M, *token.stride(), *rows.stride(), *proj_weight.stride(), proj_bias_n,
+        token, rows, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, unit, out,
+        R * F, plane, F, C, M, *token.stride(), *rows.stride(), *proj_weight.stride(), proj_bias_n,
         norm_c, norm_bias_c, *head_weight.stride(), head_bias_m, eps,
         **config,
     )  # fmt: skip
     return out
 
 
-implement(
-    "recover_tail",
-    "triton",
-    project_inside(declare_custom("recover_projected_tail_triton", function=recover_projected_tail, **PROJECTED_TAIL)),
-)
+_tail = declare_custom("recover_projected_tail_triton", function=recover_projected_tail, **PROJECTED_TAIL)
+implement("recover_tail", "triton", project_inside(_tail, project))

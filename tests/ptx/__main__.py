@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
-FILES = [*STEMS, "triton", "triton_score", "triton_gather", "triton_forms", "triton_tiles", "fuzz", "ptx_barriers"]
+TRITON = ("triton", "triton_score", "triton_gather", "triton_pairs", "triton_forms", "triton_tiles")
+FILES = [*STEMS, *TRITON, "fuzz", "ptx_barriers"]
 
 
 def main() -> int:
