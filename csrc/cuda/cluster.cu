@@ -21,7 +21,7 @@ struct Labelling : Issuer<Accumulator<T>> {
   template <class Tiles>
   void search_by() {
     follow(centre_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.label_splits, Tiles::kThreads,
-           sizeof(CentreShared<Tiles>));
+           shared_bytes<CentreShared<Tiles>, Tiles>(plan));
   }
   template <class Operand>
   void multiply() {

@@ -14,6 +14,7 @@ namespace cuda {
 // A token's row of the stored matrix at the centres, by their positions. Bounds of the token itself are -1.
 template <class A>
 struct StoredCentres {
+  static constexpr int kAhead = kRowAhead;
   const A *value, *norm;
   const int64_t* centre;
   int64_t self;
@@ -57,6 +58,7 @@ struct StoredCentres {
 // What the search among the centres has listed for a token.
 template <class A>
 struct ListedCentres {
+  static constexpr int kAhead = kRowAhead;
   const A* low;
   const int32_t *at, *count;
   const int64_t* centre;
@@ -86,7 +88,7 @@ static_assert(kCandidates == kLanes);
 
 template <class Values, class F>
 H2OT_DEVICE void look_at_all(const Values& row, int lane, const F& f) {
-  for (int first = 0; first < row.N; first += kAhead * kLanes) row.look(first, nullptr, lane, f);
+  for (int first = 0; first < row.N; first += Values::kAhead * kLanes) row.look(first, nullptr, lane, f);
 }
 
 // The position of the nearest of a row's centres whose lower bound is within reach, -1 where there is none.

@@ -146,7 +146,7 @@ void publish_copies();
 #endif
 
 // Shared memory of a block that every device grants without being asked for more; what all of them (8.0 on) grant.
-constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
+constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = (kHasGroups ? 227 : 99) << 10;
 
 // First in every kernel that is launched with `overlaps`: waits until the kernel before has ended and all that it wrote
 // is visible, and lets the next one's blocks come as soon as all of this one's have. Nothing may be read or written

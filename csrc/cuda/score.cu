@@ -58,7 +58,7 @@ struct Issue : Issuer<Accumulator<T>> {
     if (plan.search == Search::streamed) {
       typedef StreamedTile<Operand> Tiles;
       run(stream_products_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, Tiles::kThreads,
-          sizeof(StreamProductsShared<Tiles>));
+          shared_bytes<StreamProductsShared<Tiles>, Tiles>(plan));
     } else if (plan.tile_rows == 128) {
       multiply_stored<ProductTile<Operand, 128>>();
     } else {
@@ -67,7 +67,7 @@ struct Issue : Issuer<Accumulator<T>> {
   }
   template <class Tiles>
   void multiply_stored() {
-    follow(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(ProductShared<Tiles>));
+    follow(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, shared_bytes<ProductShared<Tiles>, Tiles>(plan));
   }
   void search() {
     if constexpr (!std::is_same<T, A>::value) return multiply<T>();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "score_device.cuh"
+#include "score_products.cuh"
 
 namespace h2ot {
 namespace cuda {
@@ -121,6 +122,18 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   job.centre_reach = at<A>(workspace, where.centre_reach);
   job.centre_count = at<int32_t>(workspace, where.centre_count);
   return job;
+}
+
+// Bytes of shared memory of a kernel with these tiles. Where kernels are compiled for several architectures, the host
+// counts few stages.
+template <class Shared, class Tiles>
+int64_t shared_bytes(const Plan& plan) {
+  int64_t bytes = sizeof(Shared);
+  if constexpr (Tiles::kProducts) {
+    const int64_t more = kManyStages - Tiles::kStages;
+    if (plan.many_stages && kMayHaveMany<Tiles::kRows>) bytes += more * int64_t(sizeof(LineStage<Tiles::kRows>));
+  }
+  return bytes;
 }
 
 // Issues kernels one after the other until one fails.

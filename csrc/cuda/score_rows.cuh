@@ -7,11 +7,12 @@
 namespace h2ot {
 namespace cuda {
 
-constexpr int kAhead = 8;  // of a row, values asked for per lane before the first is looked at
+constexpr int kRowAhead = 8;  // of a row, values asked for per lane before the first is looked at
 
 // One token's row of the stored matrix: approximate squared distances and what they can be off by.
-template <class A>
+template <class A, int kMany = kRowAhead>
 struct Row {
+  static constexpr int kAhead = kMany;
   const A *value, *norm;
   A own, spread;
   int N;  // at most kStoredTokens
@@ -110,6 +111,7 @@ struct Share {
 template <class T, class Values, class Test, class F>
 H2OT_DEVICE void for_batches(const RowJob<T>& job, int64_t b, int64_t i, const Values& row, const double* key,
                              const Share& share, const Test& test, const F& f) {
+  constexpr int kAhead = Values::kAhead;
   typedef Accumulator<T> A;
   const int lane = threadIdx.x % kLanes;
   const T* const own = job.row(b, i);

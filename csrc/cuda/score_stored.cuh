@@ -169,6 +169,9 @@ H2OT_DEVICE bool is_repeated(const Job<A>& job, int64_t b, int64_t j, const Dens
   return equal >= 0 && equal < j && job.nearest[at] == 0 && denser(equal);
 }
 
+// With their keys, fewer values of a row: more blocks of a multiprocessor hide what each of them waits for.
+constexpr int kParentAhead = 4;
+
 struct ParentShared {
   SelectShared select;
   bool last;
@@ -177,7 +180,7 @@ struct ParentShared {
 // The parent of every token from its list and the stored matrix; the block that is a sample's last finishes the sample.
 // A warp per token; grid: groups, samples.
 template <class T>
-__global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 2 : 1) parent_stored_kernel(RowJob<T> job) {
+__global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 3 : 1) parent_stored_kernel(RowJob<T> job) {
   follow_previous();
   typedef Accumulator<T> A;
   ParentShared& shared = *reinterpret_cast<ParentShared*>(shared_memory());
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 2 : 1) parent_
   double squared = 0;
   int32_t parent = -1;
   if (valid) {
-    const Row<A> row(job, b, i);
+    const Row<A, kParentAhead> row(job, b, i);
     const double* key = job.key + b * N;
     const double own = key[i];
     const bool strict = job.noise != nullptr;
