@@ -96,6 +96,7 @@ H2OT_MMA(mma_bfloat16, "bf16")
 // gets rows 16 w to 16 w + 15, as eight fragments of mma side by side. They run on their own: c is there, and what they
 // read may be written again, after wait_for_products. Needs the target sm_90a.
 constexpr int kGroupSide = 64, kGroupThreads = 4 * 32;
+constexpr bool kHostApart = true;  // what launches is compiled apart from what runs
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kHasGroups = true;
 #else

@@ -48,9 +48,12 @@ bool prefers_small_tiles(const Problem& p, const Machine& machine, Cover cover) 
   return 8 * busiest(kSmallRows, kSmallColumns) < 7 * busiest(kDirectRows, kDirectColumns);
 }
 
-// Products of tiles with `side` rows and columns. The warps of a small tile load more from shared memory per product.
+// Products of tiles with `side` rows and columns: what they take of the rate. The warps of a small tile load more from
+// shared memory per product. By warpgroups (9.0) as measured on an H100.
 double product_clocks(const Problem& p, const Machine& machine, Cover cover, Distance distance, int64_t side) {
-  const double products = distance == Distance::products ? 3 : 1, loads = side == kProductSides[0] ? 1.6 : 2.4;
+  const bool large = side == kProductSides[0];
+  const double products = distance == Distance::products ? 3 : 1;
+  const double loads = machine.major == 9 ? (large ? 1.0 : 1.8) : large ? 1.6 : 2.4;
   return clocks(all_tiles(p, cover, side, side), side * side, p.C, products * loads, tensor_rate(machine), machine);
 }
 
@@ -71,8 +74,13 @@ Distance cheapest(const Problem& p, const Machine& machine, Cover cover) {
   const double direct =
       clocks(all_tiles(p, cover, kDirectRows, kDirectColumns), kDirectRows * kDirectColumns, p.C, 2, kLanes, machine);
   const int32_t side = product_side(p, machine, cover, products);
-  // Products must win clearly: more rows are then decided by several candidates in float64.
-  const double multiplied = 1.5 * product_clocks(p, machine, cover, products, side) + kOperands;
+  // Products must win clearly. In smooth clips many float32 tokens are then decided by several candidates in float64,
+  // by differences a few: 460 us more for B 64, N 351, C 1536 on an H100. Half as many clocks a channel, for random
+  // tokens take no more.
+  constexpr double kDecided = 1.5;
+  const double decided =
+      products == Distance::products ? kDecided * double(p.B * p.N * p.C) / machine.multiprocessors : 0;
+  const double multiplied = 1.5 * product_clocks(p, machine, cover, products, side) + kOperands + decided;
   return multiplied < direct ? products : Distance::direct;
 }
 

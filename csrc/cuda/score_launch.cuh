@@ -124,12 +124,12 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   return job;
 }
 
-// Bytes of shared memory of a kernel with these tiles. Where kernels are compiled for several architectures, the host
-// counts few stages.
+// Bytes of shared memory of a kernel with these tiles. The host, compiled apart, counts few
+// stages.
 template <class Shared, class Tiles>
 int64_t shared_bytes(const Plan& plan) {
   int64_t bytes = sizeof(Shared);
-  if constexpr (Tiles::kProducts) {
+  if constexpr (Tiles::kProducts && kHostApart) {
     const int64_t more = kManyStages - Tiles::kStages;
     if (plan.many_stages && kMayHaveMany<Tiles::kRows>) bytes += more * int64_t(sizeof(LineStage<Tiles::kRows>));
   }

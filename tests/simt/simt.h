@@ -224,6 +224,7 @@ inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 constexpr int kGroupSide = 64, kGroupThreads = 4 * 32;
+constexpr bool kHostApart = false;
 #if defined(SIMT_GROUPS)
 constexpr bool kHasGroups = true;
 #else
