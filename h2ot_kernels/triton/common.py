@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..backend import interpreting
+from . import repeated
 
 INTERPRETED = tl.constexpr(interpreting())
 
@@ -52,7 +53,9 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         return
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device(first.device):
-            kernel[grid](*arguments, **constants)
+            repeated.launch(kernel, grid, first.get_device(), arguments, constants)
+    elif first.is_cuda:
+        repeated.launch(kernel, grid, first.get_device(), arguments, constants)
     else:
         kernel[grid](*arguments, **constants)
 
