@@ -130,6 +130,7 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
             for rows in (1, 27, 4131, 9000, 16524, 10**6)
             for C in (3, 100, 512, 5120)
             for M in (1, 3, 5, 51)
+            if group < 64 or C % 16 == 0
         ],
         "pair_kernel": [pairs.pair_tile(C) for C in (*range(1, 600), 5120)],
         "project_kernel": [

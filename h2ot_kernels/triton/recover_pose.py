@@ -102,7 +102,7 @@ def pose_tile(F: int, K: int, D: int) -> dict[str, int]:
     >>> pose_tile(243, 81, 16)
     {'FRAMES': 64, 'KEYS': 32, 'BLOCK': 32, 'STEP': 32, 'WHOLE': True, 'ONCE': False, 'num_warps': 4, 'num_stages': 2}
     """
-    block = 32 if D <= 32 else 64
+    block = 32 if D <= 32 or D % 16 else 64  # single elements: their addresses leave registers for small tiles only
     return {**attention_tile(F, K, D, torch.float32), "BLOCK": block, "STEP": 32, "WHOLE": block >= D}
 
 
