@@ -43,6 +43,15 @@ def recover_attention(
              [2.],
              [2.]]])
     """
+    arguments = _checked(query, key, value, num_heads, scale, out, backend)
+    if out is None:
+        return dispatch("recover_attention", value, backend)(*arguments)
+    checks.out(out, (key.shape[0], query.shape[-2], key.shape[2]), value=value, key=key, query=query)
+    return write("recover_attention", value, backend, arguments, out)
+
+
+def _checked(query, key, value, num_heads, scale, out, backend) -> tuple[Tensor, Tensor, Tensor, int, float]:
+    """What the operators take, or an error."""
     checks.tensor("key", key, (3,), "[B, K, C]")
     B, K, C = key.shape
     checks.tensor("value", value, (3,), "[B, K, C]")
@@ -61,11 +70,7 @@ def recover_attention(
     if not is_reference(backend):
         checks.no_tangent("recover_attention", query, key, value, out)
     scale = (C // num_heads) ** -0.5 if scale is None else float(scale)
-    arguments = query, key, value, num_heads, scale
-    if out is None:
-        return dispatch("recover_attention", value, backend)(*arguments)
-    checks.out(out, (B, query.shape[-2], C), value=value, key=key, query=query)
-    return write("recover_attention", value, backend, arguments, out)
+    return query, key, value, num_heads, scale
 
 
 _TAIL_INPUTS = ("token", "proj.weight", "proj.bias", "norm.weight", "norm.bias", "head.weight", "head.bias")
@@ -115,8 +120,9 @@ def recover_pose(
     checks.integer("num_joints", num_joints, 1)
     if key.shape[0] % num_joints:
         raise ValueError(f"num_joints: got {num_joints}, wanted a divisor of key's first axis, {key.shape[0]}")
-    attended = recover_attention(query, key, value, num_heads, backend=backend)
-    F, C = attended.shape[1:]
+    arguments = _checked(query, key, value, num_heads, None, None, backend)
+    attend = dispatch("recover_attention", value, backend)
+    F, C = query.shape[-2], key.shape[2]
     checks.tensor("token", token, (2, 3), "[F, C] or [1, F, C]")
     checks.has_shape("token", token, (1, F, C)[3 - token.dim() :], "that of query")
     if proj.in_features != C or proj.out_features != C:
@@ -131,7 +137,11 @@ def recover_pose(
             checks.same_device(name, x, "key", key)
     if proj.weight.dtype != key.dtype and not torch.is_autocast_enabled(key.device.type):
         checks.same_dtype("proj.weight", proj.weight, "key", key)
-    pose = dispatch("recover_tail", attended, backend)(token.reshape(F, C), attended, proj, *vectors, norm.eps)
+    token, tail = token.reshape(F, C), dispatch("recover_tail", value, backend)
+    if value.dtype == torch.float32 and hasattr(tail, "pose"):
+        pose = tail.pose(token, *arguments, proj, *vectors, norm.eps)
+    else:
+        pose = tail(token, attend(*arguments), proj, *vectors, norm.eps)
     return pose.unflatten(0, (key.shape[0] // num_joints, num_joints))
 
 
@@ -168,15 +178,23 @@ def norm_and_head(x: Tensor, *vectors: Tensor | None, eps: float) -> Tensor:
     return out.reshape(*rows.shape[:-1], out.shape[-1]).movedim(list(axes), order).contiguous()
 
 
-def project_inside(tail, project):
-    """The same of an operator `tail` that projects, too. project: an operator that makes query, key and value."""
+def project_inside(tail, project, pose):
+    """The same of an operator `tail` that projects, too.
+
+    project: an operator that makes query, key and value; pose: one of float32 for attention and tail together.
+    """
 
     def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
         *vectors, eps = rest
         token, *vectors = _cast(attended.dtype, token, proj.weight, proj.bias, *vectors)
         return tail(token, attended, *vectors, eps)
 
-    run.project = project
+    def attend_first(token: Tensor, query: Tensor, key: Tensor, value: Tensor, num_heads, scale, proj, *rest) -> Tensor:
+        *vectors, eps = rest
+        token, *vectors = _cast(value.dtype, token, proj.weight, proj.bias, *vectors)
+        return pose(token, query, key, value, num_heads, scale, *vectors, eps)
+
+    run.project, run.pose = project, attend_first
     return run
 
 
@@ -249,6 +267,10 @@ def _projected_tail_fake(token, attended, proj_weight, proj_bias, norm_weight, n
     return attended.new_empty(*attended.shape[:2], head_weight.shape[0])
 
 
+def _pose_fake(token, query, key, value, num_heads, scale, proj_weight, proj_bias, norm_weight, norm_bias, head, *rest):
+    return value.new_empty(value.shape[0], query.shape[-2], head.shape[0])
+
+
 def _forward_flops(query, key, value, *rest) -> int:
     return 4 * math.prod(value) * query[-2]
 
@@ -264,6 +286,11 @@ def _tail_flops(token, projected, norm_weight, norm_bias, head_weight, *rest) ->
 
 def _projected_tail_flops(token, attended, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, *rest) -> int:
     return 2 * math.prod(attended) * (proj_weight[0] + head_weight[0])
+
+
+def _pose_flops(token, query, key, value, num_heads, scale, *tail) -> int:
+    attended = value[0], query[-2], value[2]
+    return _forward_flops(query, key, value) + _projected_tail_flops(token, attended, *tail)
 
 
 FORWARD = {
@@ -291,6 +318,13 @@ PROJECTED_TAIL = {
     "Tensor? norm_bias, Tensor head_weight, Tensor? head_bias, float eps) -> Tensor",
     "fake": _projected_tail_fake,
     "flops": _projected_tail_flops,
+}
+POSE = {
+    "schema": "(Tensor token, Tensor query, Tensor key, Tensor value, int num_heads, float scale, Tensor proj_weight, "
+    "Tensor? proj_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor head_weight, Tensor? head_bias, float eps) "
+    "-> Tensor",
+    "fake": _pose_fake,
+    "flops": _pose_flops,
 }
 PROJECT = {
     "schema": "(Tensor token, Tensor x, Tensor query_weight, Tensor? query_bias, Tensor key_weight, Tensor? key_bias, "

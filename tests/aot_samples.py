@@ -12,6 +12,7 @@ from h2ot_kernels.triton import (
     gather,
     recover_attention,
     recover_interpolation,
+    recover_pose,
     recover_project,
     recover_tail,
     score,
@@ -136,6 +137,17 @@ def tail_calls() -> Iterator[Callable]:
     yield partial(recover_tail.recover_projected_tail, token, attended, *bare, 1e-5)
 
 
+def pose_calls() -> Iterator[Callable]:
+    """Heads of half a block of pairs, one and two; few to many rows, few and many outputs; C no multiple of 16."""
+    shapes = [(R, C, 8, M) for C in (256, 512) for R, M in ((17, 3), (51, 3), (68, 3), (17, 51), (51, 51))]
+    shapes += [(51, 100, H, M) for H in (2, 4) for M in (3, 51)]
+    for R, C, H, M in (*shapes, (68, 1024, 8, 3)):
+        query, token, kept, proj = (tensor(*shape, C) for shape in ((243,), (243,), (R, 81), (C,)))
+        vectors = [tensor(C) for _ in range(3)] if M == 3 else [None] * 3
+        given = token, query, kept, kept, H, 0.125, proj, *vectors, tensor(M, C), tensor(M) if M == 3 else None
+        yield partial(recover_pose.recover_pose, *given, 1e-5)
+
+
 def project_calls() -> Iterator[Callable]:
     """Few and many rows; channels that fill a block of pairs, less and more, and not a multiple of 16; no bias."""
     for rows, C in ((1377, 64), (1377, 512), (5508, 512), (5508, 1024), (5508, 100)):
@@ -153,6 +165,7 @@ def calls() -> Iterator[Callable]:
     yield from cluster_calls()
     yield from recovery_calls()
     yield from tail_calls()
+    yield from pose_calls()
     yield from project_calls()
 
 
@@ -181,6 +194,7 @@ def calls_of_ones() -> Iterator[Callable]:
     vector = tensor(1)
     yield partial(recover_tail.recover_projected_tail, two, one, two, vector, vector, vector, two, vector, 1.0)
     yield partial(recover_tail.recover_projected_tail, two, one, two, None, None, None, two, None, 1e-5)
+    yield partial(recover_pose.recover_pose, two, two, one, one, 1, 1.0, two, *(vector,) * 3, two, vector, 1.0)
     yield partial(recover_project.recover_project, two, two, two, vector, two, vector, two, None)
     yield partial(gather.gather_tokens, tensor(1, 1, 1, 1), index(1, 1), two, 1, 2)
     yield partial(gather.gather_tokens, tensor(1, 1, 1, 1), index(1, 1), None, 3, 3)

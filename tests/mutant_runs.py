@@ -39,6 +39,7 @@ TRITON = {
     "distance": ("tests/test_triton_score.py", "tests/test_score.py", "tests/test_cluster.py"),
     "gather": ("tests/test_triton_gather.py", "tests/test_gather.py"),
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_triton.py"),
+    "recover_pose": ("tests/test_triton_pairs.py", "tests/test_triton.py"),
     "recover_project": ("tests/test_triton_pairs.py", "tests/test_triton.py"),
     "pairs": ("tests/test_triton_pairs.py", "tests/test_triton.py"),
     "attention_scores": ("tests/test_select.py", "tests/test_triton.py"),

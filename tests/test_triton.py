@@ -106,6 +106,7 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
         pairs,
         recover_attention,
         recover_interpolation,
+        recover_pose,
         recover_project,
         recover_tail,
         score,
@@ -123,11 +124,15 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
         "assign_kernel": [cluster.assign_tile(double) for double in (False, True)],
         "merge_kernel": [cluster.merge_tile(C) for C in (*range(1, 600), 5120)],
         "projected_tail_kernel": [
-            recover_tail.tail_tile(rows, C, M, dtype)
-            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            recover_tail.tail_tile(rows, C, M, dtype, group) | {"GROUP": group}
+            for dtype, group in (
+                *((dtype, 0) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)),
+                *((torch.float32, group) for group in (32, 64)),
+            )
             for rows in (1, 27, 4131, 9000, 16524, 10**6)
             for C in (3, 100, 512, 5120)
             for M in (1, 3, 5, 51)
+            if group < 64 or C % 16 == 0
         ],
         "pair_kernel": [pairs.pair_tile(C) for C in (*range(1, 600), 5120)],
         "project_kernel": [
@@ -155,6 +160,9 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
             for F in (1, 243)
             for K in range(1, 130)
             for D in (5, 16, 64, 200)
+        ],
+        "attention_pairs_kernel": [
+            recover_pose.pose_tile(F, K, D) for F in (1, 243) for K in range(1, 130) for D in (5, 16, 32, 64, 200)
         ],
         **{
             kernel: [
@@ -232,7 +240,7 @@ COUNTS = {
         lambda t: h2ot.recover_pose(
             rand(3, 8), rand(3, 8), rand(2, 2, 8), rand(2, 2, 8), *tail_modules(8), 2, num_joints=1, backend="triton"
         ),
-        ["attention_kernel", "pair_kernel", "projected_tail_kernel"],
+        ["attention_pairs_kernel", "projected_tail_kernel"],
     ),
     "interpolation": (
         lambda t: t.recover_interpolation.recover_interpolate(meta(4, 81, 17, 3), meta(4, 81, dtype=INT), 243, False),
@@ -313,7 +321,9 @@ def samples():
         yield OPS.recover_interpolate_backward_triton, (x, INDEX, 3, True)
         yield OPS.recover_attention_triton, (rand(1, 7, 4, grad=True), x, rand(2, 9, 4, grad=True), 1, 0.5)
         vectors = rand(4), rand(4), rand(4)
+        attention = rand(1, 7, 4), y, rand(2, 9, 4), 2, 0.5
         yield OPS.recover_project_triton, (rand(9, 4), rand(6, 4), *(rand(4, 4), rand(4)) * 2, rand(4, 4), None)
+        yield OPS.recover_pose_triton, (rand(7, 4), *attention, rand(4, 4), *vectors, rand(3, 4), rand(3), 1e-5)
         yield OPS.recover_projected_tail_triton, (rand(9, 4), y, rand(4, 4), *vectors, rand(3, 4), rand(3), 1e-5)
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention_triton, (heads, heads, 3, None, 0.5)

@@ -1,5 +1,7 @@
 """float32 products of pairs of float16 (triton/pairs.py): float32's accuracy at any size, and who takes them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,67 @@ def test_what_small_numbers_lose():
     assert torch.equal(whole[7:], whole[:2])
     lost, x = (whole[:7, :70] - x).abs(), x.double()
     assert (lost <= 2.0**-23 * x.abs() + 2.0**-36 * x.abs().amax(1, keepdim=True)).all()
+
+
+def pose_by(token, query, key, value, modules, H, dtype, backend):
+    device = DEVICE if backend == "triton" else "cpu"
+    own = [copy.deepcopy(module).to(device, dtype) for module in modules]
+    tensors = [x.to(device, dtype) for x in (token, query, key, value)]
+    with torch.no_grad(), common.record() as launches:
+        pose = h2ot.recover_pose(*tensors, *own, H, num_joints=1, backend=backend)
+    return pose[:, 0].cpu(), [launch.kernel.__name__ for launch in launches]
+
+
+def poses_and_exact(sizes, C, H, joints=3, F=7, K=5, outputs=3):
+    """(ours, exact, float32's own) of a recovery whose samples are multiplied by sizes [joints, 1, C]."""
+    token, query = torch.randn(2, F, C)
+    key, value = torch.randn(joints, K, C), torch.randn(joints, K, C) * sizes
+    modules = nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, outputs)
+    given = token, query, key, value, [module.requires_grad_(False) for module in modules], H
+    ours, kernels = pose_by(*given, torch.float32, "triton")
+    assert kernels == ["attention_pairs_kernel", "projected_tail_kernel"]
+    return ours, *(pose_by(*given, dtype, "reference")[0] for dtype in (torch.float64, torch.float32))
+
+
+@pytest.mark.parametrize(("C", "H"), [(3, 3), (15, 3), (64, 1), (96, 2), (100, 1), (136, 1), (192, 3)])
+def test_poses_of_heads_of_any_width(C, H):
+    """Blocks of 32 and 64 channels, full and padded, one and more of a head."""
+    ours, exact, same = poses_and_exact(torch.ones(3, 1, C), C, H)
+    assert_within(ours, exact, same, C)
+
+
+@pytest.mark.parametrize("where", ["samples", "heads"])
+def test_poses_of_values_of_any_size(where):
+    """Samples, and heads of each, 10^30 times as large as others."""
+    C, H = 72, 6
+    if where == "samples":
+        sizes = torch.logspace(-30, 15, 3)[:, None, None].expand(3, 1, C)
+    else:
+        sizes = torch.logspace(-15, 15, H).repeat_interleave(C // H).expand(3, 1, C)
+    ours, exact, same = poses_and_exact(sizes, C, H)
+    assert_within(ours, exact, same, C)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+def test_nan_and_infinity_stay_in_their_samples():
+    C, torch_seed = 40, 7
+    sizes, poses = torch.ones(4, 1, C), []
+    for wrong in (1.0, float("nan"), float("inf")):
+        torch.manual_seed(torch_seed)
+        sizes[2, 0, 33] = wrong
+        poses.append(poses_and_exact(sizes, C, 2, joints=4)[0])
+    for pose in poses[1:]:
+        assert pose[2].isnan().all()
+        pose[2] = poses[0][2]
+        assert torch.equal(pose, poses[0])
+
+
+def test_without_samples():
+    C = 8
+    modules = nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 3)
+    kept = torch.zeros(0, 5, C)
+    given = torch.zeros(7, C), torch.zeros(7, C), kept, kept, modules, 2
+    assert pose_by(*given, torch.float32, "triton")[0].shape == (0, 7, 3)
 
 
 def other_linear(layers):

@@ -7,7 +7,8 @@ itself or, where low is subnormal, 2^-25, 2^-37 of the row's largest. The produc
 of |a b|. So a sum of products of C channels is off by 2^-21 sum |a b|, as by 8 roundings to float32, beside what its
 summation loses: at most a bit of each STEP's sum for each product of tensor cores in it, and C / STEP roundings to
 nearest; less than C products with as many roundings may lose. Powers of two are exact: rows of any size are as good,
-from 2^-114 on (below it digits are lost). A row with NaN or infinity gives NaN.
+from 2^-114 on (below it digits are lost). A row with NaN or infinity gives NaN. The same holds for parts of a row with
+a unit each: what is lost is of the largest in the part.
 """
 
 import torch
@@ -23,7 +24,7 @@ SOURCES = 5
 
 
 @triton.jit
-def _put_pairs(value, scale, at, inside, first, pitch, plane, pairs, BLOCK: tl.constexpr):
+def put_pairs(value, scale, at, inside, first, pitch, plane, pairs, BLOCK: tl.constexpr):
     large = value * scale[:, None]
     high = narrow(large, tl.float16)
     low = narrow(large - high.to(tl.float32), tl.float16)
@@ -31,6 +32,20 @@ def _put_pairs(value, scale, at, inside, first, pitch, plane, pairs, BLOCK: tl.c
     mask = inside[:, None] & (channel < pitch)[None, :]
     tl.store(pairs + at[:, None] + channel[None, :], high, mask)
     tl.store(pairs + plane + at[:, None] + channel[None, :], low, mask)
+
+
+@triton.jit
+def largest_exponent(value):
+    """Of each row, the bits of its largest magnitude's exponent."""
+    return tl.max(value.to(tl.int32, bitcast=True) & 0x7F800000, 1)
+
+
+@triton.jit
+def unit_of(most):
+    """(unit, 2^12 over it) of rows with these `largest_exponent`."""
+    exponent = tl.minimum(tl.maximum(most >> 23, 13), 254)
+    scale = ((266 - exponent) << 23).to(tl.float32, bitcast=True)
+    return (exponent << 23).to(tl.float32, bitcast=True), scale
 
 
 @triton.jit
@@ -46,20 +61,19 @@ def _pair_rows(
     most = tl.zeros([ROWS], tl.int32)
     if WHOLE:
         value = load_tokens(x, row_at, inside, 0, x_c, C, BLOCK)
-        most = tl.max(value.to(tl.int32, bitcast=True) & 0x7F800000, 1)
+        most = largest_exponent(value)
     else:
         for first in range(0, C, BLOCK):
             value = load_tokens(x, row_at, inside, first, x_c, C, BLOCK)
-            most = tl.maximum(most, tl.max(value.to(tl.int32, bitcast=True) & 0x7F800000, 1))
-    exponent = tl.minimum(tl.maximum(most >> 23, 13), 254)
-    scale = ((266 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^12 over the unit
-    tl.store(unit + before + row, (exponent << 23).to(tl.float32, bitcast=True), inside)
+            most = tl.maximum(most, largest_exponent(value))
+    own_unit, scale = unit_of(most)
+    tl.store(unit + before + row, own_unit, inside)
     if WHOLE:
-        _put_pairs(value, scale, at, inside, 0, pitch, plane, pairs, BLOCK)
+        put_pairs(value, scale, at, inside, 0, pitch, plane, pairs, BLOCK)
     else:
         for first in range(0, pitch, BLOCK):
             value = load_tokens(x, row_at, inside, first, x_c, C, BLOCK)
-            _put_pairs(value, scale, at, inside, first, pitch, plane, pairs, BLOCK)
+            put_pairs(value, scale, at, inside, first, pitch, plane, pairs, BLOCK)
 
 
 # Bytes: every matrix once, as many written. Floor: those at the copy bandwidth.
@@ -106,6 +120,26 @@ def pair_products(a, row_at, b, column_at, plane, pitch, STEP: tl.constexpr):
         step = product(high_a, tl.trans(high_b), step)
         low_a = tl.load(a + plane + a_at)
         total += product(low_a, tl.trans(high_b), step)
+    return total
+
+
+@triton.jit
+def grouped_products(
+    a, row_at, row_unit, b, column_at, unit_plane, plane, pitch, GROUP: tl.constexpr, STEP: tl.constexpr
+):
+    """The same in the units of the rows of a, which have one for every GROUP channels: unit_plane apart at row_unit."""
+    total = tl.zeros([row_at.shape[0], column_at.shape[0]], tl.float32)
+    for first in range(0, pitch, STEP):
+        channel = (first + tl.arange(0, STEP))[None, :]
+        a_at, b_at = row_at[:, None] + channel, column_at[:, None] + channel
+        high_a, low_b = tl.load(a + a_at), tl.load(b + plane + b_at)
+        step = product(high_a, tl.trans(low_b), tl.zeros_like(total))
+        high_b = tl.load(b + b_at)
+        step = product(high_a, tl.trans(high_b), step)
+        low_a = tl.load(a + plane + a_at)
+        step = product(low_a, tl.trans(high_b), step)
+        own = tl.load(row_unit + tl.full([], first // GROUP, tl.int64) * unit_plane) * 2.0**-24  # exact, if subnormal
+        total = tl.fma(step, tl.broadcast_to(own[:, None], step.shape), total)
     return total
 
 

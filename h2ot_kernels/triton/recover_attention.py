@@ -26,25 +26,23 @@ def _logits(
     return tl.where(key_inside[None, :], total * number(scale, like.dtype), float("-inf"))
 
 
-# FLOPs: 4 B F K C (x 3 in float32), K as a multiple of KEYS. Bytes: query (shared: from L2), key, value once each per
-# block of frames, out once. Floor: the larger of the bytes at the copy bandwidth and the FLOPs at the product rate.
 @triton.jit
-def attention_kernel(
-    query, key, value, out,
+def attend(
+    program, query, key, value,
     F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c, scale: tl.float64,
     FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     WHOLE: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """out [B, F, C]. One program: FRAMES queries of one head, BLOCK of its channels out.
+    """([FRAMES, BLOCK] of the result, its sample, frames, head and part of the head's channels): a program's share.
 
     WHOLE: D <= BLOCK, and the queries are loaded once. ONCE: K <= KEYS, and nothing is left of the loop.
     """
     parts = tl.cdiv(D, BLOCK)
-    part = tl.program_id(0) % parts
+    part = program % parts
     frames = tl.cdiv(F, FRAMES)
-    frame = modulo(tl.program_id(0) // parts, frames) * FRAMES + tl.arange(0, FRAMES)
-    head = tl.program_id(0) // parts // frames % H
-    b = (tl.program_id(0) // parts // frames // H).to(tl.int64)
+    frame = modulo(program // parts, frames) * FRAMES + tl.arange(0, FRAMES)
+    head = program // parts // frames % H
+    b = (program // parts // frames // H).to(tl.int64)
     query_at = b * query_b + frame.to(tl.int64) * query_f + head.to(tl.int64) * D * query_c
     like = widen(tl.zeros([1], value.dtype.element_ty))
     top = tl.full([FRAMES], float("-inf"), like.dtype)
@@ -72,11 +70,28 @@ def attention_kernel(
         total = product(narrow(weight, shown.dtype), shown, total * shrink[:, None])
         mass = mass * shrink + tl.sum(weight, 1)
         top = higher
+    share = divide(tl.full([FRAMES], 1.0, like.dtype), mass)
+    return total * share[:, None], b, frame, head, part
+
+
+# FLOPs: 4 B F K C (x 3 in float32), K as a multiple of KEYS. Bytes: query (shared: from L2), key, value once each per
+# block of frames, out once. Floor: the larger of the bytes at the copy bandwidth and the FLOPs at the product rate.
+@triton.jit
+def attention_kernel(
+    query, key, value, out,
+    F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c, scale: tl.float64,
+    FRAMES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    WHOLE: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """out [B, F, C]. One program: FRAMES queries of one head, BLOCK of its channels out."""
+    total, b, frame, head, part = attend(
+        tl.program_id(0), query, key, value, F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c,
+        value_b, value_k, value_c, scale, FRAMES, KEYS, BLOCK, STEP, WHOLE, ONCE,
+    )  # fmt: skip
     channel = part * BLOCK + tl.arange(0, BLOCK)
     at = ((b * F + frame) * H * D + head * D)[:, None] + channel[None, :]
     inside = (frame < F)[:, None] & (channel < D)[None, :]
-    share = divide(tl.full([FRAMES], 1.0, like.dtype), mass)
-    tl.store(out + at, narrow(total * share[:, None], out.dtype.element_ty), inside)
+    tl.store(out + at, narrow(total, out.dtype.element_ty), inside)
 
 
 # FLOPs: 4 B F K C. Bytes: query, key, value, grad once; 8 B H F written. Floor: as the forward pass.
@@ -251,7 +266,7 @@ def gradient_tile(F: int, K: int, D: int, double: bool) -> dict[str, int]:
     }
 
 
-def _rows(query: Tensor) -> tuple[int, int, int]:
+def query_strides(query: Tensor) -> tuple[int, int, int]:
     """Strides (sample, frame, channel) of a query [F, C], [1, F, C] or [B, F, C]."""
     shared = query.dim() == 2 or query.shape[0] == 1
     return (0 if shared else query.stride(0), query.stride(-2), query.stride(-1))
@@ -264,7 +279,7 @@ def recover_attention_out(query: Tensor, key: Tensor, value: Tensor, num_heads: 
     launch(
         attention_kernel,
         (B * num_heads * triton.cdiv(F, config["FRAMES"]) * triton.cdiv(D, config["BLOCK"]),),
-        query, key, value, out, F, K, num_heads, D, *_rows(query), *key.stride(), *value.stride(), scale,
+        query, key, value, out, F, K, num_heads, D, *query_strides(query), *key.stride(), *value.stride(), scale,
         **config,
     )  # fmt: skip
 
@@ -281,7 +296,7 @@ def recover_attention_backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     level, delta = (value.new_empty((B, H, F), dtype=precise) for _ in range(2))
     config = gradient_tile(F, K, D, value.dtype == torch.float64)
-    sizes = (F, K, H, D, *_rows(query), *key.stride(), *value.stride(), *grad.stride(), scale)
+    sizes = (F, K, H, D, *query_strides(query), *key.stride(), *value.stride(), *grad.stride(), scale)
     both = {**config, "KEYS": min(config["KEYS"], 32)}  # two sums in registers
     frames, keys = triton.cdiv(F, config["FRAMES"]), triton.cdiv(K, both["KEYS"])
     whole = {name: size for name, size in config.items() if name != "BLOCK"}

@@ -5,13 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import implement
 from ..library import declare_custom
-from ..recover_attention import PROJECTED_TAIL, project_inside
+from ..recover_attention import PROJECTED_TAIL
 from .common import divide, launch, modulo, narrow, number, pow2, product, widen
 from .distance import load_tokens
-from .pairs import in_units, pair_products, pairs_of
-from .recover_project import project
+from .pairs import grouped_products, in_units, pair_products, pairs_of
 
 PROGRAMS = 128  # to be had before a program owns more rows: large GPUs have 108 to 148 multiprocessors
 
@@ -25,10 +23,19 @@ def _vector(x, at, step, inside):
 @triton.jit
 def _projected(
     attended, row_at, row_inside, attended_c, weight, weight_n, weight_c, bias, bias_n, unit, row_unit, plane,
-    channel, C, like, STEP: tl.constexpr,
+    unit_plane, channel, C, like, GROUP: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Channels `channel` of attended weight^T + bias, of like's dtype; 0 outside. Of pairs where there is a unit."""
-    if unit is not None:
+    """Channels `channel` of attended weight^T + bias, of like's dtype; 0 outside. Of pairs where there is a unit.
+
+    row_unit: of the rows, or, where there is a GROUP, where theirs are for the first GROUP channels.
+    """
+    if GROUP:
+        column_at = tl.minimum(channel, C - 1).to(tl.int64) * weight_n
+        total = grouped_products(
+            attended, row_at, row_unit, weight, column_at, unit_plane, plane, weight_n, GROUP, STEP
+        )
+        total *= tl.load(unit + channel, channel < C, 0)[None, :]
+    elif unit is not None:
         column_at = tl.minimum(channel, C - 1).to(tl.int64) * weight_n
         total = pair_products(attended, row_at, weight, column_at, plane, weight_n, STEP)
         total = in_units(total, row_unit, tl.load(unit + channel, channel < C, 0))
@@ -51,7 +58,7 @@ def projected_tail_kernel(
     token, attended, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, unit, out,
     rows, plane, F, C, M, token_f, token_c, attended_r, attended_c, proj_n, proj_c, proj_bias_n,
     norm_c, norm_bias_c, head_m, head_c, head_bias_m, eps: tl.float64,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out [rows, M] = head(norm(y)), y = token + proj(attended). One program: ROWS rows, OUTPUTS of their outputs.
 
@@ -59,7 +66,8 @@ def projected_tail_kernel(
     per output, the deviations times w = norm_weight head_weight: sums about the mean of the block, moved to the common
     mean as it changes (Chan et al.). What is added is of the size of the deviations: nothing as large as the mean
     cancels, as it would in E[y^2] - E[y]^2 or in sum y w - mean sum w. unit: attended and proj_weight are pairs of
-    float32 (pairs.py), plane elements apart, with units of their rows, proj_weight's after attended's.
+    float32 (pairs.py), plane elements apart, with units of their rows, proj_weight's after attended's;
+    where there is a GROUP, before those [groups of as many channels, rows] of attended (recover_pose.py).
     """
     parts = tl.cdiv(M, OUTPUTS)
     first_output = modulo(tl.program_id(0), parts) * OUTPUTS
@@ -70,8 +78,12 @@ def projected_tail_kernel(
     weight_unit = None
     if unit is not None:  # rows that are not there: the last one again
         row_at = tl.minimum(row, rows - 1) * attended_r
-        row_unit = tl.load(unit + row, row < rows, 0)
-        weight_unit = unit + rows
+        if GROUP:
+            row_unit = unit + C + tl.minimum(row, rows - 1)
+            weight_unit = unit
+        else:
+            row_unit = tl.load(unit + row, row < rows, 0)
+            weight_unit = unit + rows
     else:
         row_at = row * attended_r
     token_at = row % F * token_f
@@ -87,7 +99,7 @@ def projected_tail_kernel(
         inside = channel < C
         y = _projected(
             attended, row_at, row < rows, attended_c, proj_weight, proj_n, proj_c, proj_bias, proj_bias_n,
-            weight_unit, row_unit, plane, channel, C, like, STEP,
+            weight_unit, row_unit, plane, rows, channel, C, like, GROUP, STEP,
         )  # fmt: skip
         y += widen(load_tokens(token, token_at, row < rows, first, token_c, C, COLUMNS))
         # Nothing is added: Triton keeps the rows of a product within a quarter of a warp, those of loads across half of
@@ -122,11 +134,12 @@ def projected_tail_kernel(
     tl.store(at, narrow(value, out.dtype.element_ty), (row < rows)[:, None] & (output < M)[None, :])
 
 
-def tail_tile(rows: int, C: int, M: int, dtype: torch.dtype) -> dict[str, int]:
+def tail_tile(rows: int, C: int, M: int, dtype: torch.dtype, group: int = 0) -> dict[str, int]:
     """Rows and outputs of one program, channels of a block and of a step of its product.
 
     As many rows as leave a large GPU busy: the more, the less often the weights are read. Where C is not a multiple of
-    16 a thread loads single elements: their addresses leave registers for small tiles only.
+    16 a thread loads single elements: their addresses leave registers for small tiles only. group: GROUP of the kernel,
+    a multiple of STEP.
 
     >>> tail_tile(68 * 243, 512, 3, torch.float32)
     {'OUTPUTS': 4, 'ROWS': 128, 'COLUMNS': 64, 'STEP': 32, 'num_warps': 8, 'num_stages': 3}
@@ -139,11 +152,46 @@ def tail_tile(rows: int, C: int, M: int, dtype: torch.dtype) -> dict[str, int]:
     elif C % 16:
         tile = 32, 64, 32, 8, 4
     elif dtype == torch.float32:
-        tile = many, 64 if many == 128 else 128, 32, 8, 3  # two sums in registers
+        small = many == 64 and group  # two sums in registers, and with a group its units
+        tile = many, 64 if small or many == 128 else 128, 32, 4 if small else 8, 3
     else:
         tile = many, 128, 64, 8, 3
     names = "ROWS", "COLUMNS", "STEP", "num_warps", "num_stages"
     return {"OUTPUTS": 4 if M <= 4 else 16, **dict(zip(names, tile, strict=True))}
+
+
+def launch_tail(
+    token: Tensor,
+    rows: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    eps: float,
+    R: int,
+    unit: Tensor | None,
+    plane: int,
+    group: int = 0,
+) -> Tensor:
+    """[R, F, M] of rows [R F, C] and proj_weight, or of their pairs: unit, plane, group as `projected_tail_kernel`."""
+    F, C = token.shape
+    M = head_weight.shape[0]
+    out = token.new_empty((R, F, M))
+    config = tail_tile(R * F, C, M, token.dtype, group)
+    proj_bias_n, norm_c, norm_bias_c, head_bias_m = (
+        0 if x is None else x.stride(0) for x in (proj_bias, norm_weight, norm_bias, head_bias)
+    )
+    launch(
+        projected_tail_kernel,
+        (triton.cdiv(R * F, config["ROWS"]) * triton.cdiv(M, config["OUTPUTS"]),),
+        token, rows, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, unit, out,
+        R * F, plane, F, C, M, *token.stride(), *rows.stride(), *proj_weight.stride(), proj_bias_n,
+        norm_c, norm_bias_c, *head_weight.stride(), head_bias_m, eps,
+        **config, GROUP=group,
+    )  # fmt: skip
+    return out
 
 
 def recover_projected_tail(
@@ -160,26 +208,12 @@ def recover_projected_tail(
     """token [F, C], attended [R, F, C], proj_weight [C, C], head_weight [M, C] -> [R, F, M]."""
     R, F, C = attended.shape
     rows = attended.reshape(R * F, C)  # a view of what recover_attention gives
-    M = head_weight.shape[0]
-    out = attended.new_empty((R, F, M))
-    config = tail_tile(R * F, C, M, attended.dtype)
     unit, plane = None, 0
     if attended.dtype == torch.float32:
         pairs, unit = pairs_of(rows, proj_weight)
         rows, proj_weight, plane = pairs[0], pairs[0, R * F :], pairs.stride(0)
-    proj_bias_n, norm_c, norm_bias_c, head_bias_m = (
-        0 if x is None else x.stride(0) for x in (proj_bias, norm_weight, norm_bias, head_bias)
-    )
-    launch(
-        projected_tail_kernel,
-        (triton.cdiv(R * F, config["ROWS"]) * triton.cdiv(M, config["OUTPUTS"]),),
-        token, rows, proj_weight, proj_bias, norm_weight, norm_bias, head_weight, head_bias, unit, out,
-        R * F, plane, F, C, M, *token.stride(), *rows.stride(), *proj_weight.stride(), proj_bias_n,
-        norm_c, norm_bias_c, *head_weight.stride(), head_bias_m, eps,
-        **config,
-    )  # fmt: skip
-    return out
+    vectors = proj_bias, norm_weight, norm_bias, head_weight, head_bias
+    return launch_tail(token, rows, proj_weight, *vectors, eps, R, unit, plane)
 
 
-_tail = declare_custom("recover_projected_tail_triton", function=recover_projected_tail, **PROJECTED_TAIL)
-implement("recover_tail", "triton", project_inside(_tail, project))
+projected_tail = declare_custom("recover_projected_tail_triton", function=recover_projected_tail, **PROJECTED_TAIL)
