@@ -121,8 +121,9 @@ def test_the_counted_choice_of_labels():
     assert plan_assign()["distance"] == "direct"
     assert plan_assign()["label_tile"] == (16, 32)
     assert plan_assign(B=64, N=256, centres=128, dtype="float64")["label_tile"] == (32, 64)
-    assert plan_assign(B=4, N=576, C=768, centres=288)["distance"] == "direct"
-    assert plan_assign(B=1, N=2000, C=768, centres=1000)["distance"] == "products"
+    assert plan_assign(B=4, N=576, C=768, centres=288)["distance"] == "products"
+    assert plan_assign(B=4, N=576, C=768, centres=288)["label_tile"] == (64, 64)
+    assert plan_assign(B=4, N=576, C=768, centres=288)["label_splits"] == 5
     assert plan_assign(B=1, N=8192, C=256, centres=2048)["label_tile"] == (128, 128)
     assert plan_assign(B=64, N=8192, C=256, centres=2048)["label_splits"] == 1
     assert plan_assign(B=64, dtype="bfloat16")["distance"] == "exact_products"
@@ -186,7 +187,7 @@ def test_the_counted_choice():
     assert plan(B=4, N=243)["tile"] == (16, 32)
     assert plan(B=256, N=351, C=1536)["distance"] == "products"
     assert plan(B=256, N=351, C=1536)["tile"] == (128, 128)
-    assert plan(B=32, N=243)["distance"] == "direct"  # few tokens that products would leave to float64
+    assert plan(B=1, N=243)["distance"] == plan(B=16, N=243, C=256)["distance"] == "direct"
     assert plan(B=1, N=1024, C=512)["tile"] == (64, 64)
     assert plan(B=256, N=351, C=1536, **ORIN)["distance"] == "direct"
     assert plan(B=256, dtype="bfloat16")["distance"] == "exact_products"

@@ -22,6 +22,8 @@ PLANS = [plan for plan in itertools.product(simt.SEARCHES, simt.DISTANCES) if pl
 LARGE = [
     TokenCase("random", B=1, N=140, C=100, k=5, K=40, masked=True),
     TokenCase("offset", N=150, C=40, J=2),
+    TokenCase("random", B=1, N=131, C=300, K=40),  # more lines than there is room for
+    TokenCase("still", B=1, N=131, C=600, K=40, dtype=torch.bfloat16),
     *(TokenCase(kind, N=130, C=72, dtype=dtype) for kind in ("smooth", "nonfinite") for dtype in HALVES),
 ]
 
@@ -56,7 +58,11 @@ def test_labels_equal_the_oracle(side, tmp_path):
 
 HUNTED = [
     *((TokenCase("random", B=1, N=70, C=40, k=5, K=40), {"plan": plan, "side": 64}) for plan in PLANS[::2]),
-    *((TokenCase("random", B=1, N=140, C=100, K=40), {"plan": plan, "side": 128}) for plan in PLANS[::2]),
+    *(
+        (TokenCase("random", B=1, N=140, C=C, K=40), {"plan": plan, "side": 128})
+        for plan in PLANS[::2]
+        for C in (100, 300)
+    ),
     *(
         (case, {"plan": PLANS[0]})
         for case in (TokenCase("smooth"), TokenCase("offset", C=40), TokenCase("still", N=65))

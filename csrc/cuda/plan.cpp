@@ -39,13 +39,17 @@ int64_t all_tiles(const Problem& p, Cover cover, int64_t rows, int64_t columns) 
   return p.B * ceil_div(p.N, rows) * ceil_div(cover == Cover::square ? p.N : p.centres, columns);
 }
 
+// Clocks of the busiest multiprocessor by differences, as their instructions count.
+double difference_clocks(const Problem& p, const Machine& machine, Cover cover, int64_t rows, int64_t columns) {
+  constexpr int64_t kLanes = 128;
+  return clocks(all_tiles(p, cover, rows, columns), rows * columns, p.C, 2, kLanes, machine);
+}
+
 // Whether the smaller tiles of differences take fewer clocks.
 bool prefers_small_tiles(const Problem& p, const Machine& machine, Cover cover) {
-  const auto busiest = [&](int64_t rows, int64_t columns) {
-    return ceil_div(all_tiles(p, cover, rows, columns), machine.multiprocessors) * rows * columns;
-  };
   // Large tiles read half as much: where they take as long, they win.
-  return 8 * busiest(kSmallRows, kSmallColumns) < 7 * busiest(kDirectRows, kDirectColumns);
+  return 8 * difference_clocks(p, machine, cover, kSmallRows, kSmallColumns) <
+         7 * difference_clocks(p, machine, cover, kDirectRows, kDirectColumns);
 }
 
 // Products of tiles with `side` rows and columns: what they take of the rate. The warps of a small tile load more from
@@ -69,15 +73,16 @@ int32_t product_side(const Problem& p, const Machine& machine, Cover cover, Dist
 Distance cheapest(const Problem& p, const Machine& machine, Cover cover) {
   if (p.dtype == Dtype::f64) return Distance::direct;
   const Distance products = is_half(p.dtype) && p.J == 1 ? Distance::exact_products : Distance::products;
-  constexpr int64_t kLanes = 128;
-  constexpr double kOperands = 5000;  // clocks of the kernel before, and until the first lines are there
-  const double direct =
-      clocks(all_tiles(p, cover, kDirectRows, kDirectColumns), kDirectRows * kDirectColumns, p.C, 2, kLanes, machine);
+  // As on an H100: differences take twice what their instructions count, and clocks of the kernels before products,
+  // until the first lines are there.
+  constexpr double kDifferences = 2, kOperands = 7000;
+  const bool small = cover != Cover::square && prefers_small_tiles(p, machine, cover);
+  const double direct = kDifferences * difference_clocks(p, machine, cover, small ? kSmallRows : kDirectRows,
+                                                         small ? kSmallColumns : kDirectColumns);
   const int32_t side = product_side(p, machine, cover, products);
   // Products must win clearly. In smooth clips many float32 tokens are then decided by several candidates in float64,
-  // by differences a few: 460 us more for B 64, N 351, C 1536 on an H100. Half as many clocks a channel, for random
-  // tokens take no more.
-  constexpr double kDecided = 1.5;
+  // by differences a few: 460 us more for B 64, N 351, C 1536 on an H100.
+  constexpr double kDecided = 2.9;
   const double decided =
       products == Distance::products ? kDecided * double(p.B * p.N * p.C) / machine.multiprocessors : 0;
   const double multiplied = 1.5 * product_clocks(p, machine, cover, products, side) + kOperands + decided;
