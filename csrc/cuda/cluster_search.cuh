@@ -81,6 +81,7 @@ H2OT_DEVICE void list_centres(const Job<typename Tiles::A>& job, int64_t b, int 
   }
   if (__ballot_sync(kAllLanes, itself >= 0)) {
     itself = warp_max(itself);
+    __syncwarp();  // all have read the row's reach
     if (lane == 0) {
       listed[0] = -1;
       listed_at[0] = itself;

@@ -142,83 +142,61 @@ struct ProductTile {
   };
   Sums sums;
 
-  // Lines take turns with teams of threads, which copy them whole: where a team publishes its line, it has no other
-  // under way, for which it would wait, too.
-  static constexpr int kTeam = Sums::kAsynchronous ? kGroupThreads : kThreads, kTeams = kThreads / kTeam;
-  static constexpr int kTokensAtOnce = kTeam / kVector, kCopies = (kRows + kColumns) / kTokensAtOnce;
+  // What a thread copies of every line: vector threadIdx.x % kVector of every kTokensAtOnce-th token.
+  static constexpr int kTokensAtOnce = kThreads / kVector, kCopies = (kRows + kColumns) / kTokensAtOnce;
 
-  static H2OT_DEVICE bool is_mine(int32_t line) { return kTeams == 1 || line % kTeams == int(threadIdx.x) / kTeam; }
-
-  static H2OT_DEVICE void copy_line(const Tokens& tokens, const Lines& lines, int32_t line, LineStage<kSide>& stage) {
-    const int thread = threadIdx.x % kTeam, v = thread % kVector;
-    const int32_t c = line * int32_t(kLine) + v * kVector;
+  static H2OT_DEVICE const uint16_t* line_of(const Tokens& tokens, int copy) {
+    const int token = copy * kTokensAtOnce + threadIdx.x / kVector;
+    const int32_t i = token < kRows ? tokens.row[token] : tokens.column[token - kRows];
+    // Values of a token that is none only reach pairs that are none.
+    return tokens.lines.data + (i < 0 ? 0 : i) * tokens.lines.stride + threadIdx.x % kVector * kVector;
+  }
+  // Past the end of a token zeros; from is then the token's first line. Where registers are short, `from` is made anew.
+  static H2OT_DEVICE void copy_line(const Tokens& tokens, const uint16_t* const (&from)[kCopies], int32_t line,
+                                    LineStage<kSide>& stage) {
+    const int token = threadIdx.x / kVector, v = threadIdx.x % kVector;
+    const int32_t c = line * int32_t(kLine);
+    const bool there = c + v * kVector < tokens.lines.length;
 #pragma unroll(kThreads == 512 && !Sums::kAsynchronous ? 2 : 8)
     for (int copy = 0; copy < kCopies; copy++) {
-      const int token = copy * kTokensAtOnce + thread / kVector;
-      const int32_t i = token < kRows ? tokens.row[token] : tokens.column[token - kRows];
-      // Values of a token that is none only reach pairs that are none.
-      const bool there = c < lines.length;
-      copy_async(stage.place(token, v), lines.data + (there ? (i < 0 ? 0 : i) * lines.stride + c : 0), there);
+      const uint16_t* const own = Sums::kAsynchronous ? from[copy] : line_of(tokens, copy);
+      copy_async(stage.place(copy * kTokensAtOnce + token, v), own + (there ? c : 0), there);
     }
   }
 
+  // A line is multiplied while the next one arrives and the one after that is asked for.
   H2OT_DEVICE void compute(const Job<float>& job, int64_t b, Tokens& tokens, Slab& slab) {
     if (threadIdx.x == 0) tokens.lines = lines_of<Operand>(job, b);
     __syncthreads();
-    sums.clear();
-    if constexpr (Sums::kAsynchronous) {
-      compute_by_groups(tokens, slab);
-    } else {
-      compute_by_warps(tokens, slab);
-    }
-    wait_for_copies<0>();
-  }
-
-  H2OT_DEVICE void compute_by_warps(const Tokens& tokens, Slab& slab) {
     const int32_t count = int32_t(ceil_div(tokens.lines.length, kLine));
+    const uint16_t* from[kCopies] = {};
+    if constexpr (Sums::kAsynchronous) {
+#pragma unroll
+      for (int copy = 0; copy < kCopies; copy++) from[copy] = line_of(tokens, copy);
+    }
+    sums.clear();
     for (int ahead = 0; ahead < kStages - 1; ahead++) {
-      if (ahead < count) copy_line(tokens, tokens.lines, ahead, slab.stage[ahead]);
+      if (ahead < count) copy_line(tokens, from, ahead, slab.stage[ahead]);
       commit_copies();
     }
+    wait_for_copies<kStages - 2>();
+    if constexpr (Sums::kAsynchronous) publish_copies();
     int at = 0;
     for (int32_t line = 0; line < count; line++) {
-      wait_for_copies<kStages - 2>();
       __syncthreads();  // the line is there, and the one before is no longer read
       const int before = at == 0 ? kStages - 1 : at - 1;
-      if (line + kStages - 1 < count) copy_line(tokens, tokens.lines, line + kStages - 1, slab.stage[before]);
+      if constexpr (Sums::kAsynchronous) sums.start_line(slab.stage[at]);
+      if (line + kStages - 1 < count) copy_line(tokens, from, line + kStages - 1, slab.stage[before]);
       commit_copies();
-      sums.finish_line(slab.stage[at]);
-      at = at == kStages - 1 ? 0 : at + 1;
-    }
-  }
-
-  // While a line is multiplied, the next one's team waits for it, publishes it, and asks for its team's next.
-  H2OT_DEVICE void compute_by_groups(const Tokens& tokens, Slab& slab) {
-    static_assert((kStages - 1) % kTeams == 1 % kTeams);
-    const Lines lines = tokens.lines;
-    const int32_t count = int32_t(ceil_div(lines.length, kLine));
-    for (int ahead = 0; ahead < kStages - 1; ahead++) {
-      if (ahead < count && is_mine(ahead)) copy_line(tokens, lines, ahead, slab.stage[ahead]);
-    }
-    commit_copies();
-    if (is_mine(0)) {
-      wait_for_copies<0>();
-      publish_copies();
-    }
-    int at = 0;
-    for (int32_t line = 0; line < count; line++) {
-      __syncthreads();  // the line is published, and the one before no longer read
-      sums.start_line(slab.stage[at]);
-      if (is_mine(line + 1)) {
-        wait_for_copies<0>();
+      if constexpr (!Sums::kAsynchronous) sums.finish_line(slab.stage[at]);
+      wait_for_copies<kStages - 2>();
+      if constexpr (Sums::kAsynchronous) {
         publish_copies();
-        const int freed = at == 0 ? kStages - 1 : at - 1;
-        if (line + kStages - 1 < count) copy_line(tokens, lines, line + kStages - 1, slab.stage[freed]);
-        commit_copies();
+        sums.finish_line();
       }
-      sums.finish_line();
       at = at == kStages - 1 ? 0 : at + 1;
     }
+    wait_for_copies<0>();
   }
 
   template <class Values>

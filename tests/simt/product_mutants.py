@@ -26,8 +26,8 @@ MUTANTS = {
     ),
     "a line is read before it is there": (
         "score_products.cuh",
-        "wait_for_copies<kStages - 2>();",
-        "wait_for_copies<kStages - 1>();",
+        "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 2>();",
+        "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 1>();",
     ),
     "no barrier between a line's copies and its reading": (
         "score_products.cuh",
@@ -64,29 +64,24 @@ MUTANTS = {
 GROUP_MUTANTS = {
     "copies that products may not read yet": (
         "score_products.cuh",
-        "publish_copies();\n        const int freed",
-        "const int freed",
+        "publish_copies();\n        sums.finish_line();",
+        "sums.finish_line();",
     ),
     "a line's products are not waited for": ("score_multiply.cuh", "wait_for_products(part);", ""),
     "a line is started before it is there": (
         "score_products.cuh",
-        "wait_for_copies<0>();\n        publish_copies();\n        const int freed",
-        "publish_copies();\n        const int freed",
+        "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 2>();",
+        "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 1>();",
     ),
     "no barrier before a line is started": (
         "score_products.cuh",
-        "__syncthreads();  // the line is published, and the one before no longer read",
+        "__syncthreads();  // the line is there, and the one before is no longer read",
         "",
-    ),
-    "the first line is not waited for": (
-        "score_products.cuh",
-        "if (is_mine(0)) {\n      wait_for_copies<0>();",
-        "if (is_mine(0)) {",
     ),
     "a line is copied to where another is started": (
         "score_products.cuh",
-        "const int freed = at == 0 ? kStages - 1 : at - 1;",
-        "const int freed = at == kStages - 1 ? 0 : at + 1;",
+        "const int before = at == 0 ? kStages - 1 : at - 1;",
+        "const int before = at == kStages - 1 ? 0 : at + 1;",
     ),
     "a line is not summed from zero": (
         "score_multiply.cuh",
