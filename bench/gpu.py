@@ -75,7 +75,7 @@ def stages(out: Path) -> list[Stage]:
         Stage("every operation", 70, every_op, kept=30),
         Stage("guard bands", 50, (*every_op, "--guard"), "nvcc"),
         Stage("gpu tests", 60, (*tests, "-m", "gpu"), kept=25),
-        Stage("case list", 110, (*tests, "-m", "not gpu", "-k", f"(triton or cuda) and not ({without})"), kept=60),
+        Stage("case list", 130, (*tests, "-m", "not gpu", "-k", f"(triton or cuda) and not ({without})"), kept=60),
         sanitizer("memcheck"),
         Stage("asked sizes", 75, asked, kept=50),
         Stage("benchmarks", 130, every_size, kept=40),
