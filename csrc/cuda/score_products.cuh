@@ -151,7 +151,8 @@ struct ProductTile {
     // Values of a token that is none only reach pairs that are none.
     return tokens.lines.data + (i < 0 ? 0 : i) * tokens.lines.stride + threadIdx.x % kVector * kVector;
   }
-  // Past the end of a token zeros; from is then the token's first line. Where registers are short, `from` is made anew.
+  // Past the end of a token zeros; from is then the token's first line. By warps, for which registers are short, `from`
+  // is not kept.
   static H2OT_DEVICE void copy_line(const Tokens& tokens, const uint16_t* const (&from)[kCopies], int32_t line,
                                     LineStage<kSide>& stage) {
     const int token = threadIdx.x / kVector, v = threadIdx.x % kVector;
@@ -159,8 +160,14 @@ struct ProductTile {
     const bool there = c + v * kVector < tokens.lines.length;
 #pragma unroll(kThreads == 512 && !Sums::kAsynchronous ? 2 : 8)
     for (int copy = 0; copy < kCopies; copy++) {
-      const uint16_t* const own = Sums::kAsynchronous ? from[copy] : line_of(tokens, copy);
-      copy_async(stage.place(copy * kTokensAtOnce + token, v), own + (there ? c : 0), there);
+      if constexpr (Sums::kAsynchronous) {
+        copy_async(stage.place(copy * kTokensAtOnce + token, v), from[copy] + (there ? c : 0), there);
+      } else {
+        const int at = copy * kTokensAtOnce + token;
+        const int32_t i = at < kRows ? tokens.row[at] : tokens.column[at - kRows];
+        const int64_t offset = (i < 0 ? 0 : i) * tokens.lines.stride + c + v * kVector;
+        copy_async(stage.place(at, v), tokens.lines.data + (there ? offset : 0), there);
+      }
     }
   }
 
