@@ -72,10 +72,9 @@ def _candidates():
     yield Runner("reference", "cpu")
 
 
-def runners(*ops: str) -> list:
-    """pytest parameters: every runner that can run all of ops here."""
-    can_run = backend.can_run
-    ready = [each for each in _candidates() if all(can_run(op, each.backend, each.device)[0] for op in ops)]
+def runners(op: str) -> list:
+    """pytest parameters: every runner that can run op here."""
+    ready = [runner for runner in _candidates() if backend.can_run(op, runner.backend, runner.device)[0]]
     return [pytest.param(runner, id=str(runner)) for runner in ready]
 
 

@@ -60,14 +60,15 @@ def test_chains_that_meet_no_selected_token(runner):
     assert ours.tolist() == [[-1, -1, -1, 0, -1, -1, 1, -1]]
 
 
-@pytest.mark.parametrize("runner", runners("prune_cluster", "assign_clusters", "merge_tokens"))
+@pytest.mark.parametrize("runner", runners("assign_clusters"))
 def test_a_number_of_tokens_per_sample_through_the_whole_path(runner):
     x, counts = torch.randn(3, 30, 5), [7, 0, 3]
     index = runner(h2ot.prune_cluster, x, counts)
     assert (index >= 0).sum(1).tolist() == counts
     labels = runner(h2ot.assign_clusters, x, index)
     assert torch.equal(labels, python_ref.assign_clusters(x.double(), index))
-    merged = runner(h2ot.merge_tokens, x, labels, 7)
+    merges = h2ot.can_run("merge_tokens", runner.backend, runner.device)[0]  # the CUDA library does not
+    merged = runner(h2ot.merge_tokens, x, labels, 7) if merges else h2ot.merge_tokens(x, labels, 7)
     for b, count in enumerate(counts):
         alone = slice(b, b + 1)
         assert (merged[b, count:] == 0).all()

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
   }
 
   const Operands& to = job.operands;
-  const float* row = Entry<Operand>::kPairs || job.rows ? job.row(b, i) : nullptr;
+  const float* row = job.rows ? job.row(b, i) : nullptr;
   uint16_t* copy = to.copy ? to.copy + (b * job.x.N + i) * to.pitch : nullptr;
   float sum[4] = {};
   const bool lies = to.in_place && raw;
