@@ -67,7 +67,6 @@ pybind11::dict described(const Plan& plan) {
   result["samples"] = plan.samples;
   result["pool_warps"] = plan.pool_warps;
   result["overlaps"] = plan.overlaps;
-  result["many_stages"] = plan.many_stages;
   result["label_tile"] = pybind11::make_tuple(plan.labels.tile_rows, plan.labels.tile_columns);
   result["label_splits"] = plan.labels.splits;
   result["workspace"] = at.bytes;

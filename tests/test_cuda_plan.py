@@ -227,11 +227,6 @@ def test_blocks_of_a_call_overlap_from_9_0_on():
         assert plan(major=major, minor=minor)["overlaps"] == (major >= 9)
 
 
-def test_more_lines_lie_in_shared_memory_on_9_0():
-    for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)):
-        assert plan(major=major, minor=minor)["many_stages"] == (major == 9)
-
-
 def test_two_warps_pool_a_token_of_many_channels():
     assert [plan(C=C)["pool_warps"] for C in (1, 255, 256, 5120)] == [1, 1, 2, 2]
 

@@ -11,6 +11,7 @@ from . import simt
 from .cases import oracle_tokens
 from .compare import assert_scores
 from .simt import cluster
+from .simt.planted import build_planted, survivors
 
 pytestmark = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
 
@@ -138,3 +139,34 @@ def test_any_tokens_get_their_labels(tmp_path):
             for labels in (call.labels, wanted)
         )
         assert (ours - theirs <= 1e-14 * theirs)[wanted >= 0].all()  # float64's own ties, beside centres far smaller
+
+
+# Others of scales and of reading again leave sums of 0 or NaN, which are lower bounds of 0: float64 then decides all.
+MISTAKES = {
+    "no barrier before a block's exponents": (
+        "score_pairs.cuh",
+        "shared.exponent[warp] = own;\n  __syncthreads();",
+        "shared.exponent[warp] = own;",
+    ),
+    "no quarter of the largest": ("score_pairs.cuh", "? 1.0f : 0.25f;", "? 1.0f : 1.0f;"),
+}
+HUNTED = list(itertools.product(TOKENS, simt.SEARCHES, range(3)))  # orders of threads
+
+
+def test_mistakes_are_caught(tmp_path):
+    driver = build_planted(MISTAKES, tmp_path, simt.QUICK)
+
+    def is_right(hunted: tuple[str, str, int], mistake: int) -> bool:
+        name, search, seed = hunted
+        given = TOKENS[name]
+        x, mask = given if isinstance(given, tuple) else (given, None)
+        call = simt.Call(x, 3, 1, mask, plan=(search, "products"), seed=seed)
+        if simt.run([call], driver, tmp_path, mistake=mistake).returncode:
+            return False
+        try:
+            assert_scores(call.scores, python_ref.score_tokens(oracle_tokens(x), 3, mask=mask))
+        except AssertionError:
+            return False
+        return True
+
+    assert not survivors(MISTAKES, HUNTED, is_right)

@@ -19,31 +19,27 @@ struct Labelling : Issuer<Accumulator<T>> {
   using Issuer<A>::plan;
 
   template <class Tiles>
-  void search_by() {
+  void search_by_tiles() {
     follow(centre_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.label_splits, Tiles::kThreads,
-           shared_bytes<CentreShared<Tiles>, Tiles>(plan));
+           sizeof(CentreShared<Tiles>));
   }
   template <class Operand>
   void multiply() {
     if (plan.labels.tile_rows == kProductSides[0]) {
-      search_by<StreamedTile<Operand>>();
+      search_by_tiles<StreamedTile<Operand>>();
     } else {
-      search_by<ProductTile<Operand, kProductSides[1]>>();
+      search_by_tiles<ProductTile<Operand, kProductSides[1]>>();
+    }
+  }
+  void search_directly() {
+    if (plan.labels.tile_rows == kSmallRows) {
+      search_by_tiles<SmallTile<A>>();
+    } else {
+      search_by_tiles<LargeTile<A>>();
     }
   }
   void search() {
-    if constexpr (!std::is_same<T, A>::value) return multiply<T>();
-    if constexpr (std::is_same<T, float>::value) {
-      if (plan.distance == Distance::products) return multiply<Pairs>();
-      if (plan.distance == Distance::exact_products) {
-        return job.x.dtype == Dtype::bf16 ? multiply<BFloat16>() : multiply<Float16>();
-      }
-    }
-    if (plan.labels.tile_rows == kSmallRows) {
-      search_by<SmallTile<A>>();
-    } else {
-      search_by<LargeTile<A>>();
-    }
+    search_by<T>(plan, job.x.dtype, [&](auto operand) { multiply<decltype(operand)>(); }, [&] { search_directly(); });
   }
   void label(void (*kernel)(RowJob<T>)) { follow(kernel, job.groups, kWarps * kLanes, 0); }
 };

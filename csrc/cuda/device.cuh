@@ -96,7 +96,6 @@ H2OT_MMA(mma_bfloat16, "bf16")
 // gets rows 16 w to 16 w + 15, as eight fragments of mma side by side. They run on their own: c is there, and what they
 // read may be written again, after wait_for_products. Needs the target sm_90a.
 constexpr int kGroupSide = 64, kGroupThreads = 4 * 32;
-constexpr bool kHostApart = true;  // what launches is compiled apart from what runs
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kHasGroups = true;
 #else
@@ -147,7 +146,7 @@ void publish_copies();
 #endif
 
 // Shared memory of a block that every device grants without being asked for more; what all of them (8.0 on) grant.
-constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = (kHasGroups ? 227 : 99) << 10;
+constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 
 // First in every kernel that is launched with `overlaps`: waits until the kernel before has ended and all that it wrote
 // is visible, and lets the next one's blocks come as soon as all of this one's have. Nothing may be read or written

@@ -147,7 +147,6 @@ void set_tokens(const Problem& p, const Machine& machine, Plan& plan) {
   const bool few = p.B * ceil_div(p.N, kTokensPerBlock) <= 2 * machine.multiprocessors;
   plan.pool_warps = few && p.C >= 256 ? 2 : 1;
   plan.overlaps = can_overlap(machine);
-  plan.many_stages = has_many_stages(machine);
   const bool exact = plan.distance == Distance::exact_products;
   plan.pitch = p.in_place && (exact || !is_half(p.dtype)) ? 0 : ceil_div(p.C, 4) * 4;
   if (plan.distance == Distance::products) plan.line_pitch = ceil_div(p.C, kPairChannels) * kLine;

@@ -24,9 +24,6 @@ struct Machine {
 // Whether a kernel's blocks may come before the kernel before it has ended.
 constexpr bool can_overlap(const Machine& machine) { return machine.major >= 9; }
 
-// Whether large tiles of products are given the shared memory of kManyStages lines.
-constexpr bool has_many_stages(const Machine& machine) { return machine.major == 9; }
-
 // How approximate distances come about (float64 always decides in the end).
 enum class Distance : int32_t {
   direct,          // sum of (a - b)^2 on the FFMA pipes: relative error only
@@ -108,7 +105,6 @@ struct Plan {
   int64_t samples;       // per pass
   int32_t pool_warps;    // per token where tokens are pooled
   bool overlaps;         // can_overlap
-  bool many_stages;      // has_many_stages
   LabelPlan labels;
   Workspace at;
 };

@@ -58,7 +58,7 @@ struct Issue : Issuer<Accumulator<T>> {
     if (plan.search == Search::streamed) {
       typedef StreamedTile<Operand> Tiles;
       run(stream_products_kernel<Tiles>, ceil_div(job.x.N, Tiles::kRows) * job.splits, Tiles::kThreads,
-          shared_bytes<StreamProductsShared<Tiles>, Tiles>(plan));
+          sizeof(StreamProductsShared<Tiles>));
     } else if (plan.tile_rows == 128) {
       multiply_stored<ProductTile<Operand, 128>>();
     } else {
@@ -67,17 +67,10 @@ struct Issue : Issuer<Accumulator<T>> {
   }
   template <class Tiles>
   void multiply_stored() {
-    follow(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, shared_bytes<ProductShared<Tiles>, Tiles>(plan));
+    follow(stored_products_kernel<Tiles>, plan.tiles, Tiles::kThreads, sizeof(ProductShared<Tiles>));
   }
   void search() {
-    if constexpr (!std::is_same<T, A>::value) return multiply<T>();
-    if constexpr (std::is_same<T, float>::value) {
-      if (plan.distance == Distance::products) return multiply<Pairs>();
-      if (plan.distance == Distance::exact_products) {
-        return job.x.dtype == Dtype::bf16 ? multiply<BFloat16>() : multiply<Float16>();
-      }
-    }
-    search_directly();
+    search_by<T>(plan, job.x.dtype, [&](auto operand) { multiply<decltype(operand)>(); }, [&] { search_directly(); });
   }
 
   void stored() {

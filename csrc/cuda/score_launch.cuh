@@ -2,7 +2,7 @@
 #pragma once
 
 #include "score_device.cuh"
-#include "score_products.cuh"
+#include "score_multiply.cuh"
 
 namespace h2ot {
 namespace cuda {
@@ -124,16 +124,24 @@ Job<Accumulator<T>> make_job(const CudaScoreArgs& args, const Plan& plan, void* 
   return job;
 }
 
-// Bytes of shared memory of a kernel with these tiles. The host, compiled apart, counts few
-// stages.
-template <class Shared, class Tiles>
-int64_t shared_bytes(const Plan& plan) {
-  int64_t bytes = sizeof(Shared);
-  if constexpr (Tiles::kProducts && kHostApart) {
-    const int64_t more = kManyStages - Tiles::kStages;
-    if (plan.many_stages && kMayHaveMany<Tiles::kRows>) bytes += more * int64_t(sizeof(LineStage<Tiles::kRows>));
+// What searches rows of T: multiply(of an operand), or directly().
+template <class T, class Multiply, class Directly>
+void search_by(const Plan& plan, Dtype dtype, const Multiply& multiply, const Directly& directly) {
+  if constexpr (!std::is_same<T, Accumulator<T>>::value) {
+    multiply(T());  // rows of 16 bits are only read in place where they are multiplied
+  } else if constexpr (std::is_same<T, float>::value) {
+    if (plan.distance == Distance::direct) {
+      directly();
+    } else if (plan.distance == Distance::products) {
+      multiply(Pairs());
+    } else if (dtype == Dtype::bf16) {
+      multiply(BFloat16());
+    } else {
+      multiply(Float16());
+    }
+  } else {
+    directly();
   }
-  return bytes;
 }
 
 // Issues kernels one after the other until one fails.

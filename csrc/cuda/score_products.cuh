@@ -14,11 +14,7 @@
 namespace h2ot {
 namespace cuda {
 
-// Lines of each token in shared memory, under way or being multiplied: of large tiles more where warpgroups multiply
-// (9.0), for a multiprocessor has 227 KiB there, and a line takes longer to come than to be multiplied.
-constexpr int kFewStages = 3, kManyStages = 6;
-template <int kSide>
-constexpr bool kMayHaveMany = kSide == kProductSides[0];
+constexpr int kStages = 3;  // lines of each token in shared memory, under way or being multiplied
 
 // Most multiprocessors have less than the 227 KiB of shared memory of 9.0, and on 10.0 half of the registers does not
 // do.
@@ -135,7 +131,6 @@ struct ProductTile {
   static constexpr bool kProducts = true;
   static constexpr int kRows = kSide, kColumns = kSide;
   static constexpr int kThreads = Sums::kThreads;
-  static constexpr int kStages = kHasGroups && kMayHaveMany<kSide> ? kManyStages : kFewStages;
   static constexpr int kBlocks = kSide == 128 ? 1 : 4 / kShortOfShared;  // on a multiprocessor
   struct Slab {
     LineStage<kSide> stage[kStages];

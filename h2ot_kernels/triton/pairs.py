@@ -108,18 +108,25 @@ def pair_kernel(
 
 
 @triton.jit
+def _step_of_products(a, row_at, b, column_at, plane, first, STEP: tl.constexpr):
+    """The three products that count of channels first .. of pairs."""
+    channel = (first + tl.arange(0, STEP))[None, :]
+    a_at, b_at = row_at[:, None] + channel, column_at[:, None] + channel
+    high_a, low_b = tl.load(a + a_at), tl.load(b + plane + b_at)
+    nothing = tl.zeros([row_at.shape[0], column_at.shape[0]], tl.float32)
+    step = product(high_a, tl.trans(low_b), nothing)
+    high_b = tl.load(b + b_at)
+    step = product(high_a, tl.trans(high_b), step)
+    low_a = tl.load(a + plane + a_at)
+    return product(low_a, tl.trans(high_b), step)
+
+
+@triton.jit
 def pair_products(a, row_at, b, column_at, plane, pitch, STEP: tl.constexpr):
     """a b^T of pairs, without the units: rows at a + row_at, b + column_at, which are there."""
     total = tl.zeros([row_at.shape[0], column_at.shape[0]], tl.float32)
     for first in range(0, pitch, STEP):
-        channel = (first + tl.arange(0, STEP))[None, :]
-        a_at, b_at = row_at[:, None] + channel, column_at[:, None] + channel
-        high_a, low_b = tl.load(a + a_at), tl.load(b + plane + b_at)
-        step = product(high_a, tl.trans(low_b), tl.zeros_like(total))
-        high_b = tl.load(b + b_at)
-        step = product(high_a, tl.trans(high_b), step)
-        low_a = tl.load(a + plane + a_at)
-        total += product(low_a, tl.trans(high_b), step)
+        total += _step_of_products(a, row_at, b, column_at, plane, first, STEP)
     return total
 
 
@@ -130,14 +137,7 @@ def grouped_products(
     """The same in the units of the rows of a, which have one for every GROUP channels: unit_plane apart at row_unit."""
     total = tl.zeros([row_at.shape[0], column_at.shape[0]], tl.float32)
     for first in range(0, pitch, STEP):
-        channel = (first + tl.arange(0, STEP))[None, :]
-        a_at, b_at = row_at[:, None] + channel, column_at[:, None] + channel
-        high_a, low_b = tl.load(a + a_at), tl.load(b + plane + b_at)
-        step = product(high_a, tl.trans(low_b), tl.zeros_like(total))
-        high_b = tl.load(b + b_at)
-        step = product(high_a, tl.trans(high_b), step)
-        low_a = tl.load(a + plane + a_at)
-        step = product(low_a, tl.trans(high_b), step)
+        step = _step_of_products(a, row_at, b, column_at, plane, first, STEP)
         own = tl.load(row_unit + tl.full([], first // GROUP, tl.int64) * unit_plane) * 2.0**-24  # exact, if subnormal
         total = tl.fma(step, tl.broadcast_to(own[:, None], step.shape), total)
     return total

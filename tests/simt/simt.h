@@ -224,7 +224,6 @@ inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 constexpr int kGroupSide = 64, kGroupThreads = 4 * 32;
-constexpr bool kHostApart = false;
 #if defined(SIMT_GROUPS)
 constexpr bool kHasGroups = true;
 #else
@@ -243,7 +242,7 @@ inline void commit_products() {}
 inline void wait_for_products(float (&)[8][4]) { simt::finish_products(); }
 inline void publish_copies() { simt::machine.copies[simt::machine.running].unpublished = false; }
 
-constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = (kHasGroups ? 227 : 99) << 10;
+constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 
 inline void follow_previous() {}  // kernels run one after the other
 
