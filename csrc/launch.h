@@ -202,6 +202,27 @@ struct AddNormArgs {
   void *sum, *out;  // [rows, C] contiguous
 };
 
+// A layer of a graph over the T nodes of each line (python_ref/graph.py). s[n]: the degree of node n to the power -1/2;
+// y[n] = s[n] (sum over the neighbours m of n of s[m] v[m]) + u[n];
+// out[n] = residual[n] + scale relu(x[n] + (y[n] - mean[n]) norm_weight[n] / sqrt(variance[n] + eps) + norm_bias[n]).
+// In float32 (float64 for f64). A node without neighbours makes its line NaN.
+constexpr int kMostNeighbours = 16;
+struct GraphArgs {
+  const void *x, *u, *v, *residual;  // [lines, T, inner, C] contiguous
+  Dtype dtype;                       // of these, the norm, the scale and out
+  int64_t lines, T, inner, C;        // T at least 1
+  // Row n says who n's neighbours are. Null: m is one of n's where x[n] x[m] reaches the `neighbours`-th largest of n's
+  // products (NaN is the largest, and reaches nothing).
+  const bool* adjacency;                // [T, T] of all lines (stride 0), or [lines, inner, T, T], contiguous
+  int64_t adjacency_stride;             // from one line to the next: 0 or T T
+  int64_t neighbours;                   // 1 .. min(T, kMostNeighbours)
+  const void *norm_weight, *norm_bias;  // [T] each, or null: 1, 0
+  const void *mean, *variance;          // [T]
+  double eps;
+  const void* scale;  // [C]
+  void* out;          // [lines, T, inner, C] contiguous
+};
+
 // out[c, r] = residual[c, r] + activation(W_c norm(x[r]) + bias_c) in float32, on the tile unit of x86. The weights,
 // those of `chunks` layers with M outputs each, are packed once: three bytes for each, in tiles, and a scale for each
 // output.
@@ -270,6 +291,7 @@ struct Kernels {
   Status (*recover_attention_backward)(const RecoverAttentionBackwardArgs&, const Parallel&);
   Status (*recover_tail)(const RecoverTailArgs&, const Parallel&);
   Status (*add_norm)(const AddNormArgs&, const Parallel&);
+  Status (*graph_update)(const GraphArgs&, const Parallel&);
   Status (*interpolate)(const InterpolateArgs&, const Parallel&);
   Status (*interpolate_backward)(const InterpolateBackwardArgs&, const Parallel&);
 };

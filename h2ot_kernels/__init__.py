@@ -17,6 +17,7 @@ from . import hosts  # isort: skip
 from . import dropin  # isort: skip
 from . import add_norm as _add_norm  # noqa: F401  declares its operator
 from . import backend as _backend
+from . import graph as _graph  # noqa: F401  declares its operator
 from .backend import can_run, env_report, explain, use_backend
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ def add_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype
     has x's dtype. As PyTorch does it, the norm reads the sum as it is stored, in float32 (float64 for float64).
     """
     weight, bias = norm.weight, norm.bias
-    if _records(x, y, weight, bias):
+    if records(x, y, weight, bias):
         raise RuntimeError("add_norm is for inference: call it under torch.no_grad() or torch.inference_mode()")
     no_tangent("add_norm", x, y, weight, bias)
     if x.is_contiguous() or not x.numel():
@@ -47,7 +47,7 @@ def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> b
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
     weight, bias = norm.weight, norm.bias
-    if not all(t is None or _is_plain(t) for t in (x, y, weight, bias)) or _records(x, y, weight, bias):
+    if not all(t is None or is_plain(t) for t in (x, y, weight, bias)) or records(x, y, weight, bias):
         return False
     C = norm.normalized_shape[-1]
     fits = norm.normalized_shape == x.shape[-1:] and C > 0 and all(t is None or t.shape == (C,) for t in (weight, bias))
@@ -62,11 +62,11 @@ def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> b
     return x.dtype in FLOATS and mixes and not is_reference(None) and why_no_cpp() is None
 
 
-def _is_plain(t: Tensor) -> bool:
+def is_plain(t: Tensor) -> bool:
     return type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout is torch.strided and not t.is_nested
 
 
-def _records(*tensors: Tensor | None) -> bool:
+def records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

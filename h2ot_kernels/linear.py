@@ -70,7 +70,7 @@ class Linear(nn.Linear):
         if norm is not None and isinstance(product, Tiles) and _can_fuse(norm, x):
             fused = {"norm": norm}
         elif norm is not None:
-            x = _normed(norm, x, dtype)
+            x = normed(norm, x, dtype)
         products = product(x.to(dtype), activation, residual, **fused)
         return products[0] if chunks == 1 else products
 
@@ -197,7 +197,7 @@ def _can_fuse(norm: nn.LayerNorm, x: Tensor) -> bool:
     return type(norm) is nn.LayerNorm and is_silent(norm) and norm.normalized_shape == x.shape[-1:] and plain
 
 
-def _normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
+def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
     """norm(x), in the dtype of the product where that takes one pass; contiguous, for the product."""
     one_pass = is_silent(norm) and takes(x, None, norm, dtype)
     return add_norm(x, None, norm, dtype)[1].contiguous() if one_pass else norm(x)

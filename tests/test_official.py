@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from h2ot_kernels import hosts
-from h2ot_kernels.hosts.motionagformer import TemporalGraph
+from h2ot_kernels.graph import graph_update
+from h2ot_kernels.hosts import motionagformer
+
+from .test_graph import chosen as chosen_by
 
 RECORDED = Path(__file__).resolve().parents[2] / "shared" / "official"
 MODELS = (
@@ -117,21 +120,24 @@ class Adjacencies:
 
     def __init__(self, monkeypatch):
         self.found, self.margins, self.injected = [], [], None
-        choose = TemporalGraph.adjacency
 
-        def adjacency(graph, rows):
-            chosen = choose(graph, rows)
-            if self.injected is None:
-                self.found.append((rows, chosen))
-                return chosen
-            exact_rows, exact = next(self.injected)
-            similarity = exact_rows @ exact_rows.mT
-            threshold = similarity.topk(graph.num_neighbours, dim=-1).values[..., -1:]
-            margin = (similarity - threshold).abs() / similarity.abs().amax(-1, keepdim=True)
-            self.margins += margin[chosen != exact].tolist()
-            return exact
+        def update(x, u, v, residual, scale, norm, dim, adjacency, neighbours):
+            if adjacency is None:
+                adjacency = self.given(x.movedim(dim, 2), chosen_by(x, dim, neighbours), neighbours)
+            return graph_update(x, u, v, residual, scale, norm, dim, adjacency, neighbours)
 
-        monkeypatch.setattr(TemporalGraph, "adjacency", adjacency)
+        monkeypatch.setattr(motionagformer, "graph_update", update)
+
+    def given(self, rows, chosen, neighbours):
+        if self.injected is None:
+            self.found.append((rows, chosen))
+            return chosen
+        exact_rows, exact = next(self.injected)
+        similarity = exact_rows @ exact_rows.mT
+        threshold = similarity.topk(neighbours, dim=-1).values[..., -1:]
+        margin = (similarity - threshold).abs() / similarity.abs().amax(-1, keepdim=True)
+        self.margins += margin[chosen != exact].tolist()
+        return exact
 
     def inject(self):
         self.injected = iter(self.found)

@@ -24,6 +24,7 @@ const Kernels table = {
     recover_attention_backward,
     recover_tail,
     add_norm,
+    graph_update,
     interpolate,
     interpolate_backward,
 };

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ..graph import graph_update, takes
 from ..hourglass import Kept
-from ..linear import Linear
+from ..linear import Linear, is_silent, normed
 from .blocks import Attention, Fusion, Mlp, Representation, mix
 from .host import Host
 
@@ -118,7 +119,10 @@ class Mixing(nn.Module):
 
 
 class Graph(nn.Module):
-    """residual + scale * relu(x + batch_norm(A' V(x) + U(x))) over the nodes on one axis, A' of `by_degree`."""
+    """residual + scale * relu(x + batch_norm(A' V(x) + U(x))) over the nodes on one axis, A' of `by_degree`.
+
+    A subclass says who is a neighbour of whom, in the words of `graph_update` (`links`) and as a tensor (`adjacency`).
+    """
 
     def __init__(self, channels: int, nodes: int):
         super().__init__()
@@ -126,9 +130,17 @@ class Graph(nn.Module):
         self.V = Linear(channels, channels)
         self.batch_norm = nn.BatchNorm1d(nodes)
 
-    def finish(self, x: Tensor, y: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-        """x, residual [B, F, J, C], y = A' V(x) + U(x) with the nodes on axis 1."""
-        return torch.addcmul(residual, torch.relu(x + self.batch_norm(y).view_as(x)), scale)
+    def forward(self, x: Tensor, dim: int, norm: nn.LayerNorm, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
+        """x, residual [B, F, J, C], the nodes on axis dim; norm: what is done to x first."""
+        x = normed(norm, x, x.dtype)
+        u, v = self.U(x), self.V(x)
+        adjacency, neighbours = self.links()
+        if is_silent(self.batch_norm) and takes(x, (u, v, residual, scale), self.batch_norm, neighbours):
+            return graph_update(x, u, v, residual, scale, self.batch_norm, dim, adjacency, neighbours), None
+        x, u, v, residual = (t.movedim(dim, 2) for t in (x, u, v, residual))  # the nodes beside the channels
+        y = by_degree(self.adjacency(x), x.dtype) @ v + u
+        y = self.batch_norm(y.flatten(0, 1)).view_as(x)
+        return torch.addcmul(residual, torch.relu(x + y), scale).movedim(2, dim), None
 
     def unexecuted_flops(self, x: Tensor, dim: int) -> int:
         """The published formulation multiplies by D^(-1/2) as two dense products of [T, T] matrices."""
@@ -143,13 +155,13 @@ class SpatialGraph(Graph):
     def __init__(self, channels: int, joints: tuple[tuple[int, ...], ...]):
         super().__init__(channels, len(joints))
         adjacency = torch.tensor([[other in neighbours for other in range(len(joints))] for neighbours in joints])
-        self.register_buffer("adjacency", adjacency, persistent=False)
+        self.register_buffer("skeleton", adjacency, persistent=False)
 
-    def forward(self, x: Tensor, dim: int, norm: nn.LayerNorm, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
-        """x [B, F, J, C], dim 2."""
-        x = norm(x)
-        y = by_degree(self.adjacency, x.dtype) @ self.V(x) + self.U(x)
-        return self.finish(x, y.flatten(0, 1), residual, scale), None
+    def links(self) -> tuple[Tensor, int]:
+        return self.skeleton, 0
+
+    def adjacency(self, x: Tensor) -> Tensor:
+        return self.skeleton
 
 
 class TemporalGraph(Graph):
@@ -159,17 +171,13 @@ class TemporalGraph(Graph):
         super().__init__(channels, nodes)
         self.num_neighbours = min(num_neighbours, nodes)
 
-    def forward(self, x: Tensor, dim: int, norm: nn.LayerNorm, residual: Tensor, scale: Tensor) -> tuple[Tensor, None]:
-        """x [B, F, J, C], dim 1."""
-        x = norm(x)
-        weights = by_degree(self.adjacency(x.transpose(1, 2)), x.dtype)
-        y = (weights @ self.V(x).transpose(1, 2)).transpose(1, 2) + self.U(x)
-        return self.finish(x, y.flatten(2), residual, scale), None
+    def links(self) -> tuple[None, int]:
+        return None, self.num_neighbours
 
-    def adjacency(self, rows: Tensor) -> Tensor:
-        """rows [B, J, F, C] -> bool [B, J, F, F]: where the product of two frames reaches the row's n-th largest."""
-        rows = rows.detach()
-        similarity = rows @ rows.mT
+    def adjacency(self, x: Tensor) -> Tensor:
+        """x [..., T, C] -> bool [..., T, T]: where the product of two frames reaches the row's n-th largest."""
+        x = x.detach()
+        similarity = x @ x.mT
         left = similarity.clone()
         for _ in range(self.num_neighbours - 1):  # for a few neighbours sooner done than topk
             left.scatter_(-1, left.argmax(-1, keepdim=True), -torch.inf)

@@ -209,6 +209,17 @@ class Driver:
         made = self.call("add_norm", *arguments)
         return (x.new_empty(0), *made) if y is None else tuple(made)
 
+    def graph_update(
+        self, x, u, v, residual, scale, adjacency, neighbours, norm_weight, norm_bias, mean, variance, eps, dim
+    ):
+        T, C = x.shape[dim], x.shape[-1]
+        lines, inner = x.shape[:dim].numel(), x.shape[dim + 1 : -1].numel()
+        stride = 0 if adjacency is None or adjacency.dim() == 2 else T * T
+        tokens, vectors = map(dense, (x, u, v, residual)), map(dense, (norm_weight, norm_bias, mean, variance))
+        links = dense(adjacency, torch.bool), stride, neighbours
+        sizes = DTYPES[x.dtype], lines, T, inner, C
+        return self.call("graph_update", *tokens, *sizes, *links, *vectors, eps, dense(scale), Out(x.shape, x.dtype))[0]
+
     def _interpolate(self, x, x_shape, frames, index, nearest, out):
         index = dense(index, torch.int64)
         B, K, *trailing = x_shape
@@ -239,7 +250,7 @@ def _into_out(name: str):
 for _name in ("gather_tokens", "recover_attention", "recover_interpolate"):
     setattr(Driver, f"{_name}_out", _into_out(_name))
 OPERATORS = [name for name in vars(Driver) if name.startswith(("score_", "prune_", "select_", "attention_", "gather_",
-             "scatter_", "assign_", "cluster_", "merge_", "recover_", "add_"))]  # fmt: skip
+             "scatter_", "assign_", "cluster_", "merge_", "recover_", "add_", "graph_"))]  # fmt: skip
 
 
 def memory_of(x: Tensor) -> bytes:

@@ -220,6 +220,12 @@ Status run(std::string_view name, Arguments& a, const Parallel& pool) {
                             a.integer(), a.integer(), a.array(), a.array(), a.dtype(), a.real(), a.array(), a.array()},
                            pool);
   }
+  if (name == "graph_update") {
+    return kernel.graph_update({a.array(), a.array(), a.array(), a.array(), a.dtype(), a.integer(), a.integer(),
+                                a.integer(), a.integer(), a.array<bool>(), a.integer(), a.integer(), a.array(),
+                                a.array(), a.array(), a.array(), a.real(), a.array(), a.array()},
+                               pool);
+  }
   if (name == "interpolate") return kernel.interpolate(interpolate_args(a), pool);
   if (name == "interpolate_backward") {
     return kernel.interpolate_backward({interpolate_args(a), a.array(), a.array()}, pool);
