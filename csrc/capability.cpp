@@ -90,7 +90,7 @@ bool has_tiles() {
   if (wanted && strcmp(wanted, "0") == 0) return false;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #endif
 
@@ -103,6 +103,15 @@ bool tiles_run() {
 #else
   return false;
 #endif
+}
+
+Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
+#ifdef H2OT_AMX
+  constexpr int64_t kFewKeys = 64, kFewQueries = 16;  // below, the vector units are as fast
+  const bool fits = a.dtype == Dtype::bf16 && a.scale > 0 && a.C > 0 && a.K >= kFewKeys && a.F >= kFewQueries;
+  if (fits && tiles_run()) return amx::attend(a, pool);
+#endif
+  return kernels().recover_attention(a, pool);
 }
 
 const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }

@@ -272,7 +272,10 @@ namespace amx {
 int64_t packed_size(const PackArgs&);
 void pack(const PackArgs&);
 Status linear(const LinearArgs&, const Parallel&);
+Status attend(const RecoverAttentionArgs&, const Parallel&);  // bf16, scale above 0, K and C at least 1
 }  // namespace amx
+// recover_attention by the tile unit where it can, else by kernels().
+Status attend(const RecoverAttentionArgs&, const Parallel&);
 
 // One table per instruction set; capability.cpp picks one at run time.
 struct Kernels {

@@ -273,7 +273,7 @@ void recover_attention_out(const Tensor& query, const Tensor& key, const Tensor&
                            const Tensor& out) {
   RecoverInputs in(query, key, value, num_heads, scale, false);
   in.args.out = out.mutable_data_ptr();
-  check(kernels().recover_attention(in.args, pool()), "recover_attention");
+  check(attend(in.args, pool()), "recover_attention");
 }
 
 Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale) {

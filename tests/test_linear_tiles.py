@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +15,9 @@ from h2ot_kernels import _C
 from h2ot_kernels.linear import Linear, OneDnn, Tiles, linear, pack_linear, tiles_run
 
 from .compare import assert_within
+from .tiles import BAND, at, build, can_emulate, fails, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mamx-tile -mamx-int8"
-FLAGS += " -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w -DH2OT_ISA=amx"
-BAND = 1024
 # rows, C, M, chunks: below, at and above a tile, a group of rows, a block of groups (70 x 4096), a step of channels
 SIZES = [
     (1, 32, 1, 1),
@@ -41,19 +38,7 @@ class Emulated:
     """The kernel on an emulated unit; the bytes beside its results stay as they are."""
 
     def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
-        for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*")]:
-            text = file.read_text()
-            for name, old, new in replaced:
-                if name == file.name:
-                    assert text.count(old) == 1, old
-                    text = text.replace(old, new)
-            to = folder / file.relative_to(ROOT / "csrc")
-            to.parent.mkdir(exist_ok=True)
-            to.write_text(text)
-        library = folder / "emulated.so"
-        source = ROOT / "tests/tiles/emulated.cpp"
-        subprocess.run(["g++", *FLAGS.split(), f"-I{folder}", str(source), "-o", str(library)], check=True)
-        self.library = ctypes.CDLL(str(library))
+        self.library = build(folder, "linear.cpp", *replaced)
         self.library.emulated_pack.restype = ctypes.c_int64
 
     def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
@@ -71,20 +56,6 @@ class Emulated:
             assert (whole[:BAND] == 7).all()
             assert (whole[-BAND:] == 7).all()
         return result.view(size if chunks == 1 else (chunks, *size))
-
-
-def guarded(count, dtype):
-    whole = torch.full((count + 2 * BAND,), 7, dtype=dtype)
-    return whole, whole[BAND:-BAND]
-
-
-def at(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def can_emulate():
-    info = Path("/proc/cpuinfo")
-    return shutil.which("g++") is not None and info.exists() and "avx512bw" in info.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -312,14 +283,6 @@ def test_planted_mistakes_are_seen(mistake, tmp_path):
         )
     ]
     assert any(fails(test) for test in tests)
-
-
-def fails(test):
-    try:
-        test()
-    except AssertionError:
-        return True
-    return False
 
 
 @pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")

@@ -37,10 +37,15 @@ def main() -> int:
         sys.exit("tidy: the planted finding was not seen")
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
-    amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mamx-tile", "-mamx-int8"]
-    jobs.append((ROOT / "csrc" / "amx" / "linear.cpp", amx))
-    others = "registration.cpp", "linear_registration.cpp", "norm_registration.cpp", "capability.cpp", "cuda/plan.cpp"
-    jobs += [(ROOT / "csrc" / name, ["-DH2OT_X86", "-DH2OT_AMX"]) for name in others]
+    amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
+    jobs += [(file, amx) for file in sorted((ROOT / "csrc" / "amx").glob("*.cpp"))]
+    others = [
+        *(ROOT / "csrc").glob("*registration.cpp"),
+        ROOT / "csrc" / "capability.cpp",
+        ROOT / "csrc" / "cuda" / "plan.cpp",
+    ]
+    others.remove(ROOT / "csrc" / "cuda_registration.cpp")  # wants the headers of CUDA
+    jobs += [(file, ["-DH2OT_X86", "-DH2OT_AMX"]) for file in sorted(others)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = sorted({line for lines in pool.map(lambda job: findings(*job), jobs) for line in lines})
     print(*found, sep="\n", end="\n" if found else "")

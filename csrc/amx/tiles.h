@@ -5,43 +5,18 @@
 // where a token has a number that stands far above the others, so that lower digits matter, the three of order 3, too.
 #pragma once
 
-#include <immintrin.h>
-
-#include "../cpu/vectors.h"
+#include "unit.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 
-constexpr int64_t kSide = 16, kDepth = 64, kTile = kSide * kDepth;  // bytes; of sums kSide x kSide int32, as large
-constexpr int64_t kGroup = 2 * kSide;                               // rows of a product; it has kSide outputs
+constexpr int64_t kGroup = 2 * kSide;  // rows of a product; it has kSide outputs
 constexpr int kRowDigits = 4, kWeightDigits = 3, kOrders = 4;
 constexpr int64_t kRowStep = kRowDigits * 2 * kTile;    // a step of kGroup rows: [digit][2][kTile]
 constexpr int64_t kWeightStep = kWeightDigits * kTile;  // a step of kSide outputs: [digit][kTile]
 constexpr int64_t kSums = kOrders * kGroup * kSide;
 
-// The tile registers: 0 - 5 sums, 6 weights, 7 rows. The thread has them while this lives.
-class TileRegisters {
- public:
-  TileRegisters() {
-    Shapes all;
-    for (int i = 0; i < 8; i++) {
-      all.row_bytes[i] = kDepth;
-      all.rows[i] = kSide;
-    }
-    _tile_loadconfig(&all);
-  }
-  TileRegisters(const TileRegisters&) = delete;
-  TileRegisters& operator=(const TileRegisters&) = delete;
-  ~TileRegisters() { _tile_release(); }
-
- private:
-  struct alignas(64) Shapes {
-    uint8_t palette = 1, start = 0, unused[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-};
-
+// The tile registers: 0 - 5 sums, 6 weights, 7 rows.
 H2OT_INLINE void load_weights(const int8_t* weights, int digit) { _tile_loadd(6, weights + digit * kTile, kDepth); }
 // Marked so that they leave the weights in the first-level cache: 960 -> 730 ns for 512 channels.
 H2OT_INLINE void load_rows(const int8_t* rows, int digit, int half) {

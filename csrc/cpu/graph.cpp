@@ -72,7 +72,7 @@ struct Largest {
     for (int64_t m = 0; m < T; m++) {
       Vector<E> next = load(products + m * kPanel<E>);
       Bits from = Bits{} + decltype(Bits{}[0] + 0u)(m);
-      nans -= reinterpret_cast<Bits>(next != next);
+      nans += reinterpret_cast<Bits>(next <= splat<E>(E(__builtin_inf()))) + 1;  // -1 but for NaN
 #pragma GCC unroll 4
       for (int i = 0; i < count; i++) {
         const Vector<E> least = values[i];

@@ -1,7 +1,11 @@
-// csrc/amx/linear.cpp as it is, on a tile unit in plain C++: it runs where there is none, and between guard bands.
+// A tile unit in plain C++, for the kernels of csrc/amx as they are: they run where there is none, and between guard
+// bands. To be included before a kernel's source.
 //
 // What the processor's manual says: tiles of 16 rows of 64 bytes, none before they are configured; a product of
-// bytes adds four neighbours of a row times four of a column to a 32-bit sum.
+// bytes adds four neighbours of a row times four of a column to a 32-bit sum; one of bfloat16 numbers two of each, the
+// even and the odd ones summed apart.
+#pragma once
+
 #include <immintrin.h>
 
 #include <cstdint>
@@ -62,6 +66,30 @@ static inline void products(int sums, int left, int right) {
   }
 }
 
+static inline float widened(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+static inline void half_products(int sums, int left, int right) {
+  EMULATED_WANT(unit.configured);
+  for (int m = 0; m < 16; m++) {
+    for (int n = 0; n < 16; n++) {
+      float sum[2] = {}, to;
+      for (int k = 0; k < 32; k++) {
+        uint16_t a, b;
+        memcpy(&a, unit.tile[left][m] + 2 * k, 2);
+        memcpy(&b, unit.tile[right][k / 2] + 4 * n + k % 2 * 2, 2);
+        sum[k % 2] += widened(a) * widened(b);
+      }
+      memcpy(&to, unit.tile[sums][m] + 4 * n, 4);
+      to += sum[0] + sum[1];
+      memcpy(unit.tile[sums][m] + 4 * n, &to, 4);
+    }
+  }
+}
+
 }  // namespace emulated
 
 #undef _tile_loadd
@@ -69,6 +97,7 @@ static inline void products(int sums, int left, int right) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbssd
+#undef _tile_dpbf16ps
 #define _tile_loadconfig emulated::configure
 #define _tile_release emulated::release
 #define _tile_loadd emulated::load
@@ -76,30 +105,10 @@ static inline void products(int sums, int left, int right) {
 #define _tile_stored emulated::store
 #define _tile_zero emulated::zero
 #define _tile_dpbssd emulated::products
-
-#include "amx/linear.cpp"
-
-namespace {
+#define _tile_dpbf16ps emulated::half_products
 
 // Two pieces of the tasks, one after the other.
-void run_in_two(int64_t tasks, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
+static inline void run_in_two(int64_t tasks, int64_t, void (*body)(void*, int64_t, int64_t), void* context) {
   body(context, 0, tasks / 2);
   body(context, tasks / 2, tasks);
-}
-
-}  // namespace
-
-extern "C" int64_t emulated_pack(const float* weight, int64_t chunks, int64_t M, int64_t C, int8_t* packed) {
-  const h2ot::PackArgs args = {weight, chunks, M, C, packed};
-  if (packed) h2ot::amx::pack(args);
-  return h2ot::amx::packed_size(args);
-}
-
-extern "C" int emulated_linear(const float* x, int64_t rows, int64_t chunks, int64_t M, int64_t C, const int8_t* packed,
-                               const float* bias, const float* residual, int gelu, float* out, const float* norm_weight,
-                               const float* norm_bias, float eps) {
-  const auto activation = gelu ? h2ot::Activation::gelu : h2ot::Activation::none;
-  const h2ot::LinearArgs args = {x,        rows,       chunks, M,        C,           packed,    bias,
-                                 residual, activation, out,    eps >= 0, norm_weight, norm_bias, eps};
-  return int(h2ot::amx::linear(args, {run_in_two, 2}));
 }

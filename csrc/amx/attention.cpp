@@ -1,0 +1,322 @@
+// Attention in bfloat16 on the tile unit of recent x86 processors (AMX).
+//
+// A task is one head of one sample and one panel of kPanel queries, which stand in the lanes. Logits [key][query] =
+// keys times the panel, whose pairs of channels stand in the rows of a tile; exact softmax down the lanes; out
+// [channel][query] = values, transposed once per head, times the weights, rounded to bfloat16, of which pairs of keys
+// (16 apart) stand in the rows of a tile. Counted per panel and 32 keys: D / 4 tile instructions of 16 cycles, 64
+// vectors of weights of about 13 instructions. Sums in float32; a weight is off by 8e-5 of itself before it is rounded
+// to 2^-9.
+#include "../cpu/worker.h"
+#include "unit.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+namespace {
+
+constexpr int64_t kPanel = 2 * kSide, kStepKeys = 2 * kSide, kStepChannels = 2 * kSide;
+constexpr int64_t kTileHalves = kTile / int64_t(sizeof(uint16_t));
+
+int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Sizes of a head in tiles; everything is padded with zeros to whole steps.
+struct Head {
+  int64_t D, depth, tiles;  // channels; steps of kStepChannels; tiles of kSide of the result
+  int64_t steps, panels;    // steps of kStepKeys keys; panels of queries
+  float rate;               // scale / ln 2
+
+  explicit Head(const RecoverAttentionArgs& a)
+      : D(a.C / a.H),
+        depth(groups_of(D, kStepChannels)),
+        tiles(groups_of(D, kSide)),
+        steps(groups_of(a.K, kStepKeys)),
+        panels(groups_of(a.F, kPanel)),
+        rate(float(a.scale * 1.4426950408889634)) {}
+};
+
+// What a thread works in. Tiles are contiguous.
+struct Arrays {
+  uint16_t* keys;     // [2 steps][depth][kSide keys][kStepChannels]
+  uint16_t* values;   // [tiles][steps][kSide channels][kSide pairs of keys][2]
+  uint16_t* queries;  // [2][depth][kSide pairs of channels][kSide queries][2]
+  float* logits;      // [steps kStepKeys][kPanel]
+  uint16_t* weights;  // [steps][2][kSide pairs of keys][kSide queries][2]
+  float* out;         // [tiles kSide][kPanel]
+
+  Arrays(Carver& memory, const Head& head) {
+    keys = memory.take<uint16_t>(2 * head.steps * head.depth * kTileHalves);
+    values = memory.take<uint16_t>(head.tiles * head.steps * kTileHalves);
+    queries = memory.take<uint16_t>(2 * head.depth * kTileHalves);
+    logits = memory.take<float>(head.steps * kStepKeys * kPanel);
+    weights = memory.take<uint16_t>(head.steps * 2 * kTileHalves);
+    out = memory.take<float>(head.tiles * kSide * kPanel);
+  }
+};
+
+// The words of a row of bfloat16 numbers from channel c on, two in each, 0 behind channel D.
+H2OT_INLINE Words pairs_of(const uint16_t* row, int64_t c, int64_t D) {
+  Words words = {};
+  const int64_t left = D - c;
+  if (left >= kStepChannels) {
+    memcpy(&words, row + c, sizeof words);
+  } else {
+    memcpy(&words, row + c, size_t(left) * sizeof(uint16_t));
+  }
+  return words;
+}
+
+// Sixteen rows of words as sixteen columns.
+H2OT_INLINE void transpose(Words* x) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kSide; step *= 2) {
+    Words low, high;
+#pragma GCC unroll 16
+    for (unsigned lane = 0; lane < kSide; lane++) {
+      const bool second = lane & unsigned(step);
+      low[lane] = second ? kSide + lane - step : lane;
+      high[lane] = second ? kSide + lane : lane + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; i++) {
+      if (i & step) continue;
+      const Words first = x[i], second = x[i + step];
+      x[i] = __builtin_shuffle(first, second, low);
+      x[i + step] = __builtin_shuffle(first, second, high);
+    }
+  }
+}
+
+// Rows of tokens, `count` of them, as tiles; zeros for the others of `tiles` tiles of kSide.
+void pack_rows(const uint16_t* x, int64_t stride, int64_t count, int64_t tiles, const Head& head, bool transposed,
+               uint16_t* to) {
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    for (int64_t step = 0; step < head.depth; step++, to += kTileHalves) {
+      Words rows[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; i++) {
+        const int64_t row = tile * kSide + i;
+        rows[i] = row < count ? pairs_of(x + row * stride, step * kStepChannels, head.D) : Words{};
+      }
+      if (transposed) transpose(rows);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; i++) memcpy(to + i * kStepChannels, &rows[i], sizeof rows[i]);
+    }
+  }
+}
+
+// Sixteen channels of a row of values from c on, widened; 0 behind channel D, and where there is no row.
+H2OT_INLINE Words channels_of(const uint16_t* row, int64_t c, int64_t D) {
+  if (!row || c >= D) return Words{};
+  if (c + kSide <= D) return load_halves(row + c);
+  uint16_t part[kSide] = {};
+  memcpy(part, row + c, size_t(D - c) * sizeof(uint16_t));
+  return load_halves(part);
+}
+
+void pack_values(const uint16_t* value, int64_t stride, int64_t K, const Head& head, uint16_t* to) {
+  for (int64_t tile = 0; tile < head.tiles; tile++) {
+    for (int64_t step = 0; step < head.steps; step++, to += kTileHalves) {
+      Words pairs[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; i++) {
+        const int64_t k = step * kStepKeys + i, other = k + kSide, c = tile * kSide;
+        const Words first = channels_of(k < K ? value + k * stride : nullptr, c, head.D);
+        pairs[i] = first | channels_of(other < K ? value + other * stride : nullptr, c, head.D) << 16;
+      }
+      transpose(pairs);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; i++) memcpy(to + i * kStepKeys, &pairs[i], sizeof pairs[i]);
+    }
+  }
+}
+
+// Registers 0 to 3: sums of two tiles of keys and two halves of the panel; 4 and 5 keys, 6 and 7 queries.
+void multiply_keys(const Head& head, const Arrays& at) {
+  const uint16_t* keys = at.keys;
+  const int64_t next = head.depth * kTileHalves;
+  constexpr int64_t kRow = kPanel * int64_t(sizeof(float));
+  for (int64_t step = 0; step < head.steps; step++, keys += 2 * next) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < head.depth; d++) {
+      _tile_loadd(6, at.queries + d * kTileHalves, kDepth);
+      _tile_loadd(4, keys + d * kTileHalves, kDepth);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, at.queries + next + d * kTileHalves, kDepth);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, keys + next + d * kTileHalves, kDepth);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    float* const to = at.logits + step * kStepKeys * kPanel;
+    _tile_stored(0, to, kRow);
+    _tile_stored(1, to + kSide, kRow);
+    _tile_stored(2, to + kSide * kPanel, kRow);
+    _tile_stored(3, to + kSide * kPanel + kSide, kRow);
+  }
+}
+
+// Registers 0 and 1: sums of a tile of channels and two halves of the panel; 4 values, 6 and 7 weights.
+void multiply_values(const Head& head, const Arrays& at) {
+  const uint16_t* values = at.values;
+  constexpr int64_t kRow = kPanel * int64_t(sizeof(float));
+  for (int64_t tile = 0; tile < head.tiles; tile++) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t step = 0; step < head.steps; step++, values += kTileHalves) {
+      _tile_loadd(4, values, kDepth);
+      _tile_loadd(6, at.weights + 2 * step * kTileHalves, kDepth);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, at.weights + (2 * step + 1) * kTileHalves, kDepth);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    float* const to = at.out + tile * kSide * kPanel;
+    _tile_stored(0, to, kRow);
+    _tile_stored(1, to + kSide, kRow);
+  }
+}
+
+H2OT_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// Of the K logits of each lane, kPanel from one to the next.
+H2OT_INLINE Floats largest_of(const float* logits, int64_t K) {
+  Floats most[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) most[i] = load(logits);
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4, logits += 4 * kPanel) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) most[i] = larger(load(logits + i * kPanel), most[i]);
+  }
+  for (; k < K; k++, logits += kPanel) most[0] = larger(load(logits), most[0]);
+  return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+}
+
+// 2^(logit rate - most), NaN for NaN, not below 2^-126: 2^n times a cubic in the rest, within 8e-5 of it.
+H2OT_INLINE Floats weight_of(Floats logit, float rate, Floats most) {
+  const Floats lowest = splat<float>(-126.0f), given = logit * rate - most, x = lowest > given ? lowest : given;
+  const Floats n = _mm512_maskz_roundscale_ps(kAll, x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
+  const Floats power = ((0x1.c3f748p-5f * f + 0x1.f0de1ap-3f) * f + 0x1.62f31ap-1f) * f + 0x1.fff692p-1f;
+  return _mm512_maskz_scalef_ps(kAll, power, n);
+}
+
+// Two vectors as pairs of bfloat16 numbers, to nearest; what is just between becomes the larger.
+H2OT_INLINE Words rounded_pairs(Floats first, Floats second) {
+  const Words low = (as_words(first) + 0x8000u) >> 16, high = as_words(second) + 0x8000u;
+  return reinterpret_cast<Words>(
+      _mm512_mask_blend_epi16(0xaaaaaaaau, reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(high)));
+}
+
+// The weights of sixteen lanes as tiles, two from one to the next, and their sums.
+H2OT_INLINE Floats soften(const float* logits, int64_t K, float rate, uint16_t* weights) {
+  const Floats most = largest_of(logits, K) * rate;
+  Floats sum = {};
+  int64_t k = 0;
+  for (; k + kStepKeys <= K; k += kStepKeys, logits += kStepKeys * kPanel, weights += 2 * kTileHalves) {
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kSide; i++) {
+      const Floats first = weight_of(load(logits + i * kPanel), rate, most);
+      const Floats second = weight_of(load(logits + (i + kSide) * kPanel), rate, most);
+      sum += first + second;
+      const Words pairs = rounded_pairs(first, second);
+      memcpy(weights + i * kStepKeys, &pairs, sizeof pairs);
+    }
+  }
+  for (int64_t i = 0; k < K && i < kSide; i++) {
+    const Floats first = k + i < K ? weight_of(load(logits + i * kPanel), rate, most) : Floats{};
+    const Floats second = k + i + kSide < K ? weight_of(load(logits + (i + kSide) * kPanel), rate, most) : Floats{};
+    sum += first + second;
+    const Words pairs = rounded_pairs(first, second);
+    memcpy(weights + i * kStepKeys, &pairs, sizeof pairs);
+  }
+  return sum;
+}
+
+// Sixteen channels of up to sixteen queries, which stand in the lanes, times `share`.
+H2OT_INLINE void put_tile(const float* sums, Floats share, int64_t queries, int64_t channels, BFloat16* out,
+                          int64_t stride) {
+  Words x[kSide];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kSide; i++) x[i] = as_words(load(sums + i * kPanel) * share);
+  transpose(x);
+#pragma GCC unroll 16
+  for (int64_t q = 0; q < kSide; q++) {
+    if (q >= queries) break;
+    if (channels >= kSide) {
+      store_narrow(out + q * stride, as_floats(x[q]));
+    } else {
+      store_part(out + q * stride, as_floats(x[q]), channels);
+    }
+  }
+}
+
+// Asks for rows [first, last) of the D channels at x.
+H2OT_INLINE void ask_for(const uint16_t* x, int64_t stride, int64_t D, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i++) {
+    for (int64_t d = 0; d < D; d += kStepChannels) __builtin_prefetch(x + i * stride + d, 0, 2);
+  }
+}
+
+H2OT_INLINE const uint16_t* head_of(const void* x, const Rows& at, int64_t b, int64_t channel) {
+  return static_cast<const uint16_t*>(x) + b * at.stride_b + channel;
+}
+
+void run_panel(const RecoverAttentionArgs& a, const Head& head, const Arrays& at, int64_t b, int64_t channel,
+               int64_t first) {
+  const int64_t count = a.F - first < kPanel ? a.F - first : kPanel;
+  const uint16_t* const query = head_of(a.query, a.query_at, a.query_rows == 1 ? 0 : b, channel);
+  pack_rows(query + first * a.query_at.stride_n, a.query_at.stride_n, count, 2, head, true, at.queries);
+  multiply_keys(head, at);
+  Floats sums[2];
+  for (int64_t half = 0; half < 2; half++) {
+    sums[half] = soften(at.logits + half * kSide, a.K, head.rate, at.weights + half * kTileHalves);
+  }
+  multiply_values(head, at);
+  BFloat16* const out = static_cast<BFloat16*>(a.out) + (b * a.F + first) * a.C + channel;
+  for (int64_t half = 0; half < 2; half++) {
+    const Floats share = 1 / sums[half];
+    for (int64_t tile = 0; tile < head.tiles; tile++) {
+      const float* const sums_of_tile = at.out + tile * kSide * kPanel + half * kSide;
+      BFloat16* const to = out + half * kSide * a.C + tile * kSide;
+      put_tile(sums_of_tile, share, count - half * kSide, head.D - tile * kSide, to, a.C);
+    }
+  }
+}
+
+}  // namespace
+
+Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
+  const Head head(a);
+  Outcome outcome;
+  const int64_t tasks = a.B * a.H * head.panels;
+  parallel_for(pool, tasks, 1 + 2000000 / (a.K * head.D * kPanel + 1), [&](int64_t begin, int64_t end) {
+    Carver sizes(nullptr);
+    Arrays(sizes, head);
+    void* const memory = scratch(Slot::own, sizes.bytes());
+    if (!memory) return outcome.fail(Status::out_of_memory);
+    Carver carver(memory);
+    const Arrays at(carver, head);
+    const TileRegisters registers;
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t panel = task % head.panels, which = task / head.panels;
+      const int64_t b = which / a.H, channel = which % a.H * head.D;
+      if (task == begin || panel == 0) {
+        const uint16_t* const key = head_of(a.key, a.key_at, b, channel);
+        pack_rows(key, a.key_at.stride_n, a.K, 2 * head.steps, head, false, at.keys);
+        pack_values(head_of(a.value, a.value_at, b, channel), a.value_at.stride_n, a.K, head, at.values);
+      }
+      if (which + 1 < a.B * a.H) {
+        const int64_t next_b = (which + 1) / a.H, next = (which + 1) % a.H * head.D;
+        const int64_t from = a.K * panel / head.panels, to = a.K * (panel + 1) / head.panels;
+        ask_for(head_of(a.key, a.key_at, next_b, next), a.key_at.stride_n, head.D, from, to);
+        ask_for(head_of(a.value, a.value_at, next_b, next), a.value_at.stride_n, head.D, from, to);
+      }
+      run_panel(a, head, at, b, channel, panel * kPanel);
+    }
+  });
+  return outcome.result();
+}
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot

@@ -1,0 +1,37 @@
+// The tile unit of recent x86 processors (AMX): its registers, and their shape.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../cpu/vectors.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+
+constexpr int64_t kSide = 16, kDepth = 64, kTile = kSide * kDepth;  // bytes; of sums kSide x kSide of 32 bits, as large
+
+// Eight tiles of kSide rows of kDepth bytes. The thread has them while this lives.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    Shapes all;
+    for (int i = 0; i < 8; i++) {
+      all.row_bytes[i] = kDepth;
+      all.rows[i] = kSide;
+    }
+    _tile_loadconfig(&all);
+  }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+  ~TileRegisters() { _tile_release(); }
+
+ private:
+  struct alignas(64) Shapes {
+    uint8_t palette = 1, start = 0, unused[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+};
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot

@@ -1,0 +1,208 @@
+"""Attention in bfloat16 on the tile unit (AMX): natively where there is one, and the same source on an emulated one."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from h2ot_kernels import _C
+from h2ot_kernels.linear import tiles_run
+from h2ot_kernels.recover_attention import recover_attention
+
+from .compare import assert_within
+from .tiles import BAND, at, build, can_emulate, fails, guarded
+
+BF16 = torch.bfloat16
+# B, F, K, H, D: below, at and above a tile of keys, a step of them, a panel of queries, a step of channels
+SIZES = [
+    (1, 16, 64, 1, 32),
+    (2, 33, 65, 2, 16),
+    (1, 31, 95, 3, 40),
+    (2, 64, 81, 1, 64),
+    (1, 17, 112, 2, 39),
+    (3, 32, 67, 1, 100),
+    (1, 65, 129, 2, 1),
+]
+
+
+def native(query, key, value, num_heads, scale):
+    return recover_attention(query, key, value, num_heads, scale=scale, backend="cpp")
+
+
+class Emulated:
+    """The kernel on an emulated unit; the bytes beside its result stay as they are."""
+
+    def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
+        self.library = build(folder, "attention.cpp", *replaced)
+
+    def __call__(self, query, key, value, num_heads, scale):
+        (B, K, C), (query_rows, F, _) = value.shape, query.shape
+        # One layout for all three: rows of more than C elements, between bands of NaN.
+        apart, batch = C + 5, max(F, K) * (C + 5)
+        given = [torch.full((max(B, 1), max(F, K), apart), float("nan"), dtype=BF16) for _ in range(3)]
+        for memory, x in zip(given, (query, key, value), strict=True):
+            memory[: x.shape[0], : x.shape[1], :C] = x
+        whole, out = guarded(B * F * C, BF16)
+        sizes = [ctypes.c_int64(size) for size in (B, F, K, C, num_heads, query_rows, apart, batch)]
+        assert self.library.emulated_attention(*map(at, given), *sizes, ctypes.c_double(scale), at(out)) == 0
+        assert (whole[:BAND] == 7).all()
+        assert (whole[-BAND:] == 7).all()
+        return out.view(B, F, C)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    if not can_emulate():
+        pytest.skip("needs g++ and a CPU with AVX-512")
+    return Emulated(tmp_path_factory.mktemp("tiles"))
+
+
+@pytest.fixture(params=["native", "emulated"])
+def run(request):
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    if not tiles_run():
+        pytest.skip("this CPU has no tile unit (AMX)")
+    return native
+
+
+def made(B, F, K, H, D, query_rows=None, seed=0):
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    return tuple(draw(rows, T, H * D).to(BF16) for rows, T in ((query_rows or B, F), (B, K), (B, K)))
+
+
+def by_torch(query, key, value, num_heads, scale, dtype):
+    heads = [x.to(dtype).expand(len(value), -1, -1).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in
+             (query, key, value)]  # fmt: skip
+    weights = (heads[0] @ heads[1].mT * scale).softmax(-1)
+    return (weights @ heads[2]).transpose(1, 2).flatten(2)
+
+
+def check(run, sizes, scale=None, query_rows=None, factor=1.0):
+    query, key, value = made(*sizes, query_rows)
+    given = factor * query, key, value, sizes[3], scale or sizes[4] ** -0.5
+    assert_within(run(*given), *(by_torch(*given, dtype) for dtype in (torch.float64, BF16)), sizes[2])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_within_bound(run, sizes):
+    check(run, sizes)
+    check(run, sizes, scale=0.3, query_rows=1)
+
+
+def test_sharp_and_flat_weights(run):
+    """One key takes all of the weight; all take the same."""
+    for factor in (40.0, 1e-3, 0.0):
+        check(run, SIZES[3], factor=factor)
+
+
+def test_weights_far_below_the_largest_vanish(run):
+    query, key, value = (torch.ones(1, n, 32, dtype=BF16) for n in (16, 70, 70))
+    value[:, 1:] = 1e30
+    key[:, 1:] = -100
+    assert (run(query, key, value, 1, 1.0) == 1).all()
+
+
+def test_on_average_as_accurate_as_pytorch(run):
+    query, key, value = made(2, 64, 133, 2, 64)
+    given = query, key, value, 2, 0.125
+    exact = by_torch(*given, torch.float64)
+    theirs = functional.scaled_dot_product_attention(
+        *(x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (query, key, value))
+    )
+    ours, theirs = run(*given), theirs.transpose(1, 2).flatten(2)
+    errors = [(y.double() - exact).square().mean().sqrt() for y in (ours, theirs)]
+    assert errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite(run, bad):
+    """What a key or a value holds reaches the queries of its sample and head; what a query holds, that query."""
+    sizes = 2, 33, 65, 2, 32
+    for which in range(3):
+        given = [x.clone() for x in made(*sizes)]
+        given[which][1, 7, 40] = bad  # of head 1
+        got, exact = run(*given, 2, 0.2), by_torch(*given, 2, 0.2, torch.float64)
+        assert got[0].isfinite().all()
+        assert got[1, :, :32].isfinite().all()
+        assert torch.equal(got.isfinite(), exact.isfinite())
+        assert bad == bad or not exact.isfinite().all()
+
+
+def test_the_same_bits_in_any_batch(run):
+    query, key, value = made(3, 40, 65, 2, 32)
+    whole = run(query, key, value, 2, 0.2)
+    for b in range(3):
+        assert torch.equal(run(query[b : b + 1], key[b : b + 1], value[b : b + 1], 2, 0.2), whole[b : b + 1])
+    assert torch.equal(run(query[:, 16:32], key, value, 2, 0.2), whole[:, 16:32])
+
+
+@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+def test_threads_and_strides_change_no_bit():
+    query, key, value = made(2, 243, 243, 4, 32)
+    wanted = native(query, key, value, 4, 0.2)
+    beside = torch.cat([query, key, value], -1).chunk(3, -1)
+    assert torch.equal(native(*beside, 4, 0.2), wanted)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(native(query, key, value, 4, 0.2), wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+def test_when_the_unit_is_used():
+    """Its bits are not those of the vector units, which have the few keys, the few queries and scales below 0."""
+    for F, K, scale, expected in (
+        (16, 64, 0.3, True),
+        (15, 64, 0.3, False),
+        (16, 63, 0.3, False),
+        (16, 64, -0.3, False),
+    ):
+        given = *made(2, F, K, 2, 32), 2, scale
+        results = []
+        for name in ("avx512", "avx2"):
+            _C.set_capability(name)
+            results.append(native(*given))
+        assert torch.equal(*results) != expected
+        exact = by_torch(*given, torch.float64)
+        assert_within(results[0], exact, by_torch(*given, BF16), K)
+
+
+MISTAKES = {
+    "a step of channels is left out": ("attention.cpp", "d < head.depth; d++", "d + 1 < head.depth; d++"),
+    "the halves of a panel are the same": ("attention.cpp", "at.queries + next + d *", "at.queries + d *"),
+    "padded keys count": ("attention.cpp", "k + i + kSide < K ? weight_of", "k < K ? weight_of"),
+    "values of a pair are neighbours": ("attention.cpp", "other = k + kSide, c", "other = k + 1, c"),
+    "tokens are not transposed": ("attention.cpp", "if (transposed) transpose(rows);", ""),
+    "queries beyond the last are written": ("attention.cpp", "if (q >= queries) break;", ""),
+    "channels beyond the last are written": ("attention.cpp", "if (channels >= kSide) {", "if (true) {"),
+    "the largest of a lane misses keys": ("attention.cpp", "for (; k < K; k++,", "for (; k + 1 < K; k++,"),
+    "weights are cut": ("attention.cpp", "(as_words(first) + 0x8000u) >> 16", "as_words(first) >> 16"),
+    "keys of the sample before": ("attention.cpp", "if (task == begin || panel == 0) {", "if (task == begin) {"),
+    "every sample has the first one's query": ("attention.cpp", "a.query_rows == 1 ? 0 : b", "0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_seen(mistake, tmp_path):
+    if not can_emulate():
+        pytest.skip("needs g++ and a CPU with AVX-512")
+    wrong = Emulated(tmp_path, MISTAKES[mistake])
+    tests = [functools.partial(check, wrong, sizes) for sizes in SIZES]
+    tests += [functools.partial(test, wrong) for test in (test_on_average_as_accurate_as_pytorch, test_large_logits)]
+    assert any(fails(test) for test in tests)
+
+
+def test_large_logits(run):
+    """Without the lane's largest they would overflow: the largest of 67 keys is the last."""
+    query, key, value = (torch.ones(1, n, 32, dtype=BF16) for n in (16, 67, 67))
+    key *= 8
+    key[:, -1] = 16
+    value[:, -1] = 3
+    assert (run(query, key, value, 1, 1.0) == 3).all()
