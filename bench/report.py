@@ -147,7 +147,6 @@ TABLES = (operation_table, gpu_table, large_table, model_table, host_table, onnx
 
 def write(rows: list[dict], out: Path) -> Path:
     """report.html and a PNG per picture and machine in out; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
     machines = []
     for number, (title, of_machine) in enumerate(by_machine(rows).items(), start=1):
         pictures = []
@@ -175,8 +174,12 @@ def main(arguments: list[str] | None = None) -> int:
     """0; 1: something measured here was wrong."""
     parser = argparse.ArgumentParser(prog="./dev report", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", type=Path, metavar="FILE", help="default: measure this machine first")
-    parser.add_argument("--out", type=Path, default=Path("report_out"), help="default: report_out")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("report_out"), help="default: report_out")
     given = parser.parse_args(arguments)
+    try:  # before anything is measured
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     wrong, files = 0, given.rows
     if files is None:
         files = [given.out / "rows.jsonl"]

@@ -137,6 +137,15 @@ def chosen_backend(op: str, device: str | torch.device) -> str:
     return next(name for name in _order(kind, named) if can_run(op, name, kind)[0])
 
 
+def check_named(device: str | torch.device) -> None:
+    """Raise ValueError where the backend that `use_backend` or the environment names cannot run every operation."""
+    for op in _implementations:
+        try:
+            chosen_backend(op, device)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+
 def dispatch(op: str, tensor: Tensor, backend: str | None) -> Callable:
     """The implementation of `op` for `tensor`: the named backend, else `use_backend`, the environment, the device."""
     named = backend or _override or _from_environment

@@ -21,6 +21,7 @@ for needed in ("jinja2", "matplotlib", "rich", "onnxruntime"):
     pytest.importorskip(needed, reason=f"{needed} is not installed")
 from bench import bench_kept, bench_onnx, compare, figures, memory, peers, report, run, shapes  # noqa: E402
 
+RESULTS = Path(report.__file__).parent / "results"
 ENVIRONMENT = {"device": "a machine", "threads": 1, "torch": "2.13.0", "date": "2026-01-02T03:04:05+00:00"}
 
 
@@ -117,8 +118,7 @@ def test_machines_are_kept_apart_and_the_last_row_of_a_case_counts():
 
 
 def test_every_committed_row_can_be_read():
-    folder = Path(report.__file__).parent / "results"
-    read = [row for path in folder.glob("cpu*/*.jsonl") for row in compare.read_rows(path)]
+    read = [row for path in RESULTS.glob("cpu*/*.jsonl") for row in compare.read_rows(path)]
     assert {"cluster_tokens", "model", "ftp_pose", "onnx_host", "host"} <= {row["op"] for row in read}
     assert all(compare.name(row) and isinstance(row.get("timings", {}), dict) for row in report.latest(read))
 
@@ -176,13 +176,17 @@ def test_the_command_reads_files(tmp_path, capsys):
     assert (tmp_path / "out" / "report.html").exists()
     for content, message in (
         ("{]", "rows.jsonl:1 is not JSON"),
-        ("[1]", 'wanted an object with "op"'),
+        ("[1]", "wanted an object with op, shape, device"),
+        ('{"op": "sort", "device": "a", "threads": 1, "torch": "2"}', "wanted an object with shape, date"),
         ("", "without rows"),
     ):
         rows.write_text(content)
         with pytest.raises(SystemExit):
             report.main(["--rows", str(rows), "--out", str(tmp_path / "out")])
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main(["--rows", str(rows), "--out", str(rows / "folder")])
+    assert "--out: " in capsys.readouterr().err
 
 
 def test_hosts_beside_the_official_formulation(tmp_path, capsys):
@@ -210,6 +214,18 @@ def test_two_files_compared(tmp_path, capsys):
     assert ratios == {"official": 1.0, "ours": 4.0, "peer (stage 1 only)": 1.0}
     assert run.main(["--compare", str(a), str(c)]) == 1
     assert "no case in common" in capsys.readouterr().out.replace("\n", "")
+    c.write_text('{"op": "sort"}')
+    with pytest.raises(SystemExit):
+        run.main(["--compare", str(a), str(c)])
+    assert "c.jsonl:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("[!r]*/*.jsonl")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_every_committed_file_is_compared(path, capsys):
+    assert run.main(["--compare", str(path), str(path)]) == 0
+    assert "1.00" in capsys.readouterr().out
 
 
 def test_the_sweep_varies_one_size_at_a_time():
