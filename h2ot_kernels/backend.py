@@ -87,6 +87,8 @@ def triton_device() -> str:
 def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, str]:
     """Whether `backend` can run `op` on tensors of `device` ("cpu", "cuda", ...), and why (not).
 
+    Raises ValueError for an unknown op or backend.
+
     >>> can_run("gather_tokens", "cuda", "cpu")
     (False, 'tensors are on cpu, not cuda')
     """
@@ -209,6 +211,8 @@ def use_backend(backend: str) -> Iterator[None]:
 def explain(op: str, *tensors: Tensor) -> str:
     """Which backend `op` would use for these tensors (none: the CPU), and why not the others: one line each.
 
+    Raises ValueError for an unknown op, RuntimeError where the backend that is named cannot run it.
+
     >>> import torch, h2ot_kernels as h2ot
     >>> print(h2ot.explain("gather_tokens", torch.zeros(1, 9, 4)).splitlines()[0])
     gather_tokens on cpu: cpp
@@ -223,6 +227,8 @@ def explain(op: str, *tensors: Tensor) -> str:
 
 def env_report() -> dict:
     """What a bug report needs: versions, device, backends built or why not, CPU capability, threads.
+
+    Raises nothing: what cannot be told is left out or "unknown". JSON can hold it.
 
     >>> sorted(env_report()["backends"])
     ['cpp', 'cuda', 'reference', 'triton']
