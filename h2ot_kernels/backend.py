@@ -21,6 +21,8 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 # In order of preference. "reference" stands last where a device has kernels for some operations only. Of CUDA C++ and
 # Triton, where both have a kernel, CUDA C++ was the faster at every size that was timed (bench/results).
 _DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("cuda", "triton", "reference")}
+# A public function that has no operator of its own -> the one that decides what it runs on.
+_RUNS_AS = {"recover_pose": "recover_tail"}
 _implementations: dict[str, dict[str, Callable]] = {}
 # (op, device, named backend) -> what runs
 _resolved: dict[tuple[str, str, str | None], Callable] = {}
@@ -218,9 +220,10 @@ def explain(op: str, *tensors: Tensor) -> str:
     gather_tokens on cpu: cpp
     """
     device = tensors[0].device if tensors else torch.device("cpu")
-    lines = [f"{op} on {device.type}: {chosen_backend(op, device)}"]
+    kernel = _RUNS_AS.get(op, op)
+    lines = [f"{op} on {device.type}: {chosen_backend(kernel, device)}"]
     for backend in BACKENDS:
-        ok, reason = can_run(op, backend, device)
+        ok, reason = can_run(kernel, backend, device)
         lines.append(f"  {backend:9} {'can run' if ok else 'cannot run'}: {reason}")
     return "\n".join(lines)
 
@@ -233,9 +236,17 @@ def env_report() -> dict:
     >>> sorted(env_report()["backends"])
     ['cpp', 'cuda', 'reference', 'triton']
     """
+    import importlib.metadata
     import platform
 
+    from . import __version__
+
+    installed = {}
+    for package in ("numpy", "triton", "onnx", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
     report = {
+        "h2ot_kernels": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -243,7 +254,8 @@ def env_report() -> dict:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("H2OT_KERNELS_")},
+        "packages": installed,
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ENVIRONMENT)},
         "backends": {
             "cpp": why_no_cpp() or "built",
             "cuda": why_no_cuda() or "built",
@@ -259,6 +271,9 @@ def env_report() -> dict:
         report["cpu_capabilities"] = _C.runnable_capabilities().split(",")
         report["cpu_tiles"] = _C.tiles_run()
     return report
+
+
+_ENVIRONMENT = ("H2OT_KERNELS_", "TRITON_", "OMP_", "CUDA_VISIBLE_DEVICES")
 
 
 def _cpu_name() -> str:
