@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+NEEDED = ("op", "shape", "device", "threads", "torch", "date")
+
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a result file. Raises ValueError that names the line which is no row.
@@ -24,8 +26,9 @@ def read_rows(path: Path) -> list[dict]:
             row = _of_model(row)
         if isinstance(row, dict) and row.get("op") == "ftp_pose":
             row = _of_ftp_pose(row)
-        if not isinstance(row, dict) or "op" not in row:
-            raise ValueError(f'{path}:{number}: got {line[:40]!r}, wanted an object with "op"')
+        missing = [name for name in NEEDED if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise ValueError(f"{path}:{number}: got {line[:40]!r}, wanted an object with {', '.join(missing)}")
         rows.append(row)
     return rows
 
@@ -68,8 +71,8 @@ def changes(before: list[dict], after: list[dict]) -> list[dict]:
         }
         for case, row in latest.items()
         if case in known
-        for rival, timing in row["timings"].items()
-        if rival in known[case]["timings"]
+        for rival, timing in row.get("timings", {}).items()
+        if rival in known[case].get("timings", {})
     ]
 
 

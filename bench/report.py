@@ -1,7 +1,7 @@
 """`./dev report [--rows FILE ...] [--out DIR]`: one self-contained HTML page and its pictures as PNG files.
 
---rows: result files of ./dev bench, bench.bench_large, _hosts, _kept and _onnx. Without them this machine is measured
-first, briefly (about 6 minutes), into DIR/rows.jsonl.
+--rows: result files of ./dev bench, bench.bench_large, _hosts, _dropin, _kept, _ftp_pose and _onnx. Without them this
+machine is measured first, briefly (about 6 minutes), into DIR/rows.jsonl.
 """
 
 import argparse
@@ -142,12 +142,41 @@ def onnx_table(rows: list[dict]) -> dict | None:
     return {"title": title, "columns": columns, "lines": lines} if lines else None
 
 
-TABLES = (operation_table, gpu_table, large_table, model_table, host_table, onnx_table)
+def patch_table(rows: list[dict]) -> dict | None:
+    """A line per patched model: `dropin.patch` beside the model as it was."""
+    columns = ["model", "unpatched, ms", "patched, ms", "speed-up", "deviation"]
+    lines = []
+    for row in (row for row in rows if row["op"].startswith("dropin_")):
+        times = [_milliseconds(row.get("timings", {}).get(rival)) for rival in ("unpatched", "patched")]
+        gain = f"{row['speed_up']:.2f}x" if row["is_right"] else "WRONG"
+        lines.append([name(row), *times, gain, f"{row['error']:.1e}"])
+    return {"title": "Existing code, patched", "columns": columns, "lines": lines} if lines else None
+
+
+def ftp_pose_table(rows: list[dict]) -> dict | None:
+    """A line per epsilon and place of pruning of FTP-Pose, over its own unpruned model."""
+    columns = ["FTP-Pose", "tokens a frame", "GFLOP", "ms", "over unpruned", "extra MB"]
+    lines = []
+    for row in (row for row in rows if row["op"] == "ftp_pose"):
+        peak, gain = row["peak_bytes"], row.get("speed_up")
+        lines.append(
+            [
+                name(row).removeprefix("ftp_pose "),
+                str(row["kept_per_frame"]),
+                f"{row['flops'] / 1e9:.1f}",
+                _milliseconds(row["timings"].get("ours")),
+                f"{gain:.2f}x" if gain else "WRONG",
+                f"{peak / 1e6:.1f}" if peak is not None else "-",
+            ]
+        )
+    return {"title": "FTP-Pose: tokens of images", "columns": columns, "lines": lines} if lines else None
+
+
+TABLES = (operation_table, gpu_table, large_table, model_table, patch_table, host_table, ftp_pose_table, onnx_table)
 
 
 def write(rows: list[dict], out: Path) -> Path:
     """report.html and a PNG per picture and machine in out; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
     machines = []
     for number, (title, of_machine) in enumerate(by_machine(rows).items(), start=1):
         pictures = []
@@ -175,8 +204,12 @@ def main(arguments: list[str] | None = None) -> int:
     """0; 1: something measured here was wrong."""
     parser = argparse.ArgumentParser(prog="./dev report", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", type=Path, metavar="FILE", help="default: measure this machine first")
-    parser.add_argument("--out", type=Path, default=Path("report_out"), help="default: report_out")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("report_out"), help="default: report_out")
     given = parser.parse_args(arguments)
+    try:  # before anything is measured
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     wrong, files = 0, given.rows
     if files is None:
         files = [given.out / "rows.jsonl"]

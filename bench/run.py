@@ -13,6 +13,7 @@ device, versions, date. --sweep varies N, B, C and K of prune_cluster one at a t
 import argparse
 import datetime
 import json
+import math
 import sys
 import traceback
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from h2ot_kernels import can_run, env_report, use_backend
-from h2ot_kernels.backend import interpreting
+from h2ot_kernels.backend import BACKENDS, interpreting
 from h2ot_kernels.comparison import Comparison, Result, compare
 from h2ot_kernels.timing import Machine
 
@@ -64,13 +65,21 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device here")
+    if unknown := [name for name in given.backends if name not in BACKENDS]:
+        parser.error(f"--backends: got {', '.join(unknown)}, wanted some of {', '.join(BACKENDS)}")
+    if not (given.seconds > 0 and math.isfinite(given.seconds)):
+        parser.error(f"--seconds: got {given.seconds:g}, wanted more than 0")
     if given.threads is not None:
         if given.threads < 1:
             parser.error(f"--threads: got {given.threads}, wanted 1 or more")
         torch.set_num_threads(given.threads)
 
     out = given.out or Path(__file__).parent / "results" / f"{given.device}.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:  # before anything is measured
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        parser.error(f"--out: {error}")
     machine, environment = Machine(given.device), environment_row(given.device)
     no_memory = "not asked for" if given.no_memory else memory.why_not(machine.device)
     wrong, absent = 0, {}

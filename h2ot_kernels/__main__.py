@@ -84,11 +84,15 @@ def _evaluate(options: argparse.Namespace) -> int:
     import torch
 
     from . import evaluation, hosts
+    from .backend import check_named
 
     if options.device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: this torch sees no GPU")
     seq2frame = {"pipeline": "seq2frame"} if options.model.startswith("tpc") else {}
     try:
+        check_named(options.device)
+        if options.batch < 1:
+            raise ValueError(f"--batch: got {options.batch}, wanted 1 or more")
         model = hosts.load_checkpoint(hosts.build(options.model, **seq2frame), options.checkpoint)
         if options.poses is None:
             videos = [evaluation.read_clip_video(options.keypoints)]

@@ -21,6 +21,8 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 # In order of preference. "reference" stands last where a device has kernels for some operations only. Of CUDA C++ and
 # Triton, where both have a kernel, CUDA C++ was the faster at every size that was timed (bench/results).
 _DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("cuda", "triton", "reference")}
+# A public function that has no operator of its own -> the one that decides what it runs on.
+_RUNS_AS = {"recover_pose": "recover_tail"}
 _implementations: dict[str, dict[str, Callable]] = {}
 # (op, device, named backend) -> what runs
 _resolved: dict[tuple[str, str, str | None], Callable] = {}
@@ -87,6 +89,8 @@ def triton_device() -> str:
 def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, str]:
     """Whether `backend` can run `op` on tensors of `device` ("cpu", "cuda", ...), and why (not).
 
+    Raises ValueError for an unknown op or backend.
+
     >>> can_run("gather_tokens", "cuda", "cpu")
     (False, 'tensors are on cpu, not cuda')
     """
@@ -135,6 +139,15 @@ def chosen_backend(op: str, device: str | torch.device) -> str:
     kind = torch.device(device).type
     _resolve(op, kind, named)  # raises where nothing can run
     return next(name for name in _order(kind, named) if can_run(op, name, kind)[0])
+
+
+def check_named(device: str | torch.device) -> None:
+    """Raise ValueError where the backend that `use_backend` or the environment names cannot run every operation."""
+    for op in _implementations:
+        try:
+            chosen_backend(op, device)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
 
 
 def dispatch(op: str, tensor: Tensor, backend: str | None) -> Callable:
@@ -200,14 +213,17 @@ def use_backend(backend: str) -> Iterator[None]:
 def explain(op: str, *tensors: Tensor) -> str:
     """Which backend `op` would use for these tensors (none: the CPU), and why not the others: one line each.
 
+    Raises ValueError for an unknown op, RuntimeError where the backend that is named cannot run it.
+
     >>> import torch, h2ot_kernels as h2ot
     >>> print(h2ot.explain("gather_tokens", torch.zeros(1, 9, 4)).splitlines()[0])
     gather_tokens on cpu: cpp
     """
     device = tensors[0].device if tensors else torch.device("cpu")
-    lines = [f"{op} on {device.type}: {chosen_backend(op, device)}"]
+    kernel = _RUNS_AS.get(op, op)
+    lines = [f"{op} on {device.type}: {chosen_backend(kernel, device)}"]
     for backend in BACKENDS:
-        ok, reason = can_run(op, backend, device)
+        ok, reason = can_run(kernel, backend, device)
         lines.append(f"  {backend:9} {'can run' if ok else 'cannot run'}: {reason}")
     return "\n".join(lines)
 
@@ -215,12 +231,22 @@ def explain(op: str, *tensors: Tensor) -> str:
 def env_report() -> dict:
     """What a bug report needs: versions, device, backends built or why not, CPU capability, threads.
 
+    Raises nothing: what cannot be told is left out or "unknown". JSON can hold it.
+
     >>> sorted(env_report()["backends"])
     ['cpp', 'cuda', 'reference', 'triton']
     """
+    import importlib.metadata
     import platform
 
+    from . import __version__
+
+    installed = {}
+    for package in ("numpy", "triton", "onnx", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
     report = {
+        "h2ot_kernels": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -228,7 +254,8 @@ def env_report() -> dict:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("H2OT_KERNELS_")},
+        "packages": installed,
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ENVIRONMENT)},
         "backends": {
             "cpp": why_no_cpp() or "built",
             "cuda": why_no_cuda() or "built",
@@ -244,6 +271,9 @@ def env_report() -> dict:
         report["cpu_capabilities"] = _C.runnable_capabilities().split(",")
         report["cpu_tiles"] = _C.tiles_run()
     return report
+
+
+_ENVIRONMENT = ("H2OT_KERNELS_", "TRITON_", "OMP_", "CUDA_VISIBLE_DEVICES")
 
 
 def _cpu_name() -> str:

@@ -39,7 +39,8 @@ def cluster_tokens(
     Arguments as in `prune_cluster`. Returns (index int64 [B, K], labels int64 [B, N], score float64 [B, N]): those of
     `prune_cluster`, `assign_clusters` of its index, and `score_tokens`. Raises as they do.
     Cost: on a CPU, for up to 1536 tokens (CUDA C++: 2048), that of `prune_cluster` alone, as labels are read off the
-    distances that scoring has made; else that of both. Source: HoT section 3.2, TCFormer section 3;
+    distances that scoring has made; else that of both. Source: HoT section 3.2, TCFormer section 3:
+    labels[b, i] = argmin over c of |x[b, i] - x[b, index[b, c]]|;
     `python_ref.score`, `python_ref.select`, `python_ref.cluster`.
 
     >>> import torch, h2ot_kernels as h2ot
@@ -69,8 +70,9 @@ def assign_clusters(
 ) -> Tensor:
     """labels [B, N]: which selected token each token is nearest to, as a position in index; the lowest on a tie.
 
-    x: [B, N, C] or [B, F, J, C] (pooled over J as in `score_tokens`). index: int64 [B, K] or [1, K], ascending, then
-    perhaps -1: padding (`select_tokens` with a num_tokens per sample), which attracts nobody.
+    x: [B, N, C] or [B, F, J, C] (dtypes and pooling over J as in `score_tokens`).
+    index: int64 [B, K] or [1, K], ascending, then perhaps -1: padding (`select_tokens` with a num_tokens per sample),
+    which attracts nobody.
     mask: bool [B, N], True = valid. lengths: int [B], valid tokens at the front. metric: see `score_tokens`.
     parent: int64 [B, N], `score_tokens(...).parent`: labels then follow the chain of parents to the first selected
     token, as Rodriguez & Laio do, in place of the nearest one; x only says which tokens are finite.
@@ -78,8 +80,9 @@ def assign_clusters(
     so do all tokens of a sample with no valid selected token, those whose chain meets none, and float64 tokens whose
     squared distances overflow.
     Returns int64 [B, N]. Raises TypeError or ValueError that name the argument, IndexError for an index or parent
-    outside -1 .. N - 1. Cost: B N K C differences (parent: B N steps), memory O(N C); decided as in float64. Source:
-    Rodriguez & Laio 2014; `python_ref.cluster`.
+    outside -1 .. N - 1. Cost: B N K C differences (parent: B N steps), memory O(N C); decided as in float64.
+    Source: TCFormer section 3: labels[b, i] = argmin over c of |x[b, i] - x[b, index[b, c]]|; with parent
+    Rodriguez & Laio 2014: labels[b, i] = labels[b, parent[b, i]]; `python_ref.cluster`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.assign_clusters(torch.tensor([[[0.0], [1.0], [8.0], [9.0]]]), torch.tensor([[0, 3]]))

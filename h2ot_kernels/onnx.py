@@ -65,8 +65,8 @@ def decompositions() -> dict[Callable, Callable]:
     """Operator -> the same in PyTorch operators that have ONNX counterparts, for `ExportedProgram.run_decompositions`.
 
     Forward operators only, and none that writes into a caller's buffer (`out=`). Shapes, dtypes and results are those
-    of `python_ref`; integers and bools exactly, floats to the last bits of their order of sums. No errors are raised
-    for what only the data can tell.
+    of `python_ref`; integers and bools exactly, floats to the last bits of their order of sums. Raises nothing; nor do
+    the decompositions, for what only the data can tell.
 
     >>> import torch, h2ot_kernels.onnx
     >>> table = h2ot_kernels.onnx.decompositions()

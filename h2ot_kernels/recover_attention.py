@@ -25,7 +25,7 @@ def recover_attention(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """softmax(Q K^T scale) V per head, heads side by side on C; without storing the weights.
+    """out = softmax(Q K^T scale) V per head, heads side by side on C; without storing the weights.
 
     query: [F, C] or [1, F, C] (shared by every sample and joint: the recovery token, projected once), or [B, F, C].
     key, value: [B, K, C], projected; B is the batch times the joints. All float32, float64, bfloat16 or float16.
@@ -89,15 +89,16 @@ def recover_pose(
     num_joints: int = 17,
     backend: str | None = None,
 ) -> Tensor:
-    """The fused inference tail of HoT: head(norm(token + proj(recover_attention(query, key, value)))).
+    """The fused inference tail of HoT: pose = head(norm(token + proj(recover_attention(query, key, value)))).
 
+    Dtypes as in `recover_attention`.
     token: [F, C] or [1, F, C], the recovery token; query: the same, projected; key, value: [B * J, K, C] with
     J = num_joints; num_heads = H divides C; proj: Linear(C, C); norm: LayerNorm(C); head: Linear(C, 3).
     [B, J, F, C] is never written after the projection; in Triton, which projects in one kernel with the norm and the
     head, not after the attention. Of norm and head (in Triton of proj, too) only the parameters count, cast to key's
     dtype. Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
     Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
-    argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source:
+    argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: HoT section 3.3;
     `python_ref.recover_attention`.
 
     >>> import torch, h2ot_kernels as h2ot

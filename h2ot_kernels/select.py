@@ -37,7 +37,8 @@ def select_tokens(
     Returns int64 [B, K]. Raises TypeError or ValueError that name the argument, IndexError for keep outside 0 .. N - 1
     and for a tensor that keeps more than K tokens. On a GPU, which cannot raise, such a row is -1 (CUDA C++), or keeps
     what it can (Triton).
-    Cost: O(N) memory per sample. Source: `python_ref.select`.
+    Cost: O(N) time and memory per sample. Source: the end of HoT section 3.2:
+    index[b] = sorted(the first K tokens i by (-score[b, i], i)); `python_ref.select`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.select_tokens(torch.tensor([[0.1, 0.9, 0.5, 0.2]]), 2, keep=0)
@@ -89,8 +90,8 @@ def prune_cluster(
     Arguments as in `score_tokens` and `select_tokens` (a num_tokens per sample, too); equal to
     `select_tokens(score_tokens(x, k).score, K)` with the same mask given to both (tokens that hold NaN or infinity
     count as masked here; select_tokens sees only their score of -inf).
-    Raises as they do. Cost: that of scoring; nothing else is written. Source: HoT section 3.2;
-    `python_ref.score`, `python_ref.select`.
+    Raises as they do. Cost: that of scoring; nothing else is written. Source: HoT section 3.2:
+    score_i = density_i * distance_i, index[b] = sorted(its first K); `python_ref.score`, `python_ref.select`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> x = torch.tensor([[[0.0], [1.0], [2.0], [50.0], [51.0], [52.0]]])
@@ -109,12 +110,12 @@ def prune_cluster(
 
 
 def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) -> Tensor:
-    """TPS: num_tokens = K evenly spaced frames of num_frames = F: frame i (F - 1) // (K - 1); K = 1: (F - 1) // 2.
+    """TPS: num_tokens = K evenly spaced frames of num_frames = F: index[i] = i (F - 1) // (K - 1); K = 1: (F - 1) // 2.
 
     keep: an int or a list of frames that are always kept; one that is not sampled replaces the nearest sampled frame
     that is not kept itself, the lower on a tie. device: where the index is made.
     Returns ascending int64 [1, K], which every sample shares. Raises TypeError, ValueError or IndexError that name the
-    argument. Cost: computed once per (F, K, keep, device). Source: H2OT section 3;
+    argument. Cost: O(K), once per (F, K, keep, device). Source: H2OT section 3;
     `python_ref.select`.
 
     >>> import h2ot_kernels as h2ot
@@ -164,7 +165,8 @@ def prune_attention(
 
     query, key: [B, H, F, D] or [B, J, H, F, D], one float dtype, any strides. scale: default D ** -0.5.
     keep: as in `select_tokens`. Returns ascending int64 [B, K]. Raises as `select_tokens`.
-    Cost: B J H F^2 D multiply-adds; no F x F matrix is stored. Source: H2OT section 3;
+    Cost: B J H F^2 D multiply-adds; no F x F matrix is stored. Source: H2OT section 3:
+    score[b, f] = the mean over joints, heads and queries q of softmax(query[b, j, h, q] . key[b, j, h] scale)[f];
     `python_ref.select`.
 
     >>> import torch, h2ot_kernels as h2ot

@@ -70,6 +70,11 @@ def every_seventh(x: torch.Tensor) -> torch.Tensor:
     return torch.arange(0, x.shape[1], 7, device=x.device)[None]
 
 
+def chain(x: torch.Tensor) -> torch.Tensor:
+    """[B, N]: every token's parent is the one before it."""
+    return torch.arange(-1, x.shape[1] - 1, device=x.device).repeat(x.shape[0], 1)
+
+
 def into(module, op: str, *inputs, **given) -> tuple[torch.Tensor]:
     """An operation that writes into a buffer of the caller's."""
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -84,6 +89,7 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "score_tokens", lambda m, t, **b: m.score_tokens(t["x"].detach(), 3, mask=t["mask"], **b)
     yield "score_tokens", lambda m, t, **b: m.score_tokens(t["x"].detach(), noise=t["noise"].detach(), **b)
     yield "score_tokens", lambda m, t, **b: m.score_tokens(t["many"].detach(), **b)
+    yield "score_variant", lambda m, t, **b: m.score_tokens(t["x"].detach(), 3, exclude_self=True, scale=2.0, **b)
     yield "prune_cluster", lambda m, t, **b: (m.prune_cluster(t["x"], 9, keep=5, **b),)
     yield "select_tokens", lambda m, t, **b: (m.select_tokens(t["noise"], 9, mask=t["mask"], **b),)
     yield "prune_motion", lambda m, t, **b: (m.prune_motion(t["pose"], 9, **b),)
@@ -93,6 +99,7 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "cluster_tokens", lambda m, t, **b: clusters(m, t["many"].detach(), **b)
     yield "assign_clusters", lambda m, t, **b: (m.assign_clusters(t["x"], t["index"], mask=t["mask"], **b),)
     yield "assign_clusters", lambda m, t, **b: (m.assign_clusters(t["many"], every_seventh(t["many"]), **b),)
+    yield "assign_by_parent", lambda m, t, **b: (m.assign_clusters(t["x"], t["index"], parent=chain(t["x"]), **b),)
     yield "merge_tokens", lambda m, t, **b: (m.merge_tokens(t["x"][:, :, 0], t["labels"], 9, t["weight"], **b),)
     yield "recover_attention", lambda m, t, **b: (m.recover_attention(t["query"], t["kept"], t["kept"], 4, **b),)
     yield "recover_tail", lambda m, t, **b: (m.recover_pose(*pose_arguments(t), 4, num_joints=3, **b),)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,12 +61,17 @@ def test_environment_variable(name, outcome):
     assert outcome in run.stdout + run.stderr
 
 
-def test_explain_and_report():
+def test_explain_and_report(monkeypatch):
     text = h2ot.explain("prune_cluster", torch.zeros(1))
     assert text.splitlines()[0] == "prune_cluster on cpu: cpp"
     assert len(text.splitlines()) == 1 + len(backend.BACKENDS)
+    assert h2ot.explain("recover_pose").splitlines()[0] == "recover_pose on cpu: cpp"
+    monkeypatch.setenv("H2OT_KERNELS_TILES", "0")
     report = h2ot.env_report()
     assert report["torch"] == torch.__version__
+    assert report["h2ot_kernels"] == h2ot.__version__
+    assert report["packages"]["numpy"] == np.__version__
+    assert report["environment"]["H2OT_KERNELS_TILES"] == "0"
     assert report["cpu_capability"] in report["cpu_capabilities"]
     assert report["cpu_capabilities"][-1] in ("portable", "neon")
 

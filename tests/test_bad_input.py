@@ -219,6 +219,7 @@ BAD = {
     "patched": (lambda: h2ot.dropin.patch(3), TypeError, "target: got int, wanted an nn.Module"),
     "kernels": (lambda: h2ot.dropin.patch(LINEAR, fast=True), TypeError, "patch: got fast, wanted some of cluster"),
     "hot K": (lambda: h2ot.dropin.hot.cluster_dpc_knn(X, 10, 2), ValueError, "cluster_num: got 10, wanted 1 to 9"),
+    "hot x": (lambda: h2ot.dropin.hot.cluster_dpc_knn(X.long(), 3, 2), TypeError, "x: got dtype int64"),
     "tpc K": (lambda: h2ot.dropin.hot.cluster_dpc_knn_center(X, 9, 2, 4), ValueError, "cluster_num: got 9"),
     "points": (lambda: h2ot.dropin.hot.index_points(X, INDEX + 1), IndexError, "index 9 is out of bounds"),
     "tcformer K": (lambda: h2ot.dropin.tcformer.cluster_dpc_knn({"x": X}, 10), ValueError, "cluster_num: got 10"),

@@ -236,3 +236,33 @@ def test_the_command_line_has_no_traceback(tmp_path):
     assert finished.returncode == 2
     assert finished.stderr.count("\n") == 1
     assert "absent.json" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--seconds", "0"], "seconds: got 0"),
+        (["demo", "--seconds", "nan"], "seconds: got nan"),
+        (["demo", "--checkpoint", "absent.pt"], "name one with --model"),
+        (["demo", "--model", "absent"], "--model: unknown absent"),
+        (["evaluate", "--model", "absent", "--checkpoint", "a", "--keypoints", "b"], "name: got 'absent'"),
+        (["evaluate", "--model", "mixste", "--checkpoint", "absent.pt", "--keypoints", "b"], "absent.pt"),
+        (["evaluate", "--model", "mixste", "--checkpoint", "a", "--keypoints", "b", "--batch", "0"], "--batch: got 0"),
+        (["explain", "absent"], "op: got 'absent'"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, said, capsys):
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate"])
+def test_a_named_backend_that_cannot_run_is_one_line(command, monkeypatch, capsys):
+    monkeypatch.setattr(h2ot.backend, "_from_environment", "cuda")
+    given = {"demo": [], "evaluate": ["--model", "mixste", "--checkpoint", "a", "--keypoints", "b"]}
+    assert main([command, "--device", "cpu", *given[command]]) == 2
+    shown = capsys.readouterr().err
+    assert "cannot run on cpu (cuda: tensors are on cpu" in shown
+    assert shown.count("\n") == 1

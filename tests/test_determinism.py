@@ -32,6 +32,8 @@ CALLS = {
         X[rows], 3, metric="cosine", density="gaussian", cutoff=0.02, exclude_self=True
     ),
     "prune_cluster per sample": lambda rows: [h2ot.prune_cluster(X[rows], [81, 81, 81][rows], exclude_self=True)],
+    "select_tokens": lambda rows: [h2ot.select_tokens(X[rows, :, 0, 0], 81, keep=5)],
+    "prune_sample": lambda rows: [h2ot.prune_sample(243, 81).expand(rows.stop - rows.start, -1)],
     "prune_motion": lambda rows: [h2ot.prune_motion(X[rows], 81)],
     "prune_attention": lambda rows: [h2ot.prune_attention(X[rows].mT, X[rows].mT.flip(1), 31)],
     "attention_scores": lambda rows: [

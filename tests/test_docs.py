@@ -19,6 +19,11 @@ NOT_OPERATIONS = {"can_run", "env_report", "explain", "use_backend"}
 OPERATIONS = [name for name in h2ot.__all__ if inspect.isfunction(getattr(h2ot, name)) and name not in NOT_OPERATIONS]
 
 
+FORMULA = re.compile(r"\b(density|index|labels|out|pose|score)(_\w|\[[^\]]*\])? = [^=]*?(\(|\[|/|\|)")
+# What takes tensors beside the operations says the same, or whose words hold for it, too.
+WITH_TENSORS = [name for name in functions() if ".dropin." in name and not name.endswith("patch")]
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_says_shapes_errors_cost_and_source(name):
     function = getattr(h2ot, name)
@@ -27,6 +32,8 @@ def test_an_operation_says_shapes_errors_cost_and_source(name):
         assert re.search(wanted, text), wanted
     described = text.split(">>>")[0]
     assert "[B" in described or "[1, K]" in described
+    assert FORMULA.search(described), "no equation"
+    assert re.search(r"float32|(any|one) float dtype|Arguments as in|int or a list|as in `", described), "no dtype"
     missing = [
         parameter
         for parameter in inspect.signature(function).parameters
@@ -36,8 +43,19 @@ def test_an_operation_says_shapes_errors_cost_and_source(name):
 
 
 @pytest.mark.parametrize("name", functions())
-def test_every_public_function_has_an_example(name):
-    assert ">>> " in inspect.getdoc(functions()[name])
+def test_every_public_function_has_an_example_and_says_what_it_raises(name):
+    """Examples run in test_build.py, and in test_onnx.py."""
+    text = inspect.getdoc(functions()[name])
+    assert re.search(r"^>>> (?!import|from)", text, re.M)
+    assert "Raises " in text
+
+
+@pytest.mark.parametrize("name", WITH_TENSORS)
+def test_a_drop_in_function_says_shapes_dtypes_cost_and_source(name):
+    text = inspect.getdoc(functions()[name]).split(">>>")[0]
+    assert "[B, N" in text
+    for wanted in ("dtype", "[Cc]ost", "[Ss]ource"):
+        assert re.search(wanted, text), wanted
 
 
 def test_every_public_class_is_documented():

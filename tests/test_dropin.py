@@ -114,6 +114,16 @@ def test_index_points_takes_any_index():
         assert torch.equal(leaf.grad[..., 0, 0], counts)
 
 
+@pytest.mark.parametrize("wrong", [9, -10, -100])
+def test_index_points_outside_of_points_is_an_error(wrong):
+    """Not padding: -10 is the -1 of `gather_tokens` once 9 is added."""
+    points, idx = torch.randn(2, 9, 5), torch.tensor([[3, -9], [0, wrong]])
+    with pytest.raises(IndexError):
+        clustering.index_points(points, idx)
+    with pytest.raises(IndexError):
+        dropin.hot.index_points(points, idx)
+
+
 @pytest.mark.parametrize("repeated", [True, False])
 def test_cross_attention_projects_a_shared_token_once(repeated):
     torch.manual_seed(0)

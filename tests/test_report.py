@@ -21,6 +21,8 @@ for needed in ("jinja2", "matplotlib", "rich", "onnxruntime"):
     pytest.importorskip(needed, reason=f"{needed} is not installed")
 from bench import bench_kept, bench_onnx, compare, figures, memory, peers, report, run, shapes  # noqa: E402
 
+RESULTS = Path(report.__file__).parent / "results"
+COMMITTED = sorted(path for path in RESULTS.glob("*/*.jsonl") if path.parent.name != "reliability")
 ENVIRONMENT = {"device": "a machine", "threads": 1, "torch": "2.13.0", "date": "2026-01-02T03:04:05+00:00"}
 
 
@@ -66,7 +68,11 @@ def every_row():
     edge |= {"deviation": {"onnx float32": 1e-6, "onnx int8": 0.02}, "frames_per_second": rates, "timings": {}}
     large = {"op": "cluster_tokens", "shape": {"B": 1, "N": 8192, "C": 8, "K": 9, "k": 5}, "kind": "smooth"}
     large |= {"timings": {"ours": timing(0.125)}, "extra_bytes": {"ours": 4e6, "official": 1.3e9}}
-    return [*rows, ENVIRONMENT | edge, ENVIRONMENT | large]
+    patch = {"op": "dropin_hot_mixste", "shape": {"B": 1, "F": 243, "C": 512}, "is_right": True, "error": 4e-7}
+    patch |= {"timings": {"unpatched": timing(1.5), "patched": timing(1.0)}, "speed_up": 1.5}
+    images = {"op": "ftp_pose", "shape": {"B": 1}, "kind": "small epsilon 0.5 prune_at 0", "kept_per_frame": 96}
+    images |= {"flops": 17e9, "peak_bytes": 2e7, "timings": {"ours": timing(0.25)}, "speed_up": 2.5}
+    return [*rows, *(ENVIRONMENT | more for more in (patch, images, edge, large))]
 
 
 def model_row(whose, seconds):
@@ -86,6 +92,8 @@ def test_the_page_holds_everything_and_needs_nothing(tmp_path):
     assert not re.search(r"""(src|href)=["'](?!data:)|@import|<script|url\(""", text)
     assert 'name="viewport"' in text
     assert "<td>125.000</td><td>4.0</td><td>-</td><td>1300.0</td>" in text
+    assert "<td>1500.000</td><td>1000.000</td><td>1.50x</td><td>4.0e-07</td>" in text
+    assert "<td>96</td><td>17.0</td><td>250.000</td><td>2.50x</td><td>20.0</td>" in text
     for shown in ("peer (stage 1 only)", "WRONG", "h2ot_mixste", "1.0e-06", "24.30x", "measured 2026-01-02"):
         assert shown in text, shown
 
@@ -108,6 +116,33 @@ def test_a_gpu_has_calls_replays_and_shares_of_the_floor(tmp_path):
     assert "<td>125.00</td><td>1.25x</td>" in text
 
 
+def test_a_phone_shows_it(tmp_path):
+    """360 pixels: tables scroll inside their own box, and type in pictures is no smaller than six of them."""
+    text = report.write(every_row(), tmp_path).read_text()
+    assert 'content="width=device-width, initial-scale=1"' in text
+    assert text.count("<table>") == text.count('<div class="scroll"><table>') > 0
+    assert ".scroll { overflow-x: auto; }" in text
+    assert "img { max-width: 100%; height: auto; }" in text
+    assert not re.search(r"[ {]width: *\d", text)
+    long_names = [row | {"kind": "smooth " + "x" * 30} for row in every_row() if row["op"] == "prune_cluster"]
+    for rows in (every_row(), long_names):
+        report.write(rows, tmp_path)
+        for path in tmp_path.glob("*.png"):
+            wide = int.from_bytes(path.read_bytes()[16:20], "big")  # of the header
+            assert wide * 72 / 150 * 6 / 7 <= 360, path.name
+
+
+def test_every_committed_row_is_shown(tmp_path):
+    """In a table, or as an error of recovery in the curves that need it."""
+    for path in COMMITTED:
+        rows = compare.read_rows(path)
+        shown = sum(
+            len(found["lines"]) for make in report.TABLES if (found := make(rows)) and make is not report.gpu_table
+        )
+        others = [row for row in rows if row["op"] == "recovery" or (row["op"] == "model" and row["whose"] != "ours")]
+        assert shown == len(rows) - len(others), path
+
+
 def test_machines_are_kept_apart_and_the_last_row_of_a_case_counts():
     first, second = operation_row(), operation_row()
     other = operation_row() | {"threads": 2}
@@ -117,8 +152,7 @@ def test_machines_are_kept_apart_and_the_last_row_of_a_case_counts():
 
 
 def test_every_committed_row_can_be_read():
-    folder = Path(report.__file__).parent / "results"
-    read = [row for path in folder.glob("cpu*/*.jsonl") for row in compare.read_rows(path)]
+    read = [row for path in RESULTS.glob("cpu*/*.jsonl") for row in compare.read_rows(path)]
     assert {"cluster_tokens", "model", "ftp_pose", "onnx_host", "host"} <= {row["op"] for row in read}
     assert all(compare.name(row) and isinstance(row.get("timings", {}), dict) for row in report.latest(read))
 
@@ -176,13 +210,17 @@ def test_the_command_reads_files(tmp_path, capsys):
     assert (tmp_path / "out" / "report.html").exists()
     for content, message in (
         ("{]", "rows.jsonl:1 is not JSON"),
-        ("[1]", 'wanted an object with "op"'),
+        ("[1]", "wanted an object with op, shape, device"),
+        ('{"op": "sort", "device": "a", "threads": 1, "torch": "2"}', "wanted an object with shape, date"),
         ("", "without rows"),
     ):
         rows.write_text(content)
         with pytest.raises(SystemExit):
             report.main(["--rows", str(rows), "--out", str(tmp_path / "out")])
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main(["--rows", str(rows), "--out", str(rows / "folder")])
+    assert "--out: " in capsys.readouterr().err
 
 
 def test_hosts_beside_the_official_formulation(tmp_path, capsys):
@@ -210,6 +248,16 @@ def test_two_files_compared(tmp_path, capsys):
     assert ratios == {"official": 1.0, "ours": 4.0, "peer (stage 1 only)": 1.0}
     assert run.main(["--compare", str(a), str(c)]) == 1
     assert "no case in common" in capsys.readouterr().out.replace("\n", "")
+    c.write_text('{"op": "sort"}')
+    with pytest.raises(SystemExit):
+        run.main(["--compare", str(a), str(c)])
+    assert "c.jsonl:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_committed_file_is_compared(path, capsys):
+    assert run.main(["--compare", str(path), str(path)]) == 0
+    assert "1.00" in capsys.readouterr().out
 
 
 def test_the_sweep_varies_one_size_at_a_time():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import h2ot_kernels as h2ot
 from bench import hosts as bench_hosts
@@ -74,18 +74,21 @@ def tile_samples():
         yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
 
 
+def declared() -> set[str]:
+    """The operators of this package, but Triton's, which have tests of their own."""
+    names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    return {name for space, name in names if space == "h2ot_kernels" and not name.endswith("_triton")}
+
+
 def test_opcheck():
     checked = set()
     for op, arguments in [*samples(), *tile_samples()]:
         torch.library.opcheck(op, arguments)
         checked.add(op.default.name().removeprefix("h2ot_kernels::"))
-    declared = {
-        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("h2ot_kernels::")
-    }
-    # Backward operators whose own derivative raises are checked through the forward; Triton's in their own tests;
-    # layers on a tile unit where there is one.
+    # Backward operators whose own derivative raises are checked through the forward; layers on a tile unit where there
+    # is one.
     others = {"recover_attention_backward"} | (set() if tiles_run() else {"linear", "pack_linear"})
-    assert {name for name in declared if not name.endswith("_triton")} - checked == others
+    assert declared() - checked == others
 
 
 def whole_path(x, query, embed):
@@ -95,6 +98,7 @@ def whole_path(x, query, embed):
     at_once = h2ot.select_tokens(h2ot.score_tokens(x).score - score, 4) + labels_at_once[:, :4]
     kept = h2ot.gather_tokens(x, index, embed, out_dim=2).flatten(0, 1)
     labels = h2ot.assign_clusters(x, index)
+    at_once = at_once + h2ot.assign_clusters(x, index, parent=h2ot.score_tokens(x).parent)[:, :4]
     merged = h2ot.merge_tokens(x.mean(2), labels, 4)
     recovered = h2ot.recover_attention(query, kept, kept, 2)
     moved = h2ot.prune_motion(x, 4)
@@ -189,6 +193,46 @@ def test_a_host_compiles_once_for_all_batch_sizes():
         torch.testing.assert_close(ours, model(x))
 
 
+class EveryOperation(nn.Module):
+    """The whole path, and the fused tail."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.embed = nn.Parameter(rand(9, 8)), nn.Parameter(rand(1, 4, 8))
+        self.recover, self.head = (
+            h2ot.nn.TokenRecoveringAttention(8, 2),
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)),
+        )
+
+    def forward(self, x):
+        kept = h2ot.gather_tokens(x, h2ot.prune_sample(9, 4, device=x.device))
+        return whole_path(x, self.query, self.embed), self.recover(self.query[None], kept, head=self.head)
+
+
+@torch.no_grad()
+def test_every_operation_is_exported_with_dynamic_batch_saved_and_loaded(tmp_path):
+    model = EveryOperation().eval()
+    program = torch.export.export(model, (rand(2, 9, 3, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    called = {str(node.target).split(".")[1] for node in program.graph.nodes if "h2ot_kernels" in str(node.target)}
+    assert called == {op for op in backend._implementations if not op.endswith("_out")}
+    torch.export.save(program, tmp_path / "operations.pt2")
+    loaded = torch.export.load(tmp_path / "operations.pt2").module()
+    for B in (1, 2, 5):
+        x = rand(B, 9, 3, 8)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+@torch.no_grad()
+def test_the_fused_tail_compiles_once_for_all_batch_sizes():
+    torch._dynamo.reset()
+    model = EveryOperation().eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B in (5, 6, 2):
+        x = rand(B, 9, 3, 8)
+        with torch.compiler.set_stance("default" if B == 5 else "fail_on_recompile"):
+            torch.testing.assert_close(compiled(x), model(x))
+
+
 @pytest.mark.parametrize("name", ["hot_mixste", "h2ot_mixste"])
 def test_export_with_dynamic_batch_saved_and_loaded(name, tmp_path):
     model = bench_hosts.build(name, reduced=True)
@@ -246,6 +290,16 @@ def test_flop_counter_counts_what_the_benchmarks_count(op):
         rows = sizes["B"] * sizes["J"]
         wanted = 4 * rows * sizes["F"] * sizes["K"] * sizes["C"] + 6 * rows * sizes["F"] * sizes["C"]
     assert found == wanted
+
+
+def test_flop_counter_knows_every_operator_with_products_or_distances():
+    moving = {"gather_tokens", "gather_tokens_out", "scatter_tokens", "pack_linear", "add_norm"}
+    adding = {"recover_interpolate", "recover_interpolate_out", "recover_interpolate_backward", "merge_tokens"}
+    choosing = {"select_tokens", "prune_motion", "assign_by_parent"}
+    assert {op for op in declared() if getattr(OPS, op) not in flop_registry} == moving | adding | choosing
+    x, heads = rand(2, 9, 4), rand(2, 5, 2, 9, 4)
+    assert counted(lambda: h2ot.score_tokens(x, exclude_self=True)) == math.prod((2, 9, 8, 4))
+    assert counted(lambda: OPS.attention_scores(heads, heads, 0.5)) == 2 * math.prod((2, 5, 2, 9, 9, 4))
 
 
 def test_flop_counter_counts_the_backward_pass():

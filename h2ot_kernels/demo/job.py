@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 import h2ot_kernels as h2ot
 
+from ..backend import check_named
 from ..comparison import compare
 from ..timing import Machine
 from . import models as hosts_side
@@ -37,13 +39,17 @@ def run(
     source: a keypoint file (`keypoints`), else the made-up walker. models: host names, else `models.DEFAULT`.
     checkpoint: an official one, for the one model named. with_compile: `torch.compile` of the official one, too.
     device: "cpu" or "cuda", else a GPU where there is one. seconds: about how long the timing may take.
-    Raises KeypointError for a bad input, ValueError or OSError for a bad checkpoint or folder.
+    Raises KeypointError for a bad input, ValueError or OSError for a bad checkpoint, folder, device or number, and
+    where the backend that H2OT_KERNELS_BACKEND names cannot run.
     """
     if checkpoint is not None and len(models) != 1:
         raise ValueError(f"checkpoint: fits one model, got {len(models)} named models; name one with --model")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got 'cuda', but torch {torch.__version__} sees no CUDA device here")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_named(device)
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise ValueError(f"seconds: got {seconds:g}, wanted more than 0")
     clip = read_clip(source) if source is not None else walking_clip()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

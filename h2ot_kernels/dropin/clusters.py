@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..cluster import assign_clusters, cluster_tokens
 from ..score import score_tokens
 from ..select import select_tokens
@@ -23,6 +24,7 @@ def select_and_assign(
     and come last. without: a token that is not selected. noise_dtype: that of the distances in official code, by
     default what `torch.cdist` makes of x.
     """
+    checks.tokens(x)  # before the noise is drawn
     dtype = distance_dtype(x) if noise_dtype is None else noise_dtype
     noise = torch.rand(x.shape[0], x.shape[1], device=x.device, dtype=dtype) * 1e-6
     mask = None if token_mask is None else token_mask > 0

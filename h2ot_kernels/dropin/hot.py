@@ -14,8 +14,9 @@ from .clusters import select_and_assign
 def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(index_down [B, K], in descending score order; idx_cluster [B, N], positions in index_down) of x [B, N, C].
 
-    token_mask: [B, N], > 0 is valid; masked tokens belong to no cluster (-1). The noise is drawn as the official code
-    draws it: a seed gives the selection of that code in float64. Raises ValueError that names the argument.
+    x: a dtype of float32, float64, bfloat16 or float16; results int64. token_mask: [B, N], > 0 is valid; masked tokens
+    belong to no cluster (-1). The noise is drawn as the official code draws it: a seed gives the selection of that code
+    in float64. Raises TypeError or ValueError that name the argument.
     Cost: that of `score_tokens` and `assign_clusters`. Source: HoT section 3.2.
 
     >>> import torch
@@ -32,6 +33,9 @@ def cluster_dpc_knn_center(
 ) -> tuple[Tensor, Tensor]:
     """As `cluster_dpc_knn`, without the frame `center`, which the caller appends (TPC).
 
+    x [B, N, C] -> int64 index_down [B, K], K = cluster_num of the other N - 1 frames, and idx_cluster [B, N].
+    Raises TypeError or ValueError that name the argument. Its dtypes, cost and source: those of `cluster_dpc_knn`.
+
     >>> import torch
     >>> from h2ot_kernels.dropin import hot
     >>> index_down, _ = hot.cluster_dpc_knn_center(torch.tensor([[[0.0], [0.1], [5.0], [5.1]]]), 3, 2, center=1)
@@ -44,6 +48,9 @@ def cluster_dpc_knn_center(
 def index_points(points: Tensor, idx: Tensor) -> Tensor:
     """points [B, N, ...] at idx [B, ...] -> [B, ..., the rest]; idx in any order, repeats too, -1 is the last.
 
+    points: any dtype; idx: int64. Gradients to points. Raises IndexError outside -N .. N - 1 (on a GPU: what indexing
+    does, or NaN). Cost: one read and write of the result. Source: HoT's and PointNet++'s function of that name.
+
     >>> import torch
     >>> from h2ot_kernels.dropin import hot
     >>> hot.index_points(torch.tensor([[[3.0], [4.0], [5.0]]]), torch.tensor([[2, 0]]))
@@ -54,7 +61,8 @@ def index_points(points: Tensor, idx: Tensor) -> Tensor:
     is_usual = points.dtype in FLOATS and 3 <= points.dim() <= 8 and idx.dtype == torch.int64 and idx.dim() == 2
     if is_usual and not records and len(idx) == len(points) and idx.numel():
         # its gradient would need a strictly ascending index; and there -1 is padding
-        return gather_tokens(points, torch.where(idx < 0, idx + points.shape[1], idx))
+        N = points.shape[1]
+        return gather_tokens(points, torch.where(idx < 0, torch.where(idx < -N, N, idx + N), idx))
     batch = torch.arange(points.shape[0], device=points.device)
     return points[batch.view(-1, *[1] * (idx.dim() - 1)), idx]
 

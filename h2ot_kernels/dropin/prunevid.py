@@ -17,7 +17,8 @@ def cluster_dpc_knn(
     """(idx_cluster [B, N] in 0 .. cluster_num - 1, -1 for masked tokens; cluster_num) of x [B, N, C].
 
     Clusters are numbered by descending score. The noise is float32, as there, whatever x is; noise_dtype=None for code
-    that draws it in x's dtype. Everything else: `dropin.hot.cluster_dpc_knn`.
+    that draws it in x's dtype. Raises TypeError or ValueError that name the argument. Dtypes, cost and everything else:
+    `dropin.hot.cluster_dpc_knn`. Source: PruneVid's function of that name.
 
     >>> import torch
     >>> from h2ot_kernels.dropin import prunevid

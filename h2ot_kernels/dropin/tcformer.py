@@ -22,6 +22,8 @@ def cluster_dpc_knn(
     """(idx_cluster [B, N], cluster_num) of token_dict["x"] [B, N, C]; see `dropin.prunevid.cluster_dpc_knn`.
 
     noise_dtype: x's by default, as in TCFormer; torch.float32 as in Chat-UniVi.
+    Raises TypeError or ValueError that name the argument. Cost: that of `score_tokens` and `assign_clusters`.
+    Source: TCFormer section 3.
 
     >>> import torch
     >>> from h2ot_kernels.dropin import tcformer
@@ -39,9 +41,11 @@ def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_
     idx_token [B, M] (followed into the clusters), agg_weight [B, M, 1] (times each token's share), map_size,
     init_grid_size (the same) and mask (None).
 
+    token_dict: x [B, N, C], of the dtypes of `h2ot_kernels.merge_tokens`, and perhaps the others.
     token_weight: [B, N, 1] or [B, N]. As in the official code a share is w / (sum of w + 1e-6). Tokens labelled -1, or
     False in token_dict["mask"], are not merged; a token of idx_token that was not merged stays -1, its agg_weight 0.
-    Gradients to x and token_weight. Raises as `h2ot_kernels.merge_tokens`. Source: TCFormer section 3.
+    Gradients to x and token_weight. Cost: one read of x. Raises as `h2ot_kernels.merge_tokens`.
+    Source: TCFormer section 3.
 
     >>> import torch
     >>> from h2ot_kernels.dropin import tcformer
