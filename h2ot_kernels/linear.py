@@ -20,7 +20,7 @@ else:
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKABLE = (torch.float32, torch.bfloat16)
-SAMPLED = 1024  # elements of a parameter that are looked at before its packed form is used
+SAMPLED = 256  # elements of a parameter that are looked at before its packed form is used
 ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
 

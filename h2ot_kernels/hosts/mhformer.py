@@ -7,7 +7,7 @@ from torch.nn import functional
 from ..attention import attend_rows
 from ..hourglass import Kept
 from ..linear import Linear
-from .blocks import Attention, Block, Mlp, QueryKey, drop_path, drop_rates
+from .blocks import Attention, Block, Mlp, QueryKey, drop_path, drop_rates, project
 from .host import Host
 
 STREAMS = (1, 2, 3)
@@ -144,15 +144,18 @@ class HypothesisBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, list[QueryKey]]:
         """x -> the block's output and each stream's (query, key) [B, H, K, D]."""
         streams, query_keys = dict(zip(STREAMS, x.chunk(3, -1), strict=True)), []
+        drops = self.training and self.drop_path_rate > 0
         for s in STREAMS:
-            update, query_key = self.update(s, streams)
-            streams[s] = streams[s] + self._dropped(update)
+            # Each is read by three layers or more: copied once.
+            streams[s] = streams[s].contiguous()
+        for s in STREAMS:
+            updated, query_key = self.update(s, streams, residual=None if drops else streams[s])
+            streams[s] = streams[s] + drop_path(updated, self.drop_path_rate, 1) if drops else updated
             query_keys.append(query_key)
         x = torch.cat(list(streams.values()), -1)
-        return x + self._dropped(self.mlp(x, norm=self.norm2)), query_keys
-
-    def _dropped(self, branch: Tensor) -> Tensor:
-        return drop_path(branch, self.drop_path_rate, 1) if self.training and self.drop_path_rate else branch
+        if drops:
+            return x + drop_path(self.mlp(x, norm=self.norm2), self.drop_path_rate, 1), query_keys
+        return self.mlp(x, norm=self.norm2, residual=x), query_keys
 
 
 class RefinementBlock(HypothesisBlock):
@@ -164,8 +167,8 @@ class RefinementBlock(HypothesisBlock):
         for s in STREAMS:
             self.add_module(f"attn_{s}", Attention(channels, num_heads, dropout=dropout))
 
-    def update(self, s: int, streams: dict[int, Tensor]) -> tuple[Tensor, QueryKey]:
-        return getattr(self, f"attn_{s}")(streams[s], dim=1, norm=getattr(self, f"norm1_{s}"))
+    def update(self, s: int, streams: dict[int, Tensor], residual: Tensor | None) -> tuple[Tensor, QueryKey]:
+        return getattr(self, f"attn_{s}")(streams[s], dim=1, norm=getattr(self, f"norm1_{s}"), residual=residual)
 
 
 class InteractionBlock(HypothesisBlock):
@@ -178,10 +181,9 @@ class InteractionBlock(HypothesisBlock):
         for s in STREAMS:
             self.add_module(f"attn_{s}", CrossAttention(channels, num_heads, dropout))
 
-    def update(self, s: int, streams: dict[int, Tensor]) -> tuple[Tensor, QueryKey]:
-        sources = (*SOURCES[s], s)
-        normed = (getattr(self, f"norm3_{s}{i}")(streams[source]) for i, source in zip(STREAMS, sources, strict=True))
-        return getattr(self, f"attn_{s}")(*normed)
+    def update(self, s: int, streams: dict[int, Tensor], residual: Tensor | None) -> tuple[Tensor, QueryKey]:
+        norms = [getattr(self, f"norm3_{s}{i}") for i in STREAMS]
+        return getattr(self, f"attn_{s}")([streams[i] for i in (*SOURCES[s], s)], norms, residual)
 
 
 class CrossAttention(nn.Module):
@@ -195,9 +197,12 @@ class CrossAttention(nn.Module):
         self.linear_v = Linear(channels, channels)
         self.proj = Linear(channels, channels)
 
-    def forward(self, *sources: Tensor) -> tuple[Tensor, QueryKey]:
+    def forward(
+        self, sources: list[Tensor], norms: list[nn.LayerNorm], residual: Tensor | None
+    ) -> tuple[Tensor, QueryKey]:
+        """sources: what query, key and value are made of after their norms -> (residual + attention, (query, key))."""
         layers = (self.linear_q, self.linear_k, self.linear_v)
-        heads = [layer(x) for layer, x in zip(layers, sources, strict=True)]
+        heads = [layer(x, norm=norm) for layer, x, norm in zip(layers, sources, norms, strict=True)]
         query, key, _ = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in heads)
-        updated = self.proj(attend_rows(*heads, self.num_heads))
-        return functional.dropout(updated, self.dropout, self.training), (query, key)
+        attended = attend_rows(*heads, self.num_heads)
+        return project(self.proj, attended, self.dropout if self.training else 0.0, residual), (query, key)
