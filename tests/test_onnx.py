@@ -20,7 +20,13 @@ from bench import bench_onnx  # noqa: E402
 TABLE = h2ot_kernels.onnx.decompositions()
 OPS = torch.ops.h2ot_kernels
 NOT_FORWARD = {"scatter_tokens", "recover_attention_backward", "recover_interpolate_backward"}
-NOT_EXPORTED = {"linear", "pack_linear", "add_norm", "graph_update"}  # while a model is exported its layers are plain
+NOT_EXPORTED = {
+    "linear",
+    "pack_linear",
+    "add_norm",
+    "graph_update",
+    "mix_streams",
+}  # while a model is exported its layers are plain
 SMALL = [case for case in cases.TOKEN_CASES if not case.large and case.B]
 
 

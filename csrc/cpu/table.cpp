@@ -25,6 +25,7 @@ const Kernels table = {
     recover_tail,
     add_norm,
     graph_update,
+    mix_streams,
     interpolate,
     interpolate_backward,
 };
