@@ -253,7 +253,7 @@ def dynamic_shared() -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
-    architectures = parser.parse_args().arch
+    architectures = parser.parse_known_args()[0].arch  # the others are for tests/aot.py, which `./dev aot` runs first
     console = Console(width=None if sys.stdout.isatty() else 160)
     if shutil.which("nvcc") is None:
         console.print("cuda gate: not run, nvcc is not on the PATH")
