@@ -117,6 +117,7 @@ class Compiled:
     architecture: int
     seconds: float
     kernels: dict[str, dict] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)  # their disassembly
     faults: list[str] = field(default_factory=list)
 
 
@@ -169,43 +170,54 @@ def instructions(sass: str) -> dict[str, str]:
     return {short(name): text for name, text in zip(names, functions, strict=True)}
 
 
-def compile_for(architecture: int, result_as: str, folder: Path, cuobjdump: Path | None) -> Compiled:
-    """result_as: "-c", or "-cubin", which leaves out the host's side."""
-    start, result, code = time.monotonic(), Compiled(architecture, 0.0), {}
-    for source in SOURCES:
-        out = folder / f"{Path(source).stem}_{architecture}"
-        command = [
-            "nvcc",
-            *FLAGS,
-            f"-arch=sm_{TARGETS.get(architecture, architecture)}",
-            result_as,
-            f"csrc/cuda/{source}",
-            "-o",
-            out,
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            result.faults.append(f"nvcc failed:\n{done.stdout}{done.stderr}")
-            return result
-        result.kernels |= resources(done.stdout + done.stderr)
+def compile_file(architecture: int, source: str, result_as: str, folder: Path, cuobjdump: Path | None) -> Compiled:
+    """One file's kernels. result_as: "-c", or "-cubin", which leaves out the host's side."""
+    start, result = time.monotonic(), Compiled(architecture, 0.0)
+    out = folder / f"{Path(source).stem}_{architecture}"
+    command = [
+        "nvcc",
+        *FLAGS,
+        f"-arch=sm_{TARGETS.get(architecture, architecture)}",
+        result_as,
+        f"csrc/cuda/{source}",
+        "-o",
+        out,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        result.faults.append(f"nvcc failed:\n{done.stdout}{done.stderr}")
+    else:
+        result.kernels = resources(done.stdout + done.stderr)
         if cuobjdump:
             dump = subprocess.run([cuobjdump, "-sass", out], capture_output=True, text=True, check=True).stdout
-            code |= instructions(dump)
+            result.code = instructions(dump)
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def judged(files: list[Compiled], disassembled: bool) -> Compiled:
+    """All files of one architecture, and what is wrong with them."""
+    result = Compiled(files[0].architecture, sum(file.seconds for file in files))
+    for file in files:
+        result.faults += file.faults
+        result.kernels |= file.kernels
+        result.code |= file.code
+    if result.faults:
+        return result
     for name, kernel in result.kernels.items():
         if kernel["spills"] or kernel["stack"]:
             result.faults.append(f"{name}: {kernel['spills']} bytes spilled, stack {kernel['stack']} bytes")
         if kernel["registers"] > REGISTER_LIMIT:
             result.faults.append(f"{name}: {kernel['registers']} registers")
-    if cuobjdump:
-        for part, pattern, least in (*WANTED, *(BY_GROUPS if architecture == 90 else BY_WARPS)):
-            texts = [text for name, text in code.items() if name.startswith(part)]
+    if disassembled:
+        for part, pattern, least in (*WANTED, *(BY_GROUPS if result.architecture == 90 else BY_WARPS)):
+            texts = [text for name, text in result.code.items() if name.startswith(part)]
             count = max((len(re.findall(rf"\b{pattern}", text)) for text in texts), default=0)
             if count < least:
                 result.faults.append(f"{part}: {count} x {pattern}, wanted at least {least}")
-        if architecture >= 90:
-            early = [name for name, text in code.items() if name.startswith(OVERLAPPING) and "ACQBULK" not in text]
+        if result.architecture >= 90:
+            early = [n for n, text in result.code.items() if n.startswith(OVERLAPPING) and "ACQBULK" not in text]
             result.faults += [f"{name}: does not wait for the kernel before" for name in early]
-    result.seconds = time.monotonic() - start
     return result
 
 
@@ -261,9 +273,11 @@ def main() -> int:
     cuobjdump = disassembler()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         folder = Path(name)
-        torch_facing = pool.submit(compile_torch_facing, folder)
         kinds = ["-c"] + ["-cubin"] * (len(architectures) - 1)
-        results = list(pool.map(lambda *wanted: compile_for(*wanted, folder, cuobjdump), architectures, kinds))
+        wanted = [(*of, source) for source in SOURCES for of in zip(architectures, kinds, strict=True)]
+        files = list(pool.map(lambda one: compile_file(one[0], one[2], one[1], folder, cuobjdump), wanted))
+        torch_facing = pool.submit(compile_torch_facing, folder)
+        results = [judged([file for file in files if file.architecture == of], bool(cuobjdump)) for of in architectures]
         faults = [f"sm_{result.architecture}: {fault}" for result in results for fault in result.faults]
         faults += torch_facing.result()
     shared = dynamic_shared() if simt.why_not() is None else {}
