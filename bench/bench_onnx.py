@@ -90,7 +90,7 @@ def measure(name: str, *, reduced: bool, seconds: float) -> dict:
     """One row; timings are empty where the float32 graph is wrong, and for seconds = 0."""
     model = hosts.build(name, reduced=reduced)
     noise = {"noise": REDUCED_NOISE} if reduced else {}
-    x, two = hosts.keypoints(model, 1, **noise), hosts.keypoints(model, 2, **noise)
+    x, two, three = (hosts.keypoints(model, batch, **noise) for batch in (1, 2, 3))
     with tempfile.TemporaryDirectory() as folder:
         full, small = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         with without_known_messages():
@@ -98,7 +98,7 @@ def measure(name: str, *, reduced: bool, seconds: float) -> dict:
             quantize_dynamic(full, small, weight_type=QuantType.QInt8)
         float32, int8 = session(full), session(small)
         sizes = {"float32": full.stat().st_size, "int8": small.stat().st_size}
-        pairs = [(given, outputs(model, given)) for given in (x, two)]
+        pairs = [(given, outputs(model, given)) for given in (x, two, three)]
         checked = [deviation(call(float32, given), wanted) for given, wanted in pairs]
         quantised = deviation(call(int8, x), pairs[0][1])
     worst, same = max(error for error, _ in checked), min(share for _, share in checked)

@@ -1,4 +1,4 @@
-"""The compile-only gate of the Triton kernels: `python -m tests.aot [--arch 90 ...] [--kernel NAME ...]`.
+"""The compile-only gate of the Triton kernels: `python -m tests.aot [--arch 90 ...] [--kernel NAME ...] [--all]`.
 
 Every stem is called on meta tensors of the shapes in tests/aot_samples.py; the launches that it would make are compiled
 for every architecture, as Triton would for a GPU that need not be here. A row per kernel, configuration and
@@ -7,18 +7,17 @@ that is launched anywhere has no row.
 
 Architectures whose PTX differs in nothing but its target (`has_ptx_of`) have it made once and assembled for each; some
 builds of every stem are compiled the whole way, too, and the gate fails where that gives other PTX or another row.
-So are builds that optimise to the same first form (with sizes of 1, or a mask that is left out), and nothing but those
-compilations carries line numbers.
+Nothing but those compilations carries line numbers. A share of the rows of sm_87 and sm_89 is assembled
+(tests/aot_rows.py). --all: every row, and more builds the whole way.
 """
 
 import argparse
 import ast
 import contextlib
-import hashlib
 import io
 import multiprocessing
 import os
-import pickle
+import random
 import re
 import sys
 import tempfile
@@ -39,43 +38,13 @@ from triton.runtime.jit import JITFunction, native_specialize_impl
 from h2ot_kernels.triton import common
 
 from .aot_forms import overruns
+from .aot_rows import ARCHITECTURES, LIKE, SHARE, Row, compared, not_assembled
 
-# Shared memory of one thread block in KiB, by compute capability.
-ARCHITECTURES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-PROVEN = (120, 86, 120, 87, 120, 89)  # in every stem, those that have another's PTX
+PROVEN = (120, 86, 120, 87, 120, 89)  # in every stem, those that have another's PTX; without --all two of them
 PACKAGE = Path(common.__file__).parent
 _OPTIONS = CUDAOptions.__dataclass_fields__
 _PLACE = re.compile(r" *\bloc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", re.MULTILINE)  # of a form; attributes follow it
 _LINE = re.compile(r"^\s*(?:\.(?:loc|file)\b|\$L__(?:tmp|func)\w*:|//).*\n|\s*//.*", re.MULTILINE)  # of PTX
-
-
-@dataclass(frozen=True)
-class Row:
-    kernel: str
-    configuration: str
-    arch: int
-    registers: int = 0
-    spills: int = 0
-    shared: int = 0
-    products: str = "-"
-    load_bytes: int = 0
-    error: str = ""
-
-    @property
-    def problem(self) -> str:
-        if self.error:
-            return self.error
-        if self.spills:
-            return f"spills {self.spills} bytes"
-        if self.shared > ARCHITECTURES[self.arch] * 1024:
-            return f"needs {self.shared} bytes of shared memory"
-        return ""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kernel:28} sm_{self.arch:<4} {self.registers:4} regs {self.spills:4} spill {self.shared:7} smem "
-            f"{self.products:14} ld {self.load_bytes:2} B  {self.configuration}  {self.problem}".rstrip()
-        )
 
 
 @dataclass(frozen=True)
@@ -217,13 +186,6 @@ def line_numbers(wanted: bool):
         knobs.compilation.disable_line_info = before
 
 
-def known(build: Build) -> Path:
-    """Where the codes of builds of this first form, optimised, are kept while the gate runs."""
-    form, _ = form_of(90, build, "ttir")
-    state = hashlib.sha256(f"{_PLACE.sub('', form)} {build.options}".encode())
-    return Path(knobs.cache.dir) / f"{state.hexdigest()}.codes"
-
-
 def compiled(arch: int, build: Build, source: ASTSource) -> Code:
     with contextlib.redirect_stdout(io.StringIO()) as log:
         built = compile(source, target=GPUTarget("cuda", arch, 32), options=dict(build.options))
@@ -255,34 +217,40 @@ def start_worker(cache: str) -> None:
     knobs.nvidia.dump_ptxas_log = True
 
 
-def compile_build(task: tuple[Build, list[int], int | None]) -> list[Row]:
-    """A row for each of the architectures; where `proven` has another's PTX, it is compiled the whole way, too."""
-    build, architectures, proven = task
+@dataclass(frozen=True)
+class Task:
+    build: Build
+    architectures: list[int]
+    taken: set[int]  # architectures of which nothing is assembled: they have the row of another
+    proven: int | None  # where this one has another's PTX, it is compiled the whole way, too
+
+
+def compile_build(task: Task) -> list[Row]:
+    """A row for each of the architectures."""
+    build = task.build
     source, rows, codes = source_of(build, SharedSource), [], {}
-    kept = known(build)
-    if kept.exists():
-        codes = pickle.loads(kept.read_bytes())
-    for arch in architectures:
+    for arch in task.architectures:
+        if arch in task.taken:
+            rows.append(Row(build.kernel, str(build), arch, taken_from=LIKE[arch]))
+            continue
         same = next((code for first, code in codes.items() if has_ptx_of(first, arch, code.ptx)), None)
-        shared = arch in codes or same
         try:
             with line_numbers(False):
-                code = codes.get(arch) or (assembled(arch, build, same) if same else compiled(arch, build, source))
+                code = assembled(arch, build, same) if same else compiled(arch, build, source)
             row = row_of(arch, build, code)
-            if shared and arch == proven:
+            if same and arch == task.proven:
                 with line_numbers(True):
                     whole = compiled(arch, build, source_of(build))
-                if not same_code(whole, code) or row_of(arch, build, whole) != row:
-                    row = replace(row, error="has PTX of its own: see has_ptx_of, known and line_numbers")
-            codes.setdefault(arch, code)
+                # ptxas may take a register more or less where it is given lines.
+                with_lines = replace(row_of(arch, build, whole), registers=row.registers)
+                if not same_code(whole, code) or with_lines != row:
+                    row = replace(row, error="has PTX of its own: see has_ptx_of and line_numbers")
+            codes[arch] = code
         except Exception as error:  # any failure of the compiler is this row's result
             message = " ".join(str(error).split())[-600:]
             row = Row(build.kernel, str(build), arch, error=f"{type(error).__name__}: {message}")
         rows.append(row)
-    made = kept.with_suffix(f".{os.getpid()}")
-    made.write_bytes(pickle.dumps(codes))
-    made.rename(kept)
-    return rows
+    return compared(rows)
 
 
 def launched_kernels() -> set[str]:
@@ -306,26 +274,38 @@ def builds() -> list[Build]:
     return list(dict.fromkeys(build_of(launch) for launch in launches))
 
 
-def tasks(builds: list[Build], architectures: list[int]) -> list[tuple[Build, list[int], int | None]]:
-    """Every build, and for some of each stem, evenly apart, an architecture to be compiled the whole way."""
+def tasks(builds: list[Build], architectures: list[int], seed: int | None) -> list[Task]:
+    """Every build, and for some of each stem, evenly apart, an architecture to be compiled the whole way.
+
+    Without a seed every row is assembled.
+    """
+    whole = PROVEN if seed is None else random.Random(seed).sample(sorted(set(PROVEN)), 2)
     proven = {}
     for stem in {build.stem for build in builds}:
         own = [build for build in builds if build.stem == stem]
-        proven |= {own[i * len(own) // len(PROVEN)]: arch for i, arch in enumerate(PROVEN)}
-    return [(build, architectures, proven.get(build)) for build in builds]
+        proven |= {own[i * len(own) // len(whole)]: arch for i, arch in enumerate(whole)}
+    taken = [set()] * len(builds) if seed is None else not_assembled(len(builds), architectures, seed)
+    return [
+        Task(build, architectures, without - {proven.get(build)}, proven.get(build))
+        for build, without in zip(builds, taken, strict=True)
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     parser.add_argument("--kernel", nargs="*", help="only these kernels")
+    parser.add_argument("--all", action="store_true", help="assemble for architectures that are like another, too")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the rows that are, without --all")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args(argv)
     started = time.monotonic()
     wanted = [build for build in builds() if not given.kernel or build.kernel in given.kernel]
+    if not given.all:
+        print(f"sm_87 and sm_89: one build in {SHARE} is assembled, drawn by --seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory() as cache, multiprocessing.Pool(given.jobs, start_worker, (cache,)) as pool:
         rows = []
-        for made in pool.imap(compile_build, tasks(wanted, given.arch)):
+        for made in pool.imap(compile_build, tasks(wanted, given.arch, None if given.all else given.seed)):
             print(*made, sep="\n", flush=True)
             rows += made
     missing = set() if given.kernel else launched_kernels() - {row.kernel for row in rows}
@@ -335,7 +315,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in sorted(missing):
         print(f"FAILED {name} is launched but was not compiled: add a call to tests/aot_samples.py")
     print(
-        f"{len(rows)} rows, {len(wanted)} builds of {len({row.kernel for row in rows})} kernels, "
+        f"aot: {len(rows)} rows, {sum(bool(row.taken_from) for row in rows)} of them another architecture's, "
+        f"{len(wanted)} builds of {len({row.kernel for row in rows})} kernels, "
         f"{len(problems) + len(missing)} failed, {time.monotonic() - started:.0f} s"
     )
     return 1 if problems or missing or not rows else 0

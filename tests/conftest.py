@@ -45,10 +45,12 @@ def _left_out(config, items: list) -> list:
     return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ)
 
 
-# Each file is one worker's: those that take longest come first, so that none of them is the last.
-LONG = ("cuda_simt", "cuda_simt_select", "triton_score", "score", "triton_mutants", "recover_attention", "onnx",
-        "bad_input", "cuda_simt_gather", "hosts", "ptx_barriers", "triton_forms", "determinism", "concurrency",
-        "fuzz")  # fmt: skip
+# Each file is one worker's: those that take longest come first, so that none of them is the last. ptx_barriers and fuzz
+# are long under ./dev ptx.
+LONG = ("ptx_barriers", "fuzz", "cuda_simt", "cuda_simt_halves", "cuda_simt_cluster", "cuda_simt_groups", "score",
+        "recover_attention", "cuda_simt_pairs", "triton_mutants", "demo", "triton_score", "bad_input", "cluster",
+        "hosts", "triton_forms", "onnx", "bench", "cuda_simt_gather", "cuda_simt_select", "build", "determinism",
+        "concurrency")  # fmt: skip
 
 
 def _place(item) -> int:

@@ -4,10 +4,14 @@ nvcc compiles the kernels for every architecture with warnings as errors, and on
 the two torch-facing files. A row per kernel and architecture; fails on a spill, on more shared memory than every device
 has, or where the disassembly lacks the instructions that a kernel is written for. Needs nvcc, not a GPU; says so and
 passes where there is none.
+
+sm_89 takes the branches of the source that sm_86 takes, and ptxas has made the same of them: of its files one is
+compiled, drawn by a seed that is printed, and must give what sm_86's gives; --all (`./dev reliability`): every file.
 """
 
 import argparse
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -27,6 +31,7 @@ from . import simt
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
+LIKE = {89: 86}
 SOURCES = ("score.cu", "cluster.cu", "select.cu", "gather.cu")
 SHARED_LIMIT = 99 << 10  # what a launch may ask for on any device from 8.0 on; above 48 KiB it must opt in
 REGISTER_LIMIT = 255
@@ -117,6 +122,7 @@ class Compiled:
     architecture: int
     seconds: float
     kernels: dict[str, dict] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)  # their disassembly
     faults: list[str] = field(default_factory=list)
 
 
@@ -169,44 +175,65 @@ def instructions(sass: str) -> dict[str, str]:
     return {short(name): text for name, text in zip(names, functions, strict=True)}
 
 
-def compile_for(architecture: int, result_as: str, folder: Path, cuobjdump: Path | None) -> Compiled:
-    """result_as: "-c", or "-cubin", which leaves out the host's side."""
-    start, result, code = time.monotonic(), Compiled(architecture, 0.0), {}
-    for source in SOURCES:
-        out = folder / f"{Path(source).stem}_{architecture}"
-        command = [
-            "nvcc",
-            *FLAGS,
-            f"-arch=sm_{TARGETS.get(architecture, architecture)}",
-            result_as,
-            f"csrc/cuda/{source}",
-            "-o",
-            out,
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            result.faults.append(f"nvcc failed:\n{done.stdout}{done.stderr}")
-            return result
-        result.kernels |= resources(done.stdout + done.stderr)
+def compile_file(architecture: int, source: str, result_as: str, folder: Path, cuobjdump: Path | None) -> Compiled:
+    """One file's kernels. result_as: "-c", or "-cubin", which leaves out the host's side."""
+    start, result = time.monotonic(), Compiled(architecture, 0.0)
+    out = folder / f"{Path(source).stem}_{architecture}"
+    command = [
+        "nvcc",
+        *FLAGS,
+        f"-arch=sm_{TARGETS.get(architecture, architecture)}",
+        result_as,
+        f"csrc/cuda/{source}",
+        "-o",
+        out,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        result.faults.append(f"nvcc failed:\n{done.stdout}{done.stderr}")
+    else:
+        result.kernels = resources(done.stdout + done.stderr)
         if cuobjdump:
             dump = subprocess.run([cuobjdump, "-sass", out], capture_output=True, text=True, check=True).stdout
-            code |= instructions(dump)
+            result.code = instructions(dump)
+    result.seconds = time.monotonic() - start
+    return result
+
+
+def judged(files: list[Compiled], disassembled: bool) -> Compiled:
+    """The files of one architecture that were compiled, and what is wrong with them."""
+    result = Compiled(files[0].architecture, sum(file.seconds for file in files))
+    for file in files:
+        result.faults += file.faults
+        result.kernels |= file.kernels
+        result.code |= file.code
+    if result.faults:
+        return result
     for name, kernel in result.kernels.items():
         if kernel["spills"] or kernel["stack"]:
             result.faults.append(f"{name}: {kernel['spills']} bytes spilled, stack {kernel['stack']} bytes")
         if kernel["registers"] > REGISTER_LIMIT:
             result.faults.append(f"{name}: {kernel['registers']} registers")
-    if cuobjdump:
-        for part, pattern, least in (*WANTED, *(BY_GROUPS if architecture == 90 else BY_WARPS)):
-            texts = [text for name, text in code.items() if name.startswith(part)]
+    if disassembled:
+        for part, pattern, least in (*WANTED, *(BY_GROUPS if result.architecture == 90 else BY_WARPS)):
+            texts = [text for name, text in result.code.items() if name.startswith(part)]
             count = max((len(re.findall(rf"\b{pattern}", text)) for text in texts), default=0)
-            if count < least:
+            if count < least and (texts or len(files) == len(SOURCES)):
                 result.faults.append(f"{part}: {count} x {pattern}, wanted at least {least}")
-        if architecture >= 90:
-            early = [name for name, text in code.items() if name.startswith(OVERLAPPING) and "ACQBULK" not in text]
+        if result.architecture >= 90:
+            early = [n for n, text in result.code.items() if n.startswith(OVERLAPPING) and "ACQBULK" not in text]
             result.faults += [f"{name}: does not wait for the kernel before" for name in early]
-    result.seconds = time.monotonic() - start
     return result
+
+
+def unlike(architecture: int, other: int, kernels: dict[int, dict[str, dict]]) -> list[str]:
+    """Kernels of an architecture that are not as those of the one that stands for it, where both were compiled."""
+    own, others = (kernels.get(of, {}) for of in (architecture, other))
+    return [
+        f"sm_{architecture}: {name}: {kernel}, of sm_{other}: {others[name]}: see LIKE"
+        for name, kernel in own.items()
+        if kernel != others.get(name, kernel)
+    ]
 
 
 def compile_torch_facing(folder: Path) -> list[str]:
@@ -253,7 +280,11 @@ def dynamic_shared() -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
-    architectures = parser.parse_args().arch
+    parser.add_argument("--all", action="store_true", help="every file for architectures that are like another, too")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the file that is, without --all")
+    given, _ = parser.parse_known_args()  # what else `./dev aot` was given is for tests/aot.py, which runs first
+    architectures, drawn = given.arch, random.Random(given.seed).choice(SOURCES)
+    taken = {} if given.all else {arch: of for arch, of in LIKE.items() if {arch, of} <= set(architectures)}
     console = Console(width=None if sys.stdout.isatty() else 160)
     if shutil.which("nvcc") is None:
         console.print("cuda gate: not run, nvcc is not on the PATH")
@@ -263,21 +294,36 @@ def main() -> int:
         folder = Path(name)
         torch_facing = pool.submit(compile_torch_facing, folder)
         kinds = ["-c"] + ["-cubin"] * (len(architectures) - 1)
-        results = list(pool.map(lambda *wanted: compile_for(*wanted, folder, cuobjdump), architectures, kinds))
+        wanted = [
+            (architecture, source, kind, folder, cuobjdump)
+            for source in SOURCES
+            for architecture, kind in zip(architectures, kinds, strict=True)
+            if architecture not in taken or source == drawn
+        ]
+        files = list(pool.map(lambda one: compile_file(*one), wanted))
+        results = [judged([file for file in files if file.architecture == of], bool(cuobjdump)) for of in architectures]
         faults = [f"sm_{result.architecture}: {fault}" for result in results for fault in result.faults]
         faults += torch_facing.result()
+    by_architecture = {result.architecture: result.kernels for result in results}
+    for architecture, other in LIKE.items():
+        faults += unlike(architecture, other, by_architecture)
     shared = dynamic_shared() if simt.why_not() is None else {}
     faults += [f"{kernel}: {size} bytes of shared memory" for kernel, size in shared.items() if size > SHARED_LIMIT]
 
     table = Table("kernel", "shared", *(f"sm_{architecture}" for architecture in architectures))
     for kernel in sorted({kernel for result in results for kernel in result.kernels}):
-        row = [str(result.kernels[kernel]["registers"]) if kernel in result.kernels else "-" for result in results]
+        row = [
+            str(kernels[kernel]["registers"]) if kernel in kernels else f"as {taken[of]}" if of in taken else "-"
+            for of, kernels in by_architecture.items()
+        ]
         size = next((str(size) for part, size in shared.items() if kernel.startswith(part)), "0")
         table.add_row(kernel.replace("h2ot::cuda::", ""), size, *row)
     console.print(table)
     seconds = ", ".join(f"sm_{result.architecture} {result.seconds:.0f}" for result in results)
     console.print(f"Registers per thread and bytes of shared memory per block; spills: 0 wanted. Seconds: {seconds}")
     console.print(f"Disassembly: {'checked' if cuobjdump else 'not checked, no cuobjdump (CUDA toolkit, or triton)'}")
+    for architecture, other in taken.items():
+        console.print(f"sm_{architecture}: {drawn} compiled, drawn by --seed {given.seed}, the others as sm_{other}")
     for fault in faults:
         console.print(f"FAILED {fault}", markup=False)
     return 1 if faults else 0

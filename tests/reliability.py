@@ -29,6 +29,8 @@ PROOFS = {
                                "tests/test_cuda_simt_halves.py", "tests/test_cuda_plan.py"],
     "triton, planted": [*PYTEST, "tests/test_triton_mutants.py"],
     "triton, its PTX": ["-m", "tests.ptx", "--all"],
+    "triton, every architecture": ["-m", "tests.aot", "--all"],
+    "cuda, every architecture": ["-m", "tests.cuda_gate", "--all"],
     "fuzz": [*PYTEST, "--hypothesis-profile=nightly", "tests/test_fuzz.py"],
     "tidy": ["-m", "tests.tidy"],
     "sanitize": ["-m", "tests.sanitize"],
@@ -41,7 +43,7 @@ _TESTS = re.compile(r"(\d+) (passed|failed|skipped|deselected|error)")
 def counted(output: str) -> dict:
     """What a proof says it counted: tests by outcome, and each line of counts."""
     found = {name: int(number) for number, name in _TESTS.findall(output)}
-    said = [line for line in output.splitlines() if line.startswith(("fuzz ", "tidy: ", "barriers "))]
+    said = [line for line in output.splitlines() if line.startswith(("fuzz ", "tidy: ", "barriers ", "aot: "))]
     last = (output.splitlines() or [""])[-1]
     return found | ({"counts": said} if said else {}) | (json.loads(last) if last.startswith("{") else {})
 

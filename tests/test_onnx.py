@@ -1,4 +1,7 @@
-"""ONNX: the table of decompositions is the definition, and onnxruntime runs what is exported at any batch size."""
+"""ONNX: the table of decompositions is the definition, and onnxruntime runs what is exported at any batch size.
+
+Hosts: `./dev onnx`.
+"""
 
 import doctest
 
@@ -9,13 +12,11 @@ from torch import nn
 import h2ot_kernels as h2ot
 import h2ot_kernels.onnx
 import python_ref
-from bench import hosts as bench_hosts
 
 from . import cases, test_torch
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-from bench import bench_onnx  # noqa: E402
 
 TABLE = h2ot_kernels.onnx.decompositions()
 OPS = torch.ops.h2ot_kernels
@@ -116,17 +117,6 @@ def test_every_operation_in_onnxruntime(tmp_path):
                 expected = model(x)
             for ours, theirs in zip(run(path, x), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_a_host_in_onnxruntime(tmp_path):
-    """The one that is exported soonest; `./dev onnx`, of CI, does it for every host."""
-    model, path = bench_hosts.build("h2ot_mixste", reduced=True), tmp_path / "host.onnx"
-    h2ot_kernels.onnx.export(model, (bench_hosts.keypoints(model, 2),), path)
-    for B in (1, 3):
-        x = bench_hosts.keypoints(model, B, noise=bench_onnx.REDUCED_NOISE)
-        error, same_frames = bench_onnx.deviation(run(path, x), bench_onnx.outputs(model, x))
-        assert error <= bench_onnx.REDUCED_BOUND
-        assert same_frames == 1.0
 
 
 @pytest.mark.parametrize("shape", [(1, 2), ()])

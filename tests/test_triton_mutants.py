@@ -1,10 +1,10 @@
 """Planted mistakes in the Triton kernels: each fails the test that is named beside it."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,14 +69,50 @@ MUTANTS = {
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="one process per mutant is for the interpreter")
 
 
-def passes(folder: Path, *tests: str) -> bool:
-    """Whether the tests pass, in a process of their own, on the package in `folder`."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stdout + done.stderr  # anything else: the tests did not run
-    return done.returncode == 0
+# Forks of one process that has imported what all need: the project itself each takes from a folder of its own.
+FORKS = """
+import json, os, sys
+
+import numpy, pytest, torch, triton.language
+
+def run(folder, tests):
+    output = os.open(os.path.join(folder, "output"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    code = pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+    sys.stdout.flush()
+    os._exit(code)
+
+running, codes, wanted = {}, {}, json.load(sys.stdin)
+while wanted or running:
+    if wanted and len(running) < 2:
+        folder, tests = wanted.pop()
+        child = os.fork()
+        if child == 0:
+            run(folder, tests)
+        running[child] = folder
+    else:
+        child, status = os.wait()
+        codes[running.pop(child)] = os.waitstatus_to_exitcode(status)
+print(json.dumps(codes))
+"""
+
+
+def passed(wanted: list[tuple[Path, list[str]]], folder: Path) -> dict[Path, bool]:
+    """Whether the tests pass on the package in each folder."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
+    given = json.dumps([(str(where), tests) for where, tests in wanted])
+    environment |= {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FORKS], cwd=folder, env=environment, input=given, stdout=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0
+    codes = {Path(where): code for where, code in json.loads(done.stdout).items()}
+    for where, code in codes.items():
+        assert code in (0, 1), (where / "output").read_text()  # anything else: the tests did not run
+    return {where: code == 0 for where, code in codes.items()}
 
 
 def scratch(folder: Path) -> Path:
@@ -86,17 +122,21 @@ def scratch(folder: Path) -> Path:
     return folder
 
 
-def survives(mutant: tuple[str, str, str, str], folder: Path) -> bool:
-    file, text, replacement, test = mutant
+def planted(file: str, text: str, replacement: str, folder: Path) -> Path:
     path = scratch(folder) / "h2ot_kernels" / "triton" / file
     source = path.read_text()
     assert source.count(text) == 1, f"{file}: {text!r} stands there {source.count(text)} times"
     path.write_text(source.replace(text, replacement))
-    return passes(folder, test)
+    return folder
 
 
 def test_planted_mutants_are_caught(tmp_path):
-    assert passes(scratch(tmp_path / "unchanged"), *{mutant[-1] for mutant in MUTANTS.values()})
-    with ThreadPoolExecutor(2) as pool:
-        alive = pool.map(lambda name: survives(MUTANTS[name], tmp_path / name.replace(" ", "_")), MUTANTS)
-        assert not [name for name, survived in zip(MUTANTS, alive, strict=True) if survived]
+    unchanged = scratch(tmp_path / "unchanged")
+    folders = {
+        planted(*mistake, tmp_path / name.replace(" ", "_")): (name, test) for name, (*mistake, test) in MUTANTS.items()
+    }
+    tests = sorted({test for _, test in folders.values()})
+    found = passed([*((folder, [test]) for folder, (_, test) in folders.items()), (unchanged, tests)], tmp_path)
+    assert found.pop(unchanged), (unchanged / "output").read_text()
+    assert not [folders[folder][0] for folder, survived in found.items() if survived]
+    assert set(found) == set(folders)

@@ -40,7 +40,7 @@ LIBRARIES = {"h2ot_kernels/libh2ot_kernels_cpu.so"} | (
     {"h2ot_kernels/libh2ot_kernels_cuda.so"} if shutil.which("nvcc") else set()
 )
 # One architecture, as machine code and for newer ones: tests/cuda_gate.py compiles the kernels for all.
-CUDA = {"H2OT_KERNELS_CUDA": "1", "H2OT_KERNELS_CUDA_ARCHITECTURES": "80-real;90"} if shutil.which("nvcc") else {}
+CUDA = {"H2OT_KERNELS_CUDA": "1", "H2OT_KERNELS_CUDA_ARCHITECTURES": "80"} if shutil.which("nvcc") else {}
 
 
 def build(folder: Path) -> Path:
