@@ -4,14 +4,10 @@ nvcc compiles the kernels for every architecture with warnings as errors, and on
 the two torch-facing files. A row per kernel and architecture; fails on a spill, on more shared memory than every device
 has, or where the disassembly lacks the instructions that a kernel is written for. Needs nvcc, not a GPU; says so and
 passes where there is none.
-
-sm_89 takes the branches of the source that sm_86 takes, and ptxas has made the same of them: of its files one is
-compiled, drawn by a seed that is printed, and must give what sm_86's gives; --all (`./dev reliability`): every file.
 """
 
 import argparse
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -31,7 +27,6 @@ from . import simt
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
-LIKE = {89: 86}
 SOURCES = ("score.cu", "cluster.cu", "select.cu", "gather.cu")
 SHARED_LIMIT = 99 << 10  # what a launch may ask for on any device from 8.0 on; above 48 KiB it must opt in
 REGISTER_LIMIT = 255
@@ -218,22 +213,12 @@ def judged(files: list[Compiled], disassembled: bool) -> Compiled:
         for part, pattern, least in (*WANTED, *(BY_GROUPS if result.architecture == 90 else BY_WARPS)):
             texts = [text for name, text in result.code.items() if name.startswith(part)]
             count = max((len(re.findall(rf"\b{pattern}", text)) for text in texts), default=0)
-            if count < least and (texts or len(files) == len(SOURCES)):
+            if count < least:
                 result.faults.append(f"{part}: {count} x {pattern}, wanted at least {least}")
         if result.architecture >= 90:
             early = [n for n, text in result.code.items() if n.startswith(OVERLAPPING) and "ACQBULK" not in text]
             result.faults += [f"{name}: does not wait for the kernel before" for name in early]
     return result
-
-
-def unlike(architecture: int, other: int, kernels: dict[int, dict[str, dict]]) -> list[str]:
-    """Kernels of an architecture that are not as those of the one that stands for it, where both were compiled."""
-    own, others = (kernels.get(of, {}) for of in (architecture, other))
-    return [
-        f"sm_{architecture}: {name}: {kernel}, of sm_{other}: {others[name]}: see LIKE"
-        for name, kernel in own.items()
-        if kernel != others.get(name, kernel)
-    ]
 
 
 def compile_torch_facing(folder: Path) -> list[str]:
@@ -280,11 +265,8 @@ def dynamic_shared() -> dict[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--all", action="store_true", help="every file for architectures that are like another, too")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the file that is, without --all")
     given, _ = parser.parse_known_args()  # what else `./dev aot` was given is for tests/aot.py, which runs first
-    architectures, drawn = given.arch, random.Random(given.seed).choice(SOURCES)
-    taken = {} if given.all else {arch: of for arch, of in LIKE.items() if {arch, of} <= set(architectures)}
+    architectures = given.arch
     console = Console(width=None if sys.stdout.isatty() else 160)
     if shutil.which("nvcc") is None:
         console.print("cuda gate: not run, nvcc is not on the PATH")
@@ -298,32 +280,23 @@ def main() -> int:
             (architecture, source, kind, folder, cuobjdump)
             for source in SOURCES
             for architecture, kind in zip(architectures, kinds, strict=True)
-            if architecture not in taken or source == drawn
         ]
         files = list(pool.map(lambda one: compile_file(*one), wanted))
         results = [judged([file for file in files if file.architecture == of], bool(cuobjdump)) for of in architectures]
         faults = [f"sm_{result.architecture}: {fault}" for result in results for fault in result.faults]
         faults += torch_facing.result()
-    by_architecture = {result.architecture: result.kernels for result in results}
-    for architecture, other in LIKE.items():
-        faults += unlike(architecture, other, by_architecture)
     shared = dynamic_shared() if simt.why_not() is None else {}
     faults += [f"{kernel}: {size} bytes of shared memory" for kernel, size in shared.items() if size > SHARED_LIMIT]
 
     table = Table("kernel", "shared", *(f"sm_{architecture}" for architecture in architectures))
     for kernel in sorted({kernel for result in results for kernel in result.kernels}):
-        row = [
-            str(kernels[kernel]["registers"]) if kernel in kernels else f"as {taken[of]}" if of in taken else "-"
-            for of, kernels in by_architecture.items()
-        ]
+        row = [str(result.kernels[kernel]["registers"]) if kernel in result.kernels else "-" for result in results]
         size = next((str(size) for part, size in shared.items() if kernel.startswith(part)), "0")
         table.add_row(kernel.replace("h2ot::cuda::", ""), size, *row)
     console.print(table)
     seconds = ", ".join(f"sm_{result.architecture} {result.seconds:.0f}" for result in results)
     console.print(f"Registers per thread and bytes of shared memory per block; spills: 0 wanted. Seconds: {seconds}")
     console.print(f"Disassembly: {'checked' if cuobjdump else 'not checked, no cuobjdump (CUDA toolkit, or triton)'}")
-    for architecture, other in taken.items():
-        console.print(f"sm_{architecture}: {drawn} compiled, drawn by --seed {given.seed}, the others as sm_{other}")
     for fault in faults:
         console.print(f"FAILED {fault}", markup=False)
     return 1 if faults else 0
