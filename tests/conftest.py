@@ -42,7 +42,7 @@ def _left_out(config, items: list) -> list:
     named = any("::" in argument for argument in config.args)
     if torch.cuda.is_available() or named or config.getoption("--all"):
         return []
-    return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ)
+    return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ, int(os.environ.get("H2OT_KERNELS_PTX_SEED", 0)))
 
 
 # Each file is one worker's: those that take longest come first, so that none of them is the last. ptx_barriers and fuzz

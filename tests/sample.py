@@ -1,20 +1,24 @@
 """What `./dev test` and `./dev ptx` leave out of the Triton tests, by rule; `--all` (`./dev reliability`) runs it.
 
 Both run the cases of Triton's kernels. `./dev ptx` runs what Triton compiles: of cases with more than LARGE products of
-channels the first of each form and size, for what tokens hold decides no path there that the small cases, which
-all run, do not take. The interpreter (`./dev test`) takes the first and the last case of each form of a test: its
-dtype, flags, options, and whatever else is no size and no kind of tokens.
+channels the first of each form and size; of the others the first and the last of each form, and a share of the rest,
+drawn by a seed that it prints, other cases each time. The interpreter (`./dev test`) takes the first and the last case
+of each form. A form of a test: its dtype, flags, options, and whatever else is no size and no kind of tokens.
 """
+
+import math
+import random
 
 import torch
 
 from .cases import TokenCase
 
 LARGE, LARGEST = 2.5e7, 1.7e8  # B N^2 C; what is larger than the second has no path of its own
+SHARE = 3  # one in so many of the drawn ones
 STREAMED = "test_triton_score.py"  # names no runner: all of it is Triton's
 NOTE = "Triton: {} (tests/sample.py; --all runs the others, too)"
 INTERPRETED = "of cases that ./dev ptx runs, too, the first and the last of each form are interpreted"
-AS_PTX = "of large cases of one form and size the first runs as PTX"
+AS_PTX = "of large cases of one form and size the first runs as PTX, of the others the first, the last and those drawn"
 
 
 def _form(item) -> tuple:
@@ -40,17 +44,24 @@ def _on_triton(item) -> bool:
     return bool(given) and (runner.backend == "triton" if runner else item.path.name == STREAMED)
 
 
-def left_out(items: list, as_ptx: bool) -> list:
-    """The items that the rule leaves out, in order."""
-    triton, forms, out = [item for item in items if _on_triton(item)], {}, []
-    for item in triton:
-        if not as_ptx:
+def left_out(items: list, as_ptx: bool, seed: int = 0) -> list:
+    """The items that the rule leaves out. seed: of what is drawn; the same items and seed give the same answer."""
+    large, forms, out = {}, {}, []
+    for item in items:
+        if not _on_triton(item):
+            continue
+        if not as_ptx or _size(item) <= LARGE:
             forms.setdefault(_form(item), []).append(item)
         elif _size(item) > LARGEST:
             out.append(item)
-        elif _size(item) > LARGE:
+        else:
             case = item.callspec.params["case"]
-            forms.setdefault((*_form(item), case.N, case.C, case.k), []).append(item)
+            large.setdefault((*_form(item), case.N, case.C, case.k), []).append(item)
+    for same in large.values():
+        out += same[1:]
+    draw = random.Random(seed)
     for same in forms.values():
-        out += same[1:] if as_ptx else same[1:-1]
+        between = same[1:-1]
+        drawn = draw.sample(between, math.ceil(len(between) / SHARE)) if as_ptx else []
+        out += [item for item in between if item not in drawn]
     return out

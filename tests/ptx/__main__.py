@@ -1,10 +1,11 @@
 """`./dev ptx`: the tests of the Triton kernels on their PTX, run on the CPU.
 
-python -m tests.ptx [--arch 90] [arguments of pytest]
+python -m tests.ptx [--arch 90] [--seed N | --all] [arguments of pytest]
 """
 
 import argparse
 import os
+import random
 import subprocess
 import sys
 
@@ -16,13 +17,19 @@ FILES = [*STEMS, *TRITON, "fuzz", "ptx_barriers"]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability; no tcgen05, so not 100")
-    parser.add_argument("--all", action="store_true", help="large cases of every kind, too (tests/sample.py)")
+    parser.add_argument(
+        "--all", action="store_true", help="every case, large ones of every kind, too (tests/sample.py)"
+    )
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the cases drawn, without --all")
     given, others = parser.parse_known_args()
     parallel = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
     whole = ["--all"] if given.all else []
     tests = ["-k", "triton or Triton or any_valid_input or barrier", *(f"tests/test_{file}.py" for file in FILES)]
     command = [sys.executable, "-m", "pytest", *tests, *whole, *(others or parallel)]
-    chosen = {"H2OT_KERNELS_PTX": str(given.arch), "CUDA_VISIBLE_DEVICES": ""}  # on the CPU where there is a GPU, too
+    if not given.all:
+        print(f"ptx: cases drawn by --seed {given.seed}", flush=True)
+    chosen = {"H2OT_KERNELS_PTX": str(given.arch), "H2OT_KERNELS_PTX_SEED": str(given.seed)}
+    chosen |= {"CUDA_VISIBLE_DEVICES": ""}  # on the CPU where there is a GPU, too
     return subprocess.run(command, env=os.environ | chosen, check=False).returncode
 
 
