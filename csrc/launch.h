@@ -223,17 +223,6 @@ struct GraphArgs {
   void* out;          // [lines, T, inner, C] contiguous
 };
 
-// out = w first + (1 - w) second for each row, w the first of the softmax of weight [first, second] + bias. In float32
-// (float64 for f64).
-struct StreamsArgs {
-  const void *first, *second;  // [rows, C] contiguous
-  Dtype dtype;                 // of everything
-  int64_t rows, C;             // C at least 1
-  const void* weight;          // [2, 2 C] contiguous
-  const void* bias;            // [2], or null: 0
-  void* out;                   // [rows, C] contiguous
-};
-
 // out[c, r] = residual[c, r] + activation(W_c norm(x[r]) + bias_c) in float32, on the tile unit of x86. The weights,
 // those of `chunks` layers with M outputs each, are packed once: three bytes for each, in tiles, and a scale for each
 // output.
@@ -306,7 +295,6 @@ struct Kernels {
   Status (*recover_tail)(const RecoverTailArgs&, const Parallel&);
   Status (*add_norm)(const AddNormArgs&, const Parallel&);
   Status (*graph_update)(const GraphArgs&, const Parallel&);
-  Status (*mix_streams)(const StreamsArgs&, const Parallel&);
   Status (*interpolate)(const InterpolateArgs&, const Parallel&);
   Status (*interpolate_backward)(const InterpolateBackwardArgs&, const Parallel&);
 };

@@ -18,7 +18,6 @@ from . import dropin  # isort: skip
 from . import add_norm as _add_norm  # noqa: F401  declares its operator
 from . import backend as _backend
 from . import graph as _graph  # noqa: F401
-from . import streams as _streams  # noqa: F401
 from .backend import can_run, env_report, explain, use_backend
 
 __version__ = "0.1.0"

@@ -5,11 +5,9 @@ Internal to linear layers and patched blocks.
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from .backend import is_reference, why_no_cpp
-from .checks import FLOATS, no_tangent
-from .library import declare
+from .checks import FLOATS
+from .inference import declare_for_inference, is_unseen, require_inference
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -21,9 +19,7 @@ def add_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype
     has x's dtype. As PyTorch does it, the norm reads the sum as it is stored, in float32 (float64 for float64).
     """
     weight, bias = norm.weight, norm.bias
-    if records(x, y, weight, bias):
-        raise RuntimeError("add_norm is for inference: call it under torch.no_grad() or torch.inference_mode()")
-    no_tangent("add_norm", x, y, weight, bias)
+    require_inference("add_norm", x, y, weight, bias)
     if x.is_contiguous() or not x.numel():
         total, normed = _op(x, y, weight, bias, norm.eps, dtype)
         return x if y is None else total, normed
@@ -42,12 +38,10 @@ def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> b
 
     Hooks and a forward on the instance of norm are the caller's business (`linear.is_silent`).
     """
-    if type(norm) is not nn.LayerNorm or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if type(norm) is not nn.LayerNorm:
         return False
     weight, bias = norm.weight, norm.bias
-    if not all(t is None or is_plain(t) for t in (x, y, weight, bias)) or records(x, y, weight, bias):
+    if not is_unseen(x, y, weight, bias):
         return False
     C = norm.normalized_shape[-1]
     fits = norm.normalized_shape == x.shape[-1:] and C > 0 and all(t is None or t.shape == (C,) for t in (weight, bias))
@@ -59,35 +53,17 @@ def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> b
     vectors = {t.dtype for t in (weight, bias) if t is not None}
     allowed = {x.dtype, torch.float32} if x.dtype in HALVES else {x.dtype}
     mixes = dtype in beside and (y is None or y.dtype in beside) and len(vectors) <= 1 and vectors <= allowed
-    return x.dtype in FLOATS and mixes and not is_reference(None) and why_no_cpp() is None
-
-
-def is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.layout is torch.strided and not t.is_nested
-
-
-def records(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return x.dtype in FLOATS and mixes
 
 
 def _fake(x, y, weight, bias, eps, dtype):
     return x.new_empty(0 if y is None else x.shape), x.new_empty(x.shape, dtype=dtype)
 
 
-def _setup(ctx, inputs, output):
-    """Nothing is kept: there is no gradient."""
-
-
-def _no_gradient(ctx, *grads):
-    raise NotImplementedError("add_norm has no gradient: it is for inference")
-
-
 # FLOPs count 0, as those of PyTorch's own elementwise operators and norms do. Without y the sum is an empty tensor: an
 # operator's result must not be its argument.
-_op = declare(
+_op = declare_for_inference(
     "add_norm",
     "(Tensor x, Tensor? y, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor, Tensor)",
     _fake,
-    backward=_no_gradient,
-    setup_context=_setup,
 )

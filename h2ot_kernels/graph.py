@@ -5,12 +5,9 @@ Internal to MotionAGFormer.
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from .add_norm import is_plain, records
-from .backend import is_reference, why_no_cpp
-from .checks import FLOATS, no_tangent
-from .library import declare
+from .checks import FLOATS
+from .inference import declare_for_inference, is_unseen, require_inference
 
 MOST_NEIGHBOURS = 16
 
@@ -34,9 +31,7 @@ def graph_update(
     bits. Time for neighbours by product: T^2 C multiply-adds a line. Memory for each thread: T (C + 32) numbers, and
     the lists.
     """
-    if records(x, u, v, residual, scale, norm.weight, norm.bias):
-        raise RuntimeError("graph_update is for inference: call it under torch.no_grad() or torch.inference_mode()")
-    no_tangent("graph_update", x, u, v, residual, scale)
+    require_inference("graph_update", x, u, v, residual, scale, norm.weight, norm.bias)
     vectors = norm.weight, norm.bias, norm.running_mean, norm.running_var
     return _op(x, u, v, residual, scale, adjacency, neighbours, *vectors, norm.eps, dim)
 
@@ -46,28 +41,16 @@ def takes(x: Tensor, others: tuple[Tensor, ...], norm: nn.Module, neighbours: in
 
     Hooks and a forward on the instance of norm are the caller's business (`linear.is_silent`).
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(norm) is not nn.BatchNorm1d:
+    if type(norm) is not nn.BatchNorm1d or norm.training or norm.running_mean is None:
         return False
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    tensors = (x, *others, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if not is_unseen(*tensors):
         return False
-    vectors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
-    tensors = (x, *others, *vectors)
-    statistics = norm.running_mean is not None and not norm.training
-    plain = all(is_plain(t) and t.dtype == x.dtype for t in tensors) and not records(*tensors)
-    built = not is_reference(None) and why_no_cpp() is None
-    return statistics and plain and x.dtype in FLOATS and neighbours <= MOST_NEIGHBOURS and built
+    return x.dtype in FLOATS and neighbours <= MOST_NEIGHBOURS and all(t is None or t.dtype == x.dtype for t in tensors)
 
 
 def _fake(x, u, v, residual, scale, adjacency, neighbours, weight, bias, mean, variance, eps, dim):
     return x.new_empty(x.shape)
-
-
-def _setup(ctx, inputs, output):
-    """Nothing is kept: there is no gradient."""
-
-
-def _no_gradient(ctx, *grads):
-    raise NotImplementedError("graph_update has no gradient: it is for inference")
 
 
 def _flops(x, u, v, residual, scale, adjacency, neighbours, weight, bias, mean, variance, eps, dim):
@@ -75,12 +58,10 @@ def _flops(x, u, v, residual, scale, adjacency, neighbours, weight, bias, mean, 
     return 2 * torch.Size(x).numel() * x[dim] * (1 if adjacency is not None else 2)
 
 
-_op = declare(
+_op = declare_for_inference(
     "graph_update",
     "(Tensor x, Tensor u, Tensor v, Tensor residual, Tensor scale, Tensor? adjacency, int neighbours, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor variance, float eps, int dim) -> Tensor",
     _fake,
-    backward=_no_gradient,
-    setup_context=_setup,
     flops=_flops,
 )

@@ -31,7 +31,6 @@ BY_STEM = {
     "attention_score": (FUZZ, "tests/test_select.py"),
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),
     "graph": ("tests/test_graph.py", "tests/test_graph_refuses.py"),
-    "streams": ("tests/test_streams.py", "tests/test_streams_refuses.py"),
     "add_norm": ("tests/test_add_norm.py", "tests/test_add_norm_refuses.py"),
 }
 EVERYTHING = tuple(dict.fromkeys(file for files in BY_STEM.values() for file in files))

@@ -73,7 +73,7 @@ def test_takes_refuses_where_somebody_looks(monkeypatch):
     assert seen == [False]
     compiled = torch.compile(lambda x: x + 1 if takes(x, None, NORM, F32) else x, fullgraph=True, backend="eager")
     assert torch.equal(compiled(X), X)
-    monkeypatch.setattr("h2ot_kernels.add_norm.why_no_cpp", lambda: "not built")
+    monkeypatch.setattr("h2ot_kernels.inference.why_no_cpp", lambda: "not built")
     assert not takes(X, Y, NORM, F32)
 
 

@@ -177,7 +177,7 @@ def test_when_the_unit_is_used():
 MISTAKES = {
     "a step of channels is left out": ("attention.cpp", "d < head.depth; d++", "d + 1 < head.depth; d++"),
     "the halves of a panel are the same": ("attention.cpp", "at.queries + next + d *", "at.queries + d *"),
-    "padded keys count": ("attention.cpp", "k + i + kSide < K ? weight_of", "k < K ? weight_of"),
+    "padded keys count": ("attention.cpp", "k + i + kSide < K ? weight", "k < K ? weight"),
     "values of a pair are neighbours": ("attention.cpp", "other = k + kSide, c", "other = k + 1, c"),
     "tokens are not transposed": ("attention.cpp", "if (transposed) transpose(rows);", ""),
     "queries beyond the last are written": ("attention.cpp", "if (q >= queries) break;", ""),

@@ -9,7 +9,6 @@ from torch import nn
 import h2ot_kernels as h2ot
 from h2ot_kernels.add_norm import add_norm
 from h2ot_kernels.graph import graph_update
-from h2ot_kernels.streams import mix_streams
 
 from .cases import TokenCase
 
@@ -20,7 +19,7 @@ QUERY, KEY, VALUE = torch.randn(243, 64), torch.randn(3, 81, 64), torch.randn(3,
 PARENT = h2ot.score_tokens(X).parent
 LABELS = h2ot.assign_clusters(X, INDEX)
 TAIL = [module.requires_grad_(False) for module in (nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 3))]
-NODES, MIX = nn.BatchNorm1d(243).eval().requires_grad_(False), nn.Linear(128, 2).requires_grad_(False)
+NODES = nn.BatchNorm1d(243).eval().requires_grad_(False)
 
 
 def gradients(function, *inputs):
@@ -60,7 +59,6 @@ CALLS = {
     ],
     "add_norm": lambda rows: add_norm(X[rows], X[rows], TAIL[1], torch.bfloat16),
     "graph_update": lambda rows: [graph_update(*[X[rows]] * 4, QUERY[0], NODES, 1, None, 4)],
-    "mix_streams": lambda rows: [mix_streams(X[rows], 1 - X[rows], MIX)],
     "recover_interpolate": lambda rows: [h2ot.recover_interpolate(POSE[rows], INDEX[rows], 243)],
     "interpolate gradient": lambda rows: gradients(lambda x: h2ot.recover_interpolate(x, INDEX[rows], 243), POSE[rows]),
 }

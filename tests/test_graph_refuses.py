@@ -62,7 +62,7 @@ def test_takes_refuses_where_somebody_looks(monkeypatch):
         assert not takes(leaf, OTHERS, NORM, 4)
         with pytest.raises(RuntimeError, match="graph_update is for inference"):
             graph_update(leaf, *OTHERS, NORM, 1, None, 4)
-    monkeypatch.setattr("h2ot_kernels.graph.why_no_cpp", lambda: "not built")
+    monkeypatch.setattr("h2ot_kernels.inference.why_no_cpp", lambda: "not built")
     assert not takes(X, OTHERS, NORM, 4)
 
 

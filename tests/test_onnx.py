@@ -26,7 +26,6 @@ NOT_EXPORTED = {
     "pack_linear",
     "add_norm",
     "graph_update",
-    "mix_streams",
 }  # while a model is exported its layers are plain
 SMALL = [case for case in cases.TOKEN_CASES if not case.large and case.B]
 

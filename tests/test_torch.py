@@ -56,7 +56,6 @@ def samples():
         yield OPS.add_norm, (y, rand(2, 9, C, dtype=torch.bfloat16), rand(C), rand(C), 1e-5, torch.bfloat16)
         yield OPS.add_norm, (y[0], None, None, rand(C), 1e-5, torch.float16)
         yield OPS.add_norm, (y.half(), y.half(), rand(C), None, 1e-5, torch.float16)
-        yield OPS.mix_streams, (y, y + 1, rand(2, 2 * C), rand(2))
         nodes = (rand(9), None, rand(9), rand(9).abs(), 1e-5, 1)
         yield OPS.graph_update, (y, y + 1, rand(2, 9, C), y, rand(C), None, 3, *nodes)
         yield OPS.graph_update, (y, y, y, y, rand(C), torch.rand(2, 9, 9) < 0.5, 0, *nodes)

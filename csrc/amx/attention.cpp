@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t kPanel = 2 * kSide, kStepKeys = 2 * kSide, kStepChannels = 2 * kSide;
 constexpr int64_t kTileHalves = kTile / int64_t(sizeof(uint16_t));
 
-int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 // Sizes of a head in tiles; everything is padded with zeros to whole steps.
 struct Head {
   int64_t D, depth, tiles;  // channels; steps of kStepChannels; tiles of kSide of the result
@@ -212,23 +210,20 @@ H2OT_INLINE Words rounded_pairs(Floats first, Floats second) {
 H2OT_INLINE Floats soften(const float* logits, int64_t K, float rate, uint16_t* weights) {
   const Floats most = largest_of(logits, K) * rate;
   Floats sum = {};
-  int64_t k = 0;
-  for (; k + kStepKeys <= K; k += kStepKeys, logits += kStepKeys * kPanel, weights += 2 * kTileHalves) {
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < kSide; i++) {
-      const Floats first = weight_of(load(logits + i * kPanel), rate, most);
-      const Floats second = weight_of(load(logits + (i + kSide) * kPanel), rate, most);
-      sum += first + second;
-      const Words pairs = rounded_pairs(first, second);
-      memcpy(weights + i * kStepKeys, &pairs, sizeof pairs);
-    }
-  }
-  for (int64_t i = 0; k < K && i < kSide; i++) {
-    const Floats first = k + i < K ? weight_of(load(logits + i * kPanel), rate, most) : Floats{};
-    const Floats second = k + i + kSide < K ? weight_of(load(logits + (i + kSide) * kPanel), rate, most) : Floats{};
+  const auto put = [&](int64_t i, Floats first, Floats second) __attribute__((always_inline)) {
     sum += first + second;
     const Words pairs = rounded_pairs(first, second);
     memcpy(weights + i * kStepKeys, &pairs, sizeof pairs);
+  };
+  const auto weight = [&](int64_t i)
+                          __attribute__((always_inline)) { return weight_of(load(logits + i * kPanel), rate, most); };
+  int64_t k = 0;
+  for (; k + kStepKeys <= K; k += kStepKeys, logits += kStepKeys * kPanel, weights += 2 * kTileHalves) {
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kSide; i++) put(i, weight(i), weight(i + kSide));
+  }
+  for (int64_t i = 0; k < K && i < kSide; i++) {
+    put(i, k + i < K ? weight(i) : Floats{}, k + i + kSide < K ? weight(i + kSide) : Floats{});
   }
   return sum;
 }

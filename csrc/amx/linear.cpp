@@ -19,8 +19,6 @@ constexpr int64_t kBlockBytes = 384 << 10;  // the rows of a block, in the secon
 constexpr float kScale = 0x1p16f;           // of a row: a sum of order 2 counts its square
 constexpr int64_t kSpread = 16;             // floats behind the scales: the weights' spread, and room
 
-int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 // What pack() makes: digits [chunks][panels][steps][kWeightStep], scales [chunks][panels][kSide], the spread.
 struct Packed {
   int64_t steps, panels;

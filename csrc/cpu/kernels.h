@@ -21,7 +21,6 @@ Status recover_attention_backward(const RecoverAttentionBackwardArgs&, const Par
 Status recover_tail(const RecoverTailArgs&, const Parallel&);
 Status add_norm(const AddNormArgs&, const Parallel&);
 Status graph_update(const GraphArgs&, const Parallel&);
-Status mix_streams(const StreamsArgs&, const Parallel&);
 Status interpolate(const InterpolateArgs&, const Parallel&);
 Status interpolate_backward(const InterpolateBackwardArgs&, const Parallel&);
 

@@ -25,7 +25,6 @@ const Kernels table = {
     recover_tail,
     add_norm,
     graph_update,
-    mix_streams,
     interpolate,
     interpolate_backward,
 };

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..attention import attend_packed, attend_rows, takes_one_product
-from ..linear import Linear, is_silent
-from ..streams import mix_streams, takes
+from ..linear import Linear
 
 QueryKey = tuple[Tensor, Tensor]
 
@@ -141,11 +140,9 @@ class Fusion(nn.Linear):
         return (logits + functional.linear(second, self.weight[:, C:])).softmax(-1)
 
 
-def mix(first: Tensor, second: Tensor, fusion: Fusion) -> Tensor:
-    """The streams [..., C] weighted by what fusion says of them."""
-    if is_silent(fusion) and takes(first, second, fusion):
-        return mix_streams(first, second, fusion)
-    return torch.lerp(second, first, fusion(first, second)[..., :1].to(first.dtype))
+def mix(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """The streams [..., C] weighted by [..., 2] that sum to 1."""
+    return torch.lerp(second, first, weights[..., :1].to(first.dtype))
 
 
 def joined(streams: list[QueryKey]) -> QueryKey:

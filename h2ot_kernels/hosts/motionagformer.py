@@ -97,7 +97,7 @@ class Layer(nn.Module):
         """x -> the layer's output and the (query, key) of its temporal attention."""
         attended, query_key = self.att_temporal(self.att_spatial(x, 2)[0], 1)
         passed, _ = self.graph_temporal(self.graph_spatial(x, 2)[0], 1)
-        return mix(attended, passed, self.fusion), query_key
+        return mix(attended, passed, self.fusion(attended, passed)), query_key
 
 
 class Mixing(nn.Module):

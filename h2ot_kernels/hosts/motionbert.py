@@ -83,7 +83,7 @@ class MotionBERT(Host):
         for i, (st, ts, fusion) in enumerate(zip(self.blocks_st, self.blocks_ts, self.ts_attn, strict=True)):
             x, kept = self.hourglass.prune(i, x, kept, pos_embed=self.pos_embed_token, query=query, key=key, **signals)
             (first, of_first), (second, of_second) = st(x), ts(x)
-            x = mix(first, second, fusion)
+            x = mix(first, second, fusion(first, second))
             if self.prunes_by_attention(i + 1):
                 query, key = joined([of_first, of_second])
         tail = {"x_token": self.x_token, "cross_attention": self.cross_attention}

@@ -220,11 +220,6 @@ class Driver:
         sizes = DTYPES[x.dtype], lines, T, inner, C
         return self.call("graph_update", *tokens, *sizes, *links, *vectors, eps, dense(scale), Out(x.shape, x.dtype))[0]
 
-    def mix_streams(self, first, second, weight, bias):
-        C, out = first.shape[-1], Out(first.shape, first.dtype)
-        sizes = DTYPES[first.dtype], first.numel() // C, C
-        return self.call("mix_streams", dense(first), dense(second), *sizes, dense(weight), dense(bias), out)[0]
-
     def _interpolate(self, x, x_shape, frames, index, nearest, out):
         index = dense(index, torch.int64)
         B, K, *trailing = x_shape
@@ -255,7 +250,7 @@ def _into_out(name: str):
 for _name in ("gather_tokens", "recover_attention", "recover_interpolate"):
     setattr(Driver, f"{_name}_out", _into_out(_name))
 OPERATORS = [name for name in vars(Driver) if name.startswith(("score_", "prune_", "select_", "attention_", "gather_",
-             "scatter_", "assign_", "cluster_", "merge_", "recover_", "add_", "graph_", "mix_"))]  # fmt: skip
+             "scatter_", "assign_", "cluster_", "merge_", "recover_", "add_", "graph_"))]  # fmt: skip
 
 
 def memory_of(x: Tensor) -> bytes:

@@ -226,10 +226,6 @@ Status run(std::string_view name, Arguments& a, const Parallel& pool) {
                                 a.array(), a.array(), a.array(), a.real(), a.array(), a.array()},
                                pool);
   }
-  if (name == "mix_streams") {
-    return kernel.mix_streams(
-        {a.array(), a.array(), a.dtype(), a.integer(), a.integer(), a.array(), a.array(), a.array()}, pool);
-  }
   if (name == "interpolate") return kernel.interpolate(interpolate_args(a), pool);
   if (name == "interpolate_backward") {
     return kernel.interpolate_backward({interpolate_args(a), a.array(), a.array()}, pool);
