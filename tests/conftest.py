@@ -90,6 +90,19 @@ def pytest_terminal_summary(terminalreporter, config):
                 terminalreporter.write_line(value)
 
 
+@pytest.fixture(params=_C.runnable_capabilities().split(","))
+def capability(request):
+    """Each instruction set of this machine; the next test starts with the first again."""
+    _C.set_capability(request.param)
+    return request.param
+
+
+@pytest.fixture
+def inference():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_start(request):
     torch.manual_seed(0)

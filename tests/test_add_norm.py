@@ -16,6 +16,7 @@ from . import fence
 from .compare import assert_within
 from .runners import Recorder
 
+pytestmark = pytest.mark.usefixtures("inference")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # x and sum, y, normed
 MIXES = [*itertools.product((F32,), (F32, BF16, F16), (F32, BF16, F16)), *((dtype,) * 3 for dtype in (F64, BF16, F16))]
@@ -23,18 +24,6 @@ CHANNELS = (1, 3, 16, 17, 31, 64, 100, 256, 512, 513, 1000)
 ROWS = (0, 1, 2, 33)
 CAPABILITIES = _C.runnable_capabilities().split(",")
 OP = torch.ops.h2ot_kernels.add_norm
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    _C.set_capability(request.param)  # the next test starts with the first again (conftest.py)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
 
 
 def norm_of(C, dtype=F32, **options):

@@ -12,11 +12,7 @@ from h2ot_kernels.add_norm import add_norm, takes
 
 from .test_add_norm import BF16, F16, F32, F64, OP, norm_of
 
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 class Subclass(torch.Tensor):

@@ -9,11 +9,10 @@ import torch
 from torch.nn import functional
 
 from h2ot_kernels import _C
-from h2ot_kernels.linear import tiles_run
 from h2ot_kernels.recover_attention import recover_attention
 
 from .compare import assert_within
-from .tiles import BAND, at, build, can_emulate, fails, guarded
+from .tiles import BAND, RUNS, at, build, fails, guarded, needs_emulation, needs_unit
 
 BF16 = torch.bfloat16
 # B, F, K, H, D: below, at and above a tile of keys, a step of them, a panel of queries, a step of channels
@@ -55,18 +54,12 @@ class Emulated:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    if not can_emulate():
-        pytest.skip("needs g++ and a CPU with AVX-512")
     return Emulated(tmp_path_factory.mktemp("tiles"))
 
 
-@pytest.fixture(params=["native", "emulated"])
+@pytest.fixture(params=RUNS)
 def run(request):
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated")
-    if not tiles_run():
-        pytest.skip("this CPU has no tile unit (AMX)")
-    return native
+    return native if request.param == "native" else request.getfixturevalue("emulated")
 
 
 def made(B, F, K, H, D, query_rows=None, seed=0):
@@ -140,7 +133,7 @@ def test_the_same_bits_in_any_batch(run):
     assert torch.equal(run(query[:, 16:32], key, value, 2, 0.2), whole[:, 16:32])
 
 
-@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+@needs_unit
 def test_threads_and_strides_change_no_bit():
     query, key, value = made(2, 243, 243, 4, 32)
     wanted = native(query, key, value, 4, 0.2)
@@ -155,7 +148,7 @@ def test_threads_and_strides_change_no_bit():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+@needs_unit
 def test_when_the_unit_is_used():
     """Its bits are not those of the vector units, which have the few keys, the few queries and scales below 0."""
     for F, K, scale, expected in (
@@ -189,10 +182,9 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@needs_emulation
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_seen(mistake, tmp_path):
-    if not can_emulate():
-        pytest.skip("needs g++ and a CPU with AVX-512")
     wrong = Emulated(tmp_path, MISTAKES[mistake])
     tests = [functools.partial(check, wrong, sizes) for sizes in SIZES]
     tests += [functools.partial(test, wrong) for test in (test_on_average_as_accurate_as_pytorch, test_large_logits)]

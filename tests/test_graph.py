@@ -6,31 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from h2ot_kernels import _C
 from h2ot_kernels.graph import graph_update, takes
 from python_ref import graph as reference
 
 from .compare import assert_within
 from .runners import Recorder
 
+pytestmark = pytest.mark.usefixtures("inference")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
-CAPABILITIES = _C.runnable_capabilities().split(",")
 # [B, F, J, C]
 SIZES = [(2, 5, 17, 4), (1, 27, 3, 32), (3, 17, 2, 100), (1, 40, 5, 129), (2, 1, 3, 7), (1, 66, 1, 64)]
 OP = torch.ops.h2ot_kernels.graph_update
-
-
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    _C.set_capability(request.param)  # the next test starts with the first again (conftest.py)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
 
 
 def norm_of(nodes, dtype=F32, **options):

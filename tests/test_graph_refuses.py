@@ -15,11 +15,7 @@ from python_ref import graph as reference
 from .runners import Recorder
 from .test_graph import BF16, F32, F64, OP, arguments, by_definition, norm_of
 
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 class Subclass(torch.Tensor):

@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional
 
 from h2ot_kernels import _C
-from h2ot_kernels.linear import Linear, OneDnn, Tiles, linear, pack_linear, tiles_run
+from h2ot_kernels.linear import Linear, OneDnn, Tiles, linear, pack_linear
 
 from .compare import assert_within
-from .tiles import BAND, at, build, can_emulate, fails, guarded
+from .tiles import BAND, RUNS, at, build, fails, guarded, needs_emulation, needs_unit
 
 ROOT = Path(__file__).resolve().parents[1]
 # rows, C, M, chunks: below, at and above a tile, a group of rows, a block of groups (70 x 4096), a step of channels
@@ -60,18 +60,12 @@ class Emulated:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    if not can_emulate():
-        pytest.skip("needs g++ and a CPU with AVX-512")
     return Emulated(tmp_path_factory.mktemp("tiles"))
 
 
-@pytest.fixture(params=["native", "emulated"])
+@pytest.fixture(params=RUNS)
 def run(request):
-    if request.param == "emulated":
-        return request.getfixturevalue("emulated")
-    if not tiles_run():
-        pytest.skip("this CPU has no tile unit (AMX)")
-    return native
+    return native if request.param == "native" else request.getfixturevalue("emulated")
 
 
 def made(rows, C, M, chunks, seed=0):
@@ -205,14 +199,15 @@ def test_the_same_bits_in_any_batch(run):
         assert torch.equal(run(x[first:last].clone(), weight, bias, gelu=True), whole[first:last])
 
 
-@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+@needs_unit
+@needs_emulation
 def test_the_emulation_gives_the_bits_of_the_unit(emulated):
     for sizes in SIZES:
         x, weight, bias, _ = made(*sizes)
         assert torch.equal(native(x, weight, bias, None, sizes[3]), emulated(x, weight, bias, None, sizes[3]))
 
 
-@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+@needs_unit
 def test_threads_change_no_bit():
     x, weight, bias, _ = made(1000, 512, 64, 1)
     threads, results = torch.get_num_threads(), []
@@ -223,7 +218,7 @@ def test_threads_change_no_bit():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+@needs_unit
 def test_the_operator_refuses_other_sizes():
     x, weight, bias, residual = made(5, 80, 40, 1)
     packed = pack_linear(weight, 1)
@@ -266,10 +261,9 @@ MISTAKES = {
 }
 
 
+@needs_emulation
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_seen(mistake, tmp_path):
-    if not can_emulate():
-        pytest.skip("needs g++ and a CPU with AVX-512")
     wrong = Emulated(tmp_path, MISTAKES[mistake])
     tests = [functools.partial(check, wrong, sizes, False, True) for sizes in SIZES]
     tests += [
@@ -285,7 +279,7 @@ def test_planted_mistakes_are_seen(mistake, tmp_path):
     assert any(fails(test) for test in tests)
 
 
-@pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+@needs_unit
 def test_when_the_unit_is_used():
     layer, x = Linear(48, 40).eval(), torch.randn(5, 48)
     with torch.inference_mode():

@@ -6,8 +6,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
+
+from h2ot_kernels.linear import tiles_run
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mamx-tile -mamx-int8"
@@ -15,9 +18,14 @@ FLAGS += " -mamx-bf16 -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rt
 BAND = 1024
 
 
-def can_emulate() -> bool:
+def _can_emulate() -> bool:
     info = Path("/proc/cpuinfo")
     return shutil.which("g++") is not None and info.exists() and "avx512bw" in info.read_text()
+
+
+needs_unit = pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
+needs_emulation = pytest.mark.skipif(not _can_emulate(), reason="needs g++ and a CPU with AVX-512")
+RUNS = [pytest.param("native", marks=needs_unit), pytest.param("emulated", marks=needs_emulation)]
 
 
 def build(folder: Path, source: str, *replaced: tuple[str, str, str]) -> ctypes.CDLL:
