@@ -242,9 +242,8 @@ def compile_build(task: Task) -> list[Row]:
                 with line_numbers(True):
                     whole = compiled(arch, build, source_of(build))
                 with_lines = row_of(arch, build, whole)
-                if (
-                    abs(with_lines.registers - row.registers) == 1
-                ):  # of scan_kernel 230 where ptxas is given lines, else 229
+                # scan_kernel: 230 registers where ptxas is given lines, else 229.
+                if abs(with_lines.registers - row.registers) == 1:
                     with_lines = replace(with_lines, registers=row.registers)
                 if not same_code(whole, code) or with_lines != row:
                     row = replace(row, error="has PTX of its own: see has_ptx_of and line_numbers")
