@@ -82,6 +82,13 @@ def _common_header(flags) -> Path:
     return header
 
 
+def _optimized(name: str) -> Path:
+    """What is the simulator's own, once for all drivers."""
+    source = _HERE / name
+    folder = ROOT / "build" / "simt" / f"simulator-{_digest(source, *sorted(_HERE.glob('*.h')))}"
+    return _compile(source, folder / f"{name}.o", "-O2")
+
+
 def build(
     flags=SANITIZED, sources: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "simt", name: str = "driver"
 ) -> Path:
@@ -91,9 +98,7 @@ def build(
     driver = folder / name
     if driver.exists():
         return driver
-    threads = _HERE / "threads.cpp"
-    optimized = ROOT / "build" / "simt" / f"threads-{_digest(threads, *sorted(_HERE.glob('*.h')))}" / "threads.o"
-    objects = [_compile(threads, optimized, "-O2")]
+    objects = [_optimized(name) for name in ("threads.cpp", "products.cpp")]
     options = (*flags, f"-I{sources}", "-include", _common_header(flags), "-x", "c++")
     for source in (_HERE / f"{name}.cpp", *(sources / "cuda" / part for part in PARTS[name])):
         objects.append(_compile(source, folder / f"{source.name}.o", *options))

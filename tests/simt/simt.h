@@ -45,16 +45,15 @@ struct Index {
   uint32_t x, y, z;
 };
 
-// What a lane brings to a warp operation, and takes from it.
-struct Exchange {
-  const char* place;
-  uint64_t value, result;
-  int32_t source;  // a lane, or what is xored with or subtracted from the lane
-  float* c;
-  const uint32_t *a, *b;
-  uint32_t* loaded;
+// What the lanes of a warp bring to an operation; what they take from it stands in `value` or behind the pointers.
+struct Lanes {
+  uint64_t value[kLanes];
+  int32_t source[kLanes];  // a lane, or what is xored with or subtracted from the lane
+  float* c[kLanes];
+  const uint32_t *a[kLanes], *b[kLanes];
+  uint32_t* loaded[kLanes];
 };
-typedef void (*WarpOperation)(Exchange* const (&lanes)[kLanes]);
+typedef void (*WarpOperation)(Lanes& lanes);
 
 // A product of a warpgroup, of which a thread adds its share to c when it waits.
 struct GroupProduct {
@@ -81,15 +80,20 @@ struct Copies {
 struct Machine {
   unsigned char* shared = nullptr;
   Copies* copies = nullptr;  // of each thread
+  Lanes* lanes = nullptr;    // of each warp
   int running = 0;           // the thread
+  int unpublished = 0;       // threads with copies that products must not read yet
   uint64_t random = 1;
 
-  uint64_t draw(uint64_t limit) {
+  Lanes& own_lanes() { return lanes[running / kLanes]; }
+  int lane() const { return running % kLanes; }
+
+  uint64_t draw() {
     random ^= random << 13;
     random ^= random >> 7;
-    random ^= random << 17;
-    return random % limit;
+    return random ^= random << 17;
   }
+  uint64_t draw(uint64_t limit) { return uint64_t((unsigned __int128)(draw()) * limit >> 64); }
 };
 extern Machine machine;
 extern Index thread_index, block_index, block_size, grid_size;
@@ -98,20 +102,19 @@ extern Index thread_index, block_index, block_size, grid_size;
 [[noreturn]] void stop(const char* what, const char* place);
 void run_block(int threads, void (*body)(void*), void* argument);
 void block_barrier(const char* place);
-void warp_operation(WarpOperation operation, Exchange& exchange);
+void warp_operation(WarpOperation operation, const char* place);
 uint64_t exchanged(uint32_t mask, uint64_t value, int source, WarpOperation operation, const char* place);
-void take_from_lane(Exchange* const (&lanes)[kLanes]);
-void take_from_xor(Exchange* const (&lanes)[kLanes]);
-void take_from_below(Exchange* const (&lanes)[kLanes]);
-void take_ballot(Exchange* const (&lanes)[kLanes]);
-void only_meet(Exchange* const (&lanes)[kLanes]);
-void multiply_float16(Exchange* const (&lanes)[kLanes]);
-void multiply_bfloat16(Exchange* const (&lanes)[kLanes]);
-double half_value(uint32_t bits, bool is_brain);
-float add_products(float c, const double (&products)[16]);
+void take_from_lane(Lanes& lanes);
+void take_from_xor(Lanes& lanes);
+void take_from_below(Lanes& lanes);
+void take_ballot(Lanes& lanes);
+void only_meet(Lanes& lanes);
+void multiply_float16(Lanes& lanes);
+void multiply_bfloat16(Lanes& lanes);
+void multiply_line(const uint16_t (&row)[16], const uint16_t (&columns)[16][16], bool is_brain, float (&c)[16]);
 
 template <class T>
-T shuffle(uint32_t mask, T v, int source, WarpOperation operation, const char* place) {
+__attribute__((no_sanitize("address", "undefined"))) T shuffle(uint32_t mask, T v, int source, WarpOperation operation, const char* place) {
   static_assert(sizeof(T) <= 8);
   return from_bits<T>(exchanged(mask, to_bits(v), source, operation, place));
 }
@@ -211,16 +214,16 @@ void wait_for_copies() {
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* shared) {
-  simt::Exchange exchange = {"load_matrices", reinterpret_cast<uint64_t>(shared), 0, 0, nullptr, nullptr, nullptr, r};
-  simt::warp_operation(simt::load, exchange);
+  simt::Lanes& lanes = simt::machine.own_lanes();
+  lanes.value[simt::machine.lane()] = reinterpret_cast<uint64_t>(shared);
+  lanes.loaded[simt::machine.lane()] = r;
+  simt::warp_operation(simt::load, "load_matrices");
 }
 inline void mma_float16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  simt::Exchange exchange = {"mma_float16", 0, 0, 0, c, a, b, nullptr};
-  simt::warp_operation(simt::multiply_float16, exchange);
+  simt::multiply_in_warp(c, a, b, simt::multiply_float16, "mma_float16");
 }
 inline void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  simt::Exchange exchange = {"mma_bfloat16", 0, 0, 0, c, a, b, nullptr};
-  simt::warp_operation(simt::multiply_bfloat16, exchange);
+  simt::multiply_in_warp(c, a, b, simt::multiply_bfloat16, "mma_bfloat16");
 }
 
 constexpr int kGroupSide = 64, kGroupThreads = 4 * 32;
@@ -240,7 +243,7 @@ inline void start_bfloat16_products(float (&c)[8][4], uint64_t a, uint64_t b, bo
 inline void begin_products() { simt::check_published(); }
 inline void commit_products() {}
 inline void wait_for_products(float (&)[8][4]) { simt::finish_products(); }
-inline void publish_copies() { simt::machine.copies[simt::machine.running].unpublished = false; }
+inline void publish_copies() { simt::set_unpublished(false); }
 
 constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 

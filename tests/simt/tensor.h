@@ -8,11 +8,15 @@ namespace simt {
 inline void start_copy(void* to, const void* from, bool there) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) stop("an address", "cp.async");
   Copies& copies = machine.copies[machine.running];
-  for (int at = 0; at < 16; at += 2) {
-    const uint16_t stray = uint16_t(machine.draw(0x10000) & 0xcfff);  // float16 up to 32
-    std::memcpy(static_cast<unsigned char*>(to) + at, &stray, 2);
-  }
+  uint64_t stray[2];
+  for (uint64_t& four : stray) four = machine.draw() & 0xcfffcfffcfffcfff;  // float16 up to 32
+  std::memcpy(to, stray, 16);
   copies.under_way.push_back({static_cast<unsigned char*>(to), from, there, copies.committed});
+}
+inline void set_unpublished(bool value) {
+  bool& own = machine.copies[machine.running].unpublished;
+  machine.unpublished += int(value) - int(own);
+  own = value;
 }
 inline void wait_for_groups(uint64_t newest) {
   Copies& copies = machine.copies[machine.running];
@@ -23,21 +27,29 @@ inline void wait_for_groups(uint64_t newest) {
     } else {
       std::memset(copy.to, 0, 16);
     }
-    copies.unpublished = true;
+    set_unpublished(true);
     return true;
   };
   std::erase_if(copies.under_way, lands);
 }
 
+inline void multiply_in_warp(float* c, const uint32_t* a, const uint32_t* b, WarpOperation operation, const char* place) {
+  Lanes& lanes = machine.own_lanes();
+  const int lane = machine.lane();
+  lanes.c[lane] = c;
+  lanes.a[lane] = a;
+  lanes.b[lane] = b;
+  warp_operation(operation, place);
+}
+
 // ldmatrix.sync.aligned.m8n8.x4: lane l names row l % 8 of matrix l / 8, and takes of each matrix the pair l % 4 of row
 // l / 4.
-inline void load(Exchange* const (&lanes)[kLanes]) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (lanes[lane]->value % 16) stop("an address", "ldmatrix");
-    for (int matrix = 0; matrix < 4; matrix++) {
-      const uint64_t row = lanes[matrix * 8 + lane / 4]->value;
-      std::memcpy(&lanes[lane]->loaded[matrix], reinterpret_cast<const unsigned char*>(row) + lane % 4 * 4, 4);
-    }
+inline void load(Lanes& lanes) {
+  for (int from = 0; from < kLanes; from++) {
+    if (lanes.value[from] % 16) stop("an address", "ldmatrix");
+    uint32_t row[4];
+    std::memcpy(row, reinterpret_cast<const void*>(lanes.value[from]), 16);
+    for (int pair = 0; pair < 4; pair++) lanes.loaded[from % 8 * 4 + pair][from / 8] = row[pair];
   }
 }
 
@@ -45,37 +57,30 @@ inline void load(Exchange* const (&lanes)[kLanes]) {
 // the 128-byte swizzle, which is one of the addresses: bits 7 to 9 are added to bits 4 to 6 without carry. Read when
 // the thread waits, as late as may be.
 inline void check_published() {
-  for (uint32_t t = 0; t < block_size.x; t++) {
-    if (machine.copies[t].unpublished) stop("products read copies that are not published", "wgmma");
-  }
+  if (machine.unpublished > 0) stop("products read copies that are not published", "wgmma");
 }
 inline void start_product(const GroupProduct& product) {
   if (product.a % 32 || product.b % 32) stop("an address", "wgmma");
   machine.copies[machine.running].products.push_back(product);
 }
-inline void read_line(uint64_t matrix, int row, bool is_brain, double (&values)[16]) {
-  for (int k = 0; k < 16; k++) {
-    uint64_t at = matrix + row * 128 + k * 2;
-    at ^= (at >> 7 & 7) << 4;
-    uint16_t bits;
-    std::memcpy(&bits, reinterpret_cast<const void*>(at), 2);
-    values[k] = half_value(bits, is_brain);
+inline void read_line(uint64_t matrix, int row, uint16_t (&bits)[16]) {
+  for (int vector = 0; vector < 2; vector++) {
+    const uint64_t at = matrix + row * 128 + vector * 16;
+    std::memcpy(bits + vector * 8, reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4), 16);
   }
 }
 inline void finish_products() {
-  const int lane = machine.running % kLanes, first = machine.running / kLanes % 4 * 16 + lane / 4;
+  const int lane = machine.lane(), first = machine.running / kLanes % 4 * 16 + lane / 4;
   for (const GroupProduct& product : machine.copies[machine.running].products) {
-    double rows[2][16];
-    for (int r = 0; r < 2; r++) read_line(product.a, first + r * 8, product.is_brain, rows[r]);
-    for (int c = 0; c < 16; c++) {
-      double column[16];
-      read_line(product.b, c / 2 * 8 + lane % 4 * 2 + c % 2, product.is_brain, column);
-      for (int r = 0; r < 2; r++) {
-        double products[16];
-        for (int k = 0; k < 16; k++) products[k] = rows[r][k] * column[k];
-        float& sum = product.c[c / 2][r * 2 + c % 2];
-        sum = add_products(product.adds ? sum : 0, products);
-      }
+    uint16_t columns[16][16];
+    for (int c = 0; c < 16; c++) read_line(product.b, c / 2 * 8 + lane % 4 * 2 + c % 2, columns[c]);
+    for (int r = 0; r < 2; r++) {
+      uint16_t row[16];
+      read_line(product.a, first + r * 8, row);
+      float sums[16];
+      for (int c = 0; c < 16; c++) sums[c] = product.adds ? product.c[c / 2][r * 2 + c % 2] : 0;
+      multiply_line(row, columns, product.is_brain, sums);
+      for (int c = 0; c < 16; c++) product.c[c / 2][r * 2 + c % 2] = sums[c];
     }
   }
   machine.copies[machine.running].products.clear();

@@ -1,7 +1,6 @@
-// Threads of a block in the simulator, their meetings, and what a warp computes from registers alone. Always optimised
-// and without sanitizers, which see the kernels: nothing here touches memory of theirs.
+// Threads of a block in the simulator, and their meetings. Always optimised and without sanitizers, which see the
+// kernels: nothing here touches memory of theirs.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -42,27 +41,25 @@ simt_switch:
 
 namespace {
 
-using bits::cut;
-
 constexpr size_t kStackBytes = 128 << 10;
+constexpr int kMostThreads = 1024;
 
-enum class State { ready, at_warp, at_block, done };
-
-struct Thread {
-  void* stack_pointer;
-  State state;
-  Exchange* exchange;
-  WarpOperation operation;
+struct Warp {
+  int arrived = 0;
+  WarpOperation operation = nullptr;  // that its lanes meet at
+  const char* place = "";
 };
 
 // The one block that runs.
 struct Block {
-  std::vector<Thread> threads;
+  void* stack_pointer[kMostThreads];
+  bool done[kMostThreads];
+  int ready[kMostThreads], ready_count = 0;
+  Warp warps[kMostThreads / kLanes];
+  Lanes lanes[kMostThreads / kLanes];
   std::vector<std::unique_ptr<unsigned char[]>> stacks;
   std::vector<Copies> copies;
-  std::vector<int> ready;
-  std::vector<int> at_warp;  // arrived lanes per warp
-  int at_block = 0, alive = 0;
+  int threads = 0, at_block = 0, alive = 0;
   bool warp_by_warp = false;
   const char* place = "";  // of the barrier
   void* scheduler = nullptr;
@@ -75,34 +72,35 @@ bool same_place(const char* a, const char* b) { return a == b || std::strcmp(a, 
 
 // Leaves this thread, or the start of the block, for the next one that is ready; for the end of the block without one.
 void go_on(void** save) {
-  if (block.ready.empty()) return simt_switch(save, block.scheduler);
-  const uint64_t last = block.ready.size() - 1, pick = block.warp_by_warp ? last : machine.draw(last + 1);
+  if (block.ready_count == 0) return simt_switch(save, block.scheduler);
+  const int last = --block.ready_count, pick = block.warp_by_warp ? last : int(machine.draw(uint64_t(last) + 1));
   const int t = block.ready[pick];
-  block.ready[pick] = block.ready.back();
-  block.ready.pop_back();
+  block.ready[pick] = block.ready[last];
   if (t == machine.running && save != &block.scheduler) return;
   machine.running = t;
-  thread_index = {uint32_t(t), 0, 0};
-  simt_switch(save, block.threads[t].stack_pointer);
+  thread_index.x = uint32_t(t);
+  simt_switch(save, block.stack_pointer[t]);
 }
 
 void enter() {
   block.body(block.argument);
-  block.threads[machine.running].state = State::done;
+  block.done[machine.running] = true;
   block.alive--;
   if (!block.copies[machine.running].under_way.empty()) stop("a thread ends with copies under way", "cp.async");
   if (block.at_block > 0) stop("a thread ends while others wait at a barrier", block.place);
-  go_on(&block.threads[machine.running].stack_pointer);
+  go_on(&block.stack_pointer[machine.running]);
   std::abort();
 }
 
+// Stacks begin at different places of their pages: caches hold few lines of the same place.
 void prepare(int t) {
-  unsigned char* stack = block.stacks[t].get();
-  void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStackBytes) & ~uintptr_t(63));
+  unsigned char* stack = block.stacks[t].get() + kStackBytes - t % 64 * 576;
+  void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack) & ~uintptr_t(63));
   *--top = nullptr;  // keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(&enter);
   for (int saved = 0; saved < 6; saved++) *--top = nullptr;
-  block.threads[t] = {top, State::ready, nullptr, nullptr};
+  block.stack_pointer[t] = top;
+  block.done[t] = false;
 }
 
 }  // namespace
@@ -116,24 +114,31 @@ void stop(const char* what, const char* place) {
 void run_block(int threads, void (*body)(void*), void* argument) {
   block.body = body;
   block.argument = argument;
-  block.threads.resize(threads);
-  block.copies.assign(threads, Copies());
+  if (int(block.copies.size()) < threads) block.copies.resize(threads);
+  for (Copies& copies : block.copies) {
+    copies.under_way.clear();
+    copies.products.clear();
+    copies.committed = 0;
+    copies.unpublished = false;
+  }
   machine.copies = block.copies.data();
+  machine.lanes = block.lanes;
+  machine.unpublished = 0;
   while (int(block.stacks.size()) < threads) block.stacks.emplace_back(new unsigned char[kStackBytes]);
-  block.at_warp.assign((threads + kLanes - 1) / kLanes, 0);
+  std::fill(block.warps, block.warps + kMostThreads / kLanes, Warp());
+  block.threads = block.alive = block.ready_count = threads;
   block.at_block = 0;
-  block.alive = threads;
-  block.ready.clear();
   for (int t = 0; t < threads; t++) {
     prepare(t);
-    block.ready.push_back(t);
+    block.ready[t] = t;
   }
   block.warp_by_warp = machine.draw(2) == 1;
-  if (block.warp_by_warp && machine.draw(2) == 1) std::reverse(block.ready.begin(), block.ready.end());
+  if (block.warp_by_warp && machine.draw(2) == 1) std::reverse(block.ready, block.ready + threads);
+  thread_index = {};
   go_on(&block.scheduler);
   if (block.alive > 0) {
-    for (const Thread& thread : block.threads) {
-      if (thread.state == State::at_warp) stop("a warp operation that not all lanes reach", thread.exchange->place);
+    for (const Warp& warp : block.warps) {
+      if (warp.arrived > 0) stop("a warp operation that not all lanes reach", warp.place);
     }
     stop("a barrier that not all threads reach", block.place);
   }
@@ -142,128 +147,67 @@ void run_block(int threads, void (*body)(void*), void* argument) {
 void block_barrier(const char* place) {
   if (block.at_block > 0 && !same_place(block.place, place)) stop("threads wait at different barriers", place);
   block.place = place;
-  block.threads[machine.running].state = State::at_block;
   if (++block.at_block == block.alive) {
     block.at_block = 0;
-    for (int t = 0; t < int(block.threads.size()); t++) {
-      if (block.threads[t].state != State::at_block) continue;
-      block.threads[t].state = State::ready;
-      block.ready.push_back(t);
+    for (int t = 0; t < block.threads; t++) {
+      if (!block.done[t]) block.ready[block.ready_count++] = t;
     }
   }
-  go_on(&block.threads[machine.running].stack_pointer);
+  go_on(&block.stack_pointer[machine.running]);
 }
 
-void warp_operation(WarpOperation operation, Exchange& exchange) {
-  const int self = machine.running, warp = self / kLanes;
-  Thread& thread = block.threads[self];
-  thread.exchange = &exchange;
-  thread.operation = operation;
-  thread.state = State::at_warp;
-  if (++block.at_warp[warp] == kLanes) {
-    block.at_warp[warp] = 0;
-    Exchange* lanes[kLanes];
-    for (int lane = 0; lane < kLanes; lane++) {
-      Thread& other = block.threads[warp * kLanes + lane];
-      if (other.operation != operation || !same_place(other.exchange->place, exchange.place)) {
-        stop("lanes meet at different warp operations", exchange.place);
-      }
-      lanes[lane] = other.exchange;
-      other.state = State::ready;
-      block.ready.push_back(warp * kLanes + lane);
-    }
-    operation(lanes);
+void warp_operation(WarpOperation operation, const char* place) {
+  const int self = machine.running, number = self / kLanes;
+  Warp& warp = block.warps[number];
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+    warp.place = place;
+  } else if (warp.operation != operation || !same_place(warp.place, place)) {
+    stop("lanes meet at different warp operations", place);
   }
-  go_on(&thread.stack_pointer);
+  if (++warp.arrived == kLanes) {
+    warp.arrived = 0;
+    for (int lane = 0; lane < kLanes; lane++) block.ready[block.ready_count++] = number * kLanes + lane;
+    operation(block.lanes[number]);
+  }
+  go_on(&block.stack_pointer[self]);
 }
 
 uint64_t exchanged(uint32_t mask, uint64_t value, int source, WarpOperation operation, const char* place) {
   if (mask != 0xffffffff) stop("a warp operation of some lanes only", place);
-  Exchange exchange = {place, value, 0, source, nullptr, nullptr, nullptr, nullptr};
-  warp_operation(operation, exchange);
-  return exchange.result;
+  Lanes& lanes = machine.own_lanes();
+  const int lane = machine.lane();
+  lanes.value[lane] = value;
+  lanes.source[lane] = source;
+  warp_operation(operation, place);
+  return lanes.value[lane];
 }
 
-void take_from_lane(Exchange* const (&lanes)[kLanes]) {
-  for (Exchange* lane : lanes) lane->result = lanes[lane->source & 31]->value;
+namespace {
+
+template <class Source>
+void take(Lanes& lanes, Source source) {
+  uint64_t brought[kLanes];
+  std::memcpy(brought, lanes.value, sizeof brought);
+  for (int lane = 0; lane < kLanes; lane++) lanes.value[lane] = brought[source(lane, lanes.source[lane]) & 31];
 }
-void take_from_xor(Exchange* const (&lanes)[kLanes]) {
-  for (int lane = 0; lane < kLanes; lane++) lanes[lane]->result = lanes[(lane ^ lanes[lane]->source) & 31]->value;
+
+}  // namespace
+
+void take_from_lane(Lanes& lanes) {
+  take(lanes, [](int, int source) { return source; });
 }
-void take_from_below(Exchange* const (&lanes)[kLanes]) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    const int source = lane - lanes[lane]->source;
-    lanes[lane]->result = lanes[source < 0 ? lane : source]->value;
-  }
+void take_from_xor(Lanes& lanes) {
+  take(lanes, [](int lane, int source) { return lane ^ source; });
 }
-void take_ballot(Exchange* const (&lanes)[kLanes]) {
+void take_from_below(Lanes& lanes) {
+  take(lanes, [](int lane, int delta) { return lane < delta ? lane : lane - delta; });
+}
+void take_ballot(Lanes& lanes) {
   uint64_t bits = 0;
-  for (int lane = 0; lane < kLanes; lane++) bits |= uint64_t(lanes[lane]->value != 0) << lane;
-  for (Exchange* lane : lanes) lane->result = bits;
+  for (int lane = 0; lane < kLanes; lane++) bits |= uint64_t(lanes.value[lane] != 0) << lane;
+  for (uint64_t& value : lanes.value) value = bits;
 }
-void only_meet(Exchange* const (&)[kLanes]) {}
-
-namespace {
-
-double read_float16(uint32_t bits) { return double(from_bits<_Float16>(bits & 0xffffu)); }
-double read_bfloat16(uint32_t bits) { return double(from_bits<float>(uint64_t(bits & 0xffffu) << 16)); }
-
-// Of normal numbers: products of floats of 16 bits, and float32, are.
-int exponent_of(double v) { return int(to_bits(v) >> 52 & 0x7ff) - 1023; }
-double two_to(int power) { return from_bits<double>(uint64_t(power + 1023) << 52); }
-
-}  // namespace
-
-double half_value(uint32_t bits, bool is_brain) { return is_brain ? read_bfloat16(bits) : read_float16(bits); }
-
-// c + products as a tensor core adds them at worst: all are cut off at 24 bits below the largest, and so is their sum.
-float add_products(float c, const double (&products)[16]) {
-  double most = std::fabs(double(c));
-  for (const double p : products) most = !(std::fabs(p) <= most) ? std::fabs(p) : most;
-  if (most == 0) return c;
-  if (!(most < HUGE_VAL)) {
-    double sum = c;
-    for (const double p : products) sum += p;
-    return float(sum);
-  }
-  const int unit = exponent_of(most) - 23;
-  const double to_units = two_to(-unit);
-  int64_t sum = int64_t(c * to_units);
-  for (const double p : products) sum += int64_t(p * to_units);
-  return cut(double(sum) * two_to(unit));
-}
-
-namespace {
-
-// mma.sync.aligned.m16n8k16.row.col.f32.*.*.f32 with the fragments of the PTX manual, groupID = lane / 4, threadID =
-// lane % 4, two values to a register. A (16 x 16): register e at row groupID + (e % 2) 8, columns 2 threadID + (e / 2)
-// 8 and the next. B (16 x 8): register e at rows 2 threadID + 8 e and the next, column groupID. C (16 x 8): c0, c1 at
-// (groupID, 2 threadID + {0, 1}), c2, c3 at (groupID + 8, ...).
-template <double (*kRead)(uint32_t)>
-void multiply(Exchange* const (&lanes)[kLanes]) {
-  double a[16][16], b[16][8];
-  for (int lane = 0; lane < kLanes; lane++) {
-    const int group = lane / 4, thread = lane % 4;
-    for (int half = 0; half < 2; half++) {
-      for (int e = 0; e < 4; e++) {
-        a[group + e % 2 * 8][2 * thread + e / 2 * 8 + half] = kRead(lanes[lane]->a[e] >> (16 * half));
-      }
-      for (int e = 0; e < 2; e++) b[2 * thread + e * 8 + half][group] = kRead(lanes[lane]->b[e] >> (16 * half));
-    }
-  }
-  for (int lane = 0; lane < kLanes; lane++) {
-    for (int e = 0; e < 4; e++) {
-      const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-      double products[16];
-      for (int k = 0; k < 16; k++) products[k] = a[row][k] * b[k][column];
-      lanes[lane]->c[e] = add_products(lanes[lane]->c[e], products);
-    }
-  }
-}
-
-}  // namespace
-
-void multiply_float16(Exchange* const (&lanes)[kLanes]) { multiply<read_float16>(lanes); }
-void multiply_bfloat16(Exchange* const (&lanes)[kLanes]) { multiply<read_bfloat16>(lanes); }
+void only_meet(Lanes&) {}
 
 }  // namespace simt
