@@ -12,7 +12,7 @@ import python_ref
 from h2ot_kernels import _C
 
 from . import simt
-from .cases import TOKEN_CASES, TokenCase, oracle_tokens
+from .cases import TOKEN_CASES, TokenCase, oracle_index, oracle_scores, oracle_tokens
 from .compare import assert_scores
 from .simt import mutants, product_mutants
 from .simt.planted import build_planted, survivors
@@ -76,11 +76,9 @@ def results(plan) -> dict:
 
 
 def check(case: TokenCase, call: simt.Call) -> None:
-    x, given = oracle_tokens(case.tokens()), case.arguments()
     assert call.error == 0
-    assert_scores(call.scores, python_ref.score_tokens(x, case.k, **given))
-    exact = python_ref.prune_cluster(x, case.K, case.k, keep=case.keep, **given)
-    assert torch.equal(call.index, exact)
+    assert_scores(call.scores, oracle_scores(case))
+    assert torch.equal(call.index, oracle_index(case))
 
 
 PAIRS = [

@@ -21,6 +21,13 @@ inline double read_float16(uint64_t bits) {
 }
 inline double read_bfloat16(uint64_t bits) { return double(from_bits<float>(bits << 16)); }
 
+// Of two floats of 16 bits: not 0 where one of them is infinite or NaN.
+template <bool is_brain>
+uint32_t infinite_halves(uint32_t bits) {
+  const uint32_t exponents = is_brain ? 0x7f807f80 : 0x7c007c00, lowest = is_brain ? 0x00800080 : 0x04000400;
+  return ((bits & exponents) + lowest) & 0x80008000;
+}
+
 float add_any(float c, const double (&products)[16]) {
   double sum = c;
   for (const double p : products) sum += p;
@@ -73,6 +80,20 @@ inline __attribute__((always_inline)) void add_products(const double (&row)[16],
 // (groupID, 2 threadID + {0, 1}), c2, c3 at (groupID + 8, ...).
 template <double (*kRead)(uint64_t)>
 inline __attribute__((always_inline)) void multiply(Lanes& lanes) {
+  // Most tiles are larger than a sample: rows of zeros add nothing to finite numbers.
+  uint32_t row_bits[16] = {}, column_bits[8] = {}, infinite = 0, any_column = 0;
+  for (int lane = 0; lane < kLanes; lane++) {
+    const uint32_t *own = lanes.a[lane], *other = lanes.b[lane];
+    row_bits[lane / 4] |= own[0] | own[2];
+    row_bits[lane / 4 + 8] |= own[1] | own[3];
+    column_bits[lane / 4] |= other[0] | other[1];
+    for (int e = 0; e < 4; e++) infinite |= infinite_halves<kRead == read_bfloat16>(own[e]);
+    for (int e = 0; e < 2; e++) infinite |= infinite_halves<kRead == read_bfloat16>(other[e]);
+  }
+  uint32_t any_row = infinite;
+  for (const uint32_t bits : row_bits) any_row |= bits;
+  for (const uint32_t bits : column_bits) any_column |= bits;
+  if (any_row == 0 || (any_column | infinite) == 0) return;
   double a[16][16], b[16][8];
   float c[16][8];
   for (int lane = 0; lane < kLanes; lane++) {
@@ -87,7 +108,9 @@ inline __attribute__((always_inline)) void multiply(Lanes& lanes) {
       }
     }
   }
-  for (int row = 0; row < 16; row++) add_products(a[row], b, c[row]);
+  for (int row = 0; row < 16; row++) {
+    if (row_bits[row] | infinite) add_products(a[row], b, c[row]);
+  }
   for (int lane = 0; lane < kLanes; lane++) {
     for (int e = 0; e < 4; e++) lanes.c[lane][e] = c[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
   }
@@ -96,6 +119,13 @@ inline __attribute__((always_inline)) void multiply(Lanes& lanes) {
 template <double (*kRead)(uint64_t)>
 inline __attribute__((always_inline)) void multiply_row(const uint16_t (&row)[16], const uint16_t (&columns)[16][16],
                                                         float (&c)[16]) {
+  uint32_t row_bits = 0, infinite = 0;
+  for (int k = 0; k < 16; k++) {
+    row_bits |= row[k];
+    infinite |= infinite_halves<kRead == read_bfloat16>(row[k]);
+    for (int n = 0; n < 16; n++) infinite |= infinite_halves<kRead == read_bfloat16>(columns[n][k]);
+  }
+  if ((row_bits | infinite) == 0) return;
   double a[16], b[16][16];
   for (int k = 0; k < 16; k++) {
     a[k] = kRead(row[k]);

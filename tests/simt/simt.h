@@ -114,7 +114,8 @@ void multiply_bfloat16(Lanes& lanes);
 void multiply_line(const uint16_t (&row)[16], const uint16_t (&columns)[16][16], bool is_brain, float (&c)[16]);
 
 template <class T>
-__attribute__((no_sanitize("address", "undefined"))) T shuffle(uint32_t mask, T v, int source, WarpOperation operation, const char* place) {
+__attribute__((no_sanitize("address", "undefined"))) T shuffle(uint32_t mask, T v, int source, WarpOperation operation,
+                                                               const char* place) {
   static_assert(sizeof(T) <= 8);
   return from_bits<T>(exchanged(mask, to_bits(v), source, operation, place));
 }

@@ -33,7 +33,8 @@ inline void wait_for_groups(uint64_t newest) {
   std::erase_if(copies.under_way, lands);
 }
 
-inline void multiply_in_warp(float* c, const uint32_t* a, const uint32_t* b, WarpOperation operation, const char* place) {
+inline void multiply_in_warp(float* c, const uint32_t* a, const uint32_t* b, WarpOperation operation,
+                             const char* place) {
   Lanes& lanes = machine.own_lanes();
   const int lane = machine.lane();
   lanes.c[lane] = c;
