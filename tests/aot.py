@@ -48,7 +48,6 @@ from .aot_rows import ARCHITECTURES, Build, Row
 PROVEN = (120, 86, 120, 87, 120, 89)
 PACKAGE = Path(common.__file__).parent
 _OPTIONS = CUDAOptions.__dataclass_fields__
-_PLACE = re.compile(r" *\bloc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", re.MULTILINE)  # of a form; attributes follow it
 _LINE = re.compile(r"^\s*(?:\.(?:loc|file)\b|\$L__(?:tmp|func)\w*:|//).*\n|\s*//.*", re.MULTILINE)  # of PTX
 
 
