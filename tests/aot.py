@@ -44,7 +44,7 @@ from . import aot_key, aot_ledger, aot_read
 from .aot_ledger import LEDGER
 from .aot_rows import ARCHITECTURES, Build, Row
 
-# In every stem, those that have another's PTX; two of them where recorded builds are compiled again.
+# In every stem, those that have another's PTX; without --all and --record two of them.
 PROVEN = (120, 86, 120, 87, 120, 89)
 PACKAGE = Path(common.__file__).parent
 _OPTIONS = CUDAOptions.__dataclass_fields__
