@@ -296,6 +296,8 @@ def main(argv: list[str] | None = None) -> int:
             of_build = [row for row in ledger[key] if row.arch in given.arch]
         else:
             of_build = made[key] = aot_ledger.compared(next(compiled_rows), ledger.get(key, []))
+            if given.record:  # after each: what an interrupted run compiled is not lost
+                aot_ledger.write(aot_ledger.renewed(ledger, made, asked.values()))
         print(*of_build, sep="\n", flush=True)
         rows += of_build
 
@@ -306,8 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FAILED {problem}")
     if given.record:
         ledger = aot_ledger.renewed(ledger, made, asked.values())
-        LEDGER.parent.mkdir(parents=True, exist_ok=True)
-        LEDGER.write_text(aot_ledger.text_of(ledger))
+        aot_ledger.write(ledger)
     if lacking := aot_ledger.stale(ledger, wanted.values(), asked.values()):
         print(f"STALE {name}: {lacking}. ./dev aot --record brings it up to date, then commit it")
     recorded = sum(row.recorded for row in rows)

@@ -44,6 +44,11 @@ def text_of(entries: Entries) -> str:
     return HEAD + "".join(f"{line}\n" for key, rows in entries.items() for line in _lines(key, rows))
 
 
+def write(entries: Entries) -> None:
+    LEDGER.parent.mkdir(parents=True, exist_ok=True)
+    LEDGER.write_text(text_of(entries))
+
+
 def read(text: str) -> tuple[Entries, list[str]]:
     """The entries, and what is wrong with the others."""
     entries, faults, blocks = {}, [], []
