@@ -23,7 +23,6 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAll = 0xffffffffu;
-constexpr int kOperands = 144;
 constexpr unsigned char kPoison = 0xff;  // NaN, and token -1
 
 using bits::cut, bits::from_bits, bits::read_tf32, bits::to_bits;
@@ -43,7 +42,7 @@ struct Instruction {
   bool negated;
   int64_t target, offset, second_offset;
   int32_t count;  // of the operands
-  int32_t operands[kOperands];
+  const int32_t* operands;
 };
 
 struct Problem : std::runtime_error {
