@@ -2,8 +2,8 @@
 
 Both run the cases of Triton's kernels. `./dev ptx` runs what Triton compiles, and compiling is nearly all of its time:
 of cases with more than LARGE products of channels the first of each form and size; of the others the first of each
-form, and a share of the rest, drawn by a seed that it prints, other cases each time. The interpreter (`./dev test`)
-takes the first and the last case of each form. A form of a test: its dtype, flags, options, and whatever else is no
+form, and of all that remain a share, drawn by a seed that it prints, other cases each time. The interpreter
+(`./dev test`) takes the first and the last case of each form. A form of a test: its dtype, flags, options, and whatever else is no
 size and no kind of tokens. Tests that go through cases of their own take what `drawn` gives them.
 """
 
@@ -17,7 +17,7 @@ import torch
 from .cases import TokenCase
 
 LARGE, LARGEST = 2.5e7, 1.7e8  # B N^2 C; what is larger than the second has no path of its own
-SHARE = 6  # one in so many of the drawn ones, and one at least
+SHARE = 6  # one in so many of those that remain
 SEED = os.environ.get("H2OT_KERNELS_PTX_SEED")  # of ./dev ptx without --all
 # What does not depend on how a kernel runs: ./dev test has it.
 ELSEWHERE = {"test_opcheck", "test_compile_fullgraph", "test_no_kernel_leans_on_what_native_triton_does_not_promise"}
@@ -76,9 +76,8 @@ def left_out(items: list, as_ptx: bool, seed: int = 0) -> list:
             large.setdefault((*_form(item), case.N, case.C, case.k), []).append(item)
     for same in large.values():
         out += same[1:]
-    draw = random.Random(seed)
-    for same in forms.values():
-        others = same[1:]
-        taken = draw.sample(others, math.ceil(len(others) / SHARE)) if as_ptx else others[-1:]
-        out += [item for item in others if item not in taken]
-    return out
+    if not as_ptx:
+        return out + [item for same in forms.values() for item in same[1:-1]]
+    others = [item for same in forms.values() for item in same[1:]]
+    taken = set(random.Random(seed).sample(others, math.ceil(len(others) / SHARE)))
+    return out + [item for item in others if item not in taken]
