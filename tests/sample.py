@@ -3,8 +3,8 @@
 Both run the cases of Triton's kernels. `./dev ptx` runs what Triton compiles, and compiling is nearly all of its time:
 of cases with more than LARGE products of channels the first of each form and size; of the others the first of each
 form, and of all that remain a share, drawn by a seed that it prints, other cases each time. The interpreter
-(`./dev test`) takes the first and the last case of each form. A form of a test: its dtype, flags, options, and whatever else is no
-size and no kind of tokens. Tests that go through cases of their own take what `drawn` gives them.
+(`./dev test`) takes the first and the last case of each form. A form of a test: its dtype, flags, options, and whatever
+else is no size and no kind of tokens. Tests that go through cases of their own take what `drawn` gives them.
 """
 
 import math
