@@ -167,7 +167,7 @@ void run_grid(Grid& grid, const Launch& launch) {
   for (size_t n = 0; n < order.size(); n++) order[n] = int64_t(n);
   for (size_t n = order.size(); n > 1; n--) std::swap(order[n - 1], order[grid.draw(n)]);
   grid.released.assign(order.size(), 0);
-  Range shared = {0, uint64_t(launch.shared_bytes), launch.shared_cell, {}};
+  Range shared = {0, uint64_t(launch.shared_bytes), __builtin_ctzll(launch.shared_cell), {}};
   Block block;
   block.grid = &grid;
   block.shared_range = &shared;
@@ -197,8 +197,8 @@ int64_t ptx_operation(const char* name) {
   return found == known.end() ? -1 : std::distance(known.begin(), found);
 }
 
-// Runs a launch. instructions: [count][kFields]; operands: of all instructions; ranges: [range_count][begin, bytes, bytes of a cell]. 0, or 1, with
-// what went wrong in `message` and the instruction in `at`.
+// Runs a launch. instructions: [count][kFields]; operands: of all of them; ranges: [range_count][begin, bytes, bytes of
+// a cell]. 0, or 1, with what went wrong in `message` and the instruction in `at`.
 int32_t ptx_run(const int64_t* instructions, int64_t count, const int32_t* operands, const ptx::Launch* launch,
                 const int64_t* ranges, int64_t range_count, uint64_t seed, int64_t* at, char* message,
                 int64_t message_bytes) {
@@ -225,7 +225,7 @@ int32_t ptx_run(const int64_t* instructions, int64_t count, const int32_t* opera
   }
   for (int64_t n = 0; n < range_count; n++) {
     const int64_t* given = ranges + n * 3;
-    grid.ranges.push_back({uint64_t(given[0]), uint64_t(given[1]), given[2], {}});
+    grid.ranges.push_back({uint64_t(given[0]), uint64_t(given[1]), __builtin_ctzll(given[2]), {}});
   }
   try {
     run_grid(grid, *launch);
