@@ -23,7 +23,8 @@ from . import program
 
 ROOT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent
-_FLAGS = ("-std=c++20", "-O2", "-fvect-cost-model=dynamic", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
+_FLAGS = ("-std=c++20", "-O2", "-fvect-cost-model=dynamic", "-march=native", "-ffp-contract=off")
+_FLAGS += ("-Wall", "-Wextra", "-Werror", "-Wno-psabi")
 _WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "f32": 4, "f64": 8}
 _seeds = itertools.count(1)
 
