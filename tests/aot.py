@@ -1,14 +1,16 @@
-"""The compile-only gate of the Triton kernels: `python -m tests.aot [--arch 90 ...] [--kernel NAME ...] [--all]`.
+"""The compile-only gate of the Triton kernels: `./dev aot [--kernel NAME ...] [--all] [--record]`.
 
 Every stem is called on meta tensors of the shapes in tests/aot_samples.py; the launches that it would make are compiled
 for every architecture, as Triton would for a GPU that need not be here. A row per kernel, configuration and
 architecture; fails when one does not compile, spills, needs more shared memory than the device has, or when a kernel
 that is launched anywhere has no row.
 
+What the ledger has (tests/aot_ledger.py) is compiled for a share of the builds only, and fails where it comes out
+otherwise. --all: every build is compiled. --record: none that is recorded, and the ledger is brought up to date.
+
 Architectures whose PTX differs in nothing but its target (`has_ptx_of`) have it made once and assembled for each; some
 builds of every stem are compiled the whole way, too, and the gate fails where that gives other PTX or another row.
-Nothing but those compilations carries line numbers. A share of the rows of sm_87 and sm_89 is assembled
-(tests/aot_rows.py). --all: every row, and more builds the whole way.
+Nothing but those compilations carries line numbers.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,31 +40,15 @@ from triton.runtime.jit import JITFunction, native_specialize_impl
 
 from h2ot_kernels.triton import common
 
-from .aot_forms import overruns
-from .aot_rows import ARCHITECTURES, LIKE, SHARE, Row, compared, not_assembled
+from . import aot_key, aot_ledger, aot_read
+from .aot_ledger import LEDGER
+from .aot_rows import ARCHITECTURES, Build, Row
 
-PROVEN = (120, 86, 120, 87, 120, 89)  # in every stem, those that have another's PTX; without --all two of them
+# In every stem, those that have another's PTX; without --all and --record two of them.
+PROVEN = (120, 86, 120, 87, 120, 89)
 PACKAGE = Path(common.__file__).parent
 _OPTIONS = CUDAOptions.__dataclass_fields__
-_PLACE = re.compile(r" *\bloc\((?:[^()]|\([^()]*\))*\)|^#loc.*\n", re.MULTILINE)  # of a form; attributes follow it
 _LINE = re.compile(r"^\s*(?:\.(?:loc|file)\b|\$L__(?:tmp|func)\w*:|//).*\n|\s*//.*", re.MULTILINE)  # of PTX
-
-
-@dataclass(frozen=True)
-class Build:
-    """What decides the machine code of one launch: types, alignments and ones of the arguments, and the constants."""
-
-    kernel: str
-    stem: str
-    signature: tuple
-    constants: tuple
-    attributes: tuple
-    options: tuple
-
-    def __str__(self) -> str:
-        types = [kind[1:] for name, kind in self.signature if isinstance(kind, str) and kind.startswith("*")]
-        named = [f"{name}={value}" for name, value in (*self.constants, *self.options) if isinstance(name, str)]
-        return f"{','.join(dict.fromkeys(types))} {' '.join(named)}"
 
 
 def function(stem: str, name: str) -> JITFunction:
@@ -98,21 +85,6 @@ def build_of(launch: common.Launch) -> Build:
     return Build(
         kernel.__name__, stem, tuple(signature), tuple(constants), tuple(attributes), tuple(sorted(options.items()))
     )
-
-
-def _products(ptx: str) -> str:
-    kinds = [("wgmma", r"wgmma\.mma_async"), ("tcgen05", r"tcgen05\.mma"), ("mma", r"\bmma\.sync")]
-    counts = [f"{name} {len(re.findall(pattern, ptx))}" for name, pattern in kinds if re.search(pattern, ptx)]
-    return " ".join(counts) or "-"
-
-
-def _widest_load(ptx: str) -> int:
-    """Bytes of the widest global load or asynchronous copy of one thread."""
-    widths = [0]
-    for vector, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
-        widths.append(int(vector or 1) * int(bits) // 8)
-    widths += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;]", ptx)]
-    return max(widths)
 
 
 def source_of(build: Build, kind: type[ASTSource] = ASTSource) -> ASTSource:
@@ -203,12 +175,10 @@ def assembled(arch: int, build: Build, code: Code) -> Code:
 
 
 def row_of(arch: int, build: Build, code: Code) -> Row:
-    numbers = [sum(map(int, re.findall(rf"(\d+) {name}", code.log))) for name in ("registers", "bytes spill stores")]
-    assert numbers[0], f"ptxas said nothing of {build.kernel}: {code.log}"
-    error = "; ".join(overruns(code.ptx))
-    return Row(
-        build.kernel, str(build), arch, *numbers, code.shared, _products(code.ptx), _widest_load(code.ptx), error
-    )
+    registers, spills = aot_read.registers_and_spills(code.log)
+    loads, products = aot_read.widest_load(code.ptx), aot_read.products(code.ptx)
+    error = "; ".join(aot_read.overruns(code.ptx))
+    return Row(build.kernel, str(build), arch, registers, spills, code.shared, loads, products, error)
 
 
 def start_worker(cache: str) -> None:
@@ -221,7 +191,6 @@ def start_worker(cache: str) -> None:
 class Task:
     build: Build
     architectures: list[int]
-    taken: set[int]  # architectures of which nothing is assembled: they have the row of another
     proven: int | None  # where this one has another's PTX, it is compiled the whole way, too
 
 
@@ -230,9 +199,6 @@ def compile_build(task: Task) -> list[Row]:
     build = task.build
     source, rows, codes = source_of(build, SharedSource), [], {}
     for arch in task.architectures:
-        if arch in task.taken:
-            rows.append(Row(build.kernel, str(build), arch, taken_from=LIKE[arch]))
-            continue
         same = next((code for first, code in codes.items() if has_ptx_of(first, arch, code.ptx)), None)
         try:
             with line_numbers(False):
@@ -252,7 +218,7 @@ def compile_build(task: Task) -> list[Row]:
             message = " ".join(str(error).split())[-600:]
             row = Row(build.kernel, str(build), arch, error=f"{type(error).__name__}: {message}")
         rows.append(row)
-    return compared(rows)
+    return rows
 
 
 def launched_kernels() -> set[str]:
@@ -276,52 +242,81 @@ def builds() -> list[Build]:
     return list(dict.fromkeys(build_of(launch) for launch in launches))
 
 
-def tasks(builds: list[Build], architectures: list[int], seed: int | None) -> list[Task]:
-    """Every build, and for some of each stem, evenly apart, an architecture to be compiled the whole way.
-
-    Without a seed every row is assembled.
-    """
-    whole = PROVEN if seed is None else random.Random(seed).sample(sorted(set(PROVEN)), 2)
+def tasks(builds: list[Build], architectures: list[int], whole: Sequence[int]) -> list[Task]:
+    """Of every build; for some of each stem, evenly apart, with one of `whole` to be compiled the whole way."""
     proven = {}
     for stem in {build.stem for build in builds}:
         own = [build for build in builds if build.stem == stem]
         proven |= {own[i * len(own) // len(whole)]: arch for i, arch in enumerate(whole)}
-    taken = [set()] * len(builds) if seed is None else not_assembled(len(builds), architectures, seed)
-    return [
-        Task(build, architectures, without - {proven.get(build)}, proven.get(build))
-        for build, without in zip(builds, taken, strict=True)
-    ]
+    return [Task(build, architectures, proven.get(build)) for build in builds]
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./dev aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--kernel", nargs="*", help="only these kernels")
+    parser.add_argument("--all", action="store_true", help="compile what is recorded, too, and compare")
+    parser.add_argument("--record", action="store_true", help="compile what is not recorded, and record it")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the recorded that are compiled")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args(argv)
+    if given.record and given.arch != list(ARCHITECTURES):
+        parser.error("--record is of all architectures")
+    return given
+
+
+def results(compiling: list[Build], given: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of one build after the other, as they are compiled."""
+    whole = PROVEN if given.all or given.record else random.Random(given.seed).sample(sorted(set(PROVEN)), 2)
+    with tempfile.TemporaryDirectory() as cache, multiprocessing.Pool(given.jobs, start_worker, (cache,)) as pool:
+        yield from pool.imap(compile_build, tasks(compiling, given.arch, whole))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
-    parser.add_argument("--kernel", nargs="*", help="only these kernels")
-    parser.add_argument("--all", action="store_true", help="assemble for architectures that are like another, too")
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the rows that are, without --all")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    given = parser.parse_args(argv)
-    started = time.monotonic()
-    wanted = [build for build in builds() if not given.kernel or build.kernel in given.kernel]
-    if not given.all:
-        print(f"sm_87 and sm_89: one build in {SHARE} is assembled, drawn by --seed {given.seed}", flush=True)
-    with tempfile.TemporaryDirectory() as cache, multiprocessing.Pool(given.jobs, start_worker, (cache,)) as pool:
-        rows = []
-        for made in pool.imap(compile_build, tasks(wanted, given.arch, None if given.all else given.seed)):
-            print(*made, sep="\n", flush=True)
-            rows += made
-    missing = set() if given.kernel else launched_kernels() - {row.kernel for row in rows}
-    problems = [row for row in rows if row.problem]
-    for row in problems:
-        print(f"FAILED {row}")
-    for name in sorted(missing):
-        print(f"FAILED {name} is launched but was not compiled: add a call to tests/aot_samples.py")
+    given, started = arguments(argv), time.monotonic()
+    name = LEDGER.relative_to(aot_ledger.ROOT)
+    ledger, damage = aot_ledger.read(LEDGER.read_text() if LEDGER.exists() else "")
+    for fault in damage:
+        print(f"{'dropped' if given.record else 'FAILED'} {name}, {fault}")
+    if damage and not given.record:
+        print("aot: nothing was compiled; ./dev aot --record makes such entries anew")
+        return 1
+
+    asked = {build: aot_key.key(build, function(build.stem, build.kernel)) for build in builds()}
+    wanted = {build: key for build, key in asked.items() if not given.kernel or build.kernel in given.kernel}
+    known = [key for key in wanted.values() if key in ledger]
+    again = set(known) if given.all else set() if given.record else aot_ledger.drawn(known, given.seed)
     print(
-        f"aot: {len(rows)} rows, {sum(bool(row.taken_from) for row in rows)} of them another architecture's, "
-        f"{len(wanted)} builds of {len({row.kernel for row in rows})} kernels, "
-        f"{len(problems) + len(missing)} failed, {time.monotonic() - started:.0f} s"
+        f"{len(known)} of {len(wanted)} builds are in {name}; of them {len(again)} are compiled (--seed {given.seed})"
     )
-    return 1 if problems or missing or not rows else 0
+    compiling = [build for build, key in wanted.items() if key in again or key not in ledger]
+    made, rows, compiled_rows = {}, [], results(compiling, given)
+    for key in wanted.values():
+        if key in ledger and key not in again:
+            of_build = [row for row in ledger[key] if row.arch in given.arch]
+        else:
+            of_build = made[key] = aot_ledger.compared(next(compiled_rows), ledger.get(key, []))
+            if given.record:  # after each: what an interrupted run compiled is not lost
+                aot_ledger.write(aot_ledger.renewed(ledger, made, asked.values()))
+        print(*of_build, sep="\n", flush=True)
+        rows += of_build
+
+    problems = [str(row) for row in rows if row.problem]
+    launched = set() if given.kernel else launched_kernels() - {row.kernel for row in rows}
+    problems += [f"{kernel} is launched but has no row: add a call to tests/aot_samples.py" for kernel in launched]
+    for problem in sorted(problems):
+        print(f"FAILED {problem}")
+    if given.record:
+        ledger = aot_ledger.renewed(ledger, made, asked.values())
+        aot_ledger.write(ledger)
+    if lacking := aot_ledger.stale(ledger, wanted.values(), asked.values()):
+        print(f"STALE {name}: {lacking}. ./dev aot --record brings it up to date, then commit it")
+    recorded = sum(row.recorded for row in rows)
+    print(
+        f"aot: {len(rows)} rows, {recorded} recorded, {len(rows) - recorded} compiled, {len(wanted)} builds of "
+        f"{len({row.kernel for row in rows})} kernels, {len(problems)} failed, {time.monotonic() - started:.0f} s"
+    )
+    return int(bool(problems) or not rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 Kernels are brought to Triton's own intermediate form, as for a GPU that need not be here, and read:
 - what a kernel stores and then loads, other threads may have stored: a barrier stands between, always;
-- two numbers of 32 bits that it computes in one register stay apart;
 - no Python float arrives in float32: native Triton rounds it, the interpreter does not;
 - sizes and strides of 1 are constants in native Triton: every kernel can be made with them.
 """
@@ -13,8 +12,6 @@ from collections.abc import Iterator
 
 _DEFINED = re.compile(r"^\s*(%[\w.]+)(?::\d+)? = \"?([\w.]+)\"?(.*)$")
 _VALUE = re.compile(r"%[\w.]+(?:#\d+)?")
-_RESULT = re.compile(r"^\s*([a-z][\w.]*)\s+(%rd\d+), ([^;]+);", re.MULTILINE)
-_UPPER = re.compile(r"mov\.b64\s+\{\s*(?:_|tmp)\s*,\s*%r\d+\s*\},\s*(%rd\d+)")
 _MOVES = ("tt.splat", "tt.addptr", "tt.broadcast", "tt.expand_dims", "tt.bitcast")  # the same values, or memory
 
 
@@ -53,34 +50,6 @@ def unseen_stores(form: str) -> list[str]:
             stored.add(argument)
         elif argument in stored:
             faults.append(f"{argument} is stored and loaded without a barrier between")
-    return faults
-
-
-def _stays(name: str, operands: list[str]) -> bool:
-    """Whether a result of 64 bits has nothing in its upper half."""
-    if name == "and.b64":
-        return operands[1].isdigit() and int(operands[1]) < 2**32
-    return name in ("cvt.u64.u32", "cvt.u64.u16")
-
-
-def overruns(ptx: str) -> list[str]:
-    """Pairs of 32 bits, computed in one register, whose lower part may run over into the upper, which is then used.
-
-    LLVM shifts a lane that nobody reads by too much, and beside it one that is read (h2ot_kernels/triton/common.py:
-    modulo). What may stand in the lower half of such a sum is what cannot leave it.
-    """
-    defined = {}
-    for name, to, operands in _RESULT.findall(ptx):
-        defined[to] = name, [part.strip() for part in operands.split(",")]
-    faults = []
-    for pair in _UPPER.findall(ptx):
-        name, parts = defined.get(pair, ("", []))
-        if name not in ("or.b64", "add.s64", "xor.b64"):
-            continue
-        for upper, lower in (parts, parts[::-1]):
-            how, shift = defined.get(upper, ("", []))
-            if how == "shl.b64" and int(shift[1]) >= 32 and not _stays(*defined.get(lower, ("", []))):
-                faults.append(f"{lower} may run over into {upper} in {pair}, a pair")
     return faults
 
 

@@ -1,18 +1,26 @@
-"""What the compile-only gate says of one kernel on one architecture, and which rows it takes from another architecture.
+"""What the compile-only gate says of one kernel on one architecture."""
 
-sm_87 and sm_89 are given the PTX of sm_86, and ptxas has always made of it what it makes for sm_86: registers, spills,
-shared memory. So `./dev aot` assembles a share of their rows, drawn by a seed that it prints, and says of the others
-whose they are; `--all` (`./dev reliability`) assembles every row. Wherever both are assembled they must agree.
-"""
-
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 # Shared memory of one thread block in KiB, by compute capability.
 ARCHITECTURES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-LIKE = {87: 86, 89: 86}
-SHARE = 6  # one in so many of the rows of LIKE is assembled
+
+
+@dataclass(frozen=True)
+class Build:
+    """What decides the machine code of one launch: types, alignments and ones of the arguments, and the constants."""
+
+    kernel: str
+    stem: str
+    signature: tuple
+    constants: tuple
+    attributes: tuple
+    options: tuple
+
+    def __str__(self) -> str:
+        types = [kind[1:] for name, kind in self.signature if isinstance(kind, str) and kind.startswith("*")]
+        named = [f"{name}={value}" for name, value in (*self.constants, *self.options) if isinstance(name, str)]
+        return f"{','.join(dict.fromkeys(types))} {' '.join(named)}"
 
 
 @dataclass(frozen=True)
@@ -23,10 +31,10 @@ class Row:
     registers: int = 0
     spills: int = 0
     shared: int = 0
-    products: str = "-"
     load_bytes: int = 0
+    products: str = "-"
     error: str = ""
-    taken_from: int = 0  # the architecture whose row stands for this one, which was not assembled
+    recorded: bool = field(default=False, compare=False)  # it comes from the ledger
 
     @property
     def problem(self) -> str:
@@ -38,28 +46,13 @@ class Row:
             return f"needs {self.shared} bytes of shared memory"
         return ""
 
+    @property
+    def numbers(self) -> str:
+        sizes = f"{self.registers:4} regs {self.spills:4} spill {self.shared:7} smem"
+        return f"{sizes} {self.products:14} ld {self.load_bytes:2} B"
+
     def __str__(self) -> str:
-        numbers = f"{self.registers:4} regs {self.spills:4} spill {self.shared:7} smem "
-        numbers += f"{self.products:14} ld {self.load_bytes:2} B"
-        if self.taken_from:
-            numbers = f"{f'as sm_{self.taken_from}, not assembled':{len(numbers)}}"
-        return f"{self.kernel:28} sm_{self.arch:<4} {numbers}  {self.configuration}  {self.problem}".rstrip()
-
-
-def not_assembled(count: int, architectures: Sequence[int], seed: int) -> list[set[int]]:
-    """For each of `count` builds the architectures that take the row of another one, which is wanted, too."""
-    alike = [arch for arch in architectures if LIKE.get(arch) in architectures]
-    pairs = [(build, arch) for build in range(count) for arch in alike]
-    drawn = set(random.Random(seed).sample(pairs, -(-len(pairs) // SHARE)))
-    return [{arch for arch in alike if (build, arch) not in drawn} for build in range(count)]
-
-
-def compared(rows: list[Row]) -> list[Row]:
-    """The rows of one build; those that must agree with another architecture's and do not have an error."""
-    by_arch, result = {row.arch: row for row in rows}, []
-    for row in rows:
-        other = by_arch.get(LIKE.get(row.arch))
-        if other and not (row.taken_from or row.error or other.error) and replace(other, arch=row.arch) != row:
-            row = replace(row, error=f"is not as sm_{other.arch}: see LIKE in tests/aot_rows.py")
-        result.append(row)
-    return result
+        made = "recorded" if self.recorded else "compiled"
+        return (
+            f"{self.kernel:28} sm_{self.arch:<4} {self.numbers}  {made}  {self.configuration}  {self.problem}".rstrip()
+        )

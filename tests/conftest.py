@@ -4,6 +4,7 @@ With H2OT_KERNELS_PTX=90 their PTX for that architecture runs instead (tests/ptx
 One process per core tests with one thread each; what depends on the number of threads sets it.
 """
 
+import gc
 import os
 import sys
 
@@ -24,9 +25,11 @@ from hypothesis import HealthCheck, settings
 
 from h2ot_kernels import _C
 
-# What tests/test_fuzz.py draws: the same inputs in every run, or (--hypothesis-profile=nightly) new and many more.
+# What tests/test_fuzz.py draws: the same inputs in every run (few as PTX, for each is compiled, and by the seed of
+# ./dev ptx), or (--hypothesis-profile=nightly) new and many more.
 _TIMELESS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
-settings.register_profile("fast", max_examples=20, derandomize=True, **_TIMELESS)
+_FAST = 6 if "H2OT_KERNELS_PTX_SEED" in os.environ else 20
+settings.register_profile("fast", max_examples=_FAST, derandomize=True, **_TIMELESS)
 settings.register_profile("nightly", max_examples=2000, **_TIMELESS)
 settings.load_profile("fast")
 
@@ -76,6 +79,12 @@ def pytest_collection_modifyitems(config, items):
     if native:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=native)
+
+
+def pytest_collection_finish(session):
+    """What is there stays there: the collector passes over it, not again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,24 +1,39 @@
 """What `./dev test` and `./dev ptx` leave out of the Triton tests, by rule; `--all` (`./dev reliability`) runs it.
 
-Both run the cases of Triton's kernels. `./dev ptx` runs what Triton compiles: of cases with more than LARGE products of
-channels the first of each form and size; of the others the first and the last of each form, and a share of the rest,
-drawn by a seed that it prints, other cases each time. The interpreter (`./dev test`) takes the first and the last case
-of each form. A form of a test: its dtype, flags, options, and whatever else is no size and no kind of tokens.
+Both run the cases of Triton's kernels. `./dev ptx` runs what Triton compiles, and compiling is nearly all of its time:
+of cases with more than LARGE products of channels the first of each form and size; of the others the first of each
+form, and of all that remain a share, drawn by a seed that it prints, other cases each time. The interpreter
+(`./dev test`) takes the first and the last case of each form. A form of a test: its dtype, flags, options, and whatever
+else is no size and no kind of tokens. Tests that go through cases of their own take what `drawn` gives them.
 """
 
 import math
+import os
 import random
+from collections.abc import Iterable
 
 import torch
 
 from .cases import TokenCase
 
 LARGE, LARGEST = 2.5e7, 1.7e8  # B N^2 C; what is larger than the second has no path of its own
-SHARE = 3  # one in so many of the drawn ones
+SHARE = 6  # one in so many of those that remain
+SEED = os.environ.get("H2OT_KERNELS_PTX_SEED")  # of ./dev ptx without --all
+# What does not depend on how a kernel runs: ./dev test has it.
+ELSEWHERE = {"test_opcheck", "test_compile_fullgraph", "test_no_kernel_leans_on_what_native_triton_does_not_promise"}
 STREAMED = "test_triton_score.py"  # names no runner: all of it is Triton's
 NOTE = "Triton: {} (tests/sample.py; --all runs the others, too)"
 INTERPRETED = "of cases that ./dev ptx runs, too, the first and the last of each form are interpreted"
-AS_PTX = "of large cases of one form and size the first runs as PTX, of the others the first, the last and those drawn"
+AS_PTX = "of large cases of one form and size the first runs as PTX, of the others the first and those drawn"
+
+
+def drawn(cases: Iterable, count: int) -> list:
+    """Of a test's own cases so many under ./dev ptx, by its seed and the test's name, in their order; else all."""
+    cases = list(cases)
+    if SEED is None or count >= len(cases):
+        return cases
+    draw = random.Random(f"{SEED} {os.environ.get('PYTEST_CURRENT_TEST')}")
+    return [cases[n] for n in sorted(draw.sample(range(len(cases)), count))]
 
 
 def _form(item) -> tuple:
@@ -48,9 +63,11 @@ def left_out(items: list, as_ptx: bool, seed: int = 0) -> list:
     """The items that the rule leaves out. seed: of what is drawn; the same items and seed give the same answer."""
     large, forms, out = {}, {}, []
     for item in items:
-        if not _on_triton(item):
+        if as_ptx and item.name in ELSEWHERE:
+            out.append(item)
+        elif not _on_triton(item):
             continue
-        if not as_ptx or _size(item) <= LARGE:
+        elif not as_ptx or _size(item) <= LARGE:
             forms.setdefault(_form(item), []).append(item)
         elif _size(item) > LARGEST:
             out.append(item)
@@ -59,9 +76,8 @@ def left_out(items: list, as_ptx: bool, seed: int = 0) -> list:
             large.setdefault((*_form(item), case.N, case.C, case.k), []).append(item)
     for same in large.values():
         out += same[1:]
-    draw = random.Random(seed)
-    for same in forms.values():
-        between = same[1:-1]
-        drawn = draw.sample(between, math.ceil(len(between) / SHARE)) if as_ptx else []
-        out += [item for item in between if item not in drawn]
-    return out
+    if not as_ptx:
+        return out + [item for same in forms.values() for item in same[1:-1]]
+    others = [item for same in forms.values() for item in same[1:]]
+    taken = set(random.Random(seed).sample(others, math.ceil(len(others) / SHARE)))
+    return out + [item for item in others if item not in taken]

@@ -112,7 +112,7 @@ def test_unknown_instructions_are_named():
 
 
 def test_pairs_may_run_over():
-    """What became of delta_kernel (tests/aot_forms.py: overruns) computes what it says, not what was meant."""
+    """What became of delta_kernel (tests/aot_read.py: overruns) computes what it says, not what was meant."""
     body = """cvt.u64.u32 %rd4, 1; shl.b64 %rd5, %rd4, 36; mul.wide.u32 %rd6, %r1, 2147483648; or.b64 %rd7, %rd6, %rd5;
 	mov.b64 {_, %r6}, %rd7; st.global.b32 [%rd2], %r6;"""
     expected = 16 | torch.arange(64, dtype=torch.int32) >> 1

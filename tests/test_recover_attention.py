@@ -14,6 +14,7 @@ from h2ot_kernels.backend import dispatch
 from .cases import DTYPES
 from .compare import assert_within
 from .runners import runners
+from .sample import drawn
 
 # B, F, K, C, H, shared query
 SHAPES = [
@@ -71,7 +72,8 @@ def test_gradients_within_bound(B, F, K, C, H, shared, dtype, runner):
 @pytest.mark.parametrize("runner", runners("recover_attention"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_out_takes_the_result(dtype, runner):
-    for B, F, K, C, H, shared in [SHAPES[3], (2, 5, 3, 6, 2, False)] + SHAPES[:2] * (not runner.interpreted):
+    shapes = [SHAPES[3], (2, 5, 3, 6, 2, False)] + SHAPES[:2] * (not runner.interpreted)
+    for B, F, K, C, H, shared in drawn(shapes, 2):
         runner.assert_fills_out(h2ot.recover_attention, *inputs(B, F, K, C, shared, dtype), H, scale=0.3)
 
 

@@ -9,6 +9,7 @@ import python_ref
 from .cases import DTYPES
 from .compare import assert_within
 from .runners import runners
+from .sample import drawn
 from .test_gather import some_index
 
 # B, K, F, trailing shape, rows of the index
@@ -43,7 +44,8 @@ def test_interpolation_within_bound(B, K, F, trailing, rows, options, dtype, run
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 def test_out_takes_the_result(options, dtype, runner):
-    for B, K, F, trailing, rows in [(2, 5, 23, (7, 3), 2), (1, 2, 6, (70,), 1), *SHAPES[3:5], *SHAPES[6:]]:
+    shapes = [(2, 5, 23, (7, 3), 2), (1, 2, 6, (70,), 1), *SHAPES[3:5], *SHAPES[6:]]
+    for B, K, F, trailing, rows in drawn(shapes, 2):
         x = torch.randn(B, K, *trailing).to(dtype)
         runner.assert_fills_out(h2ot.recover_interpolate, x, some_index(rows, F, K), F, **options)
 

@@ -10,8 +10,9 @@ import torch
 import h2ot_kernels as h2ot
 from h2ot_kernels.triton import score, select
 
-from . import aot_forms
+from . import aot_forms, aot_read
 from .runners import DEVICE
+from .sample import drawn
 from .test_size import INDEX, LABELS, far
 
 BARRIER = """
@@ -44,9 +45,9 @@ def test_the_reading_of_forms_sees_each_fault():
     assert aot_forms.unseen_stores(BARRIER.replace("gpu.barrier", "")) == [
         "%keys is stored and loaded without a barrier between"
     ]
-    assert aot_forms.overruns(PAIR) == ["%rd128 may run over into %rd127 in %rd129, a pair"]
-    assert aot_forms.overruns(PAIR.replace("mul.wide.u32 \t%rd128, %r1, 2147483648", "and.b64 \t%rd128, %rd9, -2"))
-    assert aot_forms.overruns(PAIR.replace("mul.wide.u32 \t%rd128, %r1, 2147483648", "cvt.u64.u32 \t%rd128, %r1")) == []
+    assert aot_read.overruns(PAIR) == ["%rd128 may run over into %rd127 in %rd129, a pair"]
+    assert aot_read.overruns(PAIR.replace("mul.wide.u32 \t%rd128, %r1, 2147483648", "and.b64 \t%rd128, %rd9, -2"))
+    assert aot_read.overruns(PAIR.replace("mul.wide.u32 \t%rd128, %r1, 2147483648", "cvt.u64.u32 \t%rd128, %r1")) == []
 
 
 X, MASK = (
@@ -84,9 +85,9 @@ def test_strides_beyond_2_31_elements_in_triton(name):
     with h2ot.use_backend("triton"):
         expected = call(*given)
         for position, x in enumerate(given):
-            for axis in range(x.dim()):
-                drawn = [far(x, axis) if other == position else value for other, value in enumerate(given)]
-                assert all(map(torch.equal, call(*drawn), expected)), (position, axis)
+            for axis in drawn(range(x.dim()), 2):
+                apart = [far(x, axis) if other == position else value for other, value in enumerate(given)]
+                assert all(map(torch.equal, call(*apart), expected)), (position, axis)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="memory is reserved and not touched on a CPU only")

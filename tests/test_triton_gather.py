@@ -10,6 +10,7 @@ import python_ref
 from h2ot_kernels.triton import gather
 
 from .runners import DEVICE
+from .sample import drawn
 from .test_triton import counted
 
 
@@ -34,7 +35,7 @@ def test_a_tile_holds_2048_elements_of_whole_warps():
 
 def test_every_order_of_axes_and_both_ways_back():
     base = torch.randn(3, 4, 5, 2, device=DEVICE)
-    for order in itertools.permutations(range(4)):
+    for order in drawn(itertools.permutations(range(4)), 6):
         x = base.permute(order)
         for dim, out_dim in ((1, 3), (2, 1), (3, 2)):
             K = max(x.shape[dim] - 1, 1)

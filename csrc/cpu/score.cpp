@@ -296,6 +296,7 @@ struct Scorer {
       for (int64_t i = 0; i < n; i++) {
         state.key[i] = args.noise ? -(density_of(i) + args.noise[b * args.x.N + state.sample.token[i]]) : state.m[i];
       }
+      for (int64_t i = n; i % kDoubles; i++) state.key[i] = __builtin_nan("");
       if (!failed) find_parents();
       if (need_largest && !failed) state.largest = find_largest();
     }

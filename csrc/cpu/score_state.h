@@ -18,6 +18,11 @@ constexpr int64_t kSifted = 256;  // channels from which on float distances befo
 // A longer neighbour list than this is not worth keeping sorted at every tile: rows are then searched in float64.
 constexpr int64_t kLongest = 64;
 
+constexpr int32_t kNoBits = 0x7fffffff, kInfiniteBits = 0x7f800000;
+
+typedef int32_t Integers __attribute__((vector_size(kDoubles * 4)));
+typedef int64_t LongIntegers __attribute__((vector_size(kVectorBytes)));
+
 template <class A>
 struct State {
   Sample<A> sample;
@@ -37,7 +42,7 @@ struct State {
   void carve(Carver& memory, int64_t N, int64_t C, int64_t list) {
     kept = list;
     m = memory.take<double>(N);
-    key = memory.take<double>(N);
+    key = memory.take<double>(ceil_div(N, kDoubles) * kDoubles);
     delta = memory.take<double>(N);
     parent = memory.take<int32_t>(N);
     near = memory.take<Neighbour>(N * kept);
@@ -45,6 +50,29 @@ struct State {
     panels = memory.take<float>(ceil_div(N, kPanel) * kPanel * C);
   }
   bool denser(int64_t j, int64_t i) const { return key[j] < key[i] || (!strict && key[j] == key[i] && j < i); }
+
+  // The least of v[j] over the slots j that are denser than i, kNoBits where there are none. As bit patterns: those of
+  // floats that are not negative order like them. v is readable in whole vectors, and keys
+  // past n are NaN.
+  int32_t least_denser(int64_t i, const float* v) const {
+    const Doubles limit = key[i] - Doubles{};
+    const int64_t before = strict ? 0 : i;
+    Integers least = Integers{} + kNoBits;
+    LongIntegers slot;
+    for (int p = 0; p < kDoubles; p++) slot[p] = p;
+    for (int64_t j = 0; j < sample.n; j += kDoubles, slot += kDoubles) {
+      const Doubles keys = load(key + j);
+      const LongIntegers denser = (keys < limit) | ((keys == limit) & (slot < before));
+      Integers bits;
+      memcpy(&bits, v + j, sizeof bits);
+      bits = __builtin_convertvector(denser, Integers) ? bits : kNoBits;
+      least = bits < least ? bits : least;
+    }
+    int32_t lanes[kDoubles], result = kNoBits;
+    memcpy(lanes, &least, sizeof lanes);
+    for (int p = 0; p < kDoubles; p++) result = lanes[p] < result ? lanes[p] : result;
+    return result;
+  }
 
   // m of slot i from at least `wanted` sorted nearest neighbours, of which the first `kept` are remembered.
   void set_nearest(int64_t i, const Neighbour* sorted, int64_t count) {

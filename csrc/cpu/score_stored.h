@@ -119,33 +119,15 @@ struct Stored : Matrix<A> {
   void set_parent(int64_t i, const RowRoom& room, bool may_wait) const {
     if (state->find_parent_nearby(i)) return;
     const int64_t n = state->sample.n;
-    const double key = state->key[i], *keys = state->key;
-    // Bit patterns of non-negative floats order like integers, which lets the loops below vectorise.
-    constexpr int32_t kNone = 0x7fffffff, kInfinite = 0x7f800000;
-    const auto least_denser = [&](const float* v) {
-      const auto scan = [&](int64_t begin, int64_t end, bool or_equal) {
-        int32_t least = kNone;
-        for (int64_t j = begin; j < end; j++) {
-          int32_t bits;
-          memcpy(&bits, v + j, 4);
-          const bool denser = or_equal ? keys[j] <= key : keys[j] < key;
-          bits = denser ? bits : kNone;
-          least = bits < least ? bits : least;
-        }
-        return least;
-      };
-      const int32_t before = scan(0, i, !state->strict), after = scan(i + 1, n, false);
-      return before < after ? before : after;
-    };
     const auto as_float = [](int32_t bits) {
       float v;
       memcpy(&v, &bits, 4);
       return v;
     };
-    const int32_t least = least_denser(row(i));
+    const int32_t least = state->least_denser(i, row(i));
     state->parent[i] = -1;
-    if (least >= kInfinite) {
-      if (least != kNone) state->find_parent_exactly(i);
+    if (least >= kInfiniteBits) {
+      if (least != kNoBits) state->find_parent_exactly(i);
       return;
     }
     int64_t count = 0;
@@ -157,8 +139,8 @@ struct Stored : Matrix<A> {
       for_each_within(row(i), n, bound.reach(bound.most(as_float(least))), collect);
     } else {
       split_all(i, room);
-      double s = bound.most(as_float(least_denser(room.rest)));
-      if (refined[i / kPanel]) s = smaller_of(s, fine.most(as_float(least_denser(room.fine))));
+      double s = bound.most(as_float(state->least_denser(i, room.rest)));
+      if (refined[i / kPanel]) s = smaller_of(s, fine.most(as_float(state->least_denser(i, room.fine))));
       if (!(s < __builtin_inf())) return state->find_parent_exactly(i);  // denser ones in far blocks only
       for_each_in_reach(i, room, n, s, collect);
     }

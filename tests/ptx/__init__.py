@@ -6,7 +6,9 @@ shared memory, TF32 products, approximate divisions, contracted sums, accesses o
 Not seen: what ptxas and the hardware make of the PTX. Triton is imported where it is needed: the machine needs none.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -21,7 +23,8 @@ from . import program
 
 ROOT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent
-_FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
+_FLAGS = ("-std=c++20", "-O2", "-fvect-cost-model=dynamic", "-march=native", "-ffp-contract=off")
+_FLAGS += ("-Wall", "-Wextra", "-Werror", "-Wno-psabi")
 _WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "u64": 8, "f32": 4, "f64": 8}
 _seeds = itertools.count(1)
 
@@ -44,28 +47,38 @@ class _Launch(ctypes.Structure):
     ]
 
 
+@contextlib.contextmanager
+def _alone(file: Path):
+    """Other processes that want to make this file wait."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def machine() -> ctypes.CDLL:
     """The library, built under build/ptx once per content. RuntimeError: what g++ says."""
     files = sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp"), _HERE.parent / "simt" / "bits.h"])
     state = hashlib.sha256("\0".join([*_FLAGS, *(file.read_text() for file in files)]).encode()).hexdigest()
     library = ROOT / "build" / "ptx" / f"machine-{state[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        made = library.with_suffix(f".{os.getpid()}")
-        sources = [file for file in files if file.suffix == ".cpp"]
-        done = subprocess.run(
-            ["g++", *_FLAGS, "-shared", "-fPIC", *sources, "-o", made], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"{_HERE} does not compile:\n{done.stderr[-4000:]}")
-        made.rename(library)
+    with _alone(library):
+        if not library.exists():
+            made = library.with_suffix(".unfinished")
+            sources = [file for file in files if file.suffix == ".cpp"]
+            done = subprocess.run(
+                ["g++", *_FLAGS, "-shared", "-fPIC", *sources, "-o", made], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"{_HERE} does not compile:\n{done.stderr[-4000:]}")
+            made.rename(library)
     loaded = ctypes.CDLL(str(library))
     loaded.ptx_operation.restype = ctypes.c_int64
     loaded.ptx_run.restype = ctypes.c_int32
     return loaded
 
 
+@functools.cache
 def operation(name: str) -> int:
     """The machine's number for an instruction. Unknown: it has none."""
     number = machine().ptx_operation(name.encode())
@@ -121,7 +134,8 @@ def run(parsed: program.Program, shared: int, grid: tuple[int, ...], arguments: 
     ranges = _ranges([x for x in arguments if isinstance(x, torch.Tensor)])
     at, message = ctypes.c_int64(), ctypes.create_string_buffer(1000)
     failed = machine().ptx_run(
-        *(_address(parsed.instructions), ctypes.c_int64(len(parsed.instructions)), ctypes.byref(launch)),
+        *(_address(parsed.instructions), ctypes.c_int64(len(parsed.instructions)), _address(parsed.operands)),
+        ctypes.byref(launch),
         *(_address(ranges), ctypes.c_int64(len(ranges)), ctypes.c_uint64(seed)),
         *(ctypes.byref(at), message, ctypes.c_int64(len(message))),
     )

@@ -7,11 +7,15 @@ namespace ptx {
 
 using Table = std::unordered_map<std::string, Operation>;
 
+// All of them is the usual case: no lane depends on another's, so the compiler may take several at once.
 template <class Function>
-void each_lane(uint32_t mask, Function function) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    if (mask >> lane & 1) function(lane);
+inline void each_lane(uint32_t mask, Function function) {
+  if (mask == kAll) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; lane++) function(lane);
+    return;
   }
+  for (; mask != 0; mask &= mask - 1) function(__builtin_ctz(mask));
 }
 
 template <class A, auto function>

@@ -94,7 +94,8 @@ void begin_copy(Warp& warp, const Instruction& in, uint32_t mask) {
     if (copy.valid < 0 || copy.valid > copy.bytes) throw Problem("cp.async of more than its size");
     if (copy.valid > 0) {
       if (copy.from % copy.bytes) throw Problem("cp.async from an address that is not a multiple of its size");
-      for (int n = 0; n < copy.valid; n++) place({warp, lane, copy.from + n, 1, Access::read, false});
+      const int step = copy.valid == copy.bytes ? copy.bytes : 1;
+      for (int n = 0; n < copy.valid; n += step) place({warp, lane, copy.from + n, step, Access::read, false});
     }
     warp.copies[lane].push_back(copy);
   });

@@ -167,7 +167,7 @@ void run_grid(Grid& grid, const Launch& launch) {
   for (size_t n = 0; n < order.size(); n++) order[n] = int64_t(n);
   for (size_t n = order.size(); n > 1; n--) std::swap(order[n - 1], order[grid.draw(n)]);
   grid.released.assign(order.size(), 0);
-  Range shared = {0, uint64_t(launch.shared_bytes), launch.shared_cell, {}};
+  Range shared = {0, uint64_t(launch.shared_bytes), __builtin_ctzll(launch.shared_cell), {}};
   Block block;
   block.grid = &grid;
   block.shared_range = &shared;
@@ -182,8 +182,8 @@ void run_grid(Grid& grid, const Launch& launch) {
   }
 }
 
-// Of an instruction: operation, predicate, negated, target, two offsets, number of operands, operands.
-constexpr int kFields = 7 + kOperands;
+// Of an instruction: operation, predicate, negated, target, two offsets, number of operands, the first of them.
+constexpr int kFields = 8;
 
 }  // namespace
 }  // namespace ptx
@@ -197,10 +197,11 @@ int64_t ptx_operation(const char* name) {
   return found == known.end() ? -1 : std::distance(known.begin(), found);
 }
 
-// Runs a launch. instructions: [count][kFields]; ranges: [range_count][begin, bytes, bytes of a cell]. 0, or 1, with
-// what went wrong in `message` and the instruction in `at`.
-int32_t ptx_run(const int64_t* instructions, int64_t count, const ptx::Launch* launch, const int64_t* ranges,
-                int64_t range_count, uint64_t seed, int64_t* at, char* message, int64_t message_bytes) {
+// Runs a launch. instructions: [count][kFields]; operands: of all of them; ranges: [range_count][begin, bytes, bytes of
+// a cell]. 0, or 1, with what went wrong in `message` and the instruction in `at`.
+int32_t ptx_run(const int64_t* instructions, int64_t count, const int32_t* operands, const ptx::Launch* launch,
+                const int64_t* ranges, int64_t range_count, uint64_t seed, int64_t* at, char* message,
+                int64_t message_bytes) {
   using namespace ptx;
   static const std::vector<Operation> known = [] {
     std::vector<Operation> found;
@@ -220,11 +221,11 @@ int32_t ptx_run(const int64_t* instructions, int64_t count, const ptx::Launch* l
     in.offset = given[4];
     in.second_offset = given[5];
     in.count = int32_t(given[6]);
-    std::copy_n(given + 7, kOperands, in.operands);
+    in.operands = operands + given[7];
   }
   for (int64_t n = 0; n < range_count; n++) {
     const int64_t* given = ranges + n * 3;
-    grid.ranges.push_back({uint64_t(given[0]), uint64_t(given[1]), given[2], {}});
+    grid.ranges.push_back({uint64_t(given[0]), uint64_t(given[1]), __builtin_ctzll(given[2]), {}});
   }
   try {
     run_grid(grid, *launch);

@@ -23,7 +23,6 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAll = 0xffffffffu;
-constexpr int kOperands = 144;
 constexpr unsigned char kPoison = 0xff;  // NaN, and token -1
 
 using bits::cut, bits::from_bits, bits::read_tf32, bits::to_bits;
@@ -43,7 +42,7 @@ struct Instruction {
   bool negated;
   int64_t target, offset, second_offset;
   int32_t count;  // of the operands
-  int32_t operands[kOperands];
+  const int32_t* operands;
 };
 
 struct Problem : std::runtime_error {
@@ -61,7 +60,7 @@ struct Cell {
 
 struct Range {
   uint64_t begin, bytes;
-  int64_t cell_bytes;
+  int cell_shift;                                         // of the bytes of a cell, a power of two
   std::unordered_map<uint64_t, std::vector<Cell>> pages;  // of those places that were touched
   uint64_t last_page = ~uint64_t(0);
   Cell* last_cells = nullptr;
@@ -170,13 +169,13 @@ struct Request {
   }
 };
 
-// The checked place of an access. Threads may write the same bits to one place.
+// The checked place of an access, of a power of two of bytes. Threads may write the same bits to one place.
 inline unsigned char* place(const Request& request, const void* value = nullptr) {
   Warp& warp = request.warp;
   Block& block = *warp.block;
   const uint64_t address = request.address;
   const int32_t thread = request.thread();
-  if (address % request.bytes) request.fail("which is not a multiple of the size");
+  if (address & uint64_t(request.bytes - 1)) request.fail("which is not a multiple of the size");
   Range* range = nullptr;
   if (request.is_shared) {
     if (block.shared_range->holds(address, request.bytes)) range = block.shared_range;
@@ -188,8 +187,8 @@ inline unsigned char* place(const Request& request, const void* value = nullptr)
   if (!range) request.fail("outside of all that the launch was given");
   unsigned char* found = request.is_shared ? block.shared.data() + address : reinterpret_cast<unsigned char*>(address);
   if (request.access == Access::atomic) return found;
-  const uint64_t first = (address - range->begin) / range->cell_bytes;
-  const uint64_t last = (address - range->begin + request.bytes - 1) / range->cell_bytes;
+  const uint64_t first = (address - range->begin) >> range->cell_shift;
+  const uint64_t last = (address - range->begin + request.bytes - 1) >> range->cell_shift;
   const Mark now = {block.number, thread, block.barriers, warp.barriers};
   for (uint64_t n = first; n <= last; n++) {
     Cell& cell = range->cell(n);

@@ -57,6 +57,14 @@ void read_fragment(Warp& warp, const int32_t* registers, double (*a)[K]) {
   }
 }
 
+// sums += a b, of one row, k in order; columns side by side.
+template <int K, int columns>
+void add_products(const double (&a)[K], const double (&b)[K][columns], double (&sums)[columns]) {
+  for (int k = 0; k < K; k++) {
+    for (int column = 0; column < columns; column++) sums[column] += a[k] * b[k][column];
+  }
+}
+
 // c (16 x 8) += a (16 x K) b (K x 8), fragments as in the manual, `packed` operands in 32 bits. The sum is cut off
 // towards zero.
 template <int K, int packed, auto read>
@@ -70,18 +78,15 @@ void multiply(Warp& warp, const Instruction& in, uint32_t) {
       b[lane % 4 * packed + part + n * (K / 2)][lane / 4] = value;
     }
   }
-  float results[4][kLanes];
-  for (int lane = 0; lane < kLanes; lane++) {
+  double sums[16][8];
+  const auto each_sum = [&](auto function) {
     for (int e = 0; e < 4; e++) {
-      const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-      double sum = from_bits<float>(warp.lanes(in.operands[10 + e])[lane]);
-      for (int k = 0; k < K; k++) sum += a[row][k] * b[k][column];
-      results[e][lane] = cut(sum);
+      for (int lane = 0; lane < kLanes; lane++) function(e, lane, sums[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2]);
     }
-  }
-  for (int e = 0; e < 4; e++) {
-    for (int lane = 0; lane < kLanes; lane++) warp.lanes(in.operands[e])[lane] = to_bits(results[e][lane]);
-  }
+  };
+  each_sum([&](int e, int lane, double& sum) { sum = from_bits<float>(warp.lanes(in.operands[10 + e])[lane]); });
+  for (int row = 0; row < 16; row++) add_products<K, 8>(a[row], b, sums[row]);
+  each_sum([&](int e, int lane, double sum) { warp.lanes(in.operands[e])[lane] = to_bits(cut(sum)); });
 }
 
 // What a descriptor of a matrix in shared memory says, rows along K ("K-major") or, transposed, across it ("MN-major"):
@@ -170,16 +175,22 @@ void multiply_warpgroup(Warp& warp, const Instruction& in, uint32_t) {
   for (int n = 2; n < 4; n++) {
     if (warp.lanes(rest[n])[0] != 1) throw Problem("a product with a changed sign");
   }
-  for (int lane = 0; lane < kLanes; lane++) {
-    const bool adds = warp.lanes(rest[1])[lane] & 1;
-    for (int e = 0; e < kSums; e++) {
-      const int row = lane / 4 + e % 4 / 2 * 8, column = e / 4 * 8 + lane % 4 * 2 + e % 2;
-      uint64_t& sum = warp.lanes(in.operands[e])[lane];
-      double exact = adds ? from_bits<float>(sum) : 0.0f;
-      for (int k = 0; k < K; k++) exact += a[row][k] * b[column][k];
-      sum = to_bits(cut(exact));
-    }
+  double across[K][N], sums[16][N];
+  for (int k = 0; k < K; k++) {
+    for (int column = 0; column < N; column++) across[k][column] = b[column][k];
   }
+  const auto each_sum = [&](auto function) {
+    for (int e = 0; e < kSums; e++) {
+      for (int lane = 0; lane < kLanes; lane++) {
+        function(warp.lanes(in.operands[e])[lane], lane,
+                 sums[lane / 4 + e % 4 / 2 * 8][e / 4 * 8 + lane % 4 * 2 + e % 2]);
+      }
+    }
+  };
+  const uint64_t* const adds = warp.lanes(rest[1]);
+  each_sum([&](uint64_t bits, int lane, double& sum) { sum = adds[lane] & 1 ? from_bits<float>(bits) : 0.0f; });
+  for (int row = 0; row < 16; row++) add_products<K, N>(a[row], across, sums[row]);
+  each_sum([](uint64_t& bits, int, double sum) { bits = to_bits(cut(sum)); });
 }
 
 }  // namespace

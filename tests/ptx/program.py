@@ -5,13 +5,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-OPERANDS = 144
 SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%ntid.x", "%laneid")
 SHARED = "global_smem"
 _ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\n\)(.*?)\n\{\n(.*?)\n\}\n", re.DOTALL)
 _ONE_LINE_BLOCK = re.compile(r"^\{\s*\.reg[^;]*;\s*(.*;)\s*\}$")
 _PARTS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 _ADDRESS = re.compile(r"^\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+)\s*)?\]$")
+_LABEL = re.compile(r"^(\$?\w+):$")
+_STATEMENT = re.compile(r"^(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
+_PARAMETER = re.compile(r"\[\w+_param_(\d+)\]")
+_SHARED_ACCESS = re.compile(r"^(?:ld|st)\.shared\.(?:v\d\.)?[busf](\d+)$")
 _NUMBER = re.compile(r"^(?:0f([0-9A-Fa-f]{8})|0d([0-9A-Fa-f]{16})|(-?\d+|0[xX][0-9A-Fa-f]+)U?)$")
 
 
@@ -24,11 +27,14 @@ class Program:
     name: str
     parameters: list[str]  # their types
     threads: int
-    instructions: np.ndarray = field(init=False)  # (count, 7 + OPERANDS)
+    # Of each: operation, predicate or -1, whether it is negated, target, two offsets, number of operands, the first.
+    instructions: np.ndarray = field(init=False)  # (count, 8)
+    operands: np.ndarray = field(init=False)  # of all, one after the other: registers
     lines: list[str] = field(default_factory=list)  # theirs, and the lines of the source
     shared_cell: int = 16  # bytes of the smallest access to shared memory
     registers: dict[str, int] = field(default_factory=dict)
     constants: dict[int, int] = field(default_factory=dict)  # register -> what it always holds
+    _known: dict[str, int] = field(default_factory=dict)  # text of an operand -> register
 
     def register(self, name: str) -> int:
         return self.registers.setdefault(name, len(self.registers))
@@ -39,6 +45,12 @@ class Program:
         return index
 
     def operand(self, text: str) -> int:
+        index = self._known.get(text)
+        if index is None:
+            index = self._known[text] = self._new_operand(text)
+        return index
+
+    def _new_operand(self, text: str) -> int:
         if match := _NUMBER.match(text):
             single, double, whole = match.groups()
             return self.constant(int(single or double, 16) if single or double else int(whole, 0))
@@ -53,15 +65,16 @@ def _operands(program: Program, text: str) -> tuple[list[int], list[int]]:
     """Registers, in the order of the text, and the offsets of addresses."""
     found, offsets = [], []
     for part in _PARTS.findall(text):
-        part = part.strip()
-        if part.startswith("["):
+        if part[0] == "[":
             match = _ADDRESS.match(part)
             if not match:
                 raise Unknown(f"address {part!r}")
             found.append(program.operand(match[1]))
             offsets.append(int(match[2] or "0", 0))
+        elif part[0] == "{" or "|" in part:
+            found += [program.operand(name.strip()) for name in part.strip("{}").replace("|", ",").split(",")]
         else:
-            found += [program.operand(name.strip()) for name in re.split(r"[,|]", part.strip("{}"))]
+            found.append(program.operand(part.strip()))
     return found, offsets
 
 
@@ -69,20 +82,24 @@ def _statements(body: str):
     """(label, None, "") and (None, statement, its place in the source) in order."""
     place = ""
     for line in body.split("\n"):
-        line, _, comment = map(str.strip, line.partition("//"))
-        if line.startswith(".loc"):
-            place = comment
-        if match := _ONE_LINE_BLOCK.match(line):
-            line = match[1]
-        if not line or line.startswith("."):
+        line, _, comment = line.partition("//")
+        line = line.strip()
+        if not line:
             continue
-        if match := re.match(r"^(\$?\w+):$", line):
+        if line[0] == ".":
+            if line.startswith(".loc"):
+                place = comment.strip()
+            continue
+        if line[0] == "{" and (match := _ONE_LINE_BLOCK.match(line)):
+            line = match[1]
+        if line[-1] == ":" and (match := _LABEL.match(line)):
             yield match[1], None, ""
             continue
-        if not line.endswith(";"):
+        if line[-1] != ";":
             raise Unknown(f"line {line!r}")
-        for statement in filter(None, map(str.strip, line.split(";"))):
-            yield None, statement, place
+        for statement in line[:-1].split(";"):
+            if statement := statement.strip():
+                yield None, statement, place
 
 
 def _row(program: Program, name: str, text: str, operation) -> tuple[int, list[int], list[int], str | None]:
@@ -93,7 +110,7 @@ def _row(program: Program, name: str, text: str, operation) -> tuple[int, list[i
         parts = text.split("{")[1].split("}")[0].count(",") + 1
         name = f"{'unpack' if text.startswith('{') else 'pack'}{name[3:]}.v{parts}"
     if name.startswith("ld.param."):
-        match = re.search(r"\[\w+_param_(\d+)\]", text)
+        match = _PARAMETER.search(text)
         if not match:
             raise Unknown(f"{name} {text}")
         return (
@@ -105,7 +122,7 @@ def _row(program: Program, name: str, text: str, operation) -> tuple[int, list[i
     operands, offsets = _operands(program, text)
     if name.startswith("cp.async.c") and "global" in name and len(operands) == 3:
         operands.append(operands[2])  # no part of it is left out
-    if len(operands) > OPERANDS or len(offsets) > 2:
+    if len(offsets) > 2:
         raise Unknown(f"{name} {text}")
     return operation(name), operands, offsets, None
 
@@ -117,16 +134,16 @@ def parse(ptx: str, operation) -> Program:
     if not threads:
         raise Unknown("no kernel with .reqntid")
     program = Program(entry[1], re.findall(r"\.param \.(\w+)", entry[2]), int(threads[1]))
-    rows, labels, jumps = [], {}, []
+    rows, flat, labels, jumps = [], [], {}, []
     for label, statement, place in _statements(entry[4]):
         if label:
             labels[label] = len(rows)
             continue
-        match = re.match(r"^(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*)$", statement, re.DOTALL)
+        match = _STATEMENT.match(statement)
         if not match:
             raise Unknown(f"statement {statement!r}")
         negated, predicate, name, text = match.groups()
-        if size := re.match(r"(?:ld|st)\.shared\.(?:v\d\.)?[busf](\d+)$", name):
+        if name[2:9] == ".shared" and (size := _SHARED_ACCESS.match(name)):
             program.shared_cell = min(program.shared_cell, int(size[1]) // 8)
         elif name.startswith("cp.async.ca"):
             program.shared_cell = min(program.shared_cell, 4)
@@ -136,9 +153,10 @@ def parse(ptx: str, operation) -> Program:
             jumps.append((len(rows), target))
         offsets += [0] * (2 - len(offsets))
         guard = program.register(predicate) if predicate else -1
-        padding = [0] * (OPERANDS - len(operands))
-        rows.append([number, guard, negated == "!", 0, *offsets, len(operands), *operands, *padding])
+        rows.append([number, guard, negated == "!", 0, *offsets, len(operands), len(flat)])
+        flat += operands
     for position, label in jumps:
         rows[position][3] = labels[label]
     program.instructions = np.array(rows, dtype=np.int64)
+    program.operands = np.array(flat, dtype=np.int32)
     return program
