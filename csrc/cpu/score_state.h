@@ -52,8 +52,8 @@ struct State {
   bool denser(int64_t j, int64_t i) const { return key[j] < key[i] || (!strict && key[j] == key[i] && j < i); }
 
   // The least of v[j] over the slots j that are denser than i, kNoBits where there are none. As bit patterns: those of
-  // floats that are not negative order like them. v is readable in whole vectors, and keys
-  // past n are NaN.
+  // floats that are not negative order like them. v is readable in whole vectors; keys past n
+  // are NaN.
   int32_t least_denser(int64_t i, const float* v) const {
     const Doubles limit = key[i] - Doubles{};
     const int64_t before = strict ? 0 : i;

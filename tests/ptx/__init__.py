@@ -6,9 +6,7 @@ shared memory, TF32 products, approximate divisions, contracted sums, accesses o
 Not seen: what ptxas and the hardware make of the PTX. Triton is imported where it is needed: the machine needs none.
 """
 
-import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..simt import alone
 from . import program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,22 +46,13 @@ class _Launch(ctypes.Structure):
     ]
 
 
-@contextlib.contextmanager
-def _alone(file: Path):
-    """Other processes that want to make this file wait."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 @functools.cache
 def machine() -> ctypes.CDLL:
     """The library, built under build/ptx once per content. RuntimeError: what g++ says."""
     files = sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp"), _HERE.parent / "simt" / "bits.h"])
     state = hashlib.sha256("\0".join([*_FLAGS, *(file.read_text() for file in files)]).encode()).hexdigest()
     library = ROOT / "build" / "ptx" / f"machine-{state[:16]}.so"
-    with _alone(library):
+    with alone(library.parent):
         if not library.exists():
             made = library.with_suffix(".unfinished")
             sources = [file for file in files if file.suffix == ".cpp"]

@@ -51,7 +51,7 @@ def _digest(*parts: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path):
+def alone(folder: Path):
     """One process and thread at a time builds here; the next one finds what it built."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
@@ -61,7 +61,7 @@ def _alone(folder: Path):
 
 def _compile(source: Path, result: Path, *flags: str | Path) -> Path:
     """Once, unless the result is there."""
-    with _alone(result.parent):
+    with alone(result.parent):
         if not result.exists():
             made = result.with_name(f"unfinished-{result.name}")
             command = [*_COMPILER, *flags, "-c", source, "-o", made]

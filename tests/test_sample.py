@@ -1,0 +1,59 @@
+"""What the Triton tests leave out in CI: by rule, and no more than that."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from .cases import TokenCase
+from .sample import ELSEWHERE, LARGE, LARGEST, SHARE, left_out
+
+TRITON, CPP = (SimpleNamespace(backend=name) for name in ("triton", "cpp"))
+FORMS = {
+    dtype: [TokenCase(kind, N=N, dtype=dtype) for kind in ("smooth", "random", "ties") for N in range(20, 30)]
+    for dtype in (torch.float32, torch.float64)
+}
+
+
+class Item:
+    """What the rule asks of a test."""
+
+    def __init__(self, name: str, **params):
+        self.nodeid, self.name, self.path = f"{name}[]", name, Path("test_score.py")
+        self.callspec = SimpleNamespace(params=params)
+
+
+def items(runner):
+    return [Item("test_scores", case=case, runner=runner) for cases in FORMS.values() for case in cases]
+
+
+def test_the_interpreter_takes_the_first_and_the_last_of_each_form():
+    given = items(TRITON)
+    out = left_out(given, as_ptx=False)
+    assert [one for one in given if one not in out] == [given[0], given[29], given[30], given[59]]
+
+
+def test_of_what_is_no_forms_first_a_share_runs_as_ptx_and_the_seed_says_which():
+    given = items(TRITON)
+    out = left_out(given, True, seed=5)
+    assert out == left_out(given, True, seed=5) != left_out(given, True, seed=6)
+    assert given[0] not in out
+    assert given[30] not in out
+    assert len(given) - len(out) == 2 + math.ceil(58 / SHARE)
+
+
+def test_of_large_cases_the_first_of_each_size_runs_as_ptx():
+    sizes = {case: case.B * case.N**2 * case.C for case in (TokenCase("smooth", B=1, N=N, C=512) for N in (243, 300))}
+    assert all(LARGE < size <= LARGEST for size in sizes.values())
+    given = [Item("test_scores", case=case, runner=TRITON) for case in sizes for _ in range(3)]
+    assert left_out(given, True) == [*given[1:3], *given[4:6]]
+    too_large = Item("test_scores", case=TokenCase("smooth", B=8, N=2048, C=512), runner=TRITON)
+    assert left_out([too_large], True) == [too_large]
+
+
+def test_other_backends_lose_nothing_and_what_needs_no_ptx_runs_once():
+    assert left_out(items(CPP), True) == left_out(items(CPP), False) == []
+    given = [Item(name, runner=CPP) for name in sorted(ELSEWHERE)]
+    assert left_out(given, True) == given
+    assert left_out(given, False) == []
