@@ -29,6 +29,7 @@ BY_STEM = {
     ),
     **dict.fromkeys(("distance", "product", "quantise"), SCORING),
     "attention_score": (FUZZ, "tests/test_select.py"),
+    "recover_attention": (FUZZ, "tests/test_recover_attention.py", "tests/test_dropin_head.py"),
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),
     "graph": ("tests/test_graph.py", "tests/test_graph_refuses.py"),
     "add_norm": ("tests/test_add_norm.py", "tests/test_add_norm_refuses.py"),
@@ -45,6 +46,8 @@ TRITON = {
     "pairs": ("tests/test_triton_pairs.py", "tests/test_triton.py"),
     "attention_scores": ("tests/test_select.py", "tests/test_triton.py"),
     "common": ("tests/test_triton.py", "tests/test_gather.py", "tests/test_select.py"),
+    "repeated": ("tests/test_triton_repeated.py", "tests/test_triton.py"),
+    "density": ("tests/test_triton_score.py", "tests/test_score.py"),
 }
 
 

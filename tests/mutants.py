@@ -4,7 +4,7 @@ Rules: comparisons, plus or minus one, dropped masks and conditions, swapped str
 C++ CPU kernels (portable), the CUDA source (run by tests/simt), the Triton kernels (interpreted), the Python stems.
 A sample of --sample mutants is drawn by a printed --seed, as many of each language; what does not compile is drawn
 again. Every mutant meets only the tests of its file. Exit code 1: fewer than 90 % are killed, survivors that
-EQUIVALENT explains not counted.
+mutant_reasons.py explains not counted.
 """
 
 import argparse
@@ -20,12 +20,14 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import mutant_runs
+from .mutant_reasons import EQUIVALENT
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "reliability" / "mutants.jsonl"
@@ -47,184 +49,6 @@ MINIMUM = re.compile(r"([\w.\[\]]+) [<>] ([\w.\[\]<>]+) \? \1 : \2(?![\w.(\[])")
 
 def can_matter(line: str, replacement: str) -> bool:
     return not (SPEED.search(line) or (replacement in ("<=", ">=") and MINIMUM.search(line)))
-
-
-# (file, line, replacement): why no test can tell.
-EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        "csrc/cpu/recover_interpolation.cpp",
-        "const int64_t s = tile * kTile, count = (tile + 1 < tiles ? s + kTile : a.S) - s;",
-        "const int64_t s = tile * kTile, count = (tile + 2 < tiles ? s + kTile : a.S) - s;",
-    ): "the last tile but one takes what is left over, too; the last writes the same there",
-    (
-        "csrc/cpu/select.cpp",
-        "if (c < L) {",
-        "if (c <= L) {",
-    ): "with nothing left over no lane is counted",
-    (
-        "csrc/cpu/pack.h",
-        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
-        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 || wanted < 0x1p100)) return;",
-    ): "the limits only choose between two searches with the same result",
-    (
-        "csrc/cpu/cluster.cpp",
-        "for (int64_t at = 0; at < stride; at += kPanel) {",
-        "for (int64_t at = 0; at <= stride; at += kPanel) {",
-    ): "the first panel once more: the same distances in the same places",
-    (
-        "csrc/cuda/score_stream.cuh",
-        "if (count < room || value < shared.low[r][room - 1]) {",
-        "if (count <= room || value < shared.low[r][room - 1]) {",
-    ): "behind the last of a full list nothing is written",
-    (
-        "csrc/cpu/pack.h",
-        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
-        "if (!(radius >= 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
-    ): "the limits only choose between two searches with the same result",
-    (
-        "h2ot_kernels/triton/recover_interpolation.py",
-        "inside = (row < rows)[:, None] & (column < S)[None, :]",
-        "inside = (row <= rows)[:, None] & (column < S)[None, :]",
-    ): "the row after the last is clamped to the last, and writes what the last writes",
-    (
-        "csrc/cpu/recover_interpolation.cpp",
-        "for (int64_t t = from; t < to; t += kLanes<E>) {",
-        "for (int64_t t = from; t <= to; t += kLanes<E>) {",
-    ): "a vector more, which the next interval overwrites and the arrays have room for",
-    (
-        "csrc/cpu/recover_interpolation.cpp",
-        "const bool few = a.S < kLanes<E>;",
-        "const bool few = a.S <= kLanes<E>;",
-    ): "a whole vector of channels comes out the same from both forms",
-    (
-        "csrc/cpu/recover_interpolation.cpp",
-        "for (; past >= step; past -= step) plan.first[++before] = t;",
-        "for (; past > step; past -= step) plan.first[++before] = t;",
-    ): "a frame that is a kept one is kept by weight 1 instead of weight 0",
-    (
-        "csrc/cpu/recover_attention.cpp",
-        "panels((a.F + kPanel<E> - 1) / kPanel<E>),",
-        "panels((a.F + kPanel<E> - 0) / kPanel<E>),",
-    ): "perhaps a panel of queries more, all of it padding",
-    (
-        "csrc/cpu/score.cpp",
-        "if (streamed.open[i] && state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",
-        "if (streamed.open[i] || state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",
-    ): "rows that are proven are decided again, the same",
-    (
-        "csrc/cpu/score_stored.h",
-        "for (int64_t i = 0, j = 0; i < sample.n && j < K; i++) {",
-        "for (int64_t i = 0, j = 0; i < sample.n && j <= K; i++) {",
-    ): "with nothing left in index, the body leaves every token out",
-    (
-        "csrc/cuda/score_rows.cuh",
-        "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { "
-        "reached += j < row.N && pattern(bound) <= middle; });",
-        "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { "
-        "reached += j < row.N && pattern(bound) < middle; });",
-    ): "a limit one step higher: more candidates, the same nearest",
-    (
-        "csrc/cuda/score_tiles.cuh",
-        "A value[kRows][kColumns + 1];",
-        "A value[kRows][kColumns + 2];",
-    ): "another padding between rows of shared memory",
-    (
-        "csrc/cuda/score_stream.cuh",
-        "if (count < room || value < shared.low[r][room - 1]) {",
-        "if (count < room || value <= shared.low[r][room - 1]) {",
-    ): "an equal one of a later column finds no place in a full list",
-    (
-        "h2ot_kernels/triton/score_large.py",
-        "side = 16 if double else 32 if gaussian or B * N < 8192 or (slots > 8 and not half) else 64",
-        "side = 16 if double else 32 if gaussian or B * N <= 8192 or (slots > 8 and not half) else 64",
-    ): "another tile, the same results",
-    (
-        "csrc/cuda/score_stream.cuh",
-        "if (wants_largest && lane == 0) {",
-        "if (wants_largest && lane != 0) {",
-    ): "31 lanes write what one would",
-    (
-        "python_ref/cluster.py",
-        "labels = index.new_full((index.shape[0], N + 1), -1)",
-        "labels = index.new_full((index.shape[0], N + 2), -1)",
-    ): "a column more of those that are cut off again",
-    (
-        "python_ref/cluster.py",
-        "labels = torch.where(own >= 0, own, labels)",
-        "labels = torch.where(own > 0, own, labels)",
-    ): "the first selected token is nearest to itself, and the lowest wins a tie",
-    (
-        "h2ot_kernels/triton/score.py",
-        'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
-        'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate <= parent)))',
-    ): "a candidate that is the parent already",
-    (
-        "h2ot_kernels/triton/common.py",
-        "if first.is_cuda and first.get_device() != torch.cuda.current_device():",
-        "if first.is_cuda and first.get_device() == torch.cuda.current_device():",
-    ): "where to launch for another GPU: a machine with two can tell",
-    (
-        "h2ot_kernels/triton/gather.py",
-        "columns = next((width for width in (4, 16, 64) if inner <= width), 256)",
-        "columns = next((width for width in (4, 16, 64) if inner < width), 256)",
-    ): "blocks of another width, the rest of which is masked",
-    (
-        "h2ot_kernels/triton/recover_interpolation.py",
-        "end = tl.where(position == K - 1, F, ((right * span) // tl.maximum(K - 1, 1)) + 1)",
-        "end = tl.where(position == K - 1, F, ((right * span) // tl.maximum(K - 1, 1)) + 2)",
-    ): "a frame more, whose share is 0",
-    (
-        "h2ot_kernels/triton/select.py",
-        "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column < N)",
-        "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column <= N)",
-    ): "what stands behind the last token ranks behind all",
-    (
-        "csrc/cpu/distance.h",
-        "for (int64_t begin = 0; begin < C; begin += kChunk) {",
-        "for (int64_t begin = 0; begin <= C; begin += kChunk) {",
-    ): "one chunk more, of no channels: nothing is added",
-    (
-        "csrc/cpu/score_streamed.h",
-        "if (proven < state->wanted) return false;",
-        "if (proven <= state->wanted) return false;",
-    ): "rows that are proven are decided again, the same",
-    (
-        "csrc/cpu/lists.h",
-        "for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from < slots[at - 1])); at--) {",
-        "for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from <= slots[at - 1])); at--) {",
-    ): "no slot is offered twice to a list",
-    (
-        "csrc/cuda/cluster_label.cuh",
-        "n[u] = j[u] >= 0 && norm ? norm[j[u]] : A(0);",
-        "n[u] = j[u] > 0 && norm ? norm[j[u]] : A(0);",
-    ): "at a near-tie a quarter of the bound (108 units, most of them for the cutting off of an mma) is left for the "
-    "first token; what is seen of rounding is a tenth",
-    (
-        "csrc/cuda/select.cu",
-        "__syncthreads();",
-        ";",
-    ): "every thread reads the keys that it wrote; the contract of write_index is wider than its reads",
-    (
-        "csrc/cuda/select.cuh",
-        "if (keep.M > 0) {",
-        "if (keep.M >= 0) {",
-    ): "with nothing to keep nothing is wrong",
-    (
-        "csrc/cuda/score_stored.cuh",
-        "if (lane == 0) shared.wanted[warp] = 0;",
-        "if (lane != 0) shared.wanted[warp] = 0;",
-    ): "31 lanes write what one would",
-    (
-        "csrc/cuda/score_stream.cuh",
-        "if (token[e] >= 0 && !(list.full() && least_of(low[e]) > list.worst())) return token[e++];",
-        "if (token[e] >= 0 && !(list.full() && least_of(low[e]) >= list.worst())) return token[e++];",
-    ): "bounds above zero are below the distance; those of zero come in the order of tokens",
-    (
-        "h2ot_kernels/triton/recover_tail.py",
-        "row_at = tl.minimum(row, rows - 1) * attended_r",
-        "row_at = tl.minimum(row, rows - 0) * attended_r",
-    ): "behind the last row stands proj_weight's first, and what it gives is not stored",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,16 +145,15 @@ def hunt(mutant: Mutant, tree: mutant_runs.Tree) -> dict | None:
     return {**row, "seconds": round(time.monotonic() - began, 1)}
 
 
-def hunt_share(mutants: list[Mutant], tree: mutant_runs.Tree, share: int) -> list[dict]:
-    """The first `share` of the mutants that compile; each is printed as its fate is known."""
-    rows = []
+def hunt_share(mutants: list[Mutant], tree: mutant_runs.Tree, share: int, found: Callable[[dict], None]) -> None:
+    """The first `share` of the mutants that compile; each is told as its fate is known."""
     for mutant in mutants:
-        if len(rows) == share:
+        if share == 0:
             break
         if row := hunt(mutant, tree):
-            rows.append(row)
+            share -= 1
             print(f"{row['result']:9} {row['seconds']:5}s {row['file']}:{row['line']} {row['after']}", flush=True)
-    return rows
+            found(row)
 
 
 def once_more(row: dict) -> dict:
@@ -349,16 +172,29 @@ def tree_of(language: str) -> mutant_runs.Tree:
     return mutant_runs.TREES[language]()
 
 
-def write(rows: list[dict], seed: int, out: Path) -> int:
-    """The results file; 1 if too few are killed."""
+def assert_tests_are_there(mutants: dict[str, list[Mutant]]) -> None:
+    """Before hours are spent: every file of the mutants has its tests."""
+    for language, made in mutants.items():
+        for file in sorted({mutant.file for mutant in made}):
+            if missing := [test for test in tree_of(language).tests(file) if not (ROOT / test).is_file()]:
+                sys.exit(f"mutants: {file}: no {', '.join(missing)}")
+
+
+def write(rows: list[dict], seed: int, out: Path) -> dict:
+    """The results file, whose first row counts the others."""
     counts = collections.Counter(row["result"] for row in rows)
     ratio = counts["killed"] / max(counts["killed"] + counts["survived"], 1)
     head = {"date": datetime.date.today().isoformat(), "seed": seed, "sample": len(rows), **counts}
     head |= {"killed_ratio": round(ratio, 3), **mutant_runs.versions()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
+    return head
+
+
+def verdict(head: dict) -> int:
+    """The exit code: 1 if too few are killed."""
     print(json.dumps(head))
-    return int(ratio < 0.9)
+    return int(head["killed_ratio"] < 0.9)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -373,7 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.again:
         head, *rows = map(json.loads, given.out.read_text().splitlines())
-        return write([once_more(r) if r["result"] == "survived" else r for r in rows], head["seed"], given.out)
+        rows = [once_more(row) if row["result"] == "survived" else row for row in rows]
+        return verdict(write(rows, head["seed"], given.out))
     mutants = {language: all_mutants(language) for language in given.languages}
     sizes = ", ".join(f"{len(made)} {language}" for language, made in mutants.items())
     print(f"mutants: {sizes}; seed {given.seed}", flush=True)
@@ -383,9 +220,19 @@ def main(arguments: list[str] | None = None) -> int:
     trees = [tree_of(language) for language in mutants]
     for language, made in mutants.items():
         random.Random(f"{given.seed} {language}").shuffle(made)
+    assert_tests_are_there(mutants)
+    rows, lock, order = [], threading.Lock(), list(mutants)
+
+    def found(row: dict) -> None:  # a run that is cut off leaves what it found
+        with lock:
+            rows.append(row)
+            rows.sort(key=lambda row: order.index(row["language"]))
+            write(rows, given.seed, given.out)
+
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        rows = [row for found in pool.map(hunt_share, mutants.values(), trees, shares) for row in found]
-    return write(rows, given.seed, given.out)
+        for _ in pool.map(hunt_share, mutants.values(), trees, shares, itertools.repeat(found)):
+            pass
+    return verdict(write(rows, given.seed, given.out))
 
 
 if __name__ == "__main__":
