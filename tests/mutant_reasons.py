@@ -135,6 +135,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'active = (least < float("inf")) & ((floor <= best) | ((floor == best) & (first + candidate < label)))',
     ): "a centre more is measured, and loses by its number",
     (
+        "h2ot_kernels/triton/cluster.py",
+        'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (first + candidate < label)))',
+        'active = (least < float("inf")) & ((floor < best) | ((floor == best) | (first + candidate < label)))',
+    ): "centres more are measured, and lose by their distance",
+    (
         "h2ot_kernels/triton/select.py",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column < N)",
         "kept = (ranks(keys, key, column, N, CHUNK) < K) & (column <= N)",
