@@ -1,6 +1,5 @@
-"""Mutants of tests/mutants.py that change no result, with the reason."""
+"""Mutants of tests/mutants.py that change no result: (file, line, replacement), and why no test can tell."""
 
-# (file, line, replacement): why no test can tell.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "csrc/cpu/recover_interpolation.cpp",
@@ -32,11 +31,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
         "if (!(radius >= 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
     ): "the limits only choose between two searches with the same result",
-    (
-        "h2ot_kernels/triton/recover_interpolation.py",
-        "inside = (row < rows)[:, None] & (column < S)[None, :]",
-        "inside = (row <= rows)[:, None] & (column < S)[None, :]",
-    ): "the row after the last is clamped to the last, and writes what the last writes",
     (
         "csrc/cpu/recover_interpolation.cpp",
         "for (int64_t t = from; t < to; t += kLanes<E>) {",
@@ -74,11 +68,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { "
         "reached += j < row.N && pattern(bound) < middle; });",
     ): "a limit one step higher: more candidates, the same nearest",
-    (
-        "csrc/cuda/score_tiles.cuh",
-        "A value[kRows][kColumns + 1];",
-        "A value[kRows][kColumns + 2];",
-    ): "another padding between rows of shared memory",
     (
         "csrc/cuda/score_stream.cuh",
         "if (count < room || value < shared.low[r][room - 1]) {",
@@ -159,12 +148,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from < slots[at - 1])); at--) {",
         "for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from <= slots[at - 1])); at--) {",
     ): "no slot is offered twice to a list",
-    (
-        "csrc/cuda/cluster_label.cuh",
-        "n[u] = j[u] >= 0 && norm ? norm[j[u]] : A(0);",
-        "n[u] = j[u] > 0 && norm ? norm[j[u]] : A(0);",
-    ): "at a near-tie a quarter of the bound (108 units, most of them for the cutting off of an mma) is left for the "
-    "first token; what is seen of rounding is a tenth",
     (
         "csrc/cuda/select.cu",
         "__syncthreads();",

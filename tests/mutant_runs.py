@@ -79,7 +79,8 @@ class Tree:
 
     ignored = staticmethod(shutil.ignore_patterns("__pycache__", "results"))
 
-    def tests(self, file: str) -> tuple[str, ...]:
+    @staticmethod
+    def tests(file: str) -> tuple[str, ...]:
         return (*BY_STEM[Path(file).stem], "tests/test_bad_input.py", "tests/test_torch.py")
 
     def environment(self) -> dict[str, str]:
@@ -166,14 +167,16 @@ class CppTree(Tree):
                 return False
         return True
 
-    def tests(self, file: str) -> tuple[str, ...]:
+    @staticmethod
+    def tests(file: str) -> tuple[str, ...]:
         return BY_STEM.get(Path(file).stem, EVERYTHING)
 
 
 class TritonTree(Tree):
     name, chosen, memory = "triton", "triton or Triton", resource.RLIM_INFINITY  # tests/fence reserves a terabyte
 
-    def tests(self, file: str) -> tuple[str, ...]:
+    @staticmethod
+    def tests(file: str) -> tuple[str, ...]:
         stem = Path(file).stem
         return (*TRITON.get(stem, (f"tests/test_{stem}.py", "tests/test_triton.py")), "tests/test_guard.py")
 
@@ -183,7 +186,8 @@ class CudaTree(Tree):
 
     name, chosen, memory = "cuda", "not large and not caught and not sanitizer", resource.RLIM_INFINITY
 
-    def tests(self, file: str) -> tuple[str, ...]:
+    @staticmethod
+    def tests(file: str) -> tuple[str, ...]:
         stem = Path(file).stem
         selects, labels = stem in ("select", "device", "warp"), stem.startswith("cluster") or stem == "score_launch"
         return (

@@ -172,14 +172,6 @@ def tree_of(language: str) -> mutant_runs.Tree:
     return mutant_runs.TREES[language]()
 
 
-def assert_tests_are_there(mutants: dict[str, list[Mutant]]) -> None:
-    """Before hours are spent: every file of the mutants has its tests."""
-    for language, made in mutants.items():
-        for file in sorted({mutant.file for mutant in made}):
-            if missing := [test for test in tree_of(language).tests(file) if not (ROOT / test).is_file()]:
-                sys.exit(f"mutants: {file}: no {', '.join(missing)}")
-
-
 def write(rows: list[dict], seed: int, out: Path) -> dict:
     """The results file, whose first row counts the others."""
     counts = collections.Counter(row["result"] for row in rows)
@@ -220,7 +212,6 @@ def main(arguments: list[str] | None = None) -> int:
     trees = [tree_of(language) for language in mutants]
     for language, made in mutants.items():
         random.Random(f"{given.seed} {language}").shuffle(made)
-    assert_tests_are_there(mutants)
     rows, lock, order = [], threading.Lock(), list(mutants)
 
     def found(row: dict) -> None:  # a run that is cut off leaves what it found
