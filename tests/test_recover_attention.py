@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 import h2ot_kernels as h2ot
 import python_ref
 from h2ot_kernels.backend import dispatch
+from h2ot_kernels.recover_attention import project
 
 from .cases import DTYPES
 from .compare import assert_within
@@ -240,3 +242,56 @@ def test_fused_tail_refuses_gradients():
     modules = nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 3)
     with pytest.raises(RuntimeError, match="inference"):
         h2ot.recover_pose(torch.zeros(9, C), torch.zeros(9, C), kept, kept, *modules, 2)
+
+
+def as_is(layers, token, x):
+    return token, x
+
+
+def with_gradients(layers, token, x):
+    layers[0].requires_grad_(True)
+    torch.set_grad_enabled(True)
+    return token, x
+
+
+def of_doubles(layers, token, x):
+    for layer in layers:
+        layer.double()
+    return token.double(), x.double()
+
+
+def with_a_hook(layers, token, x):
+    layers[1].register_forward_hook(lambda module, given, made: made)
+    return token, x
+
+
+def of_two_widths(layers, token, x):
+    layers[0] = nn.Linear(16, 8).requires_grad_(False)
+    return torch.randn(1, 5, 16), x
+
+
+def of_no_tokens(layers, token, x):
+    return token, x[:0]
+
+
+@pytest.mark.parametrize(
+    ("change", "calls"),
+    [(as_is, 1), (with_gradients, 0), (of_doubles, 0), (with_a_hook, 0), (of_two_widths, 0), (of_no_tokens, 0)],
+)
+def test_projects_in_one_launch_only_what_fits_together(monkeypatch, change, calls):
+    """By a backend that can: made up here, so that this is seen without one."""
+    made = []
+
+    def together(token, x, query, query_bias, key, key_bias, value, value_bias):
+        made.append((token.shape, x.shape))
+        linear = nn.functional.linear
+        return linear(token, query, query_bias), linear(x, torch.cat((key, value)), torch.cat((key_bias, value_bias)))
+
+    monkeypatch.setitem(project.__globals__, "dispatch", lambda *given: SimpleNamespace(project=together))
+    layers = [nn.Linear(8, 8).requires_grad_(False) for _ in range(3)]
+    with torch.no_grad():
+        token, x = change(layers, torch.randn(1, 5, 8), torch.randn(2, 3, 8))
+        results = project(token, x, *layers)
+    assert made == [((5, 8), (6, 8))] * calls
+    for layer, given, result in zip(layers, (token, x, x), results, strict=True):
+        torch.testing.assert_close(result, layer(given))
