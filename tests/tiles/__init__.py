@@ -40,7 +40,8 @@ def build(folder: Path, source: str, *replaced: tuple[str, str, str]) -> ctypes.
         to.parent.mkdir(exist_ok=True)
         to.write_text(text)
     library = folder / "emulated.so"
-    subprocess.run(["g++", *FLAGS.split(), f"-I{folder}", ROOT / "tests/tiles" / source, "-o", library], check=True)
+    given = ["-include", ROOT / "tests/tiles/unit.h", f"-I{folder}", ROOT / "tests/tiles" / source]
+    subprocess.run(["g++", *FLAGS.split(), *given, "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
 

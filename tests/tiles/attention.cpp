@@ -1,7 +1,5 @@
-// csrc/amx/attention.cpp on the emulated unit.
+// csrc/amx/attention.cpp on the emulated unit, which the compiler is told to read first (unit.h).
 #include "amx/attention.cpp"
-
-#include "unit.h"
 
 // Rows of query, key and value are `apart` elements from one to the next, their batches `batches_apart`.
 extern "C" int emulated_attention(const void* query, const void* key, const void* value, int64_t B, int64_t F,
