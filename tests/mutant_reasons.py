@@ -214,6 +214,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)",
         "inside = (row <= N) & (tl.load(valid + b * N + row, row < N, 0) != 0)",
     ): "behind the last token 0 is loaded: not valid",
+    (
+        "h2ot_kernels/triton/score_large.py",
+        "there = (column < N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
+        "there = (column <= N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
+    ): "behind the last token 0 is loaded: not valid",
 }
 # What an explanation is of, where that is not one place: it holds in each of so many.
 PLACES: dict[tuple[str, str, str], int] = {
@@ -221,5 +226,10 @@ PLACES: dict[tuple[str, str, str], int] = {
         "h2ot_kernels/triton/score_large.py",
         "inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)",
         "inside = (row <= N) & (tl.load(valid + b * N + row, row < N, 0) != 0)",
+    ): 3,
+    (
+        "h2ot_kernels/triton/score_large.py",
+        "there = (column < N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
+        "there = (column <= N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
     ): 3,
 }
