@@ -219,6 +219,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "there = (column < N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
         "there = (column <= N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
     ): "behind the last token 0 is loaded: not valid",
+    (
+        "h2ot_kernels/triton/score.py",
+        'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
+        'active = (least <= float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
+    ): "infinity is below no best, and with none found there is no parent that a candidate could stand before",
 }
 # What an explanation is of, where that is not one place: it holds in each of so many.
 PLACES: dict[tuple[str, str, str], int] = {
