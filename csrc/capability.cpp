@@ -105,11 +105,23 @@ bool tiles_run() {
 #endif
 }
 
+bool dots_run() {
+#ifdef H2OT_BF16_DOTS
+  return __builtin_cpu_supports("avx512bf16") && &kernels() == &avx512::table;
+#else
+  return false;
+#endif
+}
+
 Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
+  constexpr int64_t kFewKeys = 64, kFewQueries = 16;  // below, the kernels of float32 are as fast
+  [[maybe_unused]] const bool fits =
+      a.dtype == Dtype::bf16 && a.scale > 0 && a.C > 0 && a.K >= kFewKeys && a.F >= kFewQueries;
 #ifdef H2OT_AMX
-  constexpr int64_t kFewKeys = 64, kFewQueries = 16;  // below, the vector units are as fast
-  const bool fits = a.dtype == Dtype::bf16 && a.scale > 0 && a.C > 0 && a.K >= kFewKeys && a.F >= kFewQueries;
   if (fits && tiles_run()) return amx::attend(a, pool);
+#endif
+#ifdef H2OT_BF16_DOTS
+  if (fits && dots_run()) return bf16_dots::attend(a, pool);
 #endif
   return kernels().recover_attention(a, pool);
 }

@@ -274,7 +274,13 @@ void pack(const PackArgs&);
 Status linear(const LinearArgs&, const Parallel&);
 Status attend(const RecoverAttentionArgs&, const Parallel&);  // bf16, scale above 0, K and C at least 1
 }  // namespace amx
-// recover_attention by the tile unit where it can, else by kernels().
+// Whether the machine has products of pairs of bfloat16 numbers (AVX512-BF16), the compiler knew them, and the kernels
+// in use are not those of a lesser machine.
+bool dots_run();
+namespace bf16_dots {
+Status attend(const RecoverAttentionArgs&, const Parallel&);  // the same, by products of pairs in vectors
+}
+// recover_attention in bfloat16 by the tile unit or by products of pairs where that pays, else by kernels().
 Status attend(const RecoverAttentionArgs&, const Parallel&);
 
 // One table per instruction set; capability.cpp picks one at run time.

@@ -106,6 +106,9 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("name"), "Choose the instruction set for the whole process (for tests and comparisons).");
   m.def("tiles_run", &h2ot::tiles_run,
         "Whether linear layers run on the tile unit (AMX): found, and the kernels in use are 'avx512'.");
+  m.def("dots_run", &h2ot::dots_run,
+        "Whether attention in bfloat16 runs by products of pairs (AVX512-BF16): found, and the kernels in use are "
+        "'avx512'.");
   m.def(
       "plan_score_cpu",
       [](int64_t N, int64_t C, int64_t k, const std::string& dtype, bool index_only) {

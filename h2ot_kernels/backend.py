@@ -270,6 +270,7 @@ def env_report() -> dict:
         report["cpu_capability"] = _C.capability()
         report["cpu_capabilities"] = _C.runnable_capabilities().split(",")
         report["cpu_tiles"] = _C.tiles_run()
+        report["cpu_bf16_dots"] = _C.dots_run()
     return report
 
 

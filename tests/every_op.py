@@ -52,7 +52,8 @@ def pose_arguments(t: dict[str, torch.Tensor]) -> tuple:
     values = {"weight": query[:20], "bias": query[20]}, {"weight": query[21], "bias": query[22]}
     for module, own in zip((proj, norm, head), (*values, {"weight": query[23:26], "bias": query[26, :3]}), strict=True):
         for name, value in own.items():
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+            # Memory of its own: behind its end stands a fence (tests/fence), not the next one's.
+            setattr(module, name, nn.Parameter(value.clone(), requires_grad=False))
     return query, query, kept, kept, proj, norm, head
 
 

@@ -1,4 +1,7 @@
-"""Mutants of tests/mutants.py that change no result: (file, line, replacement), and why no test can tell."""
+"""Mutants of tests/mutants.py that change no result: (file, line, replacement), and why no test can tell.
+
+Where the line stands more than once, it is given with the line below it.
+"""
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
@@ -173,4 +176,65 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "row_at = tl.minimum(row, rows - 1) * attended_r",
         "row_at = tl.minimum(row, rows - 0) * attended_r",
     ): "behind the last row stands proj_weight's first, and what it gives is not stored",
+    (
+        "csrc/cpu/score_matrix.h",
+        "refined[q] |= upper != 0;",
+        "refined[q] |= upper == 0;",
+    ): "panels with no refined block are packed and split for nothing; one with no other kind has that of the diagonal",
+    (
+        "csrc/cpu/recover_interpolation.cpp",
+        "(first[middle] <= t ? low : high) = middle;",
+        "(first[middle] < t ? low : high) = middle;",
+    ): "an interval too early, none of whose frames is left, for a thread that starts at a kept frame",
+    (
+        "csrc/cpu/score_state.h",
+        "if (pays && count > 2 * wanted - (wanted == 1) && sample.most < 0x1p126) "
+        "count = sift(i, list, count, wanted);",
+        "if (pays && count > 2 * wanted - (wanted != 1) && sample.most < 0x1p126) "
+        "count = sift(i, list, count, wanted);",
+    ): "candidates are sifted or not; float64 decides either way",
+    (
+        "csrc/cuda/cluster_search.cuh",
+        "constexpr int kCentreBlocks = Tiles::kProducts || Tiles::kBlocks < 2 ? Tiles::kBlocks : 2;",
+        "constexpr int kCentreBlocks = Tiles::kProducts && Tiles::kBlocks < 2 ? Tiles::kBlocks : 2;",
+    ): "what the compiler is told of registers",
+    (
+        "csrc/cuda/score_stream_products.cuh",
+        "bool hit = low[u] <= shared.worst[r] && j != i;",
+        "bool hit = low[u] < shared.worst[r] && j != i;",
+    ): "which of the equally near goes on a full list: its last one is the limit of what it proves, either way",
+    (
+        "h2ot_kernels/triton/score.py",
+        "inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)\n"
+        "open_pairs = inside[:, None] & (column < N)[None, :] & (column[None, :] != row[:, None])",
+        "inside = (row < N) | (tl.load(valid + b * N + row, row < N, 0) != 0)",
+    ): "all bounds of a token that is not valid are infinity: it has no candidates",
+    (
+        "h2ot_kernels/triton/score_large.py",
+        "inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)",
+        "inside = (row <= N) & (tl.load(valid + b * N + row, row < N, 0) != 0)",
+    ): "behind the last token 0 is loaded: not valid",
+    (
+        "h2ot_kernels/triton/score_large.py",
+        "there = (column < N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
+        "there = (column <= N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
+    ): "behind the last token 0 is loaded: not valid",
+    (
+        "h2ot_kernels/triton/score.py",
+        'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
+        'active = (least <= float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
+    ): "infinity is below no best, and with none found there is no parent that a candidate could stand before",
+}
+# What an explanation is of, where that is not one place: it holds in each of so many.
+PLACES: dict[tuple[str, str, str], int] = {
+    (
+        "h2ot_kernels/triton/score_large.py",
+        "inside = (row < N) & (tl.load(valid + b * N + row, row < N, 0) != 0)",
+        "inside = (row <= N) & (tl.load(valid + b * N + row, row < N, 0) != 0)",
+    ): 3,
+    (
+        "h2ot_kernels/triton/score_large.py",
+        "there = (column < N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
+        "there = (column <= N) & (tl.load(valid + b * N + column, column < N, 0) != 0)",
+    ): 3,
 }

@@ -71,6 +71,12 @@ class Mutant:
         """The line before and after."""
         return tuple(text.splitlines()[self.line - 1].strip() for text in (source, self.apply(source)))
 
+    def explanation(self, source: str) -> str | None:
+        """Of its line or, where that stands more than once, of its line and the next."""
+        before, after = self.shown(source)
+        below = "".join(source.splitlines()[self.line : self.line + 1]).strip()
+        return EQUIVALENT.get((self.file, before, after)) or EQUIVALENT.get((self.file, f"{before}\n{below}", after))
+
 
 def python_sites(source: str) -> Iterator[tuple[int, int, int, str, str]]:
     """(line, start, end, replacement, rule) in code, never in strings or comments."""
@@ -138,7 +144,7 @@ def hunt(mutant: Mutant, tree: mutant_runs.Tree) -> dict | None:
     outcome = tree.outcome(mutant.file, mutant.apply(source))
     if outcome is None:
         return None
-    reason = EQUIVALENT.get((mutant.file, before, after))
+    reason = mutant.explanation(source)
     result = "killed" if outcome else "explained" if reason else "survived"
     place = {"language": mutant.language, "file": mutant.file, "line": mutant.line, "rule": mutant.rule}
     row = {**place, "before": before, "after": after, "result": result, "by": outcome or reason}

@@ -1,4 +1,7 @@
-"""Attention in bfloat16 on the tile unit (AMX): natively where there is one, and the same source on an emulated one."""
+"""Attention in bfloat16 on the tile unit (AMX) or by products of pairs in vectors (AVX512-BF16).
+
+Natively where the CPU has one of them; the same source on an emulated unit, and compiled for the vectors.
+"""
 
 import ctypes
 import functools
@@ -12,7 +15,7 @@ from h2ot_kernels import _C
 from h2ot_kernels.recover_attention import recover_attention
 
 from .compare import assert_within
-from .tiles import BAND, RUNS, at, build, fails, guarded, needs_emulation, needs_unit
+from .tiles import BAND, DOTS, UNIT, at, build, fails, guarded, needs_dots, needs_either, needs_emulation
 
 BF16 = torch.bfloat16
 # B, F, K, H, D: below, at and above a tile of keys, a step of them, a panel of queries, a step of channels
@@ -31,11 +34,11 @@ def native(query, key, value, num_heads, scale):
     return recover_attention(query, key, value, num_heads, scale=scale, backend="cpp")
 
 
-class Emulated:
-    """The kernel on an emulated unit; the bytes beside its result stay as they are."""
+class Compiled:
+    """The kernel for the emulated unit or for vectors; the bytes beside its result stay as they are."""
 
-    def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
-        self.library = build(folder, "attention.cpp", *replaced)
+    def __init__(self, folder: Path, *replaced: tuple[str, str, str], target: str = UNIT):
+        self.library = build(folder, "attention.cpp", *replaced, target=target)
 
     def __call__(self, query, key, value, num_heads, scale):
         (B, K, C), (query_rows, F, _) = value.shape, query.shape
@@ -46,7 +49,7 @@ class Emulated:
             memory[: x.shape[0], : x.shape[1], :C] = x
         whole, out = guarded(B * F * C, BF16)
         sizes = [ctypes.c_int64(size) for size in (B, F, K, C, num_heads, query_rows, apart, batch)]
-        assert self.library.emulated_attention(*map(at, given), *sizes, ctypes.c_double(scale), at(out)) == 0
+        assert self.library.attention(*map(at, given), *sizes, ctypes.c_double(scale), at(out)) == 0
         assert (whole[:BAND] == 7).all()
         assert (whole[-BAND:] == 7).all()
         return out.view(B, F, C)
@@ -54,10 +57,18 @@ class Emulated:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    return Emulated(tmp_path_factory.mktemp("tiles"))
+    return Compiled(tmp_path_factory.mktemp("tiles"))
 
 
-@pytest.fixture(params=RUNS)
+@pytest.fixture(scope="module")
+def dots(tmp_path_factory):
+    return Compiled(tmp_path_factory.mktemp("dots"), target=DOTS)
+
+
+RUNS = {"native": needs_either, "emulated": needs_emulation, "dots": needs_dots}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=needs) for name, needs in RUNS.items()])
 def run(request):
     return native if request.param == "native" else request.getfixturevalue("emulated")
 
@@ -133,7 +144,7 @@ def test_the_same_bits_in_any_batch(run):
     assert torch.equal(run(query[:, 16:32], key, value, 2, 0.2), whole[:, 16:32])
 
 
-@needs_unit
+@needs_either
 def test_threads_and_strides_change_no_bit():
     query, key, value = made(2, 243, 243, 4, 32)
     wanted = native(query, key, value, 4, 0.2)
@@ -148,8 +159,8 @@ def test_threads_and_strides_change_no_bit():
         torch.set_num_threads(threads)
 
 
-@needs_unit
-def test_when_the_unit_is_used():
+@needs_either
+def test_when_they_are_used():
     """Its bits are not those of the vector units, which have the few keys, the few queries and scales below 0."""
     for F, K, scale, expected in (
         (16, 64, 0.3, True),
@@ -168,8 +179,9 @@ def test_when_the_unit_is_used():
 
 
 MISTAKES = {
-    "a step of channels is left out": ("attention.cpp", "d < head.depth; d++", "d + 1 < head.depth; d++"),
-    "the halves of a panel are the same": ("attention.cpp", "at.queries + next + d *", "at.queries + d *"),
+    "a step of channels is left out": ("half_products.h", "p < pairs; p += kSide", "p + kSide < pairs; p += kSide"),
+    "the halves of a panel are the same": ("half_products.h", "columns + columns_apart, kDepth", "columns, kDepth"),
+    "a pair of channels is left out": ("attention.cpp", "groups_of(head.D, 2)", "head.D / 2 / kSide * kSide"),
     "padded keys count": ("attention.cpp", "k + i + kSide < K ? weight", "k < K ? weight"),
     "values of a pair are neighbours": ("attention.cpp", "other = k + kSide, c", "other = k + 1, c"),
     "tokens are not transposed": ("attention.cpp", "if (transposed) transpose(rows);", ""),
@@ -180,12 +192,20 @@ MISTAKES = {
     "keys of the sample before": ("attention.cpp", "if (task == begin || panel == 0) {", "if (task == begin) {"),
     "every sample has the first one's query": ("attention.cpp", "a.query_rows == 1 ? 0 : b", "0"),
 }  # fmt: skip
+MISTAKES_OF_DOTS = {
+    "the last pair of channels is left out": ("half_products.h", "pairs < kSide ? pairs", "pairs < kSide ? pairs - 1"),
+    "one tile of keys twice": ("half_products.h", "rows + tile * rows_apart", "rows"),
+    "one half of a panel twice": ("half_products.h", "columns + half * columns_apart", "columns"),
+    "sums of both halves in one": ("half_products.h", "kSumsStep + half * kSide)", "kSumsStep)"),
+    "a row's pairs of its neighbour": ("half_products.h", "r * kStepHalves + 2 * pair", "r * kStepHalves + 2"),
+}  # fmt: skip
+PLANTED = [pytest.param(UNIT, mistake, id=name, marks=needs_emulation) for name, mistake in MISTAKES.items()]
+PLANTED += [pytest.param(DOTS, mistake, id=name, marks=needs_dots) for name, mistake in MISTAKES_OF_DOTS.items()]
 
 
-@needs_emulation
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_seen(mistake, tmp_path):
-    wrong = Emulated(tmp_path, MISTAKES[mistake])
+@pytest.mark.parametrize(("target", "mistake"), PLANTED)
+def test_planted_mistakes_are_seen(target, mistake, tmp_path):
+    wrong = Compiled(tmp_path, mistake, target=target)
     tests = [functools.partial(check, wrong, sizes) for sizes in SIZES]
     tests += [functools.partial(test, wrong) for test in (test_on_average_as_accurate_as_pytorch, test_large_logits)]
     assert any(fails(test) for test in tests)

@@ -39,13 +39,15 @@ def main() -> int:
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
     amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
     jobs += [(file, amx) for file in sorted((ROOT / "csrc" / "amx").glob("*.cpp"))]
+    dots = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=bf16_dots", "-mavx512bf16"]
+    jobs.append((ROOT / "csrc" / "amx" / "attention.cpp", dots))
     others = [
         *(ROOT / "csrc").glob("*registration.cpp"),
         ROOT / "csrc" / "capability.cpp",
         ROOT / "csrc" / "cuda" / "plan.cpp",
     ]
     others.remove(ROOT / "csrc" / "cuda_registration.cpp")  # wants the headers of CUDA
-    jobs += [(file, ["-DH2OT_X86", "-DH2OT_AMX"]) for file in sorted(others)]
+    jobs += [(file, ["-DH2OT_X86", "-DH2OT_AMX", "-DH2OT_BF16_DOTS"]) for file in sorted(others)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = sorted({line for lines in pool.map(lambda job: findings(*job), jobs) for line in lines})
     print(*found, sep="\n", end="\n" if found else "")

@@ -1,4 +1,5 @@
-// Attention in bfloat16 on the tile unit of recent x86 processors (AMX).
+// Attention in bfloat16 on the tile unit of recent x86 processors (AMX) or, compiled once more, by the vector units'
+// products of pairs (AVX512-BF16: Zen 4 and later): half_products.h.
 //
 // A task is one head of one sample and one panel of kPanel queries, which stand in the lanes. Logits [key][query] =
 // keys times the panel, whose pairs of channels stand in the rows of a tile; exact softmax down the lanes; out
@@ -7,14 +8,14 @@
 // vectors of weights of about 13 instructions. Sums in float32; a weight is off by 8e-5 of itself before it is rounded
 // to 2^-9.
 #include "../cpu/worker.h"
-#include "unit.h"
+#include "half_products.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
 constexpr int64_t kPanel = 2 * kSide, kStepKeys = 2 * kSide, kStepChannels = 2 * kSide;
-constexpr int64_t kTileHalves = kTile / int64_t(sizeof(uint16_t));
+static_assert(kSumsStep == kPanel);
 
 // Sizes of a head in tiles; everything is padded with zeros to whole steps.
 struct Head {
@@ -127,51 +128,18 @@ void pack_values(const uint16_t* value, int64_t stride, int64_t K, const Head& h
   }
 }
 
-// Registers 0 to 3: sums of two tiles of keys and two halves of the panel; 4 and 5 keys, 6 and 7 queries.
 void multiply_keys(const Head& head, const Arrays& at) {
-  const uint16_t* keys = at.keys;
   const int64_t next = head.depth * kTileHalves;
-  constexpr int64_t kRow = kPanel * int64_t(sizeof(float));
-  for (int64_t step = 0; step < head.steps; step++, keys += 2 * next) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t d = 0; d < head.depth; d++) {
-      _tile_loadd(6, at.queries + d * kTileHalves, kDepth);
-      _tile_loadd(4, keys + d * kTileHalves, kDepth);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, at.queries + next + d * kTileHalves, kDepth);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, keys + next + d * kTileHalves, kDepth);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    float* const to = at.logits + step * kStepKeys * kPanel;
-    _tile_stored(0, to, kRow);
-    _tile_stored(1, to + kSide, kRow);
-    _tile_stored(2, to + kSide * kPanel, kRow);
-    _tile_stored(3, to + kSide * kPanel + kSide, kRow);
+  for (int64_t step = 0; step < head.steps; step++) {
+    multiply<2>(at.keys + 2 * step * next, next, at.queries, next, kTileHalves, groups_of(head.D, 2),
+                at.logits + step * kStepKeys * kPanel);
   }
 }
 
-// Registers 0 and 1: sums of a tile of channels and two halves of the panel; 4 values, 6 and 7 weights.
 void multiply_values(const Head& head, const Arrays& at) {
-  const uint16_t* values = at.values;
-  constexpr int64_t kRow = kPanel * int64_t(sizeof(float));
   for (int64_t tile = 0; tile < head.tiles; tile++) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t step = 0; step < head.steps; step++, values += kTileHalves) {
-      _tile_loadd(4, values, kDepth);
-      _tile_loadd(6, at.weights + 2 * step * kTileHalves, kDepth);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, at.weights + (2 * step + 1) * kTileHalves, kDepth);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    float* const to = at.out + tile * kSide * kPanel;
-    _tile_stored(0, to, kRow);
-    _tile_stored(1, to + kSide, kRow);
+    multiply<1>(at.values + tile * head.steps * kTileHalves, 0, at.weights, kTileHalves, 2 * kTileHalves,
+                head.steps * kSide, at.out + tile * kSide * kPanel);
   }
 }
 
@@ -292,7 +260,7 @@ Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
     if (!memory) return outcome.fail(Status::out_of_memory);
     Carver carver(memory);
     const Arrays at(carver, head);
-    const TileRegisters registers;
+    [[maybe_unused]] const ProductRegisters registers = {};
     for (int64_t task = begin; task < end; task++) {
       const int64_t panel = task % head.panels, which = task / head.panels;
       const int64_t b = which / a.H, channel = which % a.H * head.D;

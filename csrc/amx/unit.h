@@ -12,6 +12,7 @@ constexpr int64_t kSide = 16, kDepth = 64, kTile = kSide * kDepth;  // bytes; of
 
 H2OT_INLINE int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+#ifdef __AMX_TILE__
 // Eight tiles of kSide rows of kDepth bytes. The thread has them while this lives.
 class TileRegisters {
  public:
@@ -34,6 +35,7 @@ class TileRegisters {
     uint8_t rows[16] = {};
   };
 };
+#endif
 
 }  // namespace H2OT_ISA
 }  // namespace h2ot

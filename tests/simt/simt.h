@@ -39,7 +39,7 @@ namespace simt {
 using bits::from_bits, bits::to_bits;
 
 constexpr int kLanes = 32;
-constexpr unsigned char kPoison = 0xff;
+constexpr unsigned char kPoison = 0xff, kLargePoison = 0x70;  // NaN and -1; large numbers
 
 struct Index {
   uint32_t x, y, z;
@@ -147,7 +147,7 @@ void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads
     void* shared = nullptr;
     if (shared_bytes > 0) {
       shared = std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024);
-      std::memset(shared, kPoison, shared_bytes);
+      std::memset(shared, machine.draw(2) ? kPoison : kLargePoison, shared_bytes);
     }
     machine.shared = static_cast<unsigned char*>(shared);
     run_block(threads, body, &call);

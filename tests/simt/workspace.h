@@ -8,7 +8,7 @@
 // what touches the bytes between the parts. The seed is also the simulator's.
 struct Room : Buffer {
   Room(const h2ot::cuda::Plan& plan, int64_t seed) : Buffer(plan.at.bytes) {
-    if (bytes && seed % 2) std::memset(data, 0x70, bytes);
+    if (bytes && seed % 2) std::memset(data, simt::kLargePoison, bytes);
     int64_t offsets[sizeof plan.at / sizeof(int64_t)];
     std::memcpy(offsets, &plan.at, sizeof plan.at);
     for (const int64_t end : offsets) {

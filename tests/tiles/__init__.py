@@ -1,4 +1,4 @@
-"""The kernels of csrc/amx, built for the emulated tile unit of unit.h, and what their tests share."""
+"""The kernels of csrc/amx, built for the emulated tile unit of unit.h or for vectors, and what their tests share."""
 
 import ctypes
 import shutil
@@ -10,26 +10,40 @@ import pytest
 import torch
 from torch import Tensor
 
+from h2ot_kernels import _C
 from h2ot_kernels.linear import tiles_run
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mamx-tile -mamx-int8"
-FLAGS += " -mamx-bf16 -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w -DH2OT_ISA=amx"
+FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+FLAGS += " -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w"
+UNIT = "-mamx-tile -mamx-int8 -mamx-bf16 -DH2OT_ISA=amx"
+DOTS = "-mavx512bf16 -DH2OT_ISA=bf16_dots"
 BAND = 1024
 
 
-def _can_emulate() -> bool:
+def _has(*flags: str) -> bool:
     info = Path("/proc/cpuinfo")
-    return shutil.which("g++") is not None and info.exists() and "avx512bw" in info.read_text()
+    return info.exists() and set(flags) <= set(info.read_text().split())
 
 
 needs_unit = pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
-needs_emulation = pytest.mark.skipif(not _can_emulate(), reason="needs g++ and a CPU with AVX-512")
+needs_emulation = pytest.mark.skipif(
+    not (shutil.which("g++") and _has("avx512bw")), reason="needs g++ and a CPU with AVX-512"
+)
+needs_dots = pytest.mark.skipif(
+    not (shutil.which("g++") and _has("avx512bw", "avx512_bf16")), reason="needs g++ and a CPU with AVX512-BF16"
+)
+needs_either = pytest.mark.skipif(
+    not (tiles_run() or _C.dots_run()), reason="this CPU has neither a tile unit nor AVX512-BF16"
+)
 RUNS = [pytest.param("native", marks=needs_unit), pytest.param("emulated", marks=needs_emulation)]
 
 
-def build(folder: Path, source: str, *replaced: tuple[str, str, str]) -> ctypes.CDLL:
-    """tests/tiles/`source` as a library, each (file, old, new) of `replaced` done to the kernels before."""
+def build(folder: Path, source: str, *replaced: tuple[str, str, str], target: str = UNIT) -> ctypes.CDLL:
+    """tests/tiles/`source` as a library, each (file, old, new) of `replaced` done to the kernels before.
+
+    target: UNIT, emulated, or DOTS.
+    """
     for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*")]:
         text = file.read_text()
         for name, old, new in replaced:
@@ -39,8 +53,9 @@ def build(folder: Path, source: str, *replaced: tuple[str, str, str]) -> ctypes.
         to = folder / file.relative_to(ROOT / "csrc")
         to.parent.mkdir(exist_ok=True)
         to.write_text(text)
-    library = folder / "emulated.so"
-    subprocess.run(["g++", *FLAGS.split(), f"-I{folder}", ROOT / "tests/tiles" / source, "-o", library], check=True)
+    library = folder / "kernel.so"
+    given = ["-include", ROOT / "tests/tiles/unit.h", f"-I{folder}", ROOT / "tests/tiles" / source]
+    subprocess.run(["g++", *FLAGS.split(), *target.split(), *given, "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
 

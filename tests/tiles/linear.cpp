@@ -1,7 +1,5 @@
-// csrc/amx/linear.cpp on the emulated unit.
+// csrc/amx/linear.cpp on the emulated unit, which the compiler is told to read first (unit.h).
 #include "amx/linear.cpp"
-
-#include "unit.h"
 
 extern "C" int64_t emulated_pack(const float* weight, int64_t chunks, int64_t M, int64_t C, int8_t* packed) {
   const h2ot::PackArgs args = {weight, chunks, M, C, packed};

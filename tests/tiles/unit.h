@@ -1,5 +1,5 @@
 // A tile unit in plain C++, for the kernels of csrc/amx as they are: they run where there is none, and between guard
-// bands. To be included before a kernel's source.
+// bands. The compiler reads it before a kernel's source (-include): lint would sort a line that includes it.
 //
 // What the processor's manual says: tiles of 16 rows of 64 bytes, none before they are configured; a product of
 // bytes adds four neighbours of a row times four of a column to a 32-bit sum; one of bfloat16 numbers two of each, the
