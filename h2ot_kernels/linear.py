@@ -19,7 +19,7 @@ else:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PACKABLE = (torch.float32, torch.bfloat16)
+PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 SAMPLED = 256  # elements of a parameter that are looked at before its packed form is used
 ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
@@ -27,10 +27,11 @@ ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh,
 class Linear(nn.Linear):
     """nn.Linear with what stands around it in a transformer; faster in CPU inference.
 
-    In eval mode without gradients, in float32 or bfloat16 (autocast included), the weight is packed at the first call
-    and again after it changed, and the activation or the addition is part of the product; everywhere else this is
-    nn.Linear. Products are oneDNN's, or in float32 on a CPU with a tile unit (AMX) this package's, which makes
-    whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster. Packed
+    In eval mode without gradients, in float32, bfloat16 or float16 (autocast included), the weight is packed at the
+    first call and again after it changed, and the activation or the addition is part of the product; everywhere else
+    this is nn.Linear. Products are oneDNN's, or in float32 on a CPU with a tile unit (AMX) this package's, which makes
+    whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster. Where the
+    CPU has no instructions for a 16-bit dtype they are products in float32, whose weights take twice the memory. Packed
     weights are neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back
     (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED elements of it, spread over rows and columns: edit
     single elements under `torch.no_grad()`, not through `.data`.
@@ -111,10 +112,10 @@ class Linear(nn.Linear):
             and not self.weight.is_inference()  # such a tensor does not say when it changes
             and torch.backends.mkldnn.is_available()
             and torch.backends.mkldnn.enabled
-            and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            and (dtype != torch.float16 or _is_widened(dtype))
         )
 
-    def _pack(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Tiles | OneDnn":
+    def _pack(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Tiles | OneDnn | Widened":
         """The weight and bias, times the scale."""
         sources = [tensor for tensor in (self.weight, self.bias, scale) if tensor is not None]
         state = (dtype, chunks, tiles_run(), *((tensor.data_ptr(), tensor._version) for tensor in sources))
@@ -124,9 +125,8 @@ class Linear(nn.Linear):
             if scale is not None:
                 weight, bias = weight * scale[:, None], None if bias is None else bias * scale
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-            kind = Tiles if Tiles.take(weight, chunks) else OneDnn
             samples = [(part, part.clone()) for part in map(_sample, sources)]
-            packed = self._packed = (state, samples, kind(weight, bias, x.numel() // self.in_features, chunks))
+            packed = self._packed = (state, samples, _product(weight, bias, x.numel() // self.in_features, chunks))
         return packed[2]
 
     def __getstate__(self) -> dict:
@@ -188,6 +188,33 @@ class OneDnn:
             y = torch.ops.mkldnn._linear_pointwise(x, *part, activation, [], "none")
             return y if residual is None else residual + y
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *part, "add")
+
+
+class Widened:
+    """16-bit weights as float32 ones: one rounding, of the result. Without instructions for float16 PyTorch's product
+    takes ten times as long.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):
+        self.dtype = weight.dtype
+        self.product = _product(weight.float(), None if bias is None else bias.float(), rows, chunks)
+
+    def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
+        products = tuple(y.to(self.dtype) for y in self.product(x.float(), activation, None))
+        return products if residual is None else tuple(residual + y for y in products)
+
+
+def _product(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> Tiles | OneDnn | Widened:
+    """The fastest one of this dtype on this CPU."""
+    kind = Widened if _is_widened(weight.dtype) else Tiles if Tiles.take(weight, chunks) else OneDnn
+    return kind(weight, bias, rows, chunks)
+
+
+def _is_widened(dtype: torch.dtype) -> bool:
+    """Whether the CPU has no product of this dtype that is worth calling (oneDNN's word)."""
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _can_fuse(norm: nn.LayerNorm, x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from h2ot_kernels.linear import Linear
+from h2ot_kernels.linear import Linear, Widened, _is_widened
 
 from .compare import assert_within
 
@@ -33,7 +33,28 @@ def test_inference_within_bound(dtype, bias, activation):
         mine, same = ours(x, activation), apply(plain(x))
         exact = apply(plain.double()(x.double()))
     assert_within(mine, exact, same, 48)
-    assert (ours._packed is not None) == (dtype in (torch.float32, torch.bfloat16))
+    packed = dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and _is_widened(dtype))
+    assert (ours._packed is not None) == packed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["none", "gelu", "tanh", "relu"])
+def test_without_instructions_for_it_a_product_is_float32s_rounded_once(monkeypatch, dtype, activation):
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False, raising=False)
+    ours, wide = pair()
+    ours, x = ours.to(dtype), torch.randn(5, 48).to(dtype)
+    wide.load_state_dict(ours.state_dict())
+    with torch.inference_mode():
+        exact = {"none": nn.Identity(), "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}[activation](
+            wide.double()(x.double())
+        )
+        got = ours(x, activation)
+    assert isinstance(ours._packed[2], Widened)
+    assert got.dtype == dtype
+    # Half a step of the result, and what float32 adds to that.
+    step = torch.finfo(dtype).eps
+    assert ((got.double() - exact).abs() <= 0.51 * step * exact.abs() + 1e-6).all()
 
 
 def test_packed_weights_follow_the_weights():
@@ -101,7 +122,7 @@ def test_compiles_without_a_break():
         torch.testing.assert_close(torch.compile(ours, fullgraph=True)(x), plain(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_residual_scale_and_chunks(dtype):
     ours, plain = pair()
     ours, plain = ours.to(dtype), plain.to(dtype)
