@@ -29,55 +29,43 @@ struct RowRoom {
 
 template <class A>
 struct Stored : Matrix<A> {
-  using Matrix<A>::state, Matrix<A>::panels, Matrix<A>::row, Matrix<A>::bound, Matrix<A>::fine;
+  using Matrix<A>::state, Matrix<A>::panels, Matrix<A>::stride, Matrix<A>::row, Matrix<A>::bound, Matrix<A>::fine;
   using Matrix<A>::undecided, Matrix<A>::refined, Matrix<A>::far, Matrix<A>::cut, Matrix<A>::open;
-  int32_t* centre;  // [K] selected slots, ascending
-  int32_t* first;   // [panels + 1] how many of them are before each panel
+  float* apart;  // [stride] 0 for the selected slots, else infinity
   int64_t centres;
 
   void carve(Carver& memory, int64_t N, bool labels) {
     Matrix<A>::carve(memory, N);
-    centre = labels ? memory.take<int32_t>(N) : nullptr;
-    first = labels ? memory.take<int32_t>(panels + 1) : nullptr;
+    apart = labels ? memory.take<float>(stride) : nullptr;
   }
 
-  // The values of row i at the slots column(0 .. count - 1), ascending, those of panel p from first(p) on, by what they
-  // are worth: those of far blocks in room.far, of refined ones in room.fine, the others in room.rest; infinity where
-  // the value is in another one.
-  template <class F, class G>
-  void split(int64_t i, int64_t count, const F& column, const G& first, const RowRoom& room) const {
+  // Row i by what its values are worth: those of far blocks in room.far, of refined ones in room.fine, the others in
+  // room.rest; infinity where the value is in another one, or where `apart`, if given, says so (its 0 or infinity is
+  // added).
+  void split(int64_t i, const float* apart, const RowRoom& room) const {
     const float* v = row(i);
-    const int64_t panel = i / kPanel, padded = ceil_div(count, kFloats) * kFloats;
-    const auto clear = [&](float* to, int64_t from) {
-      for (int64_t j = from; j < padded; j++) to[j] = __builtin_inff();
+    const int64_t panel = i / kPanel, count = ceil_div(state->sample.n, kPanel);
+    const auto put = [&](float* to, int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; j++) to[j] = apart ? v[j] + apart[j] : v[j];
     };
-    const auto copy = [&](float* to, int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; j++) to[j] = v[column(j)];
-    };
-    if (!refined[panel] && !cut[panel]) {
-      copy(room.rest, 0, count);
-      return clear(room.rest, count);
-    }
-    clear(room.rest, 0);
-    clear(room.fine, 0);
-    clear(room.far, 0);
-    for (int64_t p = 0; p * kPanel < state->sample.n; p++) {
+    if (!refined[panel] && !cut[panel]) return put(room.rest, 0, count * kPanel);
+    for (int64_t j = 0; j < count * kPanel; j++) room.rest[j] = room.fine[j] = room.far[j] = __builtin_inff();
+    for (int64_t p = 0; p < count; p++) {
       const int64_t block = panel * panels + p;
-      copy(far[block] ? room.far : undecided[block] && refined[panel] ? room.fine : room.rest, first(p), first(p + 1));
+      put(far[block]                           ? room.far
+          : undecided[block] && refined[panel] ? room.fine
+                                               : room.rest,
+          p * kPanel, (p + 1) * kPanel);
     }
   }
 
-  void split_all(int64_t i, const RowRoom& room) const {
-    const int64_t n = state->sample.n;
-    split(i, n, [](int64_t j) { return j; }, [n](int64_t p) { return smaller(n, p * kPanel); }, room);
-  }
-
-  // Calls f(j) for all j < count whose value in row i, split, may belong to a squared distance of at most s (finite).
+  // Calls f(j) for all slots j whose value in row i, split, may belong to a squared distance of at most s (finite).
   template <class F>
-  void for_each_in_reach(int64_t i, const RowRoom& room, int64_t count, double s, const F& f) const {
-    for_each_within(room.rest, count, bound.reach(s), f);
-    if (refined[i / kPanel]) for_each_within(room.fine, count, fine.reach(s), f);
-    if (cut[i / kPanel]) for_each_within(room.far, count, bound.reach(s), f);
+  void for_each_in_reach(int64_t i, const RowRoom& room, double s, const F& f) const {
+    const int64_t n = state->sample.n;
+    for_each_within(room.rest, n, bound.reach(s), f);
+    if (refined[i / kPanel]) for_each_within(room.fine, n, fine.reach(s), f);
+    if (cut[i / kPanel]) for_each_within(room.far, n, bound.reach(s), f);
   }
 
   // m and the nearest neighbours of slot i. may_wait: if many candidates are left, they are counted for `refine`
@@ -100,9 +88,9 @@ struct Stored : Matrix<A> {
       return true;
     };
     if (refined[i / kPanel]) {
-      split_all(i, room);
+      split(i, nullptr, room);
       const double s = smaller_of(bound.most(ranked), fine.most(ranked_smallest(room.fine, n, wanted)));
-      if (s < __builtin_inf()) for_each_in_reach(i, room, n, s, collect);
+      if (s < __builtin_inf()) for_each_in_reach(i, room, s, collect);
     } else {
       for_each_within(v, n, bound.reach(bound.most(ranked)), collect);
     }
@@ -138,11 +126,11 @@ struct Stored : Matrix<A> {
     if (!refined[i / kPanel] && !cut[i / kPanel]) {
       for_each_within(row(i), n, bound.reach(bound.most(as_float(least))), collect);
     } else {
-      split_all(i, room);
+      split(i, nullptr, room);
       double s = bound.most(as_float(state->least_denser(i, room.rest)));
       if (refined[i / kPanel]) s = smaller_of(s, fine.most(as_float(state->least_denser(i, room.fine))));
       if (!(s < __builtin_inf())) return state->find_parent_exactly(i);  // denser ones in far blocks only
-      for_each_in_reach(i, room, n, s, collect);
+      for_each_in_reach(i, room, s, collect);
     }
     if (may_wait && this->wait(i, room.list, count)) return;
     state->resolve(i, room.list, count, 1);
@@ -187,36 +175,36 @@ struct Stored : Matrix<A> {
   void set_centres(const int64_t* index, int64_t K, int64_t* labels) {
     const Sample<A>& sample = state->sample;
     for (int64_t t = 0; t < sample.N; t++) labels[t] = -1;
+    for (int64_t i = 0; i < stride; i++) apart[i] = __builtin_inff();
     centres = 0;
     for (int64_t i = 0, j = 0; i < sample.n && j < K; i++) {
       while (j < K && index[j] < sample.token[i]) j++;  // selected, but not valid
       if (j == K || index[j] != sample.token[i]) continue;
       labels[sample.token[i]] = j;
-      centre[centres++] = int32_t(i);
-    }
-    for (int64_t p = 0, c = 0; p <= panels; p++) {
-      while (c < centres && centre[c] < p * kPanel) c++;
-      first[p] = int32_t(c);
+      apart[i] = 0;
+      centres++;
     }
   }
 
   // The centre (a slot) that is nearest to slot i, the lowest on a tie; -1 where float64 cannot hold the distance.
   // may_wait: any where that takes many distances; the row is then open.
   int32_t nearest_centre(int64_t i, const RowRoom& room, bool may_wait) const {
-    const int64_t count = centres;
-    split(i, count, [&](int64_t j) { return centre[j]; }, [&](int64_t p) { return first[p]; }, room);
-    double s = bound.most(least_of(room.rest, count));
-    if (refined[i / kPanel]) s = smaller_of(s, fine.most(least_of(room.fine, count)));
+    const int64_t n = state->sample.n;
+    split(i, apart, room);
+    double s = bound.most(least_of(room.rest, n));
+    if (refined[i / kPanel]) s = smaller_of(s, fine.most(least_of(room.fine, n)));
     Neighbour* const list = room.list;
     int64_t found = 0;
     const auto collect = [&](int64_t j) {
-      list[found++].slot = centre[j];
+      list[found++].slot = int32_t(j);
       return true;
     };
     if (s < __builtin_inf()) {
-      for_each_in_reach(i, room, count, s, collect);
+      for_each_in_reach(i, room, s, collect);
     } else {  // in far blocks only, or out of the range of floats
-      for (int64_t j = 0; j < count; j++) collect(j);
+      for (int64_t j = 0; j < n; j++) {
+        if (apart[j] == 0) collect(j);
+      }
     }
     if (found == 1 && sizeof(A) == 4) return list[0].slot;  // the only one needs no distance
     if (may_wait && this->wait(i, list, found)) return list[0].slot;
