@@ -19,14 +19,14 @@ from h2ot_kernels import env_report
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "reliability" / "last.json"
 PYTEST = ["-m", "pytest", "-p", "no:xdist"]
+SIMULATED = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_cuda_simt*.py"))
 PROOFS = {
     "promises": [*PYTEST, "tests/test_bad_input.py", "tests/test_determinism.py", "tests/test_concurrency.py",
                  "tests/test_size.py", "tests/test_checkpoint.py", "tests/test_keypoints.py"],
     "kernels": [*PYTEST, "--all", "tests/test_score.py", "tests/test_triton_score.py", "tests/test_select.py",
                 "tests/test_gather.py", "tests/test_cluster.py", "tests/test_recover_attention.py",
                 "tests/test_recover_interpolation.py", "tests/test_official_ops.py"],
-    "cuda source, simulated": [*PYTEST, "tests/test_cuda_simt.py", "tests/test_cuda_simt_cluster.py",
-                               "tests/test_cuda_simt_halves.py", "tests/test_cuda_plan.py"],
+    "cuda source, simulated": [*PYTEST, *SIMULATED, "tests/test_cuda_plan.py"],
     "triton, planted": [*PYTEST, "tests/test_triton_mutants.py"],
     "triton, its PTX": ["-m", "tests.ptx", "--all"],
     "triton, every architecture": ["-m", "tests.aot", "--all"],
