@@ -179,6 +179,7 @@ def test_when_they_are_used():
 
 
 MISTAKES = {
+    "the unit itself": ("emulated.h", "to += sum[0] + sum[1];", "to += sum[0];"),
     "a step of channels is left out": ("half_products.h", "p < pairs; p += kSide", "p + kSide < pairs; p += kSide"),
     "the halves of a panel are the same": ("half_products.h", "columns + columns_apart, kDepth", "columns, kDepth"),
     "a pair of channels is left out": ("attention.cpp", "groups_of(head.D, 2)", "head.D / 2 / kSide * kSide"),

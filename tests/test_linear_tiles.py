@@ -248,6 +248,7 @@ LANES = "count > 0 ? __mmask16((1u << count) - 1)"
 THIRD = "  load_weights(weights, 0);\n  _tile_dpbssd(3,"
 LAST = "  load_rows(rows, 2, 1);\n  _tile_dpbssd(5, 7, 6);\n  beside();\n"
 MISTAKES = {
+    "the unit itself": ("emulated.h", "sum += a * b;", "sum += k % 4 ? a * b : 0;"),
     "the last of the products is dropped": ("tiles.h", LAST, "  beside();\n"),
     "a product is taken with the next digit": ("tiles.h", THIRD, "  _tile_dpbssd(3,"),
     "the second tile of rows is the first": ("tiles.h", "(2 * digit + half)", "(2 * digit)"),

@@ -1,4 +1,4 @@
-"""The kernels of csrc/amx, built for the emulated tile unit of unit.h or for vectors, and what their tests share."""
+"""The kernels of csrc/amx, built for the tile unit of emulated.h or for vectors, and what their tests share."""
 
 import ctypes
 import shutil
@@ -40,21 +40,22 @@ RUNS = [pytest.param("native", marks=needs_unit), pytest.param("emulated", marks
 
 
 def build(folder: Path, source: str, *replaced: tuple[str, str, str], target: str = UNIT) -> ctypes.CDLL:
-    """tests/tiles/`source` as a library, each (file, old, new) of `replaced` done to the kernels before.
+    """tests/tiles/`source` as a library, each (file, old, new) of `replaced` done to the kernels or the unit before.
 
     target: UNIT, emulated, or DOTS.
     """
-    for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*")]:
+    unit = ROOT / "tests" / "tiles" / "emulated.h"
+    for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*"), unit]:
         text = file.read_text()
         for name, old, new in replaced:
             if name == file.name:
                 assert text.count(old) == 1, old
                 text = text.replace(old, new)
-        to = folder / file.relative_to(ROOT / "csrc")
+        to = folder / (file.name if file == unit else file.relative_to(ROOT / "csrc"))
         to.parent.mkdir(exist_ok=True)
         to.write_text(text)
     library = folder / "kernel.so"
-    given = ["-include", ROOT / "tests/tiles/unit.h", f"-I{folder}", ROOT / "tests/tiles" / source]
+    given = ["-include", folder / unit.name, f"-I{folder}", ROOT / "tests/tiles" / source]
     subprocess.run(["g++", *FLAGS.split(), *target.split(), *given, "-o", library], check=True)
     return ctypes.CDLL(str(library))
 

@@ -1,4 +1,4 @@
-// csrc/amx/attention.cpp on the emulated unit, which the compiler is told to read first (unit.h), or for vectors.
+// csrc/amx/attention.cpp on the emulated unit, which the compiler is told to read first (emulated.h), or for vectors.
 #include "amx/attention.cpp"
 
 // Rows of query, key and value are `apart` elements from one to the next, their batches `batches_apart`.

@@ -1,4 +1,4 @@
-// csrc/amx/linear.cpp on the emulated unit, which the compiler is told to read first (unit.h).
+// csrc/amx/linear.cpp on the emulated unit, which the compiler is told to read first (emulated.h).
 #include "amx/linear.cpp"
 
 extern "C" int64_t emulated_pack(const float* weight, int64_t chunks, int64_t M, int64_t C, int8_t* packed) {
