@@ -43,6 +43,16 @@ def test_centres_whose_squared_distance_overflows_attract_nobody(kind, N, runner
     assert torch.equal(runner(h2ot.assign_clusters, x, clusters.index), expected)
 
 
+@pytest.mark.parametrize("runner", runners("cluster_tokens"))
+def test_centres_at_the_end_of_the_range_of_floats(runner):
+    """Scaled to floats, squared distances to the centre are finite, and what bounds them is not."""
+    x = torch.zeros(1, 40, 1, dtype=torch.float64)
+    x[:, 20:] = 2.0**464 * (1 - 2.0**-24)
+    clusters = runner(h2ot.cluster_tokens, x, 1)
+    assert clusters.index.tolist() == [[0]]
+    assert (clusters.labels == 0).all()
+
+
 @pytest.mark.parametrize(("case", "runner"), [p for p in pairs("assign_by_parent") if p.values[0].B])
 def test_labels_by_parent_equal_the_oracle(case, runner):
     given = label_arguments(case) | {"parent": oracle_scores(case).parent}

@@ -59,7 +59,10 @@ struct Stored : Matrix<A> {
     }
   }
 
-  // Calls f(j) for all slots j whose value in row i, split, may belong to a squared distance of at most s (finite).
+  // Whether s keeps out infinity, which in a split row is no value. Near the end of the range of floats it does not.
+  bool reaches(double s) const { return bound.reach(s) < __builtin_inff(); }
+
+  // Calls f(j) for all slots j whose value in row i, split, may belong to a squared distance of at most s (reaches).
   template <class F>
   void for_each_in_reach(int64_t i, const RowRoom& room, double s, const F& f) const {
     const int64_t n = state->sample.n;
@@ -90,7 +93,7 @@ struct Stored : Matrix<A> {
     if (refined[i / kPanel]) {
       split(i, nullptr, room);
       const double s = smaller_of(bound.most(ranked), fine.most(ranked_smallest(room.fine, n, wanted)));
-      if (s < __builtin_inf()) for_each_in_reach(i, room, s, collect);
+      if (reaches(s)) for_each_in_reach(i, room, s, collect);
     } else {
       for_each_within(v, n, bound.reach(bound.most(ranked)), collect);
     }
@@ -129,7 +132,7 @@ struct Stored : Matrix<A> {
       split(i, nullptr, room);
       double s = bound.most(as_float(state->least_denser(i, room.rest)));
       if (refined[i / kPanel]) s = smaller_of(s, fine.most(as_float(state->least_denser(i, room.fine))));
-      if (!(s < __builtin_inf())) return state->find_parent_exactly(i);  // denser ones in far blocks only
+      if (!reaches(s)) return state->find_parent_exactly(i);  // in far blocks only, or out of floats' range
       for_each_in_reach(i, room, s, collect);
     }
     if (may_wait && this->wait(i, room.list, count)) return;
@@ -199,7 +202,7 @@ struct Stored : Matrix<A> {
       list[found++].slot = int32_t(j);
       return true;
     };
-    if (s < __builtin_inf()) {
+    if (reaches(s)) {
       for_each_in_reach(i, room, s, collect);
     } else {  // in far blocks only, or out of the range of floats
       for (int64_t j = 0; j < n; j++) {
