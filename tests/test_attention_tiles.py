@@ -70,7 +70,7 @@ RUNS = {"native": needs_either, "emulated": needs_emulation, "dots": needs_dots}
 
 @pytest.fixture(params=[pytest.param(name, marks=needs) for name, needs in RUNS.items()])
 def run(request):
-    return native if request.param == "native" else request.getfixturevalue("emulated")
+    return native if request.param == "native" else request.getfixturevalue(request.param)
 
 
 def made(B, F, K, H, D, query_rows=None, seed=0):

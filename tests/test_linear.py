@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from h2ot_kernels.linear import Linear, Widened, _is_widened
+from h2ot_kernels.linear import ACTIVATIONS, Linear, Widened, _is_widened
 
 from .compare import assert_within
 
@@ -46,9 +46,7 @@ def test_without_instructions_for_it_a_product_is_float32s_rounded_once(monkeypa
     ours, x = ours.to(dtype), torch.randn(5, 48).to(dtype)
     wide.load_state_dict(ours.state_dict())
     with torch.inference_mode():
-        exact = {"none": nn.Identity(), "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}[activation](
-            wide.double()(x.double())
-        )
+        exact = ACTIVATIONS[activation](wide.double()(x.double()))
         got = ours(x, activation)
     assert isinstance(ours._packed[2], Widened)
     assert got.dtype == dtype
