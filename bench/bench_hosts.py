@@ -5,8 +5,8 @@ backward, AdamW), timed in turn in this process after the check. One JSON row ea
 bench/results/<device>-hosts.jsonl): ms, frames per second, speed-up over the official float32 and over the official of
 the same dtype, peak memory, FLOPs, bytes of saved activations; for a pruned host also the gain over our own unpruned
 one. The variants of one host are timed together; on a GPU in inference also as replays of CUDA graphs, where they can
-be captured, because at batch 1 the calls themselves take the time. bfloat16 is the model's dtype in inference, autocast
-in training.
+be captured, because at batch 1 the calls themselves take the time. bfloat16 and float16 are the model's dtype in
+inference, autocast in training (float16: without a scaled loss).
 """
 
 import argparse
@@ -31,7 +31,7 @@ from h2ot_kernels.timing import Timing, interleave
 
 from .run import environment_row
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rival:
         optimizer.step()
 
     def loss(self) -> Tensor:
-        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        with torch.autocast(self.x.device.type, DTYPES[self.dtype], enabled=self.dtype != "float32"):
             result = self.model(self.x)
         pose = result[0] if isinstance(result, tuple) else result
         return pose.float().norm(dim=-1).mean()
@@ -112,7 +112,7 @@ def check(rivals: list[Rival]) -> dict[str, float]:
     pruned = {"index": index} if of["ours", first.dtype].model.hourglass.stages else {}
 
     def pose(rival: Rival, **given) -> Tensor:
-        with torch.autocast(rival.x.device.type, torch.bfloat16, enabled=training and rival.dtype == "bfloat16"):
+        with torch.autocast(rival.x.device.type, DTYPES[rival.dtype], enabled=training and rival.dtype != "float32"):
             result = rival.model(rival.x, **given, **pruned)
         return (result[0] if isinstance(result, tuple) else result).float()
 
@@ -122,8 +122,9 @@ def check(rivals: list[Rival]) -> dict[str, float]:
         if whose == "ours":
             theirs = ((pose(of["official", dtype]) - exact).abs().max() / scale).item()
             errors[dtype] = ((pose(rival, return_index=True) - exact).abs().max() / scale).item()
-            # In bfloat16 what the official formulation is off by, twice, or two of the output's own steps.
-            bound = max(deviation_bound(rival.name), 2 * theirs, 2**-7 if dtype == "bfloat16" else 0.0)
+            # In 16 bits what the official formulation is off by, twice, or two of the output's own steps.
+            steps = torch.finfo(DTYPES[dtype]).eps if dtype != "float32" else 0.0
+            bound = max(deviation_bound(rival.name), 2 * theirs, steps)
             if not errors[dtype] <= bound:
                 raise ArithmeticError(
                     f"{rival.name} {dtype}: off by {errors[dtype]:.3g}, official {theirs:.3g}: not timed"
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_hosts", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", metavar="NAME", choices=everything, default=everything)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--mode", nargs="+", choices=("inference", "training"), default=["inference", "training"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
