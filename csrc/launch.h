@@ -190,6 +190,20 @@ struct RecoverTailArgs {
   void* out;  // [R, F, M]
 };
 
+// The same tail from the attended tokens, in the channels of a rotation that leaves the projection a triangle:
+// z = token[f] + triangle * attended[r, f], out[r, f] = head z / sqrt(z z / C + eps) + bias. All float32, contiguous.
+constexpr int64_t kRotatedPanel = 32;
+struct RecoverRotatedArgs {
+  const float *token, *attended;  // [F, W], W: C rounded up to whole panels, zero beyond C; [R, F, C]
+  // For each panel of rotated channels c .. c + kRotatedPanel - 1: the weights of channels c .. C - 1 of attended,
+  // which are all that it depends on, [C - c][kRotatedPanel]; zero for rotated channels beyond C.
+  const float* triangle;
+  const float *head, *bias;  // [M, W], zero beyond C; [M]
+  int64_t R, F, C, M;
+  double eps;
+  float* out;  // [R, F, M]
+};
+
 // sum[r] = x[r] + y[r], rounded as it is stored; out[r] = LayerNorm(sum[r]) over C, in float32 (float64 for f64).
 struct AddNormArgs {
   const void *x, *y;                // [rows, C], channels adjacent; y null: out = LayerNorm(x), and sum is not written
@@ -299,6 +313,7 @@ struct Kernels {
   Status (*recover_attention)(const RecoverAttentionArgs&, const Parallel&);
   Status (*recover_attention_backward)(const RecoverAttentionBackwardArgs&, const Parallel&);
   Status (*recover_tail)(const RecoverTailArgs&, const Parallel&);
+  Status (*recover_rotated)(const RecoverRotatedArgs&, const Parallel&);
   Status (*add_norm)(const AddNormArgs&, const Parallel&);
   Status (*graph_update)(const GraphArgs&, const Parallel&);
   Status (*interpolate)(const InterpolateArgs&, const Parallel&);

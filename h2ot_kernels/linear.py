@@ -1,5 +1,8 @@
 """Linear layers whose CPU inference runs with weights packed once: our kernel on a tile unit (AMX), else oneDNN."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -18,6 +21,7 @@ else:
         return False
 
 
+Made = TypeVar("Made")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 SAMPLED = 256  # elements of a parameter that are looked at before its packed form is used
@@ -44,7 +48,7 @@ class Linear(nn.Linear):
     torch.Size([3, 4])
     """
 
-    _packed: tuple | None = None  # (what the parameters were, samples of them, the packed weights with their biases)
+    _kept: dict | None = None  # name -> (what the parameters were, samples of them, what was made of them)
 
     def forward(
         self,
@@ -117,23 +121,32 @@ class Linear(nn.Linear):
 
     def _pack(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Tiles | OneDnn | Widened":
         """The weight and bias, times the scale."""
-        sources = [tensor for tensor in (self.weight, self.bias, scale) if tensor is not None]
-        state = (dtype, chunks, tiles_run(), *((tensor.data_ptr(), tensor._version) for tensor in sources))
-        packed = self._packed
-        if packed is None or packed[0] != state or not all(torch.equal(*pair) for pair in packed[1]):
+
+        def make() -> Tiles | OneDnn | Widened:
             weight, bias = self.weight.detach(), self.bias
             if scale is not None:
                 weight, bias = weight * scale[:, None], None if bias is None else bias * scale
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            return _product(weight, bias, x.numel() // self.in_features, chunks)
+
+        sources = [tensor for tensor in (self.weight, self.bias, scale) if tensor is not None]
+        return self.kept("packed", (dtype, chunks, tiles_run()), sources, make)
+
+    def kept(self, name: str, key: tuple, sources: list[Tensor], make: Callable[[], Made]) -> Made:
+        """make(), kept under name until key or one of the tensors that it is made of changes."""
+        state = (*key, *((tensor.data_ptr(), tensor._version) for tensor in sources))
+        kept = self._kept and self._kept.get(name)
+        if not kept or kept[0] != state or not all(torch.equal(*pair) for pair in kept[1]):
             samples = [(part, part.clone()) for part in map(_sample, sources)]
-            packed = self._packed = (state, samples, _product(weight, bias, x.numel() // self.in_features, chunks))
-        return packed[2]
+            kept = state, samples, make()
+            self._kept = {**(self._kept or {}), name: kept}
+        return kept[2]
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def train(self, mode: bool = True) -> "Linear":
-        self._packed = None
+        self._kept = None
         return super().train(mode)
 
 

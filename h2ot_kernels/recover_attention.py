@@ -13,6 +13,7 @@ from . import checks
 from .backend import copying, dispatch, implement, is_reference, write
 from .library import declare, into_out, no_second_order
 from .linear import Linear, is_silent
+from .recover_rotated import recover_rotated, takes
 
 
 def recover_attention(
@@ -95,11 +96,12 @@ def recover_pose(
     token: [F, C] or [1, F, C], the recovery token; query: the same, projected; key, value: [B * J, K, C] with
     J = num_joints; num_heads = H divides C; proj: Linear(C, C); norm: LayerNorm(C); head: Linear(C, 3).
     [B, J, F, C] is never written after the projection; in Triton, which projects in one kernel with the norm and the
-    head, not after the attention. Of norm and head (in Triton of proj, too) only the parameters count, cast to key's
-    dtype. Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
+    head, not after the attention. On a CPU a `linear.Linear` in eval mode and float32 keeps the triangle of its
+    weight's QR decomposition for this: half the projection (C^3 multiply-adds at the first call). Of norm and head (in
+    Triton of proj, too) only the parameters count, cast to key's dtype. Returns [B, J, F, 3] of key's dtype; the norm
+    and the head are summed in float32 (float64 for float64).
     Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
-    argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: HoT section 3.3;
-    `python_ref.recover_attention`.
+    argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: HoT section 3.3; `python_ref.recover_attention`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> from torch import nn
@@ -157,6 +159,16 @@ def project_first(tail):
         projected, (*vectors, eps) = proj(attended), rest
         token, *vectors = _cast(projected.dtype, token, *vectors)
         return tail(token, projected, *vectors, eps)
+
+    return run
+
+
+def rotated_first(plain):
+    """What runs as "recover_tail" on a CPU: in rotated channels where that is possible, else `plain`."""
+
+    def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
+        *vectors, _ = rest
+        return (recover_rotated if takes(token, attended, proj, *vectors) else plain)(token, attended, proj, *rest)
 
     return run
 
@@ -358,6 +370,6 @@ declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
 implement("recover_attention_out", "cpp", declare("recover_attention_out", **into_out(**FORWARD)))
 implement("recover_attention_out", "reference", copying(_reference))
-_plain_tail = project_first(declare("recover_tail", **TAIL))
+_plain_tail = rotated_first(project_first(declare("recover_tail", **TAIL)))
 implement("recover_tail", "cpp", _plain_tail)
 implement("recover_tail", "reference", project_first(_reference_tail))

@@ -112,6 +112,12 @@ def inference():
         yield
 
 
+@pytest.fixture
+def no_tiles(monkeypatch):
+    """recover_pose in rotated channels on a CPU with a tile unit, too, which would do the projection there."""
+    monkeypatch.setattr("h2ot_kernels.recover_rotated.tiles_run", lambda: False)
+
+
 @pytest.fixture(autouse=True)
 def _same_start(request):
     torch.manual_seed(0)

@@ -31,6 +31,7 @@ BY_STEM = {
     "attention_score": (FUZZ, "tests/test_select.py"),
     "recover_attention": (FUZZ, "tests/test_recover_attention.py", "tests/test_dropin_head.py"),
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),
+    "recover_rotated": ("tests/test_recover_rotated.py",),
     "graph": ("tests/test_graph.py", "tests/test_graph_refuses.py"),
     "add_norm": ("tests/test_add_norm.py", "tests/test_add_norm_refuses.py"),
 }

@@ -9,6 +9,8 @@ from torch import nn
 import h2ot_kernels as h2ot
 from h2ot_kernels.add_norm import add_norm
 from h2ot_kernels.graph import graph_update
+from h2ot_kernels.linear import Linear
+from h2ot_kernels.recover_rotated import recover_rotated
 
 from .cases import TokenCase
 
@@ -19,6 +21,7 @@ QUERY, KEY, VALUE = torch.randn(243, 64), torch.randn(3, 81, 64), torch.randn(3,
 PARENT = h2ot.score_tokens(X).parent
 LABELS = h2ot.assign_clusters(X, INDEX)
 TAIL = [module.requires_grad_(False) for module in (nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 3))]
+ROTATED = Linear(64, 64).eval().requires_grad_(False), None
 NODES = nn.BatchNorm1d(243).eval().requires_grad_(False)
 
 
@@ -51,6 +54,7 @@ CALLS = {
     "merge gradient": lambda rows: gradients(lambda x: h2ot.merge_tokens(x, LABELS[rows], 81), X[rows, :, 0]),
     "recover_attention": lambda rows: [h2ot.recover_attention(QUERY, KEY[rows], VALUE[rows], 8)],
     "recover_pose": lambda rows: [h2ot.recover_pose(QUERY, QUERY, KEY[rows], VALUE[rows], *TAIL, 8, num_joints=1)],
+    "recover_rotated": lambda rows: [recover_rotated(QUERY, X[rows, :, 0], *ROTATED, None, TAIL[2].weight, None, 1e-5)],
     "recover_attention gradient": lambda rows: gradients(
         lambda k, v: h2ot.recover_attention(QUERY, k, v, 8), KEY[rows], VALUE[rows]
     ),

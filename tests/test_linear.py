@@ -34,7 +34,7 @@ def test_inference_within_bound(dtype, bias, activation):
         exact = apply(plain.double()(x.double()))
     assert_within(mine, exact, same, 48)
     packed = dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and _is_widened(dtype))
-    assert (ours._packed is not None) == packed
+    assert (ours._kept is not None) == packed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -48,7 +48,7 @@ def test_without_instructions_for_it_a_product_is_float32s_rounded_once(monkeypa
     with torch.inference_mode():
         exact = ACTIVATIONS[activation](wide.double()(x.double()))
         got = ours(x, activation)
-    assert isinstance(ours._packed[2], Widened)
+    assert isinstance(ours._kept["packed"][2], Widened)
     assert got.dtype == dtype
     # Half a step of the result, and what float32 adds to that.
     step = torch.finfo(dtype).eps
@@ -77,7 +77,7 @@ def test_training_and_gradients_are_those_of_linear():
     for layer in (ours, plain):
         layer.train()
         layer(x).square().sum().backward()
-    assert ours._packed is None
+    assert ours._kept is None
     assert torch.equal(ours.weight.grad, plain.weight.grad)
 
 
@@ -108,7 +108,7 @@ def test_copies_and_pickles_without_the_packed_weight():
     with torch.no_grad():
         expected = ours(x)
         for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            assert twin._packed is None
+            assert twin._kept is None
             assert torch.equal(twin(x), expected)
     assert set(ours.state_dict()) == {"weight", "bias"}
 

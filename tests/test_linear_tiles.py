@@ -285,28 +285,28 @@ def test_when_the_unit_is_used():
     layer, x = Linear(48, 40).eval(), torch.randn(5, 48)
     with torch.inference_mode():
         y = layer(x)
-        assert isinstance(layer._packed[2], Tiles)
+        assert isinstance(layer._kept["packed"][2], Tiles)
         torch.testing.assert_close(layer(x, activation="tanh"), y.tanh())
         torch.testing.assert_close(layer(x, residual=torch.ones(5, 40).double()), y.double() + 1)
         _C.set_capability("avx2")
         torch.testing.assert_close(layer(x), y)
-        assert isinstance(layer._packed[2], OneDnn)
+        assert isinstance(layer._kept["packed"][2], OneDnn)
         _C.set_capability("avx512")
     with torch.no_grad():
         for value in (torch.inf, torch.nan, 3e38):
             layer.weight[3, 5] = value
             layer(x)
-            assert isinstance(layer._packed[2], OneDnn)
+            assert isinstance(layer._kept["packed"][2], OneDnn)
         layer.weight[3] = 1e-20
         layer(x)
-        assert isinstance(layer._packed[2], OneDnn)
+        assert isinstance(layer._kept["packed"][2], OneDnn)
         layer.weight[3] = 0
         wide = layer(x, residual=torch.ones(1, 40))  # a residual that all rows share
-        assert isinstance(layer._packed[2], Tiles)
+        assert isinstance(layer._kept["packed"][2], Tiles)
         torch.testing.assert_close(wide, functional.linear(x, layer.weight, layer.bias) + 1)
         uneven = layer(x, chunks=3)
         assert [part.shape[-1] for part in uneven] == [14, 14, 12]
         torch.testing.assert_close(torch.cat(uneven, -1), functional.linear(x, layer.weight, layer.bias))
     with torch.no_grad():
         layer.bfloat16()(x.bfloat16())
-        assert isinstance(layer._packed[2], OneDnn)
+        assert isinstance(layer._kept["packed"][2], OneDnn)

@@ -19,6 +19,7 @@ Status merge(const MergeArgs&, const Parallel&);
 Status recover_attention(const RecoverAttentionArgs&, const Parallel&);
 Status recover_attention_backward(const RecoverAttentionBackwardArgs&, const Parallel&);
 Status recover_tail(const RecoverTailArgs&, const Parallel&);
+Status recover_rotated(const RecoverRotatedArgs&, const Parallel&);
 Status add_norm(const AddNormArgs&, const Parallel&);
 Status graph_update(const GraphArgs&, const Parallel&);
 Status interpolate(const InterpolateArgs&, const Parallel&);

@@ -23,6 +23,7 @@ const Kernels table = {
     recover_attention,
     recover_attention_backward,
     recover_tail,
+    recover_rotated,
     add_norm,
     graph_update,
     interpolate,

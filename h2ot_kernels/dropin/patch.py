@@ -181,7 +181,7 @@ class Patch:
                 continue
             if type(module) is fast and "forward" not in module.__dict__:
                 module.__class__ = fast.original
-                module.__dict__.pop("_packed", None)
+                module.__dict__.pop("_kept", None)
             else:
                 taken.append(f"a {fast.original.__name__}")
         self._functions, self._constructors, self._modules = [], [], []

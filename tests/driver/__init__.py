@@ -199,6 +199,11 @@ class Driver:
         given = dense(token), dense(projected), *norm, dense(head_weight), dense(head_bias, dtype)
         return self.call("recover_tail", *given, DTYPES[dtype], R, F, C, M, eps, Out((R, F, M), dtype))[0]
 
+    def recover_rotated(self, token, attended, triangle, head, bias, eps):
+        (R, F, C), M = attended.shape, head.shape[0]
+        given = dense(token), dense(attended), dense(triangle), dense(head), dense(bias)
+        return self.call("recover_rotated", *given, R, F, C, M, eps, Out((R, F, M), torch.float32))[0]
+
     def add_norm(self, x, y, weight, bias, eps, dtype):
         C = x.shape[-1]
         kinds = DTYPES[x.dtype], DTYPES[x.dtype if y is None else y.dtype], DTYPES[dtype]

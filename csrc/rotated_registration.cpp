@@ -1,0 +1,50 @@
+// The torch-facing file of the recovery tail in rotated channels. Only h2ot_kernels/recover_rotated.py calls it.
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+
+#include "stable.h"
+
+namespace h2ot {
+namespace {
+
+void require(bool condition, const char* wanted) {
+  if (!condition) throw std::invalid_argument(std::string("recover_rotated: wanted ") + wanted);
+}
+bool has_size(const Tensor& x, const std::vector<int64_t>& size) {
+  return std::equal(x.sizes().begin(), x.sizes().end(), size.begin(), size.end());
+}
+
+Tensor recover_rotated(const Tensor& token, const Tensor& attended, const Tensor& triangle, const Tensor& head,
+                       const Tensor& bias, double eps) {
+  for (const Tensor* const x : {&token, &attended, &triangle, &head, &bias}) {
+    require(x->scalar_type() == ScalarType::Float, "float32");
+  }
+  require(attended.dim() == 3 && attended.size(2) > 0, "attended [R, F, C], with channels");
+  const int64_t R = attended.size(0), F = attended.size(1), C = attended.size(2), M = bias.numel();
+  const int64_t panels = (C + kRotatedPanel - 1) / kRotatedPanel, width = panels * kRotatedPanel;
+  require(has_size(token, {F, width}), "token [F, C rounded up to whole panels]");
+  require(has_size(head, {M, width}) && has_size(bias, {M}), "head [M, C rounded up to whole panels] and bias [M]");
+  const int64_t depths = panels * C - kRotatedPanel * panels * (panels - 1) / 2;
+  require(has_size(triangle, {depths, kRotatedPanel}), "triangle, a panel's channels after the other's");
+  const Tensor tokens = dense(token), rows = dense(attended), weights = dense(triangle), heads = dense(head);
+  const Tensor biases = dense(bias), out = make(attended, {R, F, M});
+  const RecoverRotatedArgs args = {read<float>(tokens),
+                                   read<float>(rows),
+                                   read<float>(weights),
+                                   read<float>(heads),
+                                   read<float>(biases),
+                                   R,
+                                   F,
+                                   C,
+                                   M,
+                                   eps,
+                                   write<float>(out)};
+  if (out.numel() > 0) check(kernels().recover_rotated(args, pool()), "recover_rotated");
+  return out;
+}
+
+}  // namespace
+}  // namespace h2ot
+
+STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) { m.impl("recover_rotated", TORCH_BOX(&h2ot::recover_rotated)); }

@@ -1,0 +1,91 @@
+"""The end of a recovery module in float32 CPU inference at half its projection. Internal to `recover_pose`.
+
+With y = token + W a + b, centred over its C channels, LayerNorm and a linear head need |y| and M products of y with
+vectors. Let Q R be the centred W, Q orthogonal, R upper triangular. Then y = Q z with z = Q^T (token + b) + R a, so
+|y| = |z| and y v = z (Q^T v): C (C + 1) / 2 multiply-adds a row in place of C^2, and y is never made.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .inference import declare_for_inference, is_unseen
+from .linear import Linear, is_silent, tiles_run
+
+PANEL = 32  # csrc/launch.h: kRotatedPanel
+
+
+def recover_rotated(
+    token: Tensor,
+    attended: Tensor,
+    proj: Linear,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """head(norm(token + proj(attended))) [R, F, M] where `takes` says so: token [F, C], attended [R, F, C].
+
+    What is made of the parameters (a QR decomposition in float64, C^3 multiply-adds) and of the token is kept in proj,
+    as packed weights are, until one of them changes.
+    """
+    vectors = token, proj.bias, norm_weight, norm_bias, head_weight, head_bias
+    sources = [tensor for tensor in (proj.weight, *vectors) if tensor is not None]
+    triangle, rotation = proj.kept("rotation", (), [proj.weight], lambda: _rotation(proj.weight.detach()))
+    key = (*token.shape, *token.stride(), *(vector is None for vector in vectors))
+    token, head, bias = proj.kept("rotated", key, sources, lambda: _rotated(rotation, *vectors))
+    return _op(token, attended, triangle, head, bias, eps)
+
+
+def takes(token: Tensor, attended: Tensor, proj: torch.nn.Module, *vectors: Tensor | None) -> bool:
+    """Whether recover_rotated of these gives what the definition gives, unseen; vectors: of norm and head."""
+    kept = token, proj.weight, proj.bias, *vectors
+    if not is_unseen(attended, *kept) or type(proj) is not Linear or proj.training or not is_silent(proj):
+        return False
+    return (
+        torch._C.has_lapack
+        and not tiles_run()
+        and not torch.is_autocast_enabled("cpu")
+        and all(tensor is None or tensor.dtype == torch.float32 for tensor in (attended, *kept))
+        and not any(tensor is not None and tensor.is_inference() for tensor in kept)  # such do not say when they change
+        and min(attended.numel(), vectors[-2].numel()) > 0
+    )
+
+
+def _rotation(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """R in panels of PANEL rows, as the kernel reads it, and Q in float64."""
+    weight = weight.double()
+    rotation, triangle = torch.linalg.qr(weight - weight.mean(0))
+    C = weight.shape[0]
+    rows = functional.pad(triangle, (0, 0, 0, -C % PANEL)).float()
+    return torch.cat([rows[c : c + PANEL, c:].mT for c in range(0, C, PANEL)]), rotation
+
+
+def _rotated(rotation, token, proj_bias, norm_weight, norm_bias, head_weight, head_bias) -> tuple[Tensor, ...]:
+    """Token and head in rotated channels, padded to whole panels, and what is left of the biases."""
+    shifted = token.double() if proj_bias is None else token.double() + proj_bias.double()
+    shifted = shifted - shifted.mean(-1, keepdim=True)
+    head = head_weight.double()
+    bias = head.new_zeros(head.shape[0]) if head_bias is None else head_bias.double()
+    bias = bias if norm_bias is None else bias + head @ norm_bias.double()
+    head = head if norm_weight is None else head * norm_weight.double()
+    padding = 0, -rotation.shape[0] % PANEL
+    return *(functional.pad(x @ rotation, padding).float() for x in (shifted, head)), bias.float()
+
+
+def _fake(token, attended, triangle, head, bias, eps):
+    return attended.new_empty(*attended.shape[:2], head.shape[0])
+
+
+def _flops(token, attended, triangle, head, bias, eps) -> int:
+    R, F, C = attended
+    return R * F * C * (C + 1 + 2 * head[0])
+
+
+_op = declare_for_inference(
+    "recover_rotated",
+    "(Tensor token, Tensor attended, Tensor triangle, Tensor head, Tensor bias, float eps) -> Tensor",
+    _fake,
+    flops=_flops,
+)

@@ -1,0 +1,139 @@
+"""The recovery tail in rotated channels: as near to float64 as PyTorch's, on every instruction set."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import h2ot_kernels as h2ot
+from h2ot_kernels.linear import Linear
+from h2ot_kernels.recover_rotated import recover_rotated, takes
+
+from .compare import assert_within
+from .runners import Recorder
+
+pytestmark = pytest.mark.usefixtures("inference", "no_tiles")
+ALL = (True, True, True, True)
+# R, F, C, outputs, which vectors are there: of the projection, norm weight and bias, of the head
+TAILS = [
+    (2, 1, 3, 3, ALL),
+    (3, 5, 64, 1, (True, True, False, False)),
+    (2, 27, 100, 3, (False, False, False, True)),
+    (1, 50, 160, 3, ALL),
+    (5, 31, 33, 5, (False, True, True, True)),
+    (2, 3, 8, 17, (True, False, False, True)),
+    (3, 13, 1, 2, ALL),
+]
+
+
+class Tail(nn.Module):
+    """proj, norm and head with weights that show a wrong channel, with or without their vectors."""
+
+    def __init__(self, C, outputs=3, there=ALL):
+        super().__init__()
+        self.proj, self.norm = Linear(C, C, bias=there[0]), nn.LayerNorm(C, 1e-3, there[1], there[2])
+        self.head = nn.Linear(C, outputs, bias=there[3])
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0)
+        self.eval()
+
+    def forward(self, token, attended):
+        return self.head(self.norm(token + nn.functional.linear(attended, self.proj.weight, self.proj.bias)))
+
+    def vectors(self):
+        return self.norm.weight, self.norm.bias, self.head.weight, self.head.bias
+
+    def rotated(self, token, attended):
+        """In rotated channels, which must be possible."""
+        assert takes(token, attended, self.proj, *self.vectors())
+        return recover_rotated(token, attended, self.proj, *self.vectors(), self.norm.eps)
+
+    def exactly(self, token, attended):
+        return copy.deepcopy(self).double()(token.double(), attended.double())
+
+
+def assert_right(tail, token, attended, terms=None):
+    ours, exact = tail.rotated(token, attended), tail.exactly(token, attended)
+    assert_within(ours, exact, tail(token, attended), terms or token.shape[-1])
+
+
+@pytest.mark.parametrize(("R", "F", "C", "outputs", "there"), TAILS)
+def test_rotated_within_bound(R, F, C, outputs, there, capability):
+    assert_right(Tail(C, outputs, there), torch.randn(F, C), torch.randn(R, F, C))
+
+
+@pytest.mark.parametrize("C", [24, 200])
+def test_rotated_of_channels_far_from_zero(C, capability):
+    """The mean is taken from token and weights in float64: nothing cancels later."""
+    tail = Tail(C)
+    tail.proj.weight += 5
+    assert_right(tail, torch.randn(9, C) + 1e3, torch.randn(2, 9, C))
+
+
+def test_rotated_of_weights_that_lose_channels(capability):
+    """The triangle of a weight of rank 1, and of zeros: the token alone."""
+    tail, token, attended = Tail(40), torch.randn(9, 40), torch.randn(2, 9, 40)
+    tail.proj.weight.copy_(torch.randn(40, 1) * torch.randn(40))
+    assert_right(tail, token, attended)
+    tail.proj.weight.zero_()
+    assert_right(tail, token, attended)
+
+
+def test_rotated_keeps_rows_apart_and_reads_any_strides(capability):
+    token, attended, tail = torch.randn(20, 99).mT[:, ::2], torch.randn(3, 40, 99).mT[..., ::4], Tail(10)
+    assert_right(tail, token, attended)
+    dense = attended.contiguous()
+    expected = tail.rotated(token, dense)
+    dense[1, 4, 7], dense[2, 60, 0] = float("nan"), float("inf")
+    ours = tail.rotated(token, dense)
+    assert ours[1, 4].isnan().all()
+    assert ours[2, 60].isnan().all()
+    ours[1, 4], ours[2, 60] = expected[1, 4], expected[2, 60]
+    assert torch.equal(ours, expected)
+
+
+def called(tail, token, kept, **options):
+    """The operators of a whole recover_pose."""
+    with Recorder() as recorder:
+        h2ot.recover_pose(token, token, kept, kept, tail.proj, tail.norm, tail.head, 2, num_joints=1, **options)
+    return {name.removeprefix("h2ot_kernels::") for name in recorder.names if name.startswith("h2ot_kernels::")}
+
+
+def test_recover_pose_takes_it():
+    tail, token, kept = Tail(64), torch.randn(1, 9, 64), torch.randn(2, 3, 64)
+    assert called(tail, token, kept) == {"recover_attention", "recover_rotated"}
+    assert called(tail, token, kept, backend="reference") == set()
+    tail.double()
+    assert called(tail, token.double(), kept.double()) == {"recover_attention", "recover_tail"}
+
+
+@pytest.mark.parametrize(
+    "name", ["token", "proj.weight", "proj.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"]
+)
+def test_what_is_kept_follows_every_parameter(name):
+    tail, token, attended = Tail(64), torch.randn(9, 64), torch.randn(2, 9, 64)
+    tail.rotated(token, attended)
+    changed = token if name == "token" else tail.get_parameter(name)
+    changed.data[0] += 1  # behind autograd's back: seen in samples
+    assert_right(tail, token, attended)
+    changed.mul_(1.5)
+    assert_right(tail, token, attended)
+
+
+def test_what_is_kept_follows_the_view_of_a_token():
+    tail, token, attended = Tail(64), torch.randn(18, 64), torch.randn(2, 9, 64)
+    for view in (token[:9], token[::2], token[9:]):
+        assert_right(tail, view, attended)
+    assert_right(tail, token[:6], attended[:, :6])
+
+
+def test_copies_and_pickles_without_what_is_kept():
+    tail, token, attended = Tail(64), torch.randn(9, 64), torch.randn(2, 9, 64)
+    expected = tail.rotated(token, attended)
+    for twin in (copy.deepcopy(tail), pickle.loads(pickle.dumps(tail))):
+        assert twin.proj._kept is None
+        assert torch.equal(twin.rotated(token, attended), expected)
+    tail.train()
+    assert tail.proj._kept is None

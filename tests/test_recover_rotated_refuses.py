@@ -1,0 +1,144 @@
+"""Where the recovery tail in rotated channels is not taken, and what is refused with an error."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+
+import h2ot_kernels as h2ot
+from h2ot_kernels.linear import Linear
+from h2ot_kernels.recover_rotated import takes
+
+from .test_recover_rotated import Tail
+
+pytestmark = pytest.mark.usefixtures("inference", "no_tiles")
+OP = torch.ops.h2ot_kernels.recover_rotated
+
+
+class Own(Linear):
+    pass
+
+
+def of_halves(tail, token, attended):
+    tail.bfloat16()
+    return token.bfloat16(), attended.bfloat16()
+
+
+def with_plain_layer(tail, token, attended):
+    tail.proj = nn.Linear(64, 64)
+
+
+def with_own_layer(tail, token, attended):
+    tail.proj = Own(64, 64)
+
+
+def with_training(tail, token, attended):
+    tail.train()
+
+
+def with_hook(tail, token, attended):
+    tail.proj.register_forward_hook(lambda *args: None)
+
+
+def with_forward(tail, token, attended):
+    tail.proj.forward = lambda x: x
+
+
+def with_parametrization(tail, token, attended):
+    parametrize.register_parametrization(tail.proj, "weight", nn.Identity())
+
+
+def with_gradients(tail, token, attended):
+    torch.set_grad_enabled(True)
+
+
+def with_inference_token(tail, token, attended):
+    with torch.inference_mode():
+        return token + 1, attended
+
+
+def without_rows(tail, token, attended):
+    return token, attended[:0]
+
+
+def of_double_norm(tail, token, attended):
+    tail.norm.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [of_halves, with_plain_layer, with_own_layer, with_training, with_hook, with_forward, with_parametrization,
+     with_gradients, with_inference_token, without_rows, of_double_norm],
+)  # fmt: skip
+def test_takes_refuses(change):
+    tail, token, attended = Tail(64), torch.randn(9, 64), torch.randn(2, 9, 64)
+    assert takes(token, attended, tail.proj, *tail.vectors())
+    token, attended = change(tail, token, attended) or (token, attended)
+    assert not takes(token, attended, tail.proj, *tail.vectors())
+
+
+def test_takes_refuses_where_somebody_looks(monkeypatch):
+    tail, token, attended = Tail(64), torch.randn(9, 64), torch.randn(2, 9, 64)
+
+    def taken(x):
+        return takes(token, x, tail.proj, *tail.vectors())
+
+    with torch.autocast("cpu"):
+        assert not taken(attended)
+    with forward_ad.dual_level():
+        assert not taken(attended)
+    with h2ot.use_backend("reference"):
+        assert not taken(attended)
+    with FakeTensorMode():
+        assert not taken(torch.empty(2, 9, 64))
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(taken(x)), x)[1])(attended)
+    assert seen == [False]
+    compiled = torch.compile(lambda x: x + 1 if taken(x) else x, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(attended), attended)
+    monkeypatch.setattr("h2ot_kernels.recover_rotated.tiles_run", lambda: True)
+    assert not taken(attended)
+
+
+def operands(R=2, F=9, C=40, M=3):
+    width = -(-C // 32) * 32
+    depths = sum(C - c for c in range(0, C, 32))
+    sizes = (F, width), (R, F, C), (depths, 32), (M, width), (M,)
+    return [*(torch.randn(size) for size in sizes), 1e-5]
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda x: x[:, :40], "token"),
+        (0, lambda x: x[:8], "token"),
+        (1, lambda x: x[0], "attended"),
+        (1, lambda x: x[..., :0], "attended"),
+        (1, lambda x: x[..., :39], "triangle"),
+        (2, lambda x: x[1:], "triangle"),
+        (3, lambda x: x[:2], "head"),
+        (3, lambda x: x[:, :40], "head"),
+        (4, lambda x: x.double(), "float32"),
+        (4, lambda x: x[None], "bias"),
+    ],
+)
+def test_operator_refuses(place, change, message):
+    given = operands()
+    assert OP(*given).shape == (2, 9, 3)
+    given[place] = change(given[place])
+    with pytest.raises(ValueError, match=f"recover_rotated: wanted .*{message}"):
+        OP(*given)
+
+
+def test_operator_has_no_gradient():
+    given = operands()
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="recover_rotated has no gradient"):
+        OP(given[0], given[1].requires_grad_(), *given[2:]).sum().backward()
+
+
+def test_operator_without_rows_or_outputs():
+    assert OP(*operands(R=0)).shape == (0, 9, 3)
+    assert OP(*operands(F=0)).shape == (2, 0, 3)
+    assert OP(*operands(M=0)).shape == (2, 9, 0)
