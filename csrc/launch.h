@@ -191,17 +191,20 @@ struct RecoverTailArgs {
 };
 
 // The same tail from the attended tokens, in the channels of a rotation that leaves the projection a triangle:
-// z = token[f] + triangle * attended[r, f], out[r, f] = head z / sqrt(z z / C + eps) + bias. All float32, contiguous.
-constexpr int64_t kRotatedPanel = 32;
+// z = token[f] + triangle * attended[r, f], out[r, f] = head z / sqrt(z z / C + eps) + bias. All contiguous; f32, or
+// attended, triangle and out bf16 (bf16_dots below). W: C rounded up to whole panels; zeros stand beyond C.
+constexpr int64_t kRotatedPanel = 32, kRotatedTile = 1024;
 struct RecoverRotatedArgs {
-  const float *token, *attended;  // [F, W], W: C rounded up to whole panels, zero beyond C; [R, F, C]
+  const float* token;    // [F, W]
+  const void* attended;  // [R, F, C]
   // For each panel of rotated channels c .. c + kRotatedPanel - 1: the weights of channels c .. C - 1 of attended,
-  // which are all that it depends on, [C - c][kRotatedPanel]; zero for rotated channels beyond C.
-  const float* triangle;
-  const float *head, *bias;  // [M, W], zero beyond C; [M]
+  // which are all that it depends on, [C - c][kRotatedPanel]. bf16: in tiles of kRotatedTile, [channels / 32][2][16
+  // pairs of channels][16][2].
+  const void* triangle;
+  const float *head, *bias;  // [M, W]; [M]
   int64_t R, F, C, M;
   double eps;
-  float* out;  // [R, F, M]
+  void* out;  // [R, F, M]
 };
 
 // sum[r] = x[r] + y[r], rounded as it is stored; out[r] = LayerNorm(sum[r]) over C, in float32 (float64 for f64).
@@ -293,7 +296,8 @@ Status attend(const RecoverAttentionArgs&, const Parallel&);  // bf16, scale abo
 bool dots_run();
 namespace bf16_dots {
 Status attend(const RecoverAttentionArgs&, const Parallel&);  // the same, by products of pairs in vectors
-}
+Status recover_rotated(const RecoverRotatedArgs&, const Parallel&);
+}  // namespace bf16_dots
 // recover_attention in bfloat16 by the tile unit or by products of pairs where that pays, else by kernels().
 Status attend(const RecoverAttentionArgs&, const Parallel&);
 

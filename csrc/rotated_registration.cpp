@@ -15,10 +15,23 @@ bool has_size(const Tensor& x, const std::vector<int64_t>& size) {
   return std::equal(x.sizes().begin(), x.sizes().end(), size.begin(), size.end());
 }
 
+Status run(const RecoverRotatedArgs& args, [[maybe_unused]] bool halves) {
+#ifdef H2OT_BF16_DOTS
+  if (halves) return bf16_dots::recover_rotated(args, pool());
+#endif
+  return kernels().recover_rotated(args, pool());
+}
+
 Tensor recover_rotated(const Tensor& token, const Tensor& attended, const Tensor& triangle, const Tensor& head,
                        const Tensor& bias, double eps) {
-  for (const Tensor* const x : {&token, &attended, &triangle, &head, &bias}) {
-    require(x->scalar_type() == ScalarType::Float, "float32");
+  const bool halves = attended.scalar_type() == ScalarType::BFloat16;
+  require(!halves || dots_run(), "a CPU with products of pairs of bfloat16 numbers");
+  for (const Tensor* const x : {&attended, &triangle}) {
+    require(x->scalar_type() == (halves ? ScalarType::BFloat16 : ScalarType::Float),
+            "attended and triangle both of float32 or both of bfloat16");
+  }
+  for (const Tensor* const x : {&token, &head, &bias}) {
+    require(x->scalar_type() == ScalarType::Float, "token, head and bias of float32");
   }
   require(attended.dim() == 3 && attended.size(2) > 0, "attended [R, F, C], with channels");
   const int64_t R = attended.size(0), F = attended.size(1), C = attended.size(2), M = bias.numel();
@@ -26,12 +39,14 @@ Tensor recover_rotated(const Tensor& token, const Tensor& attended, const Tensor
   require(has_size(token, {F, width}), "token [F, C rounded up to whole panels]");
   require(has_size(head, {M, width}) && has_size(bias, {M}), "head [M, C rounded up to whole panels] and bias [M]");
   const int64_t depths = panels * C - kRotatedPanel * panels * (panels - 1) / 2;
-  require(has_size(triangle, {depths, kRotatedPanel}), "triangle, a panel's channels after the other's");
+  const bool fits = halves ? has_size(triangle, {panels * (panels + 1) / 2, kRotatedTile})
+                           : has_size(triangle, {depths, kRotatedPanel});
+  require(fits, "triangle, a panel's channels after the other's");
   const Tensor tokens = dense(token), rows = dense(attended), weights = dense(triangle), heads = dense(head);
   const Tensor biases = dense(bias), out = make(attended, {R, F, M});
   const RecoverRotatedArgs args = {read<float>(tokens),
-                                   read<float>(rows),
-                                   read<float>(weights),
+                                   rows.const_data_ptr(),
+                                   weights.const_data_ptr(),
                                    read<float>(heads),
                                    read<float>(biases),
                                    R,
@@ -39,8 +54,8 @@ Tensor recover_rotated(const Tensor& token, const Tensor& attended, const Tensor
                                    C,
                                    M,
                                    eps,
-                                   write<float>(out)};
-  if (out.numel() > 0) check(kernels().recover_rotated(args, pool()), "recover_rotated");
+                                   out.mutable_data_ptr()};
+  if (out.numel() > 0) check(run(args, halves), "recover_rotated");
   return out;
 }
 

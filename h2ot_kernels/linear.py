@@ -14,11 +14,13 @@ from .backend import why_no_cpp
 from .library import declare
 
 if why_no_cpp() is None:
-    from ._C import tiles_run
+    from ._C import dots_run, tiles_run
 else:
 
     def tiles_run() -> bool:
         return False
+
+    dots_run = tiles_run
 
 
 Made = TypeVar("Made")

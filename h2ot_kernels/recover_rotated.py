@@ -1,4 +1,4 @@
-"""The end of a recovery module in float32 CPU inference at half its projection. Internal to `recover_pose`.
+"""The end of a recovery module in CPU inference at half its projection. Internal to `recover_pose`.
 
 With y = token + W a + b, centred over its C channels, LayerNorm and a linear head need |y| and M products of y with
 vectors. Let Q R be the centred W, Q orthogonal, R upper triangular. Then y = Q z with z = Q^T (token + b) + R a, so
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .inference import declare_for_inference, is_unseen
-from .linear import Linear, is_silent, tiles_run
+from .linear import Linear, dots_run, is_silent, tiles_run
 
-PANEL = 32  # csrc/launch.h: kRotatedPanel
+PANEL, TILE = 32, 1024  # csrc/launch.h: kRotatedPanel, kRotatedTile
 
 
 def recover_rotated(
@@ -47,19 +47,23 @@ def takes(token: Tensor, attended: Tensor, proj: torch.nn.Module, *vectors: Tens
         torch._C.has_lapack
         and not tiles_run()
         and not torch.is_autocast_enabled("cpu")
-        and all(tensor is None or tensor.dtype == torch.float32 for tensor in (attended, *kept))
+        and (attended.dtype == torch.float32 or (attended.dtype == torch.bfloat16 and dots_run()))
+        and all(tensor is None or tensor.dtype == attended.dtype for tensor in kept)
         and not any(tensor is not None and tensor.is_inference() for tensor in kept)  # such do not say when they change
         and min(attended.numel(), vectors[-2].numel()) > 0
     )
 
 
 def _rotation(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """R in panels of PANEL rows, as the kernel reads it, and Q in float64."""
-    weight = weight.double()
-    rotation, triangle = torch.linalg.qr(weight - weight.mean(0))
+    """R in panels of PANEL rows, as the kernel reads it (csrc/launch.h: RecoverRotatedArgs), and Q in float64."""
+    rotation, triangle = torch.linalg.qr(weight.double() - weight.double().mean(0))
     C = weight.shape[0]
-    rows = functional.pad(triangle, (0, 0, 0, -C % PANEL)).float()
-    return torch.cat([rows[c : c + PANEL, c:].mT for c in range(0, C, PANEL)]), rotation
+    halves, padding = weight.dtype != torch.float32, -C % PANEL
+    rows = functional.pad(triangle, (0, halves * padding, 0, padding)).to(weight.dtype)
+    panels = [rows[c : c + PANEL, c:].mT for c in range(0, C, PANEL)]
+    if halves:  # channel, pair, which of it; half of the panel, column
+        panels = [x.reshape(-1, 16, 2, 2, 16).permute(0, 3, 1, 4, 2).reshape(-1, TILE) for x in panels]
+    return torch.cat(panels), rotation
 
 
 def _rotated(rotation, token, proj_bias, norm_weight, norm_bias, head_weight, head_bias) -> tuple[Tensor, ...]:

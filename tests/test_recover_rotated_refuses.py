@@ -22,8 +22,8 @@ class Own(Linear):
 
 
 def of_halves(tail, token, attended):
-    tail.bfloat16()
-    return token.bfloat16(), attended.bfloat16()
+    tail.half()
+    return token.half(), attended.half()
 
 
 def with_plain_layer(tail, token, attended):

@@ -40,7 +40,7 @@ def main() -> int:
     amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
     jobs += [(file, amx) for file in sorted((ROOT / "csrc" / "amx").glob("*.cpp"))]
     dots = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=bf16_dots", "-mavx512bf16"]
-    jobs.append((ROOT / "csrc" / "amx" / "attention.cpp", dots))
+    jobs += [(ROOT / "csrc" / "amx" / file, dots) for file in ("attention.cpp", "recover_rotated.cpp")]
     others = [
         *(ROOT / "csrc").glob("*registration.cpp"),
         ROOT / "csrc" / "capability.cpp",
