@@ -224,6 +224,56 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'active = (least < float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
         'active = (least <= float("inf")) & ((floor < best) | ((floor == best) & (candidate < parent)))',
     ): "infinity is below no best, and with none found there is no parent that a candidate could stand before",
+    (
+        "csrc/cpu/add_norm.cpp",
+        "parallel_for(pool, a.rows, 1 + 65536 / (C + 1), [&](int64_t begin, int64_t end) {",
+        "parallel_for(pool, a.rows, 1 + 65536 / (C + 2), [&](int64_t begin, int64_t end) {",
+    ): "how many rows a thread takes at least",
+    (
+        "csrc/cpu/pack.h",
+        ": enabled(prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C) {}",
+        ": enabled(prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 < form.rows.C) {}",
+    ): "whether the first channels are looked at first; the bound of a tile holds with them and without",
+    (
+        "csrc/cpu/balls.h",
+        "const int64_t from = sample->n * (2 * asked + 1) / (2 * kAsked);",
+        "const int64_t from = sample->n * (2 * asked + 2) / (2 * kAsked);",
+    ): "four other tokens are asked which search to take, both with the same result; the panels have room for the last",
+    (
+        "csrc/cpu/graph.cpp",
+        "for (int64_t begin = 0; begin < a.T; begin += kPanel<E>) {",
+        "for (int64_t begin = 0; begin <= a.T; begin += kPanel<E>) {",
+    ): "after whole panels one more, without nodes",
+    (
+        "csrc/cuda/select.cuh",
+        "for (int64_t from = 0; from < N; from += threads) {",
+        "for (int64_t from = 0; from <= N; from += threads) {",
+    ): "after whole rounds one more, of the whole block, without keys",
+    (
+        "csrc/cuda/score_stream_products.cuh",
+        "if (i < 0) continue;",
+        "if (i <= 0) continue;",
+    ): "the largest distance is met from its other token, whatever stands in the place of the first",
+    (
+        "h2ot_kernels/triton/recover_interpolation.py",
+        "span = tl.maximum(F - 1, 1).to(tl.int64)",
+        "span = tl.maximum(F - 0, 1).to(tl.int64)",
+    ): "the range ends a frame later, and begins after the left neighbour at most: frames beside it weigh 0",
+    (
+        "h2ot_kernels/triton/score_large.py",
+        'active = (least < float("inf")) & (-least.to(tl.float64) > best)\ntl.atomic_max(largest + b, best)',
+        'active = (least < float("inf")) & (-least.to(tl.float64) >= best)',
+    ): "a pair that is at most as far as the farthest is measured, too",
+    (
+        "h2ot_kernels/triton/score_large.py",
+        "denser &= inside[:, None] & there[None, :]",
+        "denser &= inside[:, None] | there[None, :]",
+    ): "a row that is not there has the rank of the densest, a column that is not there an infinite one",
+    (
+        "h2ot_kernels/triton/score_large.py",
+        '"EXACT": 32 if slots > 16 and side == 32 and not half else 64,  # sums and lists stay in registers',
+        '"EXACT": 32 if slots > 16 and side != 32 and not half else 64,  # sums and lists stay in registers',
+    ): "how many channels of a float64 sum are added at a time",
 }
 # What an explanation is of, where that is not one place: it holds in each of so many.
 PLACES: dict[tuple[str, str, str], int] = {

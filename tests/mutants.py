@@ -4,7 +4,7 @@ Rules: comparisons, plus or minus one, dropped masks and conditions, swapped str
 C++ CPU kernels (portable), the CUDA source (run by tests/simt), the Triton kernels (interpreted), the Python stems.
 A sample of --sample mutants is drawn by a printed --seed, as many of each language; what does not compile is drawn
 again. Every mutant meets only the tests of its file. Exit code 1: fewer than 90 % are killed, survivors that
-mutant_reasons.py explains not counted.
+mutant_reasons.py explains not counted. --again: the mutants of the results file that have no explanation there.
 """
 
 import argparse
@@ -158,19 +158,37 @@ def hunt_share(mutants: list[Mutant], tree: mutant_runs.Tree, share: int, found:
             break
         if row := hunt(mutant, tree):
             share -= 1
-            print(f"{row['result']:9} {row['seconds']:5}s {row['file']}:{row['line']} {row['after']}", flush=True)
-            found(row)
+            found(shown(row))
+
+
+def place_of(row: dict) -> int:
+    """The line, from 1, that the mutant of a row changes today."""
+    lines = [line.strip() for line in (ROOT / row["file"]).read_text().splitlines()]
+    if lines[row["line"] - 1 : row["line"]] == [row["before"]]:
+        return row["line"]
+    if lines.count(row["before"]) != 1:
+        sys.exit(f"mutants: {row['file']}:{row['line']} is no longer {row['before']}: draw a new sample")
+    return lines.index(row["before"]) + 1
 
 
 def once_more(row: dict) -> dict:
-    """The row of a survivor after its explanation or its test was written."""
-    line = (ROOT / row["file"]).read_text().splitlines()[row["line"] - 1]
-    if line.strip() != row["before"]:
-        sys.exit(f"mutants: {row['file']}:{row['line']} is no longer {row['before']}")
+    """The row of a mutant with the tests and explanations of today."""
+    number = place_of(row)
+    line = (ROOT / row["file"]).read_text().splitlines()[number - 1]
     start = line.index(row["before"])
-    place = row["language"], row["file"], row["line"], start, start + len(row["before"])
-    mutant = Mutant(*place, row["after"], row["rule"])
-    return hunt(mutant, tree_of(row["language"])) or row
+    place = row["language"], row["file"], number, start, start + len(row["before"])
+    return hunt(Mutant(*place, row["after"], row["rule"]), tree_of(row["language"])) or row
+
+
+def hunt_again(rows: list[dict], found: Callable[[dict], None]) -> None:
+    """All rows of a language; those with an explanation are taken as they are."""
+    for row in rows:
+        found(row if row["result"] == "explained" else shown(once_more(row)))
+
+
+def shown(row: dict) -> dict:
+    print(f"{row['result']:9} {row['seconds']:5}s {row['file']}:{row['line']} {row['after']}", flush=True)
+    return row
 
 
 @functools.cache
@@ -203,33 +221,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="languages hunted side by side")
     parser.add_argument("--count", action="store_true", help="only say how many mutants there are")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--again", action="store_true", help="only the survivors of --out, with the tests of today")
+    parser.add_argument("--again", action="store_true", help="those of --out, with the tests of today")
     given = parser.parse_args(arguments)
-    if given.again:
-        head, *rows = map(json.loads, given.out.read_text().splitlines())
-        rows = [once_more(row) if row["result"] == "survived" else row for row in rows]
-        return verdict(write(rows, head["seed"], given.out))
-    mutants = {language: all_mutants(language) for language in given.languages}
-    sizes = ", ".join(f"{len(made)} {language}" for language, made in mutants.items())
-    print(f"mutants: {sizes}; seed {given.seed}", flush=True)
-    if given.count:
-        return 0
-    shares = [given.sample // len(mutants) + (n < given.sample % len(mutants)) for n in range(len(mutants))]
-    trees = [tree_of(language) for language in mutants]
-    for language, made in mutants.items():
-        random.Random(f"{given.seed} {language}").shuffle(made)
-    rows, lock, order = [], threading.Lock(), list(mutants)
+    rows, lock, order, seed = [], threading.Lock(), list(FILES), given.seed
 
     def found(row: dict) -> None:  # a run that is cut off leaves what it found
         with lock:
             rows.append(row)
             rows.sort(key=lambda row: order.index(row["language"]))
-            write(rows, given.seed, given.out)
+            if not given.again:
+                write(rows, seed, given.out)
 
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        for _ in pool.map(hunt_share, mutants.values(), trees, shares, itertools.repeat(found)):
-            pass
-    return verdict(write(rows, given.seed, given.out))
+        if given.again:
+            head, *before = map(json.loads, given.out.read_text().splitlines())
+            seed = head["seed"]
+            shares = [[row for row in before if row["language"] == language] for language in FILES]
+            list(pool.map(hunt_again, shares, itertools.repeat(found)))
+        else:
+            mutants = {language: all_mutants(language) for language in given.languages}
+            sizes = ", ".join(f"{len(made)} {language}" for language, made in mutants.items())
+            print(f"mutants: {sizes}; seed {seed}", flush=True)
+            if given.count:
+                return 0
+            shares = [given.sample // len(mutants) + (n < given.sample % len(mutants)) for n in range(len(mutants))]
+            trees = [tree_of(language) for language in mutants]
+            for language, made in mutants.items():
+                random.Random(f"{seed} {language}").shuffle(made)
+            list(pool.map(hunt_share, mutants.values(), trees, shares, itertools.repeat(found)))
+    return verdict(write(rows, seed, given.out))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ PROOFS = {
     "tidy": ["-m", "tests.tidy"],
     "sanitize": ["-m", "tests.sanitize"],
     "arm": ["-m", "tests.arm"],
-    "mutants": ["-m", "tests.mutants"],
+    "mutants": ["-m", "tests.mutants", "--again"],
 }  # fmt: skip
 _TESTS = re.compile(r"(\d+) (passed|failed|skipped|deselected|error)")
 

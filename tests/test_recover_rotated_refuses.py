@@ -17,6 +17,15 @@ pytestmark = pytest.mark.usefixtures("inference", "no_tiles")
 OP = torch.ops.h2ot_kernels.recover_rotated
 
 
+def test_what_is_kept_in_inference_mode_serves_outside_of_it():
+    tail, token, kept = Tail(64).requires_grad_(False), torch.randn(9, 64), torch.randn(2, 3, 64)
+    given = token, token, kept, kept, tail.proj, tail.norm, tail.head, 2
+    with torch.inference_mode():
+        expected = h2ot.recover_pose(*given, num_joints=1)
+    with torch.enable_grad():
+        assert torch.equal(h2ot.recover_pose(*given, num_joints=1), expected)
+
+
 class Own(Linear):
     pass
 
