@@ -7,6 +7,7 @@ storage changes, that between the elements included.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,8 @@ def scoring(draw) -> None:
         keep=draw(st.none() | st.integers(0, N - 1)),
         options=tuple(options.items()),
     )
+    if case.J == 3 and case.kind in ("integers", "lattice"):
+        case = replace(case, J=4)  # thirds are rounded: which of two sums that tie is smaller hangs on their last bit
     x, given_ = laid_out(case.tokens(), layout), case.arguments()
     scores = unmodified(h2ot.score_tokens, x, case.k, **given_)
     assert_scores(scores, oracle_scores(case))
