@@ -118,7 +118,7 @@ class Linear(nn.Linear):
             and not self.weight.is_inference()  # such a tensor does not say when it changes
             and torch.backends.mkldnn.is_available()
             and torch.backends.mkldnn.enabled
-            and (dtype != torch.float16 or _is_widened(dtype))
+            and (dtype != torch.float16 or is_widened(dtype))
         )
 
     def _pack(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Tiles | OneDnn | Widened":
@@ -221,11 +221,11 @@ class Widened:
 
 def _product(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> Tiles | OneDnn | Widened:
     """The fastest one of this dtype on this CPU."""
-    kind = Widened if _is_widened(weight.dtype) else Tiles if Tiles.take(weight, chunks) else OneDnn
+    kind = Widened if is_widened(weight.dtype) else Tiles if Tiles.take(weight, chunks) else OneDnn
     return kind(weight, bias, rows, chunks)
 
 
-def _is_widened(dtype: torch.dtype) -> bool:
+def is_widened(dtype: torch.dtype) -> bool:
     """Whether the CPU has no product of this dtype that is worth calling (oneDNN's word)."""
     if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()

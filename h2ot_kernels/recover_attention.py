@@ -96,9 +96,10 @@ def recover_pose(
     token: [F, C] or [1, F, C], the recovery token; query: the same, projected; key, value: [B * J, K, C] with
     J = num_joints; num_heads = H divides C; proj: Linear(C, C); norm: LayerNorm(C); head: Linear(C, 3).
     [B, J, F, C] is never written after the projection; in Triton, which projects in one kernel with the norm and the
-    head, not after the attention. On a CPU a `linear.Linear` in eval mode, in float32 (bfloat16 with AVX512-BF16),
-    keeps the triangle of its weight's QR decomposition for this: half the projection (C^3 multiply-adds at the first
-    call). Of norm and head (in Triton of proj, too) only the parameters count, cast to key's dtype.
+    head, not after the attention. On a CPU a `linear.Linear` in eval mode keeps the triangle of its weight's QR
+    decomposition for this: half the projection (C^3 multiply-adds at the first call; not in float64; in 16 bits with
+    AVX512-BF16, or where the CPU has no product of them). Of norm and head (in Triton of proj, too) only the parameters
+    count, cast to key's dtype.
     Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
     Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
     argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: HoT section 3.3; `python_ref.recover_attention`.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .add_norm import HALVES
 from .inference import declare_for_inference, is_unseen
-from .linear import Linear, dots_run, is_silent, tiles_run
+from .linear import Linear, dots_run, is_silent, is_widened, tiles_run
 
 PANEL, TILE = 32, 1024  # csrc/launch.h: kRotatedPanel, kRotatedTile
 
@@ -32,10 +33,11 @@ def recover_rotated(
     """
     vectors = token, proj.bias, norm_weight, norm_bias, head_weight, head_bias
     sources = [tensor for tensor in (proj.weight, *vectors) if tensor is not None]
-    triangle, rotation = proj.kept("rotation", (), [proj.weight], lambda: _rotation(proj.weight.detach()))
+    dtype = _product_dtype(attended.dtype)
+    triangle, rotation = proj.kept("rotation", (dtype,), [proj.weight], lambda: _rotation(proj.weight.detach(), dtype))
     key = (*token.shape, *token.stride(), *(vector is None for vector in vectors))
     token, head, bias = proj.kept("rotated", key, sources, lambda: _rotated(rotation, *vectors))
-    return _op(token, attended, triangle, head, bias, eps)
+    return _op(token, attended.to(dtype), triangle, head, bias, eps).to(attended.dtype)
 
 
 def takes(token: Tensor, attended: Tensor, proj: torch.nn.Module, *vectors: Tensor | None) -> bool:
@@ -47,19 +49,26 @@ def takes(token: Tensor, attended: Tensor, proj: torch.nn.Module, *vectors: Tens
         torch._C.has_lapack
         and not tiles_run()
         and not torch.is_autocast_enabled("cpu")
-        and (attended.dtype == torch.float32 or (attended.dtype == torch.bfloat16 and dots_run()))
+        and _product_dtype(attended.dtype) is not None
         and all(tensor is None or tensor.dtype == attended.dtype for tensor in kept)
         and not any(tensor is not None and tensor.is_inference() for tensor in kept)  # such do not say when they change
         and min(attended.numel(), vectors[-2].numel()) > 0
     )
 
 
-def _rotation(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _product_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """What the triangle is multiplied in: as `Linear` does, in float32 where the CPU has nothing for a 16-bit dtype."""
+    if dtype == torch.bfloat16 and dots_run():
+        return dtype
+    return torch.float32 if dtype == torch.float32 or (dtype in HALVES and is_widened(dtype)) else None
+
+
+def _rotation(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """R in panels of PANEL rows, as the kernel reads it (csrc/launch.h: RecoverRotatedArgs), and Q in float64."""
     rotation, triangle = torch.linalg.qr(weight.double() - weight.double().mean(0))
     C = weight.shape[0]
-    halves, padding = weight.dtype != torch.float32, -C % PANEL
-    rows = functional.pad(triangle, (0, halves * padding, 0, padding)).to(weight.dtype)
+    halves, padding = dtype != torch.float32, -C % PANEL
+    rows = functional.pad(triangle, (0, halves * padding, 0, padding)).to(dtype)
     panels = [rows[c : c + PANEL, c:].mT for c in range(0, C, PANEL)]
     if halves:  # channel, pair, which of it; half of the panel, column
         panels = [x.reshape(-1, 16, 2, 2, 16).permute(0, 3, 1, 4, 2).reshape(-1, TILE) for x in panels]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from h2ot_kernels.linear import ACTIVATIONS, Linear, Widened, _is_widened
+from h2ot_kernels.linear import ACTIVATIONS, Linear, Widened, is_widened
 
 from .compare import assert_within
 
@@ -33,7 +33,7 @@ def test_inference_within_bound(dtype, bias, activation):
         mine, same = ours(x, activation), apply(plain(x))
         exact = apply(plain.double()(x.double()))
     assert_within(mine, exact, same, 48)
-    packed = dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and _is_widened(dtype))
+    packed = dtype in (torch.float32, torch.bfloat16) or (dtype == torch.float16 and is_widened(dtype))
     assert (ours._kept is not None) == packed
 
 

@@ -64,6 +64,20 @@ def test_rotated_within_bound(R, F, C, outputs, there, capability):
     assert_right(Tail(C, outputs, there), torch.randn(F, C), torch.randn(R, F, C))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_instructions_for_it_the_triangle_is_float32s(monkeypatch, dtype, capability):
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False, raising=False)
+    monkeypatch.setattr("h2ot_kernels.recover_rotated.dots_run", lambda: False)
+    tail, token, attended = Tail(40).to(dtype), torch.randn(9, 40).to(dtype), torch.randn(3, 9, 40).to(dtype)
+    assert_right(tail, token, attended)
+    step = torch.finfo(dtype).eps  # half a step of the result, and what float32 adds to that
+    exact = tail.exactly(token, attended)
+    assert ((tail.rotated(token, attended) - exact).abs() <= 0.51 * step * exact.abs() + 1e-5).all()
+    monkeypatch.setattr("h2ot_kernels.recover_rotated.is_widened", lambda dtype: False)
+    assert not takes(token, attended, tail.proj, *tail.vectors())
+
+
 @pytest.mark.parametrize("C", [24, 200])
 def test_rotated_of_channels_far_from_zero(C, capability):
     """The mean is taken from token and weights in float64: nothing cancels later."""

@@ -30,9 +30,9 @@ class Own(Linear):
     pass
 
 
-def of_halves(tail, token, attended):
-    tail.half()
-    return token.half(), attended.half()
+def of_doubles(tail, token, attended):
+    tail.double()
+    return token.double(), attended.double()
 
 
 def with_plain_layer(tail, token, attended):
@@ -78,7 +78,7 @@ def of_double_norm(tail, token, attended):
 
 @pytest.mark.parametrize(
     "change",
-    [of_halves, with_plain_layer, with_own_layer, with_training, with_hook, with_forward, with_parametrization,
+    [of_doubles, with_plain_layer, with_own_layer, with_training, with_hook, with_forward, with_parametrization,
      with_gradients, with_inference_token, without_rows, of_double_norm],
 )  # fmt: skip
 def test_takes_refuses(change):
