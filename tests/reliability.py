@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PROOFS, metavar="NAME", default=list(PROOFS))
     given = parser.parse_args(arguments)
     results = json.loads(RESULT.read_text())["proofs"] if RESULT.exists() else {}
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment, report = os.environ | {"PYTHONPATH": str(ROOT)}, env_report()
     for name in given.only:
         began = time.monotonic()
         done = subprocess.run(
@@ -60,12 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         today = datetime.date.today().isoformat()
         row = {"passed": done.returncode == 0, "date": today, "seconds": round(time.monotonic() - began)}
-        results[name] = row | {"counted": counted(done.stdout)}
+        results[name] = row | {"cpu": report["cpu"], "counted": counted(done.stdout)}
         print(f"{name}: {json.dumps(results[name])}", flush=True)
         if done.returncode:
             print(done.stdout[-4000:], done.stderr[-4000:], sep="\n", flush=True)
-    report = env_report()
-    machine = {name: report[name] for name in ("python", "torch", "cpu", "threads", "backends", "build")}
+    machine = {name: report[name] for name in ("python", "torch", "threads", "backends", "build")}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps({"machine": machine, "proofs": results}, indent=1) + "\n")
     print(f"written to {RESULT.relative_to(ROOT)}")
