@@ -223,6 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true", help="those of --out, with the tests of today")
     given = parser.parse_args(arguments)
+    if given.again and (given.seed, given.sample, given.languages) != (0, 60, list(FILES)):
+        parser.error("--again: it is the sample of --out; wanted no --seed, --sample or --languages beside it")
     rows, lock, order, seed = [], threading.Lock(), list(FILES), given.seed
 
     def found(row: dict) -> None:  # a run that is cut off leaves what it found
