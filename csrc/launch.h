@@ -262,6 +262,27 @@ struct LinearArgs {
   float eps;
 };
 
+// The same in bfloat16 with sums in float32, by products of pairs in vectors. The weights stand in panels of
+// kLinearPanel outputs, [chunks, panels, steps, 2, 16, 16, 2]: of 32 channels and half a panel, for each pair of
+// channels the pairs of 16 outputs; 0 behind the last channel, and behind the last output of a chunk. Each sum is one
+// chain in the order of the channels, whatever stands beside it; subnormal numbers count as 0.
+constexpr int64_t kLinearPanel = 32, kFewestChannels = 16;
+struct LinearHalvesArgs {
+  const void* x;  // [rows, C] contiguous; C at least kFewestChannels
+  Dtype x_dtype;  // bf16, or f32, which is rounded (after the norm)
+  const uint16_t* packed;
+  int64_t rows, chunks, M, C;
+  const float* bias;     // [chunks, M], or null
+  const void* residual;  // [chunks, rows, M] contiguous, or null
+  Activation activation;
+  void* out;                            // [chunks, rows, M]
+  Dtype out_dtype;                      // of out and residual: bf16; or f32, to which the rounded product is added
+  bool has_norm;                        // norm is LayerNorm over C, else nothing
+  const void *norm_weight, *norm_bias;  // [C], or null
+  Dtype norm_dtype;                     // of both: f32 or bf16
+  double eps;
+};
+
 enum class Interpolation : int32_t { linear, nearest };
 
 // out[b, t] = (1 - w) x[b, i] + w x[b, i + 1]; index null: uniform (position t (K - 1) / (F - 1)).
@@ -297,6 +318,7 @@ bool dots_run();
 namespace bf16_dots {
 Status attend(const RecoverAttentionArgs&, const Parallel&);  // the same, by products of pairs in vectors
 Status recover_rotated(const RecoverRotatedArgs&, const Parallel&);
+Status linear_halves(const LinearHalvesArgs&, const Parallel&);
 }  // namespace bf16_dots
 // recover_attention in bfloat16 by the tile unit or by products of pairs where that pays, else by kernels().
 Status attend(const RecoverAttentionArgs&, const Parallel&);

@@ -10,6 +10,15 @@ from .backend import is_reference, why_no_cpp
 from .checks import no_tangent
 from .library import declare
 
+if why_no_cpp() is None:
+    from ._C import dots_run, tiles_run
+else:
+
+    def tiles_run() -> bool:
+        return False
+
+    dots_run = tiles_run
+
 
 def is_unseen(*tensors: Tensor | None) -> bool:
     """Whether such an operator may have these: plain CPU tensors, nothing recorded, traced, transformed or compiled.

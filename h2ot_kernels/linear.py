@@ -1,4 +1,4 @@
-"""Linear layers whose CPU inference runs with weights packed once: our kernel on a tile unit (AMX), else oneDNN."""
+"""Linear layers whose CPU inference runs with weights packed once: our kernels where they are faster, else oneDNN."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,22 +10,14 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 
 from .add_norm import add_norm, takes
-from .backend import why_no_cpp
+from .inference import dots_run, tiles_run
 from .library import declare
-
-if why_no_cpp() is None:
-    from ._C import dots_run, tiles_run
-else:
-
-    def tiles_run() -> bool:
-        return False
-
-    dots_run = tiles_run
-
+from .linear_halves import Halves
 
 Made = TypeVar("Made")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
+FUSED = (torch.float32, torch.bfloat16)  # tokens whose norm is part of a product
 SAMPLED = 256  # elements of a parameter that are looked at before its packed form is used
 ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
@@ -35,12 +27,12 @@ class Linear(nn.Linear):
 
     In eval mode without gradients, in float32, bfloat16 or float16 (autocast included), the weight is packed at the
     first call and again after it changed, and the activation or the addition is part of the product; everywhere else
-    this is nn.Linear. Products are oneDNN's, or in float32 on a CPU with a tile unit (AMX) this package's, which makes
-    whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster. Where the
-    CPU has no instructions for a 16-bit dtype they are products in float32, whose weights take twice the memory. Packed
-    weights are neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back
-    (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED elements of it, spread over rows and columns: edit
-    single elements under `torch.no_grad()`, not through `.data`.
+    this is nn.Linear. Products are oneDNN's, or this package's: in float32 on a CPU with a tile unit (AMX), which makes
+    whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster; in bfloat16
+    on one with AVX512-BF16 and no such unit. Where the CPU has no instructions for a 16-bit dtype they are products in
+    float32, whose weights take twice the memory. Packed weights are neither in the state_dict nor pickled or copied.
+    What changes a parameter behind autograd's back (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED
+    elements of it, spread over rows and columns: edit single elements under `torch.no_grad()`, not through `.data`.
 
     >>> import torch
     >>> from h2ot_kernels.linear import Linear
@@ -74,11 +66,11 @@ class Linear(nn.Linear):
             return self._plain(x, activation, residual, scale, chunks, norm)
         product = self._pack(x, dtype, scale, chunks)
         fused = {}
-        if norm is not None and isinstance(product, Tiles) and _can_fuse(norm, x):
+        if norm is not None and isinstance(product, Tiles | Halves) and _can_fuse(norm, x):
             fused = {"norm": norm}
         elif norm is not None:
             x = normed(norm, x, dtype)
-        products = product(x.to(dtype), activation, residual, **fused)
+        products = product(x if fused else x.to(dtype), activation, residual, **fused)
         return products[0] if chunks == 1 else products
 
     def _plain(
@@ -121,10 +113,12 @@ class Linear(nn.Linear):
             and (dtype != torch.float16 or is_widened(dtype))
         )
 
-    def _pack(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Tiles | OneDnn | Widened":
+    def _pack(
+        self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int
+    ) -> "Tiles | Halves | OneDnn | Widened":
         """The weight and bias, times the scale."""
 
-        def make() -> Tiles | OneDnn | Widened:
+        def make() -> Tiles | Halves | OneDnn | Widened:
             weight, bias = self.weight.detach(), self.bias
             if scale is not None:
                 weight, bias = weight * scale[:, None], None if bias is None else bias * scale
@@ -132,7 +126,7 @@ class Linear(nn.Linear):
             return _product(weight, bias, x.numel() // self.in_features, chunks)
 
         sources = [tensor for tensor in (self.weight, self.bias, scale) if tensor is not None]
-        return self.kept("packed", (dtype, chunks, tiles_run()), sources, make)
+        return self.kept("packed", (dtype, chunks, tiles_run(), dots_run()), sources, make)
 
     def kept(self, name: str, key: tuple, sources: list[Tensor], make: Callable[[], Made]) -> Made:
         """make(), kept under name until key or one of the tensors that it is made of changes."""
@@ -167,7 +161,7 @@ class Tiles:
         largest = weight.abs().amax(1)
         return bool(((largest == 0) | (largest >= Tiles.SMALLEST) & (largest < Tiles.LARGEST)).all())
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):
+    def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
         self.packed, self.bias = pack_linear(weight, chunks), bias
         self.chunks, self.out_features = chunks, weight.shape[0]
 
@@ -219,10 +213,15 @@ class Widened:
         return products if residual is None else tuple(residual + y for y in products)
 
 
-def _product(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> Tiles | OneDnn | Widened:
+def _product(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> Tiles | Halves | OneDnn | Widened:
     """The fastest one of this dtype on this CPU."""
-    kind = Widened if is_widened(weight.dtype) else Tiles if Tiles.take(weight, chunks) else OneDnn
-    return kind(weight, bias, rows, chunks)
+    if is_widened(weight.dtype):
+        return Widened(weight, bias, rows, chunks)
+    if Tiles.take(weight, chunks):
+        return Tiles(weight, bias, chunks)
+    if Halves.take(weight, chunks):
+        return Halves(weight, bias, chunks)
+    return OneDnn(weight, bias, rows, chunks)
 
 
 def is_widened(dtype: torch.dtype) -> bool:
@@ -233,9 +232,10 @@ def is_widened(dtype: torch.dtype) -> bool:
 
 
 def _can_fuse(norm: nn.LayerNorm, x: Tensor) -> bool:
-    """A float32 LayerNorm over the last axis, on the CPU, that nothing listens to."""
+    """A LayerNorm over the last axis, float32's or of x's dtype, on the CPU, that nothing listens to."""
     vectors = [v for v in (norm.weight, norm.bias) if v is not None]
-    plain = all(type(v) is nn.Parameter and v.dtype == torch.float32 and v.is_cpu for v in vectors)
+    plain = all(type(v) is nn.Parameter and v.is_cpu and v.dtype == vectors[0].dtype for v in vectors)
+    plain = plain and all(v.dtype in (torch.float32, x.dtype) for v in vectors) and x.dtype in FUSED
     return type(norm) is nn.LayerNorm and is_silent(norm) and norm.normalized_shape == x.shape[-1:] and plain
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .add_norm import HALVES
-from .inference import declare_for_inference, is_unseen
-from .linear import Linear, dots_run, is_silent, is_widened, tiles_run
+from .inference import declare_for_inference, dots_run, is_unseen, tiles_run
+from .linear import Linear, is_silent, is_widened
 
 PANEL, TILE = 32, 1024  # csrc/launch.h: kRotatedPanel, kRotatedTile
 

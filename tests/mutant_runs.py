@@ -33,7 +33,7 @@ BY_STEM = {
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),
     "recover_rotated": ("tests/test_recover_rotated.py",),
     "graph": ("tests/test_graph.py", "tests/test_graph_refuses.py"),
-    "add_norm": ("tests/test_add_norm.py", "tests/test_add_norm_refuses.py"),
+    **dict.fromkeys(("add_norm", "layer_norm"), ("tests/test_add_norm.py", "tests/test_add_norm_refuses.py")),
 }
 EVERYTHING = tuple(dict.fromkeys(file for files in BY_STEM.values() for file in files))
 TRITON = {

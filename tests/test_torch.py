@@ -14,7 +14,8 @@ import h2ot_kernels as h2ot
 from bench import hosts as bench_hosts
 from bench import shapes
 from h2ot_kernels import backend
-from h2ot_kernels.linear import tiles_run
+from h2ot_kernels.inference import dots_run, tiles_run
+from h2ot_kernels.linear_halves import pack
 
 from .runners import runners
 from .test_bench import TINY
@@ -66,14 +67,18 @@ def samples():
     yield OPS.attention_scores, (heads, heads, 0.5)
 
 
-def tile_samples():
-    """Of the operators that only a CPU with a tile unit has."""
+def samples_of_some_cpus():
+    """Of linear layers: on a tile unit, and by products of pairs."""
+    weight = rand(6, 33)
     if tiles_run():
-        weight = rand(6, 33)
         yield OPS.pack_linear, (weight, 2)
         packed = OPS.pack_linear(weight, 2)
         yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True)
         yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
+    if dots_run():
+        packed = pack(weight.bfloat16(), 2)
+        yield OPS.linear_halves, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
+        yield OPS.linear_halves, (rand(5, 33).bfloat16(), packed[:1], None, rand(5, 3), 3, 1, False)
 
 
 def declared() -> set[str]:
@@ -84,13 +89,12 @@ def declared() -> set[str]:
 
 def test_opcheck():
     checked = set()
-    for op, arguments in [*samples(), *tile_samples()]:
+    for op, arguments in [*samples(), *samples_of_some_cpus()]:
         torch.library.opcheck(op, arguments)
         checked.add(op.default.name().removeprefix("h2ot_kernels::"))
-    # Backward operators whose own derivative raises are checked through the forward; layers on a tile unit where there
-    # is one.
+    # Backward operators whose own derivative raises are checked through the forward; linear layers where they run.
     others = {"recover_attention_backward"} | (set() if tiles_run() else {"linear", "pack_linear"})
-    assert declared() - checked == others
+    assert declared() - checked == others | (set() if dots_run() else {"linear_halves"})
 
 
 def whole_path(x, query, embed):

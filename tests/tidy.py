@@ -38,9 +38,10 @@ def main() -> int:
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
     amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-    jobs += [(file, amx) for file in sorted((ROOT / "csrc" / "amx").glob("*.cpp"))]
+    jobs += [(ROOT / "csrc" / "amx" / file, amx) for file in ("attention.cpp", "linear.cpp")]
     dots = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=bf16_dots", "-mavx512bf16"]
-    jobs += [(ROOT / "csrc" / "amx" / file, dots) for file in ("attention.cpp", "recover_rotated.cpp")]
+    halves = ("attention.cpp", "recover_rotated.cpp", "linear_halves.cpp")
+    jobs += [(ROOT / "csrc" / "amx" / file, dots) for file in halves]
     others = [
         *(ROOT / "csrc").glob("*registration.cpp"),
         ROOT / "csrc" / "capability.cpp",

@@ -24,26 +24,10 @@ struct Arrays {
   }
 };
 
-// `count` rows as tiles, zeros for the others and behind channel C.
-void pack_rows(const uint16_t* x, int64_t count, int64_t C, int64_t steps, uint16_t* to) {
-  for (int64_t r = 0; r < kRows; r++) {
-    for (int64_t s = 0; s < steps; s++) {
-      uint16_t* const at = to + ((r / kSide * steps + s) * kSide + r % kSide) * kStepHalves;
-      const int64_t left = r < count ? C - s * kStepHalves : 0;
-      if (left >= kStepHalves) {
-        memcpy(at, x + r * C + s * kStepHalves, kStepHalves * sizeof(uint16_t));
-      } else {
-        memset(at, 0, kStepHalves * sizeof(uint16_t));
-        if (left > 0) memcpy(at, x + r * C + s * kStepHalves, size_t(left) * sizeof(uint16_t));
-      }
-    }
-  }
-}
-
 void run_block(const RecoverRotatedArgs& a, int64_t first, int64_t count, int64_t steps, const Arrays& at) {
   const int64_t width = sums_width(a.M);
   const uint16_t* triangle = static_cast<const uint16_t*>(a.triangle);
-  pack_rows(static_cast<const uint16_t*>(a.attended) + first * a.C, count, a.C, steps, at.rows);
+  pack_rows(static_cast<const uint16_t*>(a.attended) + first * a.C, count, a.C, 2, steps, at.rows);
   memset(at.sums, 0, size_t(count * width) * sizeof(float));
   for (int64_t s = 0; s < steps; s++) {
     const int64_t c = s * kRotatedPanel;

@@ -1,103 +1,12 @@
 // A residual addition and the LayerNorm of its result, row by row: one pass over memory, three over a row in cache.
 // About 25 operations for each vector of a row, and three sums over lanes that wait for each other.
 #include "kernels.h"
-#include "vectors.h"
+#include "layer_norm.h"
 #include "worker.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
-
-// Accumulators of a row, and rows at a time, against the latency of an addition: as many as there are registers for.
-constexpr int kSums = 2, kRows = kVectorBytes == 64 ? 4 : 2;
-
-// Calls f(accumulator, first channel, how many of its lanes were met before) for the vectors of C >= L channels.
-template <int L, class F>
-H2OT_INLINE void by_vectors(int64_t C, const F& f) {
-  int64_t c = 0;
-  for (; c + kSums * L <= C; c += kSums * L) {
-#pragma GCC unroll 2
-    for (int i = 0; i < kSums; i++) f(i, c + i * L, 0);
-  }
-  if (c + L <= C) {
-    f(0, c, 0);
-    c += L;
-  }
-  if (c < C) f(1, C - L, int(c + L - C));
-}
-
-// v, zero in the lanes outside [first, end).
-template <class T>
-H2OT_INLINE Vector<T> between(Vector<T> v, int first, int end) {
-  if (first == 0 && end == kLanes<T>) return v;
-  typename VectorOf<T>::bits lane = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; i++) lane[i] = unsigned(i);
-  return (lane >= unsigned(first)) & (lane < unsigned(end)) ? v : Vector<T>{};
-}
-
-// A row's result is ((x - mean) * scale + shift) * weight + bias. The shift is for what rounding took from the mean.
-template <class E>
-struct Moments {
-  E mean, scale, shift;
-};
-
-// Of C deviations from a mean that rounded sums gave: their sum and that of their squares.
-template <class E>
-H2OT_INLINE Moments<E> moments_of(E about, E sum, E squares, int64_t C, double eps) {
-  const double off = double(sum) / double(C), variance = double(squares) / double(C) - off * off;
-  const double scale = 1 / __builtin_sqrt((variance < 0 ? 0 : variance) + eps);  // NaN stays NaN
-  const E mean = E(double(about) + off);
-  const double rest = (double(about) - double(mean)) + off;
-  return {mean, E(scale), E(-rest * scale)};
-}
-
-// sum = x + y; the sum over the channels of what is stored. y null: of x.
-template <class T, class Y>
-H2OT_INLINE Accumulator<T> add_row(const T* x, const Y* y, int64_t C, T* sum) {
-  constexpr int L = kLanes<T>;
-  Vector<T> sums[kSums] = {};
-  if (y) {
-    by_vectors<L>(C, [&](int i, int64_t c, int met) __attribute__((always_inline)) {
-      const Vector<T> value = load_wide(x + c) + load_wide(y + c);
-      store_narrow(sum + c, value);
-      sums[i] += between<T>(sizeof(T) == 2 ? load_wide(sum + c) : value, met, L);
-    });
-  } else {
-    by_vectors<L>(C, [&](int i, int64_t c, int met)
-                         __attribute__((always_inline)) { sums[i] += between<T>(load_wide(x + c), met, L); });
-  }
-  return sum_lanes<T>(sums[0] + sums[1]);
-}
-
-template <int R, class T, class N, class E>
-H2OT_INLINE void norm_rows(const T* const* x, const E* mean, int64_t C, double eps, const E* weight, const E* bias,
-                           N* out) {
-  constexpr int L = kLanes<T>;
-  Vector<T> sums[R][kSums] = {}, squares[R][kSums] = {};
-  by_vectors<L>(C, [&](int i, int64_t c, int met) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const Vector<T> deviation = between<T>(load_wide(x[r] + c) - mean[r], met, L);
-      sums[r][i] += deviation;
-      squares[r][i] += deviation * deviation;
-    }
-  });
-  Moments<E> m[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++) {
-    const E sum = sum_lanes<T>(sums[r][0] + sums[r][1]), squared = sum_lanes<T>(squares[r][0] + squares[r][1]);
-    m[r] = moments_of(mean[r], sum, squared, C, eps);
-  }
-  by_vectors<L>(C, [&](int, int64_t c, int) __attribute__((always_inline)) {
-    const Vector<T> w = load(weight + c), b = load(bias + c);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const Vector<T> normed = (load_wide(x[r] + c) - m[r].mean) * m[r].scale + m[r].shift;
-      store_narrow(out + r * C + c, normed * w + b);
-    }
-  });
-}
 
 // The arrays of one call. T: of x and sum; Y: of y; N: of out.
 template <class T, class Y, class N>
@@ -138,16 +47,6 @@ struct Arrays {
   }
 };
 
-// [C] of any dtype, or null, in whole vectors.
-template <class E>
-H2OT_INLINE void widen_all(const void* from, Dtype dtype, E missing, int64_t C, int64_t width, E* to) {
-  for (int64_t c = 0; c < width; c++) to[c] = missing;
-  if (!from) return;
-  for_dtype(dtype, [&](auto element) {
-    for (int64_t c = 0; c < C; c++) to[c] = E(widen(static_cast<const decltype(element)*>(from)[c]));
-  });
-}
-
 template <class T, class Y, class N>
 Status run(const AddNormArgs& a, const Parallel& pool) {
   typedef Accumulator<T> E;
@@ -162,7 +61,7 @@ Status run(const AddNormArgs& a, const Parallel& pool) {
     if (C < kLanes<T>) {
       for (; row < end; row++) arrays.run_short(row);
     }
-    for (; row + kRows <= end; row += kRows) arrays.template run<kRows>(row);
+    for (; row + kNormRows <= end; row += kNormRows) arrays.template run<kNormRows>(row);
     for (; row < end; row++) arrays.template run<1>(row);
   });
   return Status::ok;

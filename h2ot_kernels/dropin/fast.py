@@ -15,6 +15,7 @@ from ..add_norm import add_norm, takes
 from ..attention import attend_rows
 from ..checks import FLOATS
 from ..linear import Linear, is_silent
+from ..linear_halves import adds_to_float
 from ..recover_attention import has_plain_tail, norm_and_head
 from .hot import is_transformed, shared_rows
 
@@ -212,10 +213,10 @@ class FastBlock(Fast):
             return super().forward(x, *args, **kwargs)
         attention, mlp = self.attn, self.mlp
         qkv, frame_dim = attention.qkv(x, norm=self.norm1), type(attention).frame_dim
-        if qkv.dtype == x.dtype:
+        if qkv.dtype == x.dtype or adds_to_float(qkv.dtype):
             x = attend(attention, qkv, frame_dim, residual=x)
             return mlp.fc2(mlp.fc1(x, activation="gelu", norm=self.norm2), residual=x)
-        y = attend(attention, qkv, frame_dim)  # under autocast products cannot add to x
+        y = attend(attention, qkv, frame_dim)  # under autocast these products cannot add to x
         if takes(x, y, self.norm2, y.dtype):
             x, normed = add_norm(x, y, self.norm2, y.dtype)
         else:

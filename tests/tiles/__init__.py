@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from h2ot_kernels import _C
-from h2ot_kernels.linear import tiles_run
+from h2ot_kernels.inference import tiles_run
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"

@@ -1,0 +1,258 @@
+"""Linear layers in bfloat16 by products of pairs (AVX512-BF16): natively, and apart, between bands of memory."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from h2ot_kernels import _C
+from h2ot_kernels.add_norm import add_norm
+from h2ot_kernels.inference import tiles_run
+from h2ot_kernels.linear import Linear, OneDnn
+from h2ot_kernels.linear_halves import Halves, linear_halves, pack
+
+from .compare import assert_within
+from .tiles import BAND, DOTS, at, build, fails, guarded, needs_dots
+
+BF16, F32 = torch.bfloat16, torch.float32
+needs_pairs = pytest.mark.skipif(
+    not _C.dots_run(), reason="this CPU has no products of pairs of bfloat16 numbers (AVX512-BF16)"
+)
+# rows, C, M, chunks: below, at and above a group of rows, a block, a step of channels, a panel; odd channels
+SIZES = [
+    (1, 16, 16, 1),
+    (15, 17, 31, 1),
+    (17, 32, 32, 2),
+    (64, 63, 33, 3),
+    (65, 96, 64, 1),
+    (130, 200, 40, 1),
+    (9, 512, 96, 3),
+]
+
+
+def native(x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
+    return linear_halves(x, pack(weight, chunks), bias, residual, len(weight), chunks, gelu, *norm)
+
+
+class Compiled:
+    """The kernel by itself; the bytes beside its results stay as they are, and none beside its operands counts."""
+
+    def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
+        self.library = build(folder, "linear_halves.cpp", *replaced, target=DOTS)
+
+    def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
+        rows, C, M = x.numel() // x.shape[-1], x.shape[-1], len(weight) // chunks
+        around = torch.full((x.numel() + 64,), float("nan"), dtype=x.dtype)
+        inside = around[32:-32].view(x.shape)
+        inside.copy_(x)
+        dtype = BF16 if residual is None else residual.dtype
+        whole, out = guarded(rows * len(weight), dtype)
+        sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
+        of_norm = at(norm[0]), at(norm[1]), ctypes.c_double(norm[2])
+        given = at(bias), at(residual), int(dtype == F32), int(gelu), at(out), *of_norm
+        packed = pack(weight, chunks)
+        assert self.library.linear_halves(at(inside), int(x.dtype == F32), at(packed), *sizes, *given) == 0
+        for band in (whole[:BAND], whole[-BAND:]):
+            assert (band == 7).all()
+        size = (*x.shape[:-1], M)
+        return out.view(size if chunks == 1 else (chunks, *size))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return Compiled(tmp_path_factory.mktemp("halves"))
+
+
+@pytest.fixture(params=[pytest.param("native", marks=needs_pairs), pytest.param("compiled", marks=needs_dots)])
+def run(request):
+    return native if request.param == "native" else request.getfixturevalue("compiled")
+
+
+def made(rows, C, M, chunks, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randn, generator=generator)
+    return draw(rows, C).to(BF16), (draw(chunks * M, C) / C**0.5).to(BF16), draw(chunks * M), draw(rows, M)
+
+
+def by_torch(x, weight, bias, residual, chunks, gelu, dtype):
+    x, weight, bias, residual = (t if t is None else t.to(dtype) for t in (x, weight, bias, residual))
+    y = functional.linear(x, weight, bias)
+    y = torch.stack(y.chunk(chunks, -1)) if chunks > 1 else y
+    y = functional.gelu(y) if gelu else y
+    return y if residual is None else residual + y
+
+
+def check(run, sizes, gelu, with_bias, added):
+    x, weight, bias, residual = made(*sizes)
+    bias = bias if with_bias else None
+    residual = residual.to(BF16) if added and sizes[3] == 1 else None
+    given = x, weight, bias, residual, sizes[3], gelu
+    exact, same = by_torch(*given, torch.float64), by_torch(*given, BF16)
+    got = run(*given)
+    assert got.dtype == BF16
+    assert_within(got, exact, same, sizes[1])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("gelu", "with_bias"), [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("added", [False, True])
+def test_halves_within_bound(run, sizes, gelu, with_bias, added):
+    check(run, sizes, gelu, with_bias, added)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_what_is_added_to_float32_is_the_rounded_product(run, sizes):
+    x, weight, bias, residual = made(*sizes[:3], 1)
+    assert torch.equal(run(x, weight, bias, residual), residual + run(x, weight, bias))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+@torch.no_grad()
+def test_normed_tokens_are_those_of_add_norm(run, sizes, dtype, affine):
+    x, weight, bias, _ = made(*sizes)
+    x = (x.float() * 3 + 1).to(dtype)
+    norm = nn.LayerNorm(sizes[1], eps=1e-6, elementwise_affine=affine)
+    if affine:
+        norm.weight.normal_()
+        norm.bias.normal_()
+    normed = add_norm(x, None, norm, BF16)[1]
+    given = weight, bias, None, sizes[3], True
+    assert torch.equal(run(x, *given, (norm.weight, norm.bias, norm.eps)), run(normed, *given))
+    assert torch.equal(run(x, *given), run(x.to(BF16), *given))
+
+
+def test_gelu_of_any_number(run):
+    """Half a step of the result, and what the table is off by (csrc/amx/gelu_halves.h); PyTorch's cancels below -4."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(BF16)
+    x = torch.zeros(len(values), 16, dtype=BF16)
+    x[:, 0] = values
+    got = run(x, torch.eye(16).to(BF16), gelu=True)[:, 0].double()
+    exact = values.double() * torch.special.ndtr(values.double())
+    finite = values.isfinite() & (values.abs() >= torch.finfo(BF16).tiny)
+    half_a_step = 2.0 ** (exact.abs().log2().floor() - 8)
+    error, allowed = (got - exact).abs(), half_a_step + 3e-4 * exact.abs() + 5e-7
+    assert (error <= allowed)[finite].all()
+    assert got[values.isnan()].isnan().all()
+    assert got[values == torch.inf].item() == torch.inf
+    assert got[values == -torch.inf].item() == 0
+
+
+def test_what_was_there_before_does_not_count(run):
+    x, weight, bias, _ = made(70, 96, 40, 1)
+    expected = run(x[:5, :33], weight[:, :33], bias)
+    run(torch.full_like(x, float("nan")), weight, bias, gelu=True, norm=(None, None, 1e-5))
+    assert torch.equal(run(x[:5, :33], weight[:, :33], bias), expected)
+
+
+def test_the_same_bits_in_any_batch(run):
+    x, weight, bias, residual = made(150, 80, 40, 1)
+    whole = run(x, weight, bias, residual)
+    for rows in (slice(0, 1), slice(37, 70), slice(149, 150)):
+        assert torch.equal(run(x[rows], weight, bias, residual[rows]), whole[rows])
+
+
+@needs_pairs
+def test_threads_change_no_bit():
+    """More threads than groups of rows share a row's panels."""
+    threads = torch.get_num_threads()
+    for rows in (1, 20, 1000):
+        x, weight, bias, _ = made(rows, 64, 100, 3)
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(native(x, weight, bias, chunks=3, gelu=True))
+        torch.set_num_threads(threads)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_pairs
+def test_the_operator_refuses_other_sizes():
+    x, weight, bias, residual = made(5, 80, 40, 1)
+    packed = pack(weight, 1)
+    for wrong in (
+        (x[:, :8], packed, bias, None, 40, 1, False),
+        (x[:0], packed, bias, None, 40, 1, False),
+        (x, packed.flatten()[:-1], bias, None, 40, 1, False),
+        (x, packed.float(), bias, None, 40, 1, False),
+        (x, packed, bias[1:], None, 40, 1, False),
+        (x, packed, bias.double(), None, 40, 1, False),
+        (x, packed, bias, residual[1:], 40, 1, False),
+        (x, packed, bias, residual.double(), 40, 1, False),
+        (x, packed, bias, None, 40, 3, False),
+        (x, packed, bias, None, 40, 0, False),
+        (x, packed, bias, None, 40, 1, False, x[0, 1:], None, 1e-5),
+        (x, packed, bias, None, 40, 1, False, x[0], x[0].float(), 1e-5),
+        (x.double(), packed, bias, None, 40, 1, False),
+    ):
+        with pytest.raises(ValueError, match="linear_halves: wanted"):
+            linear_halves(*wrong)
+    _C.set_capability("avx2")
+    with pytest.raises(ValueError, match="linear_halves: wanted a CPU with products of pairs"):
+        linear_halves(x, packed, bias, None, 40, 1, False)
+    _C.set_capability("avx512")
+
+
+@needs_pairs
+@pytest.mark.skipif(tiles_run(), reason="oneDNN's products in bfloat16 run on this CPU's tile unit")
+def test_when_they_are_used():
+    layer, x = Linear(48, 40).eval(), torch.randn(5, 48)
+    norm, added, small = nn.LayerNorm(48), torch.randn(5, 40), Linear(8, 40).eval()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
+        y = layer(x, norm=norm, residual=added)
+        assert isinstance(layer._kept["packed"][2], Halves)
+        assert y.dtype == F32
+        assert torch.equal(y, added + layer(norm(x)))
+        assert torch.equal(layer(x, activation="tanh"), layer(x).tanh())
+        assert torch.equal(layer(x, residual=added.double()), added.double() + layer(x))
+        _C.set_capability("avx2")
+        torch.testing.assert_close(layer(x, norm=norm, residual=added), y, rtol=1e-2, atol=1e-2)
+        assert isinstance(layer._kept["packed"][2], OneDnn)
+        _C.set_capability("avx512")
+        small(x[:, :8])
+        assert isinstance(small._kept["packed"][2], OneDnn)
+
+
+MISTAKES = {
+    "outputs beyond the last are written": ("linear_halves.cpp", "if (place.count == kLinearPanel) {", "if (true) {"),
+    "rows beyond the last are read and written": (
+        "linear_halves.cpp",
+        "left < taken * kSide ? left : taken * kSide",
+        "taken * kSide",
+    ),
+    "a chunk's bias is the first one's": ("linear_halves.cpp", "a.bias + place.chunk * a.M + ", "a.bias + "),
+    "chunks meet in one place": ("linear_halves.cpp", "(chunk * a.rows + row)", "row"),
+    "the next block's rows are taken": ("linear_halves.cpp", "first = task / parts * kSide", "first = task * 0"),
+    "a product is not rounded before it is added": ("linear_halves.cpp", "rounded(high) + ", "high + "),
+    "the second vector has the first one's residual": (
+        "linear_halves.cpp",
+        "high += load_wide(residual + kFloats)",
+        "high += load_wide(residual)",
+    ),
+    "channels behind the last are not 0": ("half_products.h", "memset(at, 0, kStepHalves * sizeof(uint16_t));", ""),
+    "the next interval's cubic": ("gelu_halves.h", "_mm512_set1_ps(0x1p23f)", "_mm512_set1_ps(0x1.000002p23f)"),
+    "a cubic is a parabola": ("gelu_halves.h", "kIntervals = 32, kTerms = 4", "kIntervals = 32, kTerms = 3"),
+    "GELU takes the sign": ("gelu_halves.h", "_mm512_abs_ps(x)", "x"),
+    "the norm's weight is its bias": ("linear_halves.cpp", "bias = weight + width;", "bias = weight;"),
+    "the last rows have no norm": ("layer_norm.h", "count - row, C, eps", "0, C, eps"),
+}
+
+
+@needs_dots
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_seen(mistake, tmp_path):
+    wrong = Compiled(tmp_path, MISTAKES[mistake])
+    tests = [functools.partial(check, wrong, sizes, True, True, True) for sizes in SIZES]
+    for sizes in SIZES[:5]:
+        tests += [
+            functools.partial(test_what_is_added_to_float32_is_the_rounded_product, wrong, sizes),
+            functools.partial(test_normed_tokens_are_those_of_add_norm, wrong, sizes, BF16, True),
+        ]
+    others = test_gelu_of_any_number, test_the_same_bits_in_any_batch, test_what_was_there_before_does_not_count
+    tests += [functools.partial(test, wrong) for test in others]
+    assert any(fails(test) for test in tests)

@@ -1,0 +1,18 @@
+// csrc/amx/linear_halves.cpp for vectors, in memory of the caller's.
+#include "amx/linear_halves.cpp"
+
+extern "C" int linear_halves(const void* x, int x_is_float, const uint16_t* packed, int64_t rows, int64_t chunks,
+                             int64_t M, int64_t C, const float* bias, const void* residual, int out_is_float, int gelu,
+                             void* out, const void* norm_weight, const void* norm_bias, double eps) {
+  const auto dtype = [](int is_float) { return is_float ? h2ot::Dtype::f32 : h2ot::Dtype::bf16; };
+  const h2ot::LinearHalvesArgs args = {x,         dtype(x_is_float),
+                                       packed,    rows,
+                                       chunks,    M,
+                                       C,         bias,
+                                       residual,  gelu ? h2ot::Activation::gelu : h2ot::Activation::none,
+                                       out,       dtype(out_is_float),
+                                       eps >= 0,  norm_weight,
+                                       norm_bias, h2ot::Dtype::f32,
+                                       eps};
+  return int(h2ot::bf16_dots::linear_halves(args, {run_in_two, 2}));
+}
