@@ -70,7 +70,8 @@ class Linear(nn.Linear):
             fused = {"norm": norm}
         elif norm is not None:
             x = normed(norm, x, dtype)
-        products = product(x if fused else x.to(dtype), activation, residual, **fused)
+        rounds = isinstance(product, Halves) and x.dtype in FUSED
+        products = product(x if rounds else x.to(dtype), activation, residual, **fused)
         return products[0] if chunks == 1 else products
 
     def _plain(

@@ -208,6 +208,7 @@ def test_when_they_are_used():
         assert isinstance(layer._kept["packed"][2], Halves)
         assert y.dtype == F32
         assert torch.equal(y, added + layer(norm(x)))
+        assert torch.equal(layer(x), layer(x.bfloat16()))
         assert torch.equal(layer(x, activation="tanh"), layer(x).tanh())
         assert torch.equal(layer(x, residual=added.double()), added.double() + layer(x))
         _C.set_capability("avx2")
