@@ -127,6 +127,18 @@ def test_normed_tokens_are_those_of_add_norm(run, sizes, dtype, affine):
     assert torch.equal(run(x, *given), run(x.to(BF16), *given))
 
 
+@needs_pairs
+@pytest.mark.parametrize("there", [(True, True), (True, False), (False, True)], ids=str)
+@torch.no_grad()
+def test_a_norm_of_16_bits(there):
+    x, weight, bias, _ = made(33, 70, 40, 1)
+    norm = nn.LayerNorm(70).to(BF16)
+    for name, is_there in zip(("weight", "bias"), there, strict=True):
+        setattr(norm, name, nn.Parameter(torch.randn(70).to(BF16)) if is_there else None)
+    normed = add_norm(x, None, norm, BF16)[1]
+    assert torch.equal(native(x, weight, bias, norm=(norm.weight, norm.bias, norm.eps)), native(normed, weight, bias))
+
+
 def test_gelu_of_any_number(run):
     """Half a step of the result, and what the table is off by (csrc/amx/gelu_halves.h); PyTorch's cancels below -4."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(BF16)

@@ -11,8 +11,8 @@ namespace H2OT_ISA {
 
 // max(x, 0) - t Phi(-t), t = |x|; Phi(-t) by the cubic of the interval whose middle is nearest to t. Off by at most
 // 4.3e-7, and above x = -4 by 2.7e-4 of itself (half a step of bfloat16 is up to 3.9e-3); 0 from -5.72 on, where it
-// is 3.1e-8. 12 instructions a vector, of which four pick coefficients, beside the units for multiply-adds; the form of
-// float32 (gelu.h) takes 38.
+// is 3.1e-8. 12 instructions a vector, of which four pick coefficients, beside the units for multiply-adds: a third of
+// what the form of float32 (gelu.h) takes.
 class GeluOfHalves {
  public:
   GeluOfHalves() {
