@@ -13,13 +13,13 @@ from .add_norm import add_norm, takes
 from .inference import dots_run, tiles_run
 from .library import declare
 from .linear_halves import Halves
+from .packed import ACTIVATIONS, Packed, count_flops
 
 Made = TypeVar("Made")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 FUSED = (torch.float32, torch.bfloat16)  # tokens whose norm is part of a product
 SAMPLED = 256  # elements of a parameter that are looked at before its packed form is used
-ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
 
 class Linear(nn.Linear):
@@ -147,7 +147,7 @@ class Linear(nn.Linear):
         return super().train(mode)
 
 
-class Tiles:
+class Tiles(Packed):
     """float32 weights for the tile unit: all chunks in one product."""
 
     SMALLEST, LARGEST = 2.0**-48, 2.0**48  # csrc/amx/digits.h: of the largest weight of each output, if any is not 0
@@ -163,23 +163,7 @@ class Tiles:
         return bool(((largest == 0) | (largest >= Tiles.SMALLEST) & (largest < Tiles.LARGEST)).all())
 
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
-        self.packed, self.bias = pack_linear(weight, chunks), bias
-        self.chunks, self.out_features = chunks, weight.shape[0]
-
-    def __call__(
-        self, x: Tensor, activation: str, residual: Tensor | None, norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, ...]:
-        inside = activation in ("none", "gelu")
-        size = (*x.shape[:-1], self.out_features)
-        fits = residual is not None and residual.dtype == x.dtype and residual.shape == size
-        added = residual if inside and fits else None
-        normed = () if norm is None else (norm.weight, norm.bias, norm.eps)
-        y = linear(x, self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu", *normed)
-        if not inside:
-            y = ACTIVATIONS[activation](y)
-        if residual is not None and added is None:
-            y = residual + y
-        return (y,) if self.chunks == 1 else y.unbind()
+        super().__init__(linear, pack_linear(weight, chunks), bias, weight.shape[0], chunks, (torch.float32,))
 
 
 class OneDnn:
@@ -277,15 +261,11 @@ def _fake(x, packed, bias, residual, out_features, chunks, gelu, norm_weight=Non
     return x.new_empty(size if chunks == 1 else (chunks, *size))
 
 
-def _flops(x, packed, bias, residual, out_features, chunks, gelu, *norm):
-    return 2 * torch.Size(x).numel() * out_features
-
-
 pack_linear = declare("pack_linear", "(Tensor weight, int chunks) -> Tensor", _fake_pack)
 linear = declare(
     "linear",
     "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int chunks, bool gelu, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",  # eps below 0: no norm
     _fake,
-    flops=_flops,
+    flops=count_flops,
 )

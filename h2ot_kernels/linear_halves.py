@@ -4,52 +4,34 @@ Internal to `linear.Linear`.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .inference import declare_for_inference, dots_run, tiles_run
+from .packed import Packed, count_flops
 
 PANEL = 32  # outputs
 FEWEST = 16  # channels, and outputs
 
 
-class Halves:
-    """bfloat16 weights [chunks * M, C] and a bias: all chunks in one product, a LayerNorm before it, GELU and an
-    addition behind it.
+class Halves(Packed):
+    """bfloat16 weights [chunks * M, C] and a bias: a LayerNorm before the product, GELU and an addition behind it.
 
     A product takes rows * C * M multiply-adds. A result has the same bits in any batch, with any number of threads.
     """
 
     @staticmethod
     def take(weight: Tensor, chunks: int) -> bool:
-        """Whether such a product is as fast as oneDNN's alone (bench/notes_linear.md)."""
+        """Whether such a product is about as fast as oneDNN's alone (bench/notes_linear.md)."""
         M, C = weight.shape
         fits = M % chunks == 0 and min(M // chunks, C) >= FEWEST
         return fits and adds_to_float(weight.dtype)
 
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
-        self.packed, self.bias = pack(weight, chunks), None if bias is None else bias.float()
-        self.chunks, self.out_features = chunks, weight.shape[0]
-
-    def __call__(
-        self, x: Tensor, activation: str, residual: Tensor | None, norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, ...]:
-        """activation(product of norm(x)) + residual, one tensor for each chunk; a residual goes with one chunk."""
-        inside = activation in ("none", "gelu")
-        added = residual if inside and self._adds(x, residual) else None
-        normed = () if norm is None else (norm.weight, norm.bias, norm.eps)
-        given = self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu"
-        y = linear_halves(x, *given, *normed)
-        if not inside:
-            y = torch.tanh(y) if activation == "tanh" else torch.relu(y)
-        if residual is not None and added is None:
-            y = residual + y
-        return (y,) if self.chunks == 1 else y.unbind()
-
-    def _adds(self, x: Tensor, residual: Tensor | None) -> bool:
-        if residual is None or residual.dtype not in (torch.bfloat16, torch.float32):
-            return False
-        return residual.shape == (*x.shape[:-1], self.out_features)
+        bias = None if bias is None else bias.float()
+        super().__init__(
+            linear_halves, pack(weight, chunks), bias, weight.shape[0], chunks, (torch.bfloat16, torch.float32)
+        )
 
 
 def adds_to_float(dtype: torch.dtype) -> bool:
@@ -70,14 +52,10 @@ def _fake(x, packed, bias, residual, out_features, chunks, gelu, norm_weight=Non
     return x.new_empty(size if chunks == 1 else (chunks, *size), dtype=dtype)
 
 
-def _flops(x, packed, bias, residual, out_features, chunks, gelu, *norm):
-    return 2 * torch.Size(x).numel() * out_features
-
-
 linear_halves = declare_for_inference(
     "linear_halves",
     "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int chunks, bool gelu, "
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",  # eps below 0: no norm
     _fake,
-    flops=_flops,
+    flops=count_flops,
 )

@@ -1,0 +1,51 @@
+"""What the linear layers by kernels of this package share: `linear.Tiles` and `linear_halves.Halves`."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
+
+
+class Packed:
+    """Weights and a bias as an operator takes them, for all chunks in one product.
+
+    operator: (x, packed, bias, residual, out_features, chunks, gelu, norm's weight, bias, eps) -> [chunks, ...].
+    adds: the dtypes of residuals that it adds itself.
+    """
+
+    def __init__(
+        self,
+        operator: Callable,
+        packed: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        chunks: int,
+        adds: tuple[torch.dtype, ...],
+    ):
+        self.operator, self.packed, self.bias, self.adds = operator, packed, bias, adds
+        self.out_features, self.chunks = out_features, chunks
+
+    def __call__(
+        self, x: Tensor, activation: str, residual: Tensor | None, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, ...]:
+        """activation(product of norm(x)) + residual, one tensor for each chunk; a residual goes with one chunk."""
+        inside = activation in ("none", "gelu")
+        size = (*x.shape[:-1], self.out_features)
+        fits = residual is not None and residual.dtype in self.adds and residual.shape == size
+        added = residual if inside and fits else None
+        normed = () if norm is None else (norm.weight, norm.bias, norm.eps)
+        given = self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu"
+        y = self.operator(x, *given, *normed)
+        if not inside:
+            y = ACTIVATIONS[activation](y)
+        if residual is not None and added is None:
+            y = residual + y
+        return (y,) if self.chunks == 1 else y.unbind()
+
+
+def count_flops(x, packed, bias, residual, out_features, chunks, gelu, *norm) -> int:
+    """Of such an operator."""
+    return 2 * torch.Size(x).numel() * out_features
