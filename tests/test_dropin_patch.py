@@ -58,8 +58,7 @@ NOT_CALLED = {"aten::cdist", "aten::_cdist_forward", "aten::_softmax", "aten::bm
 
 def run(model, x):
     torch.manual_seed(7)  # the noise of the clustering
-    given = tcformer.token_dict(x) if isinstance(model, tcformer.CTM) else x
-    out = model(given)
+    out = model(tcformer.token_dict(x) if isinstance(model, tcformer.CTM) else x)
     if isinstance(out, dict):
         return out["x"], out["idx_token"], out["agg_weight"]
     return out if isinstance(out, tuple) else (out,)
@@ -85,10 +84,9 @@ def test_same_numbers_by_other_kernels_and_undone(make, dtype, bound, grad):
     model, x = make()
     model, x = model.to(dtype).eval(), x.to(dtype)
     # float32: both sides take the official selection; which frames are kept is the float64 runs' question
-    switches = {"cluster": dtype == torch.float64}
     with torch.set_grad_enabled(grad):
         before = run(model, x)
-        with dropin.patch(model, **switches) as handle, Recorder() as called:
+        with dropin.patch(model, cluster=dtype == torch.float64) as handle, Recorder() as called:
             after = run(model, x)
         again = run(model, x)
     assert_agree(after, before, bound)
