@@ -110,6 +110,14 @@ def _clump(shape, g):
     return x
 
 
+def _alike(shape, g):
+    """Near one point but for the first, beside which they are all the same; one of them comes again, far apart."""
+    x = 1 + 1e-4 * _random(shape, g)
+    x[:, 0] = 0
+    x[:, 72::57] = x[:, 72:73]
+    return x
+
+
 def _equidistant(shape, g):
     """Pairs of tokens along axes of their own: all others are as far as any, but for 1e-6."""
     axis = torch.arange(shape[1]) // 2 % shape[-1]
@@ -143,6 +151,7 @@ _KINDS = {
     "smooth": _smooth,
     "still": _still,
     "clump": _clump,
+    "alike": _alike,
     "rounds": _rounds,
     "places": _places,
     "lattice": lambda shape, g: (64 * _places(shape, g, 0.03)).round(),  # the same, with ties and duplicates
@@ -189,6 +198,7 @@ TOKEN_CASES = [
     *(replace(_BASE, kind=kind, B=1, N=100, C=64, K=33) for kind in ("still", "offset", "duplicates")),
     *(replace(_BASE, kind=kind, B=1, N=70, C=40, K=33) for kind in ("tiny", "huge")),  # three tiles, two of channels
     replace(_BASE, kind="equidistant", B=1, N=96, C=48, K=33),
+    replace(_BASE, kind="alike", B=1, N=600, C=64, K=100),
     *(replace(_BASE, kind="integers", B=1, N=100, C=C, K=70) for C in (1, 2)),
     *(replace(_BASE, kind=kind, N=140, C=64, K=33, k=5, noisy=True) for kind in ("still", "clump")),
     *(replace(_BASE, kind=kind, B=1, N=1601, C=72, K=300, keep=9) for kind in ("rounds", "clump")),

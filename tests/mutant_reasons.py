@@ -25,11 +25,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "for (int64_t at = 0; at <= stride; at += kPanel) {",
     ): "the first panel once more: the same distances in the same places",
     (
-        "csrc/cuda/score_stream.cuh",
-        "if (count < room || value < shared.low[r][room - 1]) {",
-        "if (count <= room || value < shared.low[r][room - 1]) {",
-    ): "behind the last of a full list nothing is written",
-    (
         "csrc/cpu/pack.h",
         "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
         "if (!(radius >= 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
@@ -71,11 +66,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "row.scan(nullptr, lane, [&](int, int j, A, A bound, double) { "
         "reached += j < row.N && pattern(bound) < middle; });",
     ): "a limit one step higher: more candidates, the same nearest",
-    (
-        "csrc/cuda/score_stream.cuh",
-        "if (count < room || value < shared.low[r][room - 1]) {",
-        "if (count < room || value <= shared.low[r][room - 1]) {",
-    ): "an equal one of a later column finds no place in a full list",
     (
         "h2ot_kernels/triton/score_large.py",
         "side = 16 if double else 32 if gaussian or B * N < 8192 or (slots > 8 and not half) else 64",
@@ -167,7 +157,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if (lane != 0) shared.wanted[warp] = 0;",
     ): "31 lanes write what one would",
     (
-        "csrc/cuda/score_stream.cuh",
+        "csrc/cuda/score_lists.cuh",
         "if (token[e] >= 0 && !(list.full() && least_of(low[e]) > list.worst())) return token[e++];",
         "if (token[e] >= 0 && !(list.full() && least_of(low[e]) >= list.worst())) return token[e++];",
     ): "bounds above zero are below the distance; those of zero come in the order of tokens",

@@ -14,7 +14,7 @@ from h2ot_kernels import _C
 from . import simt
 from .cases import TOKEN_CASES, TokenCase, oracle_index, oracle_scores, oracle_tokens
 from .compare import assert_scores
-from .simt import mutants, product_mutants
+from .simt import mutants, product_mutants, stream_mutants
 from .simt.planted import build_planted, survivors
 
 needs_simulator = pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
@@ -243,37 +243,7 @@ MUTANTS = {
         "? 1 : j < 0 ? 0 : job.operands.scale[b * job.x.N];",
     ),
     "no bound for products": ("plan.cpp", "bound.spread = float(", "bound.spread = 0 * float("),
-    "one column split less": (
-        "score_stream.cuh",
-        "t < tiles * (part.split + 1) / part.splits",
-        "t < tiles * (part.split + 1) / part.splits - (part.split > 0)",
-    ),
-    "lists of peaks in each other's place": (
-        "score_stream.cuh",
-        "(job.for_peaks ? first_row + r : i) * splits + split;",
-        "(job.for_peaks ? first_row + r : i) + split;",
-    ),
-    "peaks by the splits of all": ("score_stream.cuh", "at, job.peak_count[2 * b + 1], lane);", "at, 1, lane);"),
-    "one split of large tiles less": (
-        "score_stream_products.cuh",
-        "shared.last_tile = int32_t(tiles * (part.split + 1) / part.splits);",
-        "shared.last_tile = int32_t(tiles * (part.split + 1) / part.splits - (part.split > 0));",
-    ),
-    "no barrier before streamed sums are read": (
-        "score_stream_products.cuh",
-        "shared.tokens.column[c]);\n    }\n    __syncthreads();",
-        "shared.tokens.column[c]);\n    }",
-    ),
-    "a list entry displaced too early": (
-        "score_stream_products.cuh",
-        "lane == place ? value : above;",
-        "lane == place + 1 ? value : above;",
-    ),
-    "a neighbour past the last of a list": (
-        "score_stream.cuh",
-        "while (proven < list.count",
-        "while (proven <= list.count",
-    ),
+    **stream_mutants.MUTANTS,
 }
 HUNTED = [
     TokenCase("smooth"),
@@ -284,6 +254,8 @@ HUNTED = [
     TokenCase("still", N=65),
     TokenCase("static"),
     TokenCase("equidistant", B=1, N=48, C=24),  # lists whose last entries prove nothing
+    TokenCase("still", B=1, N=300, C=64, k=5, K=100),  # the same of products
+    TokenCase("alike", B=1, N=600, C=64, K=100),  # equals that are listed, and others that are not
 ]
 HUNTED_PLANS = [plan for plan in PLANS[1:] if plan[1] != "exact_products"]
 HUNTED_STORED = [
@@ -303,6 +275,10 @@ HUNTED_AS = [
         for search in simt.SEARCHES
     ),
     *((case, {"plan": plan}) for plan in HUNTED_PLANS[2:] for case in HUNTED),
+    *(
+        (TokenCase("random", B=1, N=300, C=8, K=40), {"plan": plan, "multiprocessors": 1})  # several tiles of a split
+        for plan in HUNTED_PLANS[2:]
+    ),
     *(
         (TokenCase(kind, N=N, C=8, dtype=torch.bfloat16), {"plan": (search, "exact_products")})
         for kind, N in (("smooth", 27), ("huge", 140))  # huge ones that point away from each other

@@ -5,8 +5,7 @@
 // of tokens are read only where several centres can be the nearest.
 #pragma once
 
-#include "score_rows.cuh"
-#include "score_stream.cuh"
+#include "score_lists.cuh"
 
 namespace h2ot {
 namespace cuda {
@@ -121,36 +120,40 @@ H2OT_DEVICE int32_t nearest_within(const RowJob<T>& job, int64_t b, int64_t i, c
   return best < 0 ? -1 : row.position(best);
 }
 
-// The same among all centres, in float64; what is far by its first channels is left.
+// The same among all centres; what is far by its norm or its first channels is left.
 template <class T>
-H2OT_DEVICE int32_t nearest_of_all(const RowJob<T>& job, int64_t b, int64_t i, int lane) {
-  const T* const own = job.row(b, i);
+H2OT_DEVICE int32_t nearest_of_all(const RowJob<T>& job, int64_t b, int64_t i, Accumulator<T> reach, int lane) {
+  constexpr int kMany = Sieve<T>::kMany;
   const int64_t* centre = job.centres + b * job.centre_stride;
+  Sieve<T> sieve(job, b, i, lane);
+  // Of a sample that is not multiplied no bound is known; its norms are 0.
+  if (!sieve.norm || sieve.own_length > 0) sieve.set_limit(unscaled(sieve.scale, double(reach)));
   double least = infinity_of(0.0);
   int64_t best = -1;
   for (int64_t from = 0; from < job.K && least > 0; from += kLanes) {
     const int64_t mine = from + lane, j = mine < job.K ? centre[mine] : -1;
     const bool there = j >= 0 && j < job.x.N && is_valid(job, b, j);
-    for (uint32_t bits = __ballot_sync(kAllLanes, there); bits && least > 0;) {
-      int64_t position[kFarAhead];
-      const T* rows[kFarAhead];
+    const bool near = there && sieve.passes(sieve.norm ? sieve.norm[j] : Accumulator<T>(0));
+    for (uint32_t bits = __ballot_sync(kAllLanes, near); bits && least > 0;) {
+      int64_t position[kMany];
+      const T* rows[kMany];
       int n = 0;
 #pragma unroll
-      for (int e = 0; e < kFarAhead; e++) {
+      for (int e = 0; e < kMany; e++) {
         position[e] = bits ? from + __ffs(int(bits)) - 1 : position[0];
         n += bits != 0;
         bits &= bits - 1;
         rows[e] = job.row(b, centre[position[e]]);
       }
-      double first[kFarAhead];
-      first_squares(own, rows, job.channels, lane, first);
+      const uint32_t passed = sieve.pass(rows);
 #pragma unroll
-      for (int e = 0; e < kFarAhead; e++) {
-        if (e >= n || first[e] * (1 - 0x1p-40) >= least) continue;  // the sums round
-        const double squared = exact_squared(own, rows[e], job.channels, lane);
+      for (int e = 0; e < kMany; e++) {
+        if (e >= n || !(passed >> e & 1)) continue;
+        const double squared = exact_squared(sieve.own, rows[e], job.channels, lane);
         if (squared < least) {
           least = squared;
           best = position[e];
+          sieve.set_limit(squared);
         }
       }
     }
@@ -203,7 +206,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 2 : 1) label_l
     label = warp_max(label);
     reach = warp_min(reach);
     if (label < 0) {
-      label = __ballot_sync(kAllLanes, open) ? nearest_of_all(job, b, i, lane)
+      label = __ballot_sync(kAllLanes, open) ? nearest_of_all(job, b, i, reach, lane)
                                              : nearest_within(job, b, i, ListedCentres<A>(job, b, i), reach, lane);
     }
   }

@@ -120,6 +120,11 @@ struct Bound {
     const double r = sqrt(v) * (1 - beta) - eta;
     return r > 0 ? r * r : 0;
   }
+  // The most, v's spread added.
+  H2OT_HOST_DEVICE double most(double v) const {
+    const double r = sqrt(v) * (1 + beta) + eta;
+    return r * r * (1 + 0x1p-22);
+  }
   // Of two pairs, one with v (its spread added): the other is farther apart if its v (its spread taken off) is above
   // reach(v).
   H2OT_HOST_DEVICE double reach(double v) const {

@@ -34,7 +34,9 @@ struct Issue : Issuer<Accumulator<T>> {
   using Issuer<A>::run;
 
   // A warp per token.
-  void per_token(void (*kernel)(RowJob<T>)) { run(kernel, job.groups, kWarps * kLanes, 0); }
+  void per_token(void (*kernel)(RowJob<T>), int64_t shared_bytes) {
+    run(kernel, job.groups, kWarps * kLanes, shared_bytes);
+  }
 
   template <class Tiles>
   void search_stored() {
@@ -83,13 +85,13 @@ struct Issue : Issuer<Accumulator<T>> {
 
   void streamed() {
     if (plan.list > 0) search();
-    per_token(nearest_streamed_kernel<T>);
-    per_token(parent_streamed_kernel<T>);
+    per_token(nearest_streamed_kernel<T>, sizeof(CompleteShared));
+    per_token(parent_streamed_kernel<T>, 0);
     run(peaks_kernel<A>, 1, kFinishThreads, sizeof(SelectShared));
     job.for_peaks = true;
     job.list = kPeakList;
     search();
-    per_token(peak_parent_kernel<T>);
+    per_token(peak_parent_kernel<T>, sizeof(CompleteShared));
     run(scores_kernel<A>, ceil_div(job.x.N, kFinishThreads), kFinishThreads, 0);
     if (job.index) run(index_kernel<A>, 1, kMostWarps * kLanes, sizeof(SelectShared));
   }

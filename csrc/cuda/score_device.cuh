@@ -78,6 +78,9 @@ H2OT_DEVICE double value_of(uint64_t bits) {
   return v;
 }
 
+H2OT_DEVICE float root(float v) { return sqrtf(v); }
+H2OT_DEVICE double root(double v) { return sqrt(v); }
+
 // The smallest e with |v| < 2^e, for the pattern of a finite v; kNoExponent for 0.
 constexpr int32_t kNoExponent = -4096;
 H2OT_DEVICE int32_t exponent_of(uint32_t bits) { return bits == 0 ? kNoExponent : int32_t(bits >> 23) - 126; }
@@ -186,18 +189,18 @@ H2OT_DEVICE double exact_squared(const T* a, const T* b, int channels, int lane)
   return warp_sum(sum);
 }
 
-// The same of one token to kBatch others: the same bits each.
-template <class T>
-H2OT_DEVICE void exact_squares(const T* a, const T* const (&b)[kBatch], int channels, int lane,
-                               double (&squared)[kBatch]) {
+// The same of one token to several others: the same bits each.
+template <class T, int kMany>
+H2OT_DEVICE void exact_squares(const T* a, const T* const (&b)[kMany], int channels, int lane,
+                               double (&squared)[kMany]) {
   for (double& sum : squared) sum = 0;
 #pragma unroll 2
   for (int c = 4 * lane; c < channels; c += 4 * kLanes) {
     const Quad<T> p = *reinterpret_cast<const Quad<T>*>(a + c);
-    Quad<T> q[kBatch];
-    for (int n = 0; n < kBatch; n++) q[n] = *reinterpret_cast<const Quad<T>*>(b[n] + c);
+    Quad<T> q[kMany];
+    for (int n = 0; n < kMany; n++) q[n] = *reinterpret_cast<const Quad<T>*>(b[n] + c);
     for (int u = 0; u < 4; u++) {
-      for (int n = 0; n < kBatch; n++) {
+      for (int n = 0; n < kMany; n++) {
         const double d = double(widen(p.v[u])) - double(widen(q[n].v[u]));
         squared[n] = fma(d, d, squared[n]);
       }
@@ -247,6 +250,11 @@ struct List {
 
   H2OT_DEVICE bool full() const { return count == room; }
   H2OT_DEVICE double worst() const { return squared[count - 1]; }
+  H2OT_DEVICE bool holds(int32_t at) const {
+    bool found = false;
+    for (int32_t r = 0; r < count; r++) found |= token[r] == at;
+    return found;
+  }
 
   H2OT_DEVICE void insert(double s, int32_t at, int lane) {
     int32_t place = 0;

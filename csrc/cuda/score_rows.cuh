@@ -89,17 +89,6 @@ H2OT_DEVICE A ranked_smallest(const Row<A>& row, int rank, int lane) {
   return value_of(low);
 }
 
-// Calls f(j) on the whole warp for ascending j < count that test(j) (asked per lane), until f returns false.
-template <class Test, class F>
-H2OT_DEVICE void for_each(int64_t count, int lane, const Test& test, const F& f) {
-  for (int64_t from = 0; from < count; from += kLanes) {
-    const int64_t mine = from + lane;
-    for (uint32_t bits = __ballot_sync(kAllLanes, mine < count && test(mine)); bits; bits &= bits - 1) {
-      if (!f(from + __ffs(int(bits)) - 1)) return;
-    }
-  }
-}
-
 // A warp's share of a token's candidates: every size-th (a power of two) from the member-th on.
 struct Share {
   int size, member;

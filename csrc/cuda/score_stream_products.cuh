@@ -3,7 +3,6 @@
 #pragma once
 
 #include "score_products.cuh"
-#include "score_rows.cuh"
 #include "score_stream.cuh"
 
 namespace h2ot {
@@ -21,60 +20,44 @@ struct StreamProductsShared {
   float column_norm[kSide];  // infinite for no token
   float worst[kSide];        // lower bounds above it are not listed
   float furthest[kSide];     // upper bounds of the largest distances
-  int32_t tile, last_tile;   // here rather than in registers
+  TileOrder order;           // here rather than in registers
   union {
     typename Tiles::Slab slab;
     TileSums<kSide, kSide> values;
   };
 };
 
-// Adds a pair to a sorted list of `room` entries (up to a warp's width; empty ones are infinite) that a warp keeps.
-// Returns the last lower bound; less than any for 0: tokens ascend, so a later 0 never displaces one.
-H2OT_DEVICE float insert_pair(float* low, int32_t* at, int32_t room, float value, int32_t token, int lane) {
-  const float mine = lane < room ? low[lane] : infinity_of(0.0f);
-  const int32_t mine_at = lane < room ? at[lane] : -1;
-  const bool before = mine < value || (mine == value && mine_at < token);
-  const int32_t place = __popc(__ballot_sync(kAllLanes, before));
-  const float above = __shfl_up_sync(kAllLanes, mine, 1);
-  const int32_t above_at = __shfl_up_sync(kAllLanes, mine_at, 1);
-  const float now = lane < place ? mine : lane == place ? value : above;
-  if (lane >= place && lane < room) {
-    low[lane] = now;
-    at[lane] = lane == place ? token : above_at;
-  }
-  const float last = __shfl_sync(kAllLanes, now, room - 1);
-  return last == 0 ? -infinity_of(0.0f) : last < kLargest ? last : kLargest;
-}
-
 // Lists those pairs of row r, in one tile, that are near enough: low, their lower bounds (NaN: not a pair), of the
 // columns u * 32 + lane.
 template <class Tiles>
 H2OT_DEVICE void list_near(const Job<float>& job, int64_t b, int r, StreamProductsShared<Tiles>& shared,
                            const float (&low)[Tiles::kColumns / kLanes], int lane) {
-  const int64_t N = job.x.N;
+  constexpr int kColumnsOfLane = Tiles::kColumns / kLanes;
   const int32_t i = shared.tokens.row[r], room = int32_t(job.list);
-  const double* key = job.key + b * N;
+  const double* key = job.key + b * job.x.N;
+  uint32_t near = 0;
 #pragma unroll
-  for (int u = 0; u < Tiles::kColumns / kLanes; u++) {
+  for (int u = 0; u < kColumnsOfLane; u++) {
     const int32_t j = shared.tokens.column[u * kLanes + lane];
     bool hit = low[u] <= shared.worst[r] && j != i;
     if (hit && job.for_peaks) hit = is_denser(key[j], j, key[i], i, job.noise != nullptr);
-    for (uint32_t bits = __ballot_sync(kAllLanes, hit); bits; bits &= bits - 1) {
-      const int source = __ffs(int(bits)) - 1;
-      const float value = __shfl_sync(kAllLanes, low[u] > 0 ? low[u] : 0, source);
-      const int32_t token = __shfl_sync(kAllLanes, j, source);
-      if (value > shared.worst[r]) continue;
-      const int64_t at = SearchPart(job, b, blockIdx.x).list_of(job, b, r, i) * room;
-      const float last = insert_pair(job.listed + at, job.listed_at + at, room, value, token, lane);
-      __syncwarp();
-      if (lane == 0) shared.worst[r] = last;
-      __syncwarp();
-    }
+    near |= uint32_t(hit) << u;
   }
+  const int64_t at = SearchPart(job, b, blockIdx.x).list_of(job, b, r, i) * room + lane;
+  float listed = lane < room ? job.listed[at] : infinity_of(0.0f);
+  int32_t listed_at = lane < room ? job.listed_at[at] : -1;
+  list_nearest(listed, listed_at, room, low, shared.tokens.column, near, lane);
+  __syncwarp();
+  if (lane < room) {
+    job.listed[at] = listed;
+    job.listed_at[at] = listed_at;
+  }
+  if (lane == room - 1) shared.worst[r] = listed < kLargest ? listed : kLargest;
+  __syncwarp();
 }
 
 // The pairs of a warp's rows in one tile. Nearly all rows of nearly all tiles have none to list: what they take is what
-// the search takes beside its products.
+// the search takes beside its products. So the few that have are listed after all were looked at.
 template <class Tiles>
 H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamProductsShared<Tiles>& shared, int lane) {
   constexpr int kColumnsOfLane = Tiles::kColumns / kLanes, kOwned = StreamProductsShared<Tiles>::kOwned;
@@ -86,7 +69,12 @@ H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamPr
   const auto counts = [&](int u) {
     return Entry<typename Tiles::Entered>::kPairs ? shared.values.counts[u * kLanes + lane] : 1;
   };
+  // The distance of a pair, not yet rounded up to 0, whose norms are `both` together.
+  const auto squared = [&](int r, int u, float count, float both) {
+    return fma(count * shared.values.value[r][u * kLanes + lane], counts(u), both);
+  };
   float norm[kColumnsOfLane], lowest = -1;
+  uint32_t hits = 0;  // rows with pairs to list
 #pragma unroll
   for (int u = 0; u < kColumnsOfLane; u++) norm[u] = shared.column_norm[u * kLanes + lane];
 #pragma unroll 1
@@ -100,7 +88,7 @@ H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamPr
 #pragma unroll
     for (int u = 0; u < kColumnsOfLane; u++) {  // of a column that is no token the norm is infinite, and this NaN
       const float both = own + norm[u];
-      low[u] = fma(count * shared.values.value[r][u * kLanes + lane], counts(u), both) - spread * both;
+      low[u] = squared(r, u, count, both) - spread * both;
       near |= low[u] <= worst;
     }
     if (wants_largest) {
@@ -109,19 +97,34 @@ H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamPr
       for (int u = 0; u < kColumnsOfLane; u++) {
         const int32_t j = shared.tokens.column[u * kLanes + lane];
         if (j < 0 || j == shared.tokens.row[r]) continue;
-        const float both = own + norm[u], v = fma(count * shared.values.value[r][u * kLanes + lane], counts(u), both);
+        const float both = own + norm[u], v = squared(r, u, count, both);
         const float high = (v > 0 ? v : 0) + spread * both;
         furthest = high > furthest ? high : furthest;
         lowest = low[u] > lowest ? low[u] : lowest;
       }
-      furthest = warp_max(furthest);
-      if (lane == 0 && furthest > shared.furthest[r]) shared.furthest[r] = furthest;
+      if (__ballot_sync(kAllLanes, furthest > shared.furthest[r])) {
+        furthest = warp_max(furthest);
+        __syncwarp();
+        if (lane == 0) shared.furthest[r] = furthest;
+        __syncwarp();
+      }
     }
-    if (__ballot_sync(kAllLanes, near)) list_near(job, b, r, shared, low, lane);
+    hits |= uint32_t(__ballot_sync(kAllLanes, near) != 0) << (r - first);
   }
   if (wants_largest) {
     lowest = warp_max(lowest);
     if (lane == 0 && lowest > 0) offer_largest(job, b, lowest);
+  }
+  for (; hits; hits &= hits - 1) {
+    const int own_r = __ffs(int(hits)) - 1, r = first + own_r;
+    const float own = __shfl_sync(kAllLanes, own_norm, own_r), count = __shfl_sync(kAllLanes, own_count, own_r);
+    float low[kColumnsOfLane];
+#pragma unroll
+    for (int u = 0; u < kColumnsOfLane; u++) {
+      const float both = own + shared.column_norm[u * kLanes + lane];
+      low[u] = squared(r, u, count, both) - spread * both;
+    }
+    list_near(job, b, r, shared, low, lane);
   }
 }
 
@@ -146,8 +149,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_produc
   }
   if (threadIdx.x == 0) {
     const int64_t tiles = ceil_div(N, kSide);
-    shared.tile = int32_t(tiles * part.split / part.splits);
-    shared.last_tile = int32_t(tiles * (part.split + 1) / part.splits);
+    const int64_t around = job.for_peaks ? job.peaks[b * N + part.first_row] : part.first_row;
+    shared.order = TileOrder(tiles * part.split / part.splits, tiles * (part.split + 1) / part.splits, around / kSide);
   }
   __syncthreads();
   for (int r = warp * Shared::kOwned; r < (warp + 1) * Shared::kOwned; r++) {
@@ -157,11 +160,11 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_produc
     job.listed[at] = infinity_of(0.0f);
     job.listed_at[at] = -1;
   }
-  while (shared.tile < shared.last_tile) {
+  while (shared.order.left > 0) {
     {
       const int64_t at = block_y_here() * job.x.N;
       for (int c = thread_here(); c < kSide; c += Tiles::kThreads) {
-        const int64_t j = int64_t(shared.tile) * kSide + c;
+        const int64_t j = int64_t(shared.order.tile) * kSide + c;
         const bool there = j < job.x.N && job.valid[at + j];
         shared.tokens.column[c] = there ? int32_t(j) : -1;
         shared.column_norm[c] = there ? job.norm[at + j] : infinity_of(0.0f);
@@ -182,7 +185,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_produc
       list_rows(job, block_y_here(), thread / kLanes * Shared::kOwned, shared, thread % kLanes);
     }
     __syncthreads();
-    if (thread_here() == 0) shared.tile++;
+    if (thread_here() == 0) shared.order.next();
     __syncthreads();
   }
   for (int r = thread_here(); job.wants_largest && !job.for_peaks && r < kSide; r += Tiles::kThreads) {

@@ -98,12 +98,18 @@ MUTANTS = {
         "j < job.x.N && is_valid(job, b, j);",
         "j < job.x.N;",
     ),
-    "far by the first channels": ("cluster_label.cuh", "(1 - 0x1p-40) >= least", "(1 + 0x1p-2) >= least"),
     "of equals in float64 the highest": (
         "cluster_label.cuh",
         "if (squared < least) {",
         "if (squared <= least) {",
     ),
+    "of the sieve's rows all but the first": ("cluster_label.cuh", "!(passed >> e & 1)", "!(passed >> 1 >> e & 1)"),
+    "the nearest limits too much": (
+        "cluster_label.cuh",
+        "sieve.set_limit(squared);",
+        "sieve.set_limit(0.1 * squared);",
+    ),
+    "bounds limit too much": ("cluster_label.cuh", "double(reach)));", "0.1 * double(reach)));"),
     # cluster.cu
     "one row of the index for each sample": ("cluster.cu", "args.index_rows > 1 ? args.K : 0;", "args.K;"),
     "the index of the first pass": ("cluster.cu", "args.index + first * job.centre_stride;", "args.index;"),

@@ -73,6 +73,8 @@ void print_shared() {
       {"nearest_stored_kernel<double>", sizeof(NearestShared<double>)},
       {"nearest_stored_kernel", sizeof(NearestShared<float>)},
       {"parent_stored_kernel", sizeof(ParentShared)},
+      {"nearest_streamed_kernel", sizeof(CompleteShared)},
+      {"peak_parent_kernel", sizeof(CompleteShared)},
       {"peaks_kernel", sizeof(SelectShared)},
       {"centre_kernel<h2ot::cuda::DirectTile<float, 16", sizeof(CentreShared<SmallTile<float>>)},
       {"centre_kernel<h2ot::cuda::DirectTile<float, 32", sizeof(CentreShared<LargeTile<float>>)},
