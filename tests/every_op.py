@@ -22,7 +22,7 @@ from h2ot_kernels import backend
 
 
 def inputs(many: int) -> dict[str, torch.Tensor]:
-    """Arguments by name; "many" has that many tokens (above 512 they are streamed)."""
+    """Arguments by name; "many" has that many tokens (above 512 they are streamed), half of them nearly the same."""
     made = torch.Generator().manual_seed(0)
 
     def rand(*shape):
@@ -41,7 +41,7 @@ def inputs(many: int) -> dict[str, torch.Tensor]:
         "query": rand(33, 20),
         "kept": rand(6, 9, 20),
         "pose": rand(2, 33, 3, 2),
-        "many": rand(1, many, 20),
+        "many": torch.cat([rand(1, many // 2, 20), 1 + 1e-4 * rand(1, many - many // 2, 20)], 1),
     }
 
 
