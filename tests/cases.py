@@ -111,9 +111,10 @@ def _clump(shape, g):
 
 
 def _alike(shape, g):
-    """Near one point but for the first, beside which they are all the same; one of them comes again, far apart."""
-    x = 1 + 1e-4 * _random(shape, g)
-    x[:, 0] = 0
+    """Runs of eight tokens near one point, for bounds of products all the same; one of them comes again, far apart."""
+    x = _random(shape, g)
+    run = (torch.arange(shape[1]) - 15) % 57 < 8
+    x[:, run] = 1 + 1e-4 * x[:, run]
     x[:, 72::57] = x[:, 72:73]
     return x
 

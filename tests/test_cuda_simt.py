@@ -256,6 +256,7 @@ HUNTED = [
     TokenCase("equidistant", B=1, N=48, C=24),  # lists whose last entries prove nothing
     TokenCase("still", B=1, N=300, C=64, k=5, K=100),  # the same of products
     TokenCase("alike", B=1, N=600, C=64, K=100),  # equals that are listed, and others that are not
+    TokenCase("smooth", N=70, C=8, k=60, K=30),  # too long for lists
 ]
 HUNTED_PLANS = [plan for plan in PLANS[1:] if plan[1] != "exact_products"]
 HUNTED_STORED = [
@@ -276,9 +277,11 @@ HUNTED_AS = [
     ),
     *((case, {"plan": plan}) for plan in HUNTED_PLANS[2:] for case in HUNTED),
     *(
-        (TokenCase("random", B=1, N=300, C=8, K=40), {"plan": plan, "multiprocessors": 1})  # several tiles of a split
+        (TokenCase(kind, B=1, N=300, C=8, K=40), {"plan": plan, "multiprocessors": 1})  # several tiles of a split
         for plan in HUNTED_PLANS[2:]
+        for kind in ("random", "static")
     ),
+    (TokenCase("alike", B=1, N=2400, C=64, K=100), {"plan": ("streamed", "products")}),  # searched in two rounds
     *(
         (TokenCase(kind, N=N, C=8, dtype=torch.bfloat16), {"plan": (search, "exact_products")})
         for kind, N in (("smooth", 27), ("huge", 140))  # huge ones that point away from each other
