@@ -264,6 +264,98 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         '"EXACT": 32 if slots > 16 and side == 32 and not half else 64,  # sums and lists stay in registers',
         '"EXACT": 32 if slots > 16 and side != 32 and not half else 64,  # sums and lists stay in registers',
     ): "how many channels of a float64 sum are added at a time",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "for (int u = 0; u < kOwn; u++) {  // tokens ascend with u",
+        "for (int u = 0; u <= kOwn; u++) {  // tokens ascend with u",
+    ): "no pair is open at a bit that no column has",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "const A bound = low[u] > 0 ? low[u] : A(0);",
+        "const A bound = low[u] >= 0 ? low[u] : A(0);",
+    ): "0 either way",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "if ((open >> u & 1) && bound < own) {",
+        "if ((open >> u & 1) && bound <= own) {",
+    ): "of a lane's equals the last is listed first, and gives way to the others",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "if (!(least < last || (least == last && at < last_at))) return;",
+        "if (!(least < last || (least == last && at <= last_at))) return;",
+    ): "no token comes twice",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "const int32_t place = __popc(__ballot_sync(kAllLanes, listed < least || "
+        "(listed == least && listed_at < at)));",
+        "const int32_t place = __popc(__ballot_sync(kAllLanes, listed < least || "
+        "(listed == least && listed_at <= at)));",
+    ): "no token comes twice",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "if (lane >= place && lane < room) {",
+        "if (lane >= place && lane <= room) {",
+    ): "what lies behind a list's last entry is not stored",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "if (norm == nullptr) return true;",
+        "if (norm != nullptr) return true;",
+    ): "norms only save work",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "const A length = root(squared_norm), apart = length > own_length ? length - own_length : own_length - length;",
+        "const A length = root(squared_norm), apart = length >= own_length ? length "
+        "- own_length : own_length - length;",
+    ): "0 either way",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "return !(apart - A(bound.spread) * (length + own_length) > reach);",
+        "return !(apart - A(bound.spread) * (length + own_length) >= reach);",
+    ): "the reach has more room than a rounding",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "for (int e = 0; e < kMany; e++) bits |= uint32_t(!(unscaled(scale, bound.least(double(first[e]))) "
+        "> limit)) << e;",
+        "for (int e = 0; e <= kMany; e++) bits |= uint32_t(!(unscaled(scale, bound.least(double(first[e]))) "
+        "> limit)) << e;",
+    ): "a bit that no row has",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "for (int e = 0; e < kMany; e++) bits |= uint32_t(!(unscaled(scale, bound.least(double(first[e]))) "
+        "> limit)) << e;",
+        "for (int e = 0; e < kMany; e++) bits |= uint32_t(!(unscaled(scale, bound.least(double(first[e]))) "
+        ">= limit)) << e;",
+    ): "the least that a distance can be is below it",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "for (int64_t split = lane; split < splits; split += kLanes) {",
+        "for (int64_t split = lane; split <= splits; split += kLanes) {",
+    ): "with another token's list beside its own a token proves less, and is searched",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "if (last == 0 && token[end] < equal) equal = token[end];",
+        "if (last == 0 && token[end] <= equal) equal = token[end];",
+    ): "the same number",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "if (last == 0 && token[end] < equal) equal = token[end];",
+        "if (last == 0 || token[end] < equal) equal = token[end];",
+    ): "fewer equals are proven, and the others searched",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "return bounded < infinity_of(A()) ? unscaled(scale, bound.least(bounded)) : infinity_of(0.0);",
+        "return bounded <= infinity_of(A()) ? unscaled(scale, bound.least(bounded)) : infinity_of(0.0);",
+    ): "the least for infinity is infinity",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "if (known.full() && known.worst() < limit) limit = known.worst();",
+        "if (known.full() && known.worst() <= limit) limit = known.worst();",
+    ): "the same limit",
+    (
+        "csrc/cuda/score_lists.cuh",
+        "return list.full() && list.worst() == 0 && list.token[list.count - 1] < end;",
+        "return list.full() && list.worst() == 0 && list.token[list.count - 1] <= end;",
+    ): "token `end` is still to come",
 }
 # What an explanation is of, where that is not one place: it holds in each of so many.
 PLACES: dict[tuple[str, str, str], int] = {
