@@ -89,6 +89,15 @@ def _still(shape, g):
     return x
 
 
+def _slow(shape, g):
+    """Motion with a slow third, by steps of 1e-5."""
+    x = _smooth(shape, g)
+    third = shape[1] // 3
+    steps = 1e-5 * _random(x[:, third : 2 * third].shape, g)
+    x[:, third : 2 * third] = x[:, third : third + 1] + steps.cumsum(1)
+    return x
+
+
 def _rounds(shape, g):
     """The same places visited 24 times, each round less exactly: near tokens are far in time."""
     length = -(-shape[1] // 24)
@@ -151,6 +160,7 @@ _KINDS = {
     "random": _random,
     "smooth": _smooth,
     "still": _still,
+    "slow": _slow,
     "clump": _clump,
     "alike": _alike,
     "rounds": _rounds,

@@ -257,6 +257,9 @@ HUNTED = [
     TokenCase("still", B=1, N=300, C=64, k=5, K=100),  # the same of products
     TokenCase("alike", B=1, N=600, C=64, K=100),  # equals that are listed, and others that are not
     TokenCase("smooth", N=70, C=8, k=60, K=30),  # too long for lists
+    TokenCase("slow", B=2, N=400, C=64, K=100),  # those nearby in time are the nearest
+    TokenCase("integers", B=1, N=300, C=2, K=100),  # peaks as dense as others
+    TokenCase("random", B=1, N=6, k=5, K=2),  # as many neighbours as m averages tokens
 ]
 HUNTED_PLANS = [plan for plan in PLANS[1:] if plan[1] != "exact_products"]
 HUNTED_STORED = [
