@@ -250,20 +250,16 @@ H2OT_DEVICE void search_exactly(const RowJob<T>& job, int64_t b, int64_t i, cons
   }
 }
 
-// A short list of each warp of a block.
-struct WarpLists {
-  double squared[kWarps][kLongestList];
-  int32_t token[kWarps][kLongestList];
-  int32_t count[kWarps];
-  double around[kLanes];  // the most that the squared distances of tokens nearby in time can be
-
-  H2OT_DEVICE List own(int warp, int32_t room) { return {squared[warp], token[warp], 0, room}; }
+struct CompleteShared {
+  WarpLists lists;
+  double around[kLanes];   // the most that the squared distances of tokens nearby in time can be
+  int32_t listed[kWarps];  // entries of the list of each warp's token, where it is to be completed; else -1
 };
 
 // No less than the squared distance of the rank-th nearest of the tokens that test(j): what the rank-th of those nearby
 // in time can be. For a whole block.
 template <class T, class Test>
-H2OT_DEVICE double limit_around(const RowJob<T>& job, int64_t b, int64_t i, int rank, WarpLists& lists,
+H2OT_DEVICE double limit_around(const RowJob<T>& job, int64_t b, int64_t i, int rank, CompleteShared& shared,
                                 const Test& test) {
   constexpr int kMany = kLanes / kWarps;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -282,14 +278,14 @@ H2OT_DEVICE double limit_around(const RowJob<T>& job, int64_t b, int64_t i, int 
 #pragma unroll
   for (int e = 0; e < kMany; e++) {
     const double most = there[e] ? unscaled(scale, job.bound.most(double(about[e]))) : infinity_of(0.0);
-    if (lane == 0) lists.around[warp * kMany + e] = most;
+    if (lane == 0) shared.around[warp * kMany + e] = most;
   }
   __syncthreads();
-  const double mine = lists.around[lane];
+  const double mine = shared.around[lane];
   int nearer = 0;
 #pragma unroll 1
   for (int other = 0; other < kLanes; other++) {
-    const double theirs = lists.around[other];
+    const double theirs = shared.around[other];
     nearer += theirs < mine || (theirs == mine && other < lane);
   }
   return warp_min(nearer == rank - 1 ? mine : infinity_of(0.0));
@@ -298,22 +294,15 @@ H2OT_DEVICE double limit_around(const RowJob<T>& job, int64_t b, int64_t i, int 
 // Completes a sorted list of some of the tokens that test(j) to that of the nearest, in the first warp. For a whole
 // block.
 template <class T, class Test>
-H2OT_DEVICE void complete(const RowJob<T>& job, int64_t b, int64_t i, List& list, WarpLists& lists, const Test& test) {
+H2OT_DEVICE void complete(const RowJob<T>& job, int64_t b, int64_t i, List& list, CompleteShared& shared,
+                          const Test& test) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const double limit = limit_around(job, b, i, list.room, lists, test);
-  List found = lists.own(warp, list.room);
+  const double limit = limit_around(job, b, i, list.room, shared, test);
+  List found = shared.lists.own(warp, list.room);
   search_exactly(job, b, i, list, found, limit, {kWarps, warp}, test);
-  if (lane == 0) lists.count[warp] = found.count;
+  if (lane == 0) shared.lists.count[warp] = found.count;
   __syncthreads();
-  if (warp == 0) {
-#pragma unroll 1
-    for (int other = 0; other < kWarps; other++) {
-#pragma unroll 1
-      for (int r = 0; r < lists.count[other]; r++) {
-        list.insert(lists.squared[other][r], lists.token[other][r], lane);
-      }
-    }
-  }
+  if (warp == 0) shared.lists.join(list, 0, lane);
 }
 
 }  // namespace cuda

@@ -163,6 +163,23 @@ H2OT_DEVICE void set_density(const Job<A>& job, int64_t b, int64_t i, const List
   }
 }
 
+// A short list of each warp of a block.
+struct WarpLists {
+  double squared[kWarps][kLongestList];
+  int32_t token[kWarps][kLongestList];
+  int32_t count[kWarps];
+
+  H2OT_DEVICE List own(int warp, int32_t room) { return {squared[warp], token[warp], 0, room}; }
+  // Adds what the warps from `first` on have listed. For one warp, when all are done.
+  H2OT_DEVICE void join(List& list, int first, int lane) {
+#pragma unroll 1
+    for (int other = first; other < kWarps; other++) {
+#pragma unroll 1
+      for (int r = 0; r < count[other]; r++) list.insert(squared[other][r], token[other][r], lane);
+    }
+  }
+};
+
 // Remembers a lower bound (as scaled) of the sample's largest distance.
 template <class A>
 H2OT_DEVICE void offer_largest(const Job<A>& job, int64_t b, A low) {

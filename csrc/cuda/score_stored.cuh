@@ -14,9 +14,7 @@ constexpr int kFewCandidates = 8;
 
 template <class A>
 struct NearestShared {
-  double squared[kWarps][kLongestList];  // a short list of each warp
-  int32_t token[kWarps][kLongestList];
-  int32_t count[kWarps];
+  WarpLists lists;
   A reach[kWarps];         // of each warp's row
   int32_t wanted[kWarps];  // its neighbours, where all warps are to find them, else 0
 };
@@ -86,8 +84,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 3 : 1) nearest
       if (lane == 0) offer_largest(job, b, furthest);
     }
     const int wanted = job.k - 1 < pairs ? int(job.k - 1) : pairs;
-    List list = {shares ? shared.squared[warp] : job.nearest + at, shares ? shared.token[warp] : job.nearest_at + at, 0,
-                 wanted};
+    List list = shares ? shared.lists.own(warp, wanted) : List{job.nearest + at, job.nearest_at + at, 0, wanted};
     bool settled = true;
     if (wanted > 0) {
       const A reach = A(job.bound.reach(wanted == 1 ? warp_min(least) : ranked_smallest(row, wanted, lane)));
@@ -103,19 +100,13 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 3 : 1) nearest
   for (int owner = 0; owner < kWarps; owner++) {
     const int wanted = shared.wanted[owner];
     if (wanted == 0) continue;
-    List list = {shared.squared[warp], shared.token[warp], 0, wanted};
+    List list = shared.lists.own(warp, wanted);
     list_candidates(job, b, first + owner, Row<A>(job, b, first + owner), shared.reach[owner], {kWarps, warp},
                     int(job.x.N), list);
-    if (lane == 0) shared.count[warp] = list.count;
+    if (lane == 0) shared.lists.count[warp] = list.count;
     __syncthreads();
     if (warp == 0) {
-#pragma unroll 1
-      for (int other = 1; other < kWarps; other++) {
-#pragma unroll 1
-        for (int r = 0; r < shared.count[other]; r++) {
-          list.insert(shared.squared[other][r], shared.token[other][r], lane);
-        }
-      }
+      shared.lists.join(list, 1, lane);
       set_nearest(job, b, first + owner, list, wanted, lane);
     }
     __syncthreads();

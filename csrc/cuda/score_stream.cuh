@@ -129,11 +129,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
   }
 }
 
-struct CompleteShared {
-  WarpLists lists;
-  int32_t listed[kWarps];  // entries of the list of each warp's token, where it is to be completed; else -1
-};
-
 // m of every token, and its nearest in order. A warp per token, the block together where lists prove too little; grid:
 // groups, samples.
 template <class T>
@@ -175,7 +170,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 2 : 1) nearest
   for (int owner = 0; owner < kWarps; owner++) {
     if (shared.listed[owner] < 0) continue;
     List list = list_of(block + owner, shared.listed[owner]);
-    complete(job, b, block + owner, list, shared.lists, any);
+    complete(job, b, block + owner, list, shared, any);
     if (warp == 0) finish(block + owner, list, list.count);
   }
 }
@@ -279,8 +274,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, sizeof(T) < 8 ? 2 : 1) peak_pa
     if (shared.listed[owner] < 0) continue;
     const int64_t i = job.peaks[b * N + block + owner];
     List list = list_of(i, shared.listed[owner]);
-    complete(job, b, i, list, shared.lists,
-             [&](int64_t j) { return is_denser(key[j], j, key[i], i, job.noise != nullptr); });
+    complete(job, b, i, list, shared, [&](int64_t j) { return is_denser(key[j], j, key[i], i, job.noise != nullptr); });
     if (warp == 0) finish(i, list);
   }
 }

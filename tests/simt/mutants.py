@@ -67,8 +67,8 @@ MUTANTS = {
     "a row is left before all candidates were seen": ("score_stored.cuh", "return most > 0 ||", "return true ||"),
     "the list of a warp is lost": (
         "score_stored.cuh",
-        "int other = 1; other < kWarps",
-        "int other = 2; other < kWarps",
+        "shared.lists.join(list, 1, lane);",
+        "shared.lists.join(list, 2, lane);",
     ),
     "warps take the same candidates": ("score_rows.cuh", "!= share.member)", "!= share.member / 2)"),
     "no barrier before a row is shared": (
@@ -78,8 +78,8 @@ MUTANTS = {
     ),
     "no barrier before lists are joined": (
         "score_stored.cuh",
-        "shared.count[warp] = list.count;\n    __syncthreads();",
-        "shared.count[warp] = list.count;",
+        "shared.lists.count[warp] = list.count;\n    __syncthreads();",
+        "shared.lists.count[warp] = list.count;",
     ),
     "no barrier before the next row's lists": (
         "score_stored.cuh",

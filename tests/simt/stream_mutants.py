@@ -69,8 +69,8 @@ MUTANTS = {
     ),
     "the list of a warp that searched is lost": (
         "score_lists.cuh",
-        "int other = 0; other < kWarps",
-        "int other = 1; other < kWarps",
+        "shared.lists.join(list, 0, lane);",
+        "shared.lists.join(list, 1, lane);",
     ),
     "no barrier before what is around is known": (
         "score_lists.cuh",
