@@ -50,10 +50,10 @@ def _left_out(config, items: list) -> list:
 
 # Each file is one worker's: those that take longest come first, so that none of them is the last. ptx_barriers and fuzz
 # are long under ./dev ptx.
-LONG = ("ptx_barriers", "fuzz", "cuda_simt", "cuda_simt_halves", "cuda_simt_cluster", "cuda_simt_groups", "score",
-        "recover_attention", "cuda_simt_pairs", "triton_mutants", "demo", "triton_score", "bad_input", "cluster",
-        "hosts", "triton_forms", "onnx", "bench", "cuda_simt_gather", "cuda_simt_select", "build", "determinism",
-        "concurrency")  # fmt: skip
+LONG = ("ptx_barriers", "fuzz", "cuda_simt", "cuda_simt_halves", "cuda_simt_cluster", "cuda_simt_races",
+        "cuda_simt_groups", "score", "recover_attention", "cuda_simt_pairs", "triton_mutants", "demo", "triton_score",
+        "bad_input", "cluster", "hosts", "triton_forms", "onnx", "bench", "cuda_simt_gather", "cuda_simt_select",
+        "build", "determinism", "concurrency")  # fmt: skip
 
 
 def _place(item) -> int:

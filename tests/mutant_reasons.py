@@ -142,11 +142,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from <= slots[at - 1])); at--) {",
     ): "no slot is offered twice to a list",
     (
-        "csrc/cuda/select.cu",
-        "__syncthreads();",
-        ";",
-    ): "every thread reads the keys that it wrote; the contract of write_index is wider than its reads",
-    (
         "csrc/cuda/select.cuh",
         "if (keep.M > 0) {",
         "if (keep.M >= 0) {",

@@ -223,11 +223,6 @@ def test_keep_rows_and_wrong_keep():
 # What must not survive: (file, text, replacement). Each is caught by the comparison below or by the simulator itself.
 MUTANTS = {
     **mutants.MUTANTS,
-    "no warp barrier in an insertion": (
-        "score_device.cuh",
-        "const int32_t moved_at = moves ? token[r - 1] : 0;\n      __syncwarp();",
-        "const int32_t moved_at = moves ? token[r - 1] : 0;",
-    ),
     **product_mutants.MUTANTS,
     "rows of the first sample": ("score_device.cuh", " + b * this->x.stride_b", ""),
     "rows a channel late": ("score_device.cuh", "+ i * this->x.stride_n;", "+ i * this->x.stride_n + 4;"),

@@ -143,11 +143,6 @@ def test_any_tokens_get_their_labels(tmp_path):
 
 # Others of scales and of reading again leave sums of 0 or NaN, which are lower bounds of 0: float64 then decides all.
 MISTAKES = {
-    "no barrier before a block's exponents": (
-        "score_pairs.cuh",
-        "shared.exponent[warp] = own;\n  __syncthreads();",
-        "shared.exponent[warp] = own;",
-    ),
     "no quarter of the largest": ("score_pairs.cuh", "? 1.0f : 0.25f;", "? 1.0f : 1.0f;"),
 }
 # Which of TOKENS show them, in several orders of threads.

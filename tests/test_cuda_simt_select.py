@@ -127,17 +127,7 @@ MUTANTS = {
     "a tie too many": ("select.cuh", "(tie && own_ties < least.ties)", "(tie && own_ties <= least.ties)"),
     "what is above leaves the least out": ("select.cuh", "key >= least.key : key >", "key > least.key : key >"),
     "ties count in no place": ("select.cuh", "? earlier : 0)", "? 0 * earlier : 0)"),
-    "no barrier between the digits": (
-        "select.cuh",
-        "    __syncthreads();\n    // Every warp finds the digit",
-        "    // Every warp finds the digit",
-    ),
     "two arrays of bins in turn": ("select.cuh", "use = use == 2 ? 0 : use + 1;", "use = use == 1 ? 0 : use + 1;"),
-    "no barrier before the first digit": (
-        "select.cuh",
-        "shared.bins[0][t] = 0;\n  __syncthreads();",
-        "shared.bins[0][t] = 0;",
-    ),
     "the next bins are not cleared": ("select.cuh", "shared.bins[use][t] = 0;", "(void)t;"),
     "the leader's digit is counted twice": ("select.cuh", "if (counts && digit != common)", "if (counts)"),
     "the last key is not counted": (
@@ -150,21 +140,10 @@ MUTANTS = {
         "const bool fits = N <= kKeysAhead * threads;",
         "const bool fits = N <= kKeysAhead * threads + 1000;",
     ),
-    "no barrier before counts are read": (
-        "select.cuh",
-        "shared.ties[warp] = __popc(ties);\n    }\n    __syncthreads();",
-        "shared.ties[warp] = __popc(ties);\n    }",
-    ),
-    "no barrier before the next counts": ("select.cuh", "= i;\n    __syncthreads();", "= i;"),
     "kept token N": ("select.cuh", "keep.row[m] >= N", "keep.row[m] > N"),
     "kept token -1": ("select.cuh", "keep.row[m] < 0 || ", ""),
     "no more kept than selected": ("select.cuh", "if (wrong || all > K)", "if (wrong || all >= K)"),
     "one more kept than selected": ("select.cuh", "if (wrong || all > K)", "if (wrong || all > K + 1)"),
-    "no barrier before kept ones are counted": (
-        "select.cuh",
-        "shared.count[warp] = wrong ? -1 : kept;\n    __syncthreads();",
-        "shared.count[warp] = wrong ? -1 : kept;",
-    ),
 }
 HUNTED = [
     *(choice for N in (33, 300, 700) for K in kept_counts(N) for choice in drawn(2, N, K, N + K)),

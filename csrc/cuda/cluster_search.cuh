@@ -45,7 +45,6 @@ H2OT_DEVICE int32_t compact_list(A* low, int32_t* at, int32_t count, A reach, in
     low[place] = mine;
     at[place] = mine_at;
   }
-  __syncwarp();
   return __popc(kept);
 }
 
@@ -88,7 +87,6 @@ H2OT_DEVICE void list_centres(const Job<typename Tiles::A>& job, int64_t b, int 
       shared.reach[r] = -1;
       shared.count[r] = 1;
     }
-    __syncwarp();
     return;
   }
   int32_t count = shared.count[r];
@@ -118,7 +116,6 @@ H2OT_DEVICE void list_centres(const Job<typename Tiles::A>& job, int64_t b, int 
     shared.reach[r] = reach;
     shared.count[r] = count;
   }
-  __syncwarp();
 }
 
 // Of small tiles one block less than the stored search has: what the loop over tiles keeps takes registers, too.

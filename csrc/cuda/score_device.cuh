@@ -93,6 +93,15 @@ struct Operands {
   uint16_t* copy;  // [samples, N, pitch]; null: read in place
   int64_t pitch;
   float* scale;  // of each sample, two values; of pairs (score_pairs.cuh) of each token, one
+
+  // For a warp, of token i of a sample that is none. Tiles read a sample's first token in place of such ones, and use
+  // nothing of it: its copy must be numbers, no more.
+  H2OT_DEVICE void skip(int64_t i, int64_t token, int lane) const {
+    if (i > 0 || copy == nullptr) return;
+    for (int64_t c = 4 * lane; c < pitch; c += 4 * kLanes) {
+      *reinterpret_cast<Quad<uint16_t>*>(copy + token * pitch + c) = Quad<uint16_t>{};
+    }
+  }
 };
 
 // Everything the kernels of one pass read and write: samples first .. first + samples - 1 of the call.
@@ -277,8 +286,8 @@ struct List {
         squared[r] = moved;
         token[r] = moved_at;
       }
-      __syncwarp();
     }
+    __syncwarp();
     if (lane == 0) {
       squared[place] = s;
       token[place] = at;

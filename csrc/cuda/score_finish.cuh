@@ -65,7 +65,6 @@ H2OT_DEVICE void finish_sample(const Job<A>& job, int64_t b, SelectShared& share
   const Keep keep = keep_of(job, b);
   for (int64_t i = threadIdx.x; i < N; i += blockDim.x) write_scores(job, keep, b, i);
   if (job.index == nullptr) return;
-  __syncthreads();
   write_index(job.keys + b * N, N, job.K, keep, job.index + b * job.K, shared);
 }
 

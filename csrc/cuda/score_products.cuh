@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
   if (i >= job.x.N) return;
   if (!job.valid[b * job.x.N + i]) {
     if (lane == 0) job.norm[b * job.x.N + i] = 0;  // rows of norms are read whole
+    job.operands.skip(i, b * job.x.N + i, lane);
     return;
   }
 
@@ -166,9 +167,13 @@ struct ProductTile {
     }
   }
 
-  // A line is multiplied while the next one arrives and the one after that is asked for.
+  // Begins with a barrier, behind which the tokens are there. A line is multiplied while the next one arrives and the
+  // one after that is asked for.
   H2OT_DEVICE void compute(const Job<float>& job, int64_t b, Tokens& tokens, Slab& slab) {
-    if (threadIdx.x == 0) tokens.lines = lines_of<Operand>(job, b);
+    if (threadIdx.x == 0) {
+      const Lines lines = lines_of<Operand>(job, b);
+      tokens.lines = lines;
+    }
     __syncthreads();
     const int32_t count = int32_t(ceil_div(tokens.lines.length, kLine));
     const uint16_t* from[kCopies] = {};
@@ -198,7 +203,6 @@ struct ProductTile {
       }
       at = at == kStages - 1 ? 0 : at + 1;
     }
-    wait_for_copies<0>();
   }
 
   template <class Values>
@@ -283,7 +287,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stored_produc
     (r < kSide ? shared.tokens.row[r] : shared.tokens.column[r - kSide]) =
         i < job.x.N && job.valid[blockIdx.y * job.x.N + i] ? i : -1;
   }
-  __syncthreads();
   {
     Tiles tiles;
     tiles.compute(job, blockIdx.y, shared.tokens, shared.slab);

@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
         furthest = warp_max(furthest);
         __syncwarp();
         if (lane == 0) shared.furthest[r] = furthest;
-        __syncwarp();
       }
       if (__ballot_sync(kAllLanes, near != 0) == 0) continue;
       A listed = lane < room ? shared.low[r][lane] : infinity_of(A());
@@ -110,7 +109,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
         shared.low[r][lane] = listed;
         shared.at[r][lane] = listed_at;
       }
-      __syncwarp();
     }
   }
   __syncthreads();

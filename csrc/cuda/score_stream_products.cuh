@@ -53,7 +53,6 @@ H2OT_DEVICE void list_near(const Job<float>& job, int64_t b, int r, StreamProduc
     job.listed_at[at] = listed_at;
   }
   if (lane == room - 1) shared.worst[r] = listed < kLargest ? listed : kLargest;
-  __syncwarp();
 }
 
 // The pairs of a warp's rows in one tile. Nearly all rows of nearly all tiles have none to list: what they take is what
@@ -106,7 +105,6 @@ H2OT_DEVICE void list_rows(const Job<float>& job, int64_t b, int first, StreamPr
         furthest = warp_max(furthest);
         __syncwarp();
         if (lane == 0) shared.furthest[r] = furthest;
-        __syncwarp();
       }
     }
     hits |= uint32_t(__ballot_sync(kAllLanes, near) != 0) << (r - first);
@@ -184,7 +182,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stream_produc
       const int thread = thread_here();
       list_rows(job, block_y_here(), thread / kLanes * Shared::kOwned, shared, thread % kLanes);
     }
-    __syncthreads();
     if (thread_here() == 0) shared.order.next();
     __syncthreads();
   }

@@ -158,11 +158,10 @@ struct DirectTile {
       for (int u = 0; u < 4; u++) {
         for (int w = 0; w < 4; w++) slab.sums[group].value[row_of(u)][column_of(w)] = total[u][w];
       }
-      __syncthreads();
     }
   }
 
-  // tile may be where the slab was: its first sums.
+  // After a barrier. tile may be where the slab was: its first sums.
   H2OT_DEVICE void put(const Job<A>&, int64_t, const TileTokens<kRows, kColumns>& tokens, const Slab& slab,
                        TileValues<A, kRows, kColumns>& tile) const {
     const auto value = [&](int r, int c, A sum) {
@@ -230,7 +229,6 @@ __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) stored_kernel
   __syncthreads();
   Tiles tiles;
   tiles.compute(job, b, shared.tokens, shared.slab);
-  __syncthreads();
 #pragma unroll
   for (int n = 0; n < kOwnTokens; n++) {
     if (invalid[n]) tokens[threadIdx.x + n * Tiles::kThreads] = -1;

@@ -23,7 +23,6 @@ __global__ void __launch_bounds__(kMostWarps* kLanes) select_kernel(SelectJob jo
   for (int64_t i = threadIdx.x; i < in.N; i += blockDim.x) {
     job.keys[at + i] = selection_key(in.score[at + i], in.mask == nullptr || in.mask[at + i], keep.holds(i));
   }
-  __syncthreads();
   write_index(job.keys + at, in.N, in.K, keep, in.index + b * in.K, shared);
 }
 

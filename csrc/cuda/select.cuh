@@ -138,7 +138,7 @@ H2OT_DEVICE void select_in_block(const uint64_t* keys, int64_t N, int64_t K, int
 }
 
 // The index row of a sample whose keys stand in memory: -1 throughout where a number to keep is wrong, or more are kept
-// than selected. For a whole block, after a barrier.
+// than selected. For a whole block, each of whose threads t reads keys t, t + blockDim.x, ...
 H2OT_DEVICE void write_index(const uint64_t* keys, int64_t N, int64_t K, const Keep& keep, int64_t* index,
                              SelectShared& shared) {
   const int threads = int(blockDim.x), lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -157,7 +157,6 @@ H2OT_DEVICE void write_index(const uint64_t* keys, int64_t N, int64_t K, const K
       wrong |= shared.count[w] < 0;
       all += shared.count[w];
     }
-    __syncthreads();
     if (wrong || all > K) {
       for (int64_t r = threadIdx.x; r < K; r += threads) index[r] = -1;
       return;

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -32,6 +33,7 @@ DISTANCES = {"direct": 0, "products": 1, "exact_products": 2}
 SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SANITIZED_QUICK = ("-O0", *SANITIZED[2:])  # to build: a third of the time
 FAST = ("-O1",)
+WATCHED = ("-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")  # tests/simt/watch.h
 QUICK = ("-O0",)  # to build
 _COMPILER = ("g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{_HERE}")
 # What all drivers include, whatever the kernels are.
@@ -98,12 +100,14 @@ def build(
     driver = folder / name
     if driver.exists():
         return driver
-    objects = [_optimized(name) for name in ("threads.cpp", "products.cpp")]
+    is_watched = "-fsanitize=thread" in flags
+    objects = [_optimized(name) for name in ("threads.cpp", "products.cpp", *["watch.cpp"] * is_watched)]
     options = (*flags, f"-I{sources}", "-include", _common_header(flags), "-x", "c++")
     for source in (_HERE / f"{name}.cpp", *(sources / "cuda" / part for part in PARTS[name])):
         objects.append(_compile(source, folder / f"{source.name}.o", *options))
     made = folder / f"{name}-{os.getpid()}-{threading.get_ident()}"
-    subprocess.run(["g++", *flags, *objects, "-o", made], check=True)
+    libraries = [flag for flag in flags if flag != "-fsanitize=thread"]  # watch.cpp is in its place
+    subprocess.run(["g++", *libraries, *objects, "-o", made], check=True)
     made.rename(driver)
     return driver
 
@@ -179,6 +183,16 @@ def environment(mistake: int = 0) -> dict[str, str]:
     return {**os.environ, **options, "SIMT_MISTAKE": str(mistake)}
 
 
+def _place(driver: Path, said: str) -> str:
+    """Where in the source an access is that tests/simt/watch.cpp complained of."""
+    found = re.search(r"\(at (0x[0-9a-f]+)\)", said)
+    if not found or not shutil.which("addr2line"):
+        return ""
+    return subprocess.run(
+        ["addr2line", "-i", "-e", driver, found[1]], capture_output=True, text=True, check=True
+    ).stdout
+
+
 def run(calls: list, driver: Path, folder: Path, timeout: float = 300, mistake: int = 0) -> subprocess.CompletedProcess:
     """Runs the calls, each with `record` and `take`, in one process and fills in their results; none on failure."""
     given, results = (folder / f"{name}-{mistake}.bin" for name in ("in", "out"))
@@ -191,7 +205,9 @@ def run(calls: list, driver: Path, folder: Path, timeout: float = 300, mistake: 
         check=False,
         timeout=timeout,
     )
-    if done.returncode == 0:
+    if done.returncode:
+        done.stderr += _place(Path(driver), done.stderr)
+    else:
         data = memoryview(results.read_bytes())
         for call in calls:
             data = call.take(data)

@@ -5,36 +5,6 @@ name -> (file, text, replacement). tests/test_cuda_simt_cluster.py plants each o
 
 MUTANTS = {
     # cluster_search.cuh
-    "no barrier before the columns are read": (
-        "cluster_search.cuh",
-        "    __syncthreads();\n    {\n      Tiles tile;",
-        "    {\n      Tiles tile;",
-    ),
-    "no barrier before sums take the place of lines": (
-        "cluster_search.cuh",
-        "shared.slab);\n      __syncthreads();",
-        "shared.slab);",
-    ),
-    "no barrier before a tile is read": (
-        "cluster_search.cuh",
-        "    __syncthreads();\n    {\n      const int thread",
-        "    {\n      const int thread",
-    ),
-    "no barrier before the next columns": (
-        "cluster_search.cuh",
-        "    __syncthreads();\n    if (thread_here() == 0) shared.tile++;",
-        "    if (thread_here() == 0) shared.tile++;",
-    ),
-    "no barrier after the tile is known": (
-        "cluster_search.cuh",
-        "shared.tile++;\n    __syncthreads();",
-        "shared.tile++;",
-    ),
-    "no barrier before the rows are read": (
-        "cluster_search.cuh",
-        "  __syncthreads();\n  while (shared.tile",
-        "  while (shared.tile",
-    ),
     "one split of the centres less": (
         "cluster_search.cuh",
         "(split + 1) / job.label_splits);",

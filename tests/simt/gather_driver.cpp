@@ -89,7 +89,7 @@ int main(int argc, char** argv) {
       args.K = h[kKept];
       args.index = index.as<int64_t>();
       args.out = result.data + h[kOutOffset];
-      error = h2ot::cuda::launch_scatter(args, nullptr);
+      error = h2ot::cuda::launch_scatter(args, nullptr, true);
     } else {
       h2ot::GatherArgs args = {};
       shape(args, h);
@@ -98,7 +98,7 @@ int main(int argc, char** argv) {
       args.index = index.as<int64_t>();
       args.pos_embed = embed.data;
       args.out = result.data + h[kOutOffset];
-      error = h2ot::cuda::launch_gather(args, nullptr);
+      error = h2ot::cuda::launch_gather(args, nullptr, true);
     }
     out.write(reinterpret_cast<const char*>(&error), sizeof error);
     out.write(reinterpret_cast<const char*>(result.data) + h[kOutOffset], h[kOutBytes]);

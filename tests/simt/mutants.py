@@ -5,25 +5,10 @@ name -> (file, text, replacement). tests/test_cuda_simt.py plants each of them.
 
 MUTANTS = {
     # score_pool.cuh
-    "no barrier before the magnitudes of warps": (
-        "score_pool.cuh",
-        "shared.most[own][part] = most;\n  __syncthreads();",
-        "shared.most[own][part] = most;",
-    ),
     "the second warp of a token is not asked": ("score_pool.cuh", "other < warps;", "other < 1;"),
     "no block counts as arrived from 0 on": ("score_pool.cuh", "job.arrived[b] = 0;", "(void)job.arrived;"),
     # score_tiles.cuh
-    "no barrier before a slab is read": (
-        "score_tiles.cuh",
-        "wait_for_copies<1>();\n      meet();",
-        "wait_for_copies<1>();",
-    ),
     "a slab is read before it is there": ("score_tiles.cuh", "wait_for_copies<1>();", "wait_for_copies<2>();"),
-    "no barrier before a slab is copied over": (
-        "score_tiles.cuh",
-        "add<true>(lines[stage], scale);\n      }\n      meet();",
-        "add<true>(lines[stage], scale);\n      }",
-    ),
     "a slab is copied to where another is read": ("score_tiles.cuh", "copy(lines[stage ^ 1]);", "copy(lines[stage]);"),
     "slabs do not take turns": ("score_tiles.cuh", "stage ^= 1)", "stage ^= 0)"),
     "slabs not committed": ("score_tiles.cuh", "nobody reads\n      commit_copies();", "nobody reads"),
@@ -38,24 +23,8 @@ MUTANTS = {
         "int next = group * kChannels;",
         "int next = group / 2 * kChannels;",
     ),
-    "no barrier before sums take the place of slabs": (
-        "score_tiles.cuh",
-        "if constexpr (kGroups > 1) {\n      __syncthreads();",
-        "if constexpr (kGroups > 1) {",
-    ),
-    "copies under way while sums take their place": ("score_tiles.cuh", "    wait_for_copies<0>();\n", ""),
     "channels past the last are read": ("score_tiles.cuh", "&& next + own < channels;", ";"),
     "squares that leave the range": ("score_tiles.cuh", " && scale >= A(0x1p-56);", ";"),
-    "no barrier before tokens are valid": (
-        "score_tiles.cuh",
-        "tokens[threadIdx.x + n * Tiles::kThreads] = -1;\n  }\n  __syncthreads();",
-        "tokens[threadIdx.x + n * Tiles::kThreads] = -1;\n  }",
-    ),
-    "no barrier before the tile is written out": (
-        "score_tiles.cuh",
-        "shared.slab, shared.tile);\n  __syncthreads();",
-        "shared.slab, shared.tile);",
-    ),
     "a tile edge one too early": ("score_tiles.cuh", "if (j < N && j > i)", "if (j < N - 1 && j > i)"),
     "the mirrored edge one too far": ("score_tiles.cuh", "if (j < N && j > i)", "if (j <= N && j > i)"),
     # score_stored.cuh
@@ -71,21 +40,6 @@ MUTANTS = {
         "shared.lists.join(list, 2, lane);",
     ),
     "warps take the same candidates": ("score_rows.cuh", "!= share.member)", "!= share.member / 2)"),
-    "no barrier before a row is shared": (
-        "score_stored.cuh",
-        "if (settled) set_nearest(job, b, i, list, wanted, lane);\n  }\n  __syncthreads();",
-        "if (settled) set_nearest(job, b, i, list, wanted, lane);\n  }",
-    ),
-    "no barrier before lists are joined": (
-        "score_stored.cuh",
-        "shared.lists.count[warp] = list.count;\n    __syncthreads();",
-        "shared.lists.count[warp] = list.count;",
-    ),
-    "no barrier before the next row's lists": (
-        "score_stored.cuh",
-        "list, wanted, lane);\n    }\n    __syncthreads();",
-        "list, wanted, lane);\n    }",
-    ),
     "the nearest of several candidates only": ("score_stored.cuh", "!list.full() || mine", "list.count == 0 || mine"),
     "equals that are not denser themselves": (
         "score_stored.cuh",
@@ -105,17 +59,7 @@ MUTANTS = {
         "== int32_t(gridDim.x) - 1;",
         "== int32_t(gridDim.x) - 2;",
     ),
-    "no barrier before the last block is known": (
-        "score_stored.cuh",
-        "__threadfence();\n  }\n  __syncthreads();\n  if (!shared.last)",
-        "__threadfence();\n  }\n  if (!shared.last)",
-    ),
     # score_finish.cuh, select.cuh
-    "no barrier before flags are counted": (
-        "score_finish.cuh",
-        "shared.count[warp] = __popc(bits);\n    __syncthreads();",
-        "shared.count[warp] = __popc(bits);",
-    ),
     "kept keys not first": ("select.cuh", "if (kept) return ~uint64_t(0);", "if (kept) return 1;"),
     "two arrays of bins in turn": ("select.cuh", "use = use == 2 ? 0 : use + 1;", "use = use == 1 ? 0 : use + 1;"),
 }

@@ -2,6 +2,8 @@
 it is, and once for each mistake. SIMT_MISTAKE, its number from 1 on, chooses when the program runs.
 """
 
+import bisect
+import itertools
 import re
 import shutil
 import tempfile
@@ -45,6 +47,26 @@ def planted(source: str, mistakes: dict[int, tuple[str, str]]) -> str:
     for (start, end), wrong in sorted(own.items(), reverse=True):
         source = f"{source[:start]}{{ {''.join(wrong)}{source[start:end]} }}{source[end:]}"
     return f'#include "planted.h"\n{source}'
+
+
+def without(orders: re.Pattern, source: str) -> dict[str, tuple[str, str]]:
+    """Mistakes of a source, by name: what orders threads is left out at one place, whose text is that around it."""
+    found, inside = {}, bodies(source)
+    ends = [0, *(match.end() for match in re.finditer("\n", source))]
+    for match in orders.finditer(_SKIPPED.sub(lambda skipped: " " * len(skipped[0]), source)):
+        n = bisect.bisect(ends, match.start()) - 1
+        for before, after in sorted(itertools.product(range(6), range(6)), key=sum):
+            start, end = ends[max(n - before, 0)], ends[n + after + 1]
+            text = source[start:end]
+            if source.count(text) == 1 and any(a < start and end <= b for a, b in inside):
+                found[f"{n + 1}: no {match[0]}"] = (
+                    text,
+                    f"{source[start : match.start()]}{{}}{source[match.end() : end]}",
+                )
+                break
+        else:
+            raise ValueError(f"line {n + 1}: nothing around {match[0]} tells it from others")
+    return found
 
 
 def build_planted(mistakes: dict, folder: Path, flags, name: str = "driver") -> Path:

@@ -29,11 +29,6 @@ MUTANTS = {
         "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 2>();",
         "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 1>();",
     ),
-    "no barrier between a line's copies and its reading": (
-        "score_products.cuh",
-        "__syncthreads();  // the line is there, and the one before is no longer read",
-        "",
-    ),
     "a line is copied to where another is read": (
         "score_products.cuh",
         "const int before = at == 0 ? kStages - 1 : at - 1;",
@@ -62,21 +57,10 @@ MUTANTS = {
 }
 
 GROUP_MUTANTS = {
-    "copies that products may not read yet": (
-        "score_products.cuh",
-        "publish_copies();\n        sums.finish_line();",
-        "sums.finish_line();",
-    ),
-    "a line's products are not waited for": ("score_multiply.cuh", "wait_for_products(part);", ""),
     "a line is started before it is there": (
         "score_products.cuh",
         "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 2>();",
         "sums.finish_line(slab.stage[at]);\n      wait_for_copies<kStages - 1>();",
-    ),
-    "no barrier before a line is started": (
-        "score_products.cuh",
-        "__syncthreads();  // the line is there, and the one before is no longer read",
-        "",
     ),
     "a line is copied to where another is started": (
         "score_products.cuh",

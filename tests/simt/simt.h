@@ -5,7 +5,7 @@
 // blocks every warp as far as it comes before the next one), change at every barrier and warp operation, and all of a
 // warp (of a block) must meet at the same one: else the run aborts with the place. Shared memory is a heap block of
 // exactly the size asked for, filled with a pattern that reads as NaN and as token -1: AddressSanitizer sees what lies
-// outside, comparisons see what was never written. x86-64 only.
+// outside, comparisons see what was never written; watch.h sees races. x86-64 only.
 #pragma once
 
 #if !defined(__x86_64__) || !defined(__linux__)
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "bits.h"
+#include "watch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -52,6 +53,7 @@ struct Lanes {
   float* c[kLanes];
   const uint32_t *a[kLanes], *b[kLanes];
   uint32_t* loaded[kLanes];
+  uint32_t meetings;  // of __syncwarp
 };
 typedef void (*WarpOperation)(Lanes& lanes);
 
@@ -79,10 +81,12 @@ struct Copies {
 // What kernels and drivers see of the block that runs.
 struct Machine {
   unsigned char* shared = nullptr;
-  Copies* copies = nullptr;  // of each thread
-  Lanes* lanes = nullptr;    // of each warp
-  int running = 0;           // the thread
-  int unpublished = 0;       // threads with copies that products must not read yet
+  Copies* copies = nullptr;                                   // of each thread
+  Lanes* lanes = nullptr;                                     // of each warp
+  int running = 0;                                            // the thread
+  int unpublished = 0;                                        // threads with copies that products must not read yet
+  bool is_inside = false;                                     // a thread runs
+  uint32_t era = 1, first_of_block = 1, first_of_launch = 1;  // launches, blocks and their barriers, counted
   uint64_t random = 1;
 
   Lanes& own_lanes() { return lanes[running / kLanes]; }
@@ -128,7 +132,8 @@ namespace simt {
 
 // Runs kernel(job) over the grid, blocks in an order drawn from the seed.
 template <class Job>
-void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads, size_t shared_bytes, const Job& job) {
+void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads, size_t shared_bytes, const Job& job,
+              bool overlaps) {
   struct Call {
     void (*kernel)(Job);
     const Job* job;
@@ -142,6 +147,7 @@ void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads
   for (uint64_t n = blocks.size(); n > 1; n--) std::swap(blocks[n - 1], blocks[machine.draw(n)]);
   block_size = {uint32_t(threads), 1, 1};
   grid_size = {grid_x, grid_y, 1};
+  watch_launch(overlaps);
   for (const uint64_t n : blocks) {
     block_index = {uint32_t(n % grid_x), uint32_t(n / grid_x), 0};
     void* shared = nullptr;
@@ -150,7 +156,9 @@ void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads
       std::memset(shared, machine.draw(2) ? kPoison : kLargePoison, shared_bytes);
     }
     machine.shared = static_cast<unsigned char*>(shared);
+    watch_shared(shared, shared_bytes);
     run_block(threads, body, &call);
+    watch_shared(nullptr, 0);
     std::free(shared);
   }
 }
@@ -177,17 +185,19 @@ inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 
 // Atomics: fibers change only at barriers and warp operations.
-inline unsigned long long atomicMax(unsigned long long* at, unsigned long long v) {
+SIMT_UNWATCHED inline unsigned long long atomicMax(unsigned long long* at, unsigned long long v) {
+  simt::touch(simt::Access::atomic, at, sizeof *at);
   const unsigned long long before = *at;
   if (v > before) *at = v;
   return before;
 }
-inline int32_t atomicAdd(int32_t* at, int32_t v) {
+SIMT_UNWATCHED inline int32_t atomicAdd(int32_t* at, int32_t v) {
+  simt::touch(simt::Access::atomic, at, sizeof *at);
   const int32_t before = *at;
   *at += v;
   return before;
 }
-inline void __threadfence() {}
+inline void __threadfence() { simt::fence(); }
 
 namespace h2ot {
 namespace cuda {
@@ -248,16 +258,16 @@ inline void publish_copies() { simt::set_unpublished(false); }
 
 constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 
-inline void follow_previous() {}  // kernels run one after the other
+inline void follow_previous() { simt::follow(); }  // kernels run one after the other
 
 template <class Job>
 int32_t launch(void (*kernel)(Job), int64_t grid_x, int64_t grid_y, int32_t threads, int64_t shared_bytes, void*,
-               const Job& job, bool = false) {
+               const Job& job, bool overlaps = false) {
   if (grid_x < 1 || grid_x > INT32_MAX || grid_y < 1 || grid_y > 65535 || threads > 1024 ||
       shared_bytes > kSharedMost) {
     return 9;  // cudaErrorInvalidConfiguration
   }
-  simt::run_grid(kernel, uint32_t(grid_x), uint32_t(grid_y), threads, size_t(shared_bytes), job);
+  simt::run_grid(kernel, uint32_t(grid_x), uint32_t(grid_y), threads, size_t(shared_bytes), job, overlaps);
   return 0;
 }
 

@@ -25,11 +25,6 @@ MUTANTS = {
         "(part.split + 1) / part.splits, around / kSide);",
         "(part.split + 1) / part.splits - (part.split > 0), around / kSide);",
     ),
-    "no barrier before streamed sums are read": (
-        "score_stream_products.cuh",
-        "shared.tokens.column[c]);\n    }\n    __syncthreads();",
-        "shared.tokens.column[c]);\n    }",
-    ),
     "rows with pairs are another's": (
         "score_stream_products.cuh",
         "!= 0) << (r - first);",
@@ -71,15 +66,5 @@ MUTANTS = {
         "score_lists.cuh",
         "shared.lists.join(list, 0, lane);",
         "shared.lists.join(list, 1, lane);",
-    ),
-    "no barrier before what is around is known": (
-        "score_lists.cuh",
-        "= most;\n  }\n  __syncthreads();",
-        "= most;\n  }",
-    ),
-    "no barrier before lists of a search are joined": (
-        "score_lists.cuh",
-        "= found.count;\n  __syncthreads();",
-        "= found.count;",
     ),
 }

@@ -10,7 +10,9 @@ inline void start_copy(void* to, const void* from, bool there) {
   Copies& copies = machine.copies[machine.running];
   uint64_t stray[2];
   for (uint64_t& four : stray) four = machine.draw() & 0xcfffcfffcfffcfff;  // float16 up to 32
+  if (there) touch(Access::read, from, 16);
   std::memcpy(to, stray, 16);
+  touch(Access::copy, to, 16);
   copies.under_way.push_back({static_cast<unsigned char*>(to), from, there, copies.committed});
 }
 inline void set_unpublished(bool value) {
@@ -22,6 +24,7 @@ inline void wait_for_groups(uint64_t newest) {
   Copies& copies = machine.copies[machine.running];
   const auto lands = [&](const Copy& copy) {
     if (copy.group + newest >= copies.committed) return false;
+    touch(Access::arrive, copy.to, 16);
     if (copy.there) {
       std::memcpy(copy.to, copy.from, 16);
     } else {
@@ -48,6 +51,7 @@ inline void multiply_in_warp(float* c, const uint32_t* a, const uint32_t* b, War
 inline void load(Lanes& lanes) {
   for (int from = 0; from < kLanes; from++) {
     if (lanes.value[from] % 16) stop("an address", "ldmatrix");
+    touch_by_warp(reinterpret_cast<const void*>(lanes.value[from]), 16);
     uint32_t row[4];
     std::memcpy(row, reinterpret_cast<const void*>(lanes.value[from]), 16);
     for (int pair = 0; pair < 4; pair++) lanes.loaded[from % 8 * 4 + pair][from / 8] = row[pair];
@@ -60,15 +64,21 @@ inline void load(Lanes& lanes) {
 inline void check_published() {
   if (machine.unpublished > 0) stop("products read copies that are not published", "wgmma");
 }
+inline const void* vector_at(uint64_t matrix, int row, int vector) {
+  const uint64_t at = matrix + row * 128 + vector * 16;
+  return reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4);
+}
 inline void start_product(const GroupProduct& product) {
   if (product.a % 32 || product.b % 32) stop("an address", "wgmma");
+  for (int row = 0; machine.lane() == 0 && row < 64; row++) {  // it may be read at once, too
+    for (const uint64_t matrix : {product.a, product.b}) {
+      for (int vector = 0; vector < 2; vector++) touch_by_warp(vector_at(matrix, row, vector), 16);
+    }
+  }
   machine.copies[machine.running].products.push_back(product);
 }
 inline void read_line(uint64_t matrix, int row, uint16_t (&bits)[16]) {
-  for (int vector = 0; vector < 2; vector++) {
-    const uint64_t at = matrix + row * 128 + vector * 16;
-    std::memcpy(bits + vector * 8, reinterpret_cast<const void*>(at ^ (at >> 7 & 7) << 4), 16);
-  }
+  for (int vector = 0; vector < 2; vector++) std::memcpy(bits + vector * 8, vector_at(matrix, row, vector), 16);
 }
 inline void finish_products() {
   const int lane = machine.lane(), first = machine.running / kLanes % 4 * 16 + lane / 4;

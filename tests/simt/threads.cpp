@@ -87,6 +87,7 @@ void enter() {
   block.done[machine.running] = true;
   block.alive--;
   if (!block.copies[machine.running].under_way.empty()) stop("a thread ends with copies under way", "cp.async");
+  if (!block.copies[machine.running].products.empty()) stop("a thread ends with products under way", "wgmma");
   if (block.at_block > 0) stop("a thread ends while others wait at a barrier", block.place);
   go_on(&block.stack_pointer[machine.running]);
   std::abort();
@@ -135,7 +136,10 @@ void run_block(int threads, void (*body)(void*), void* argument) {
   block.warp_by_warp = machine.draw(2) == 1;
   if (block.warp_by_warp && machine.draw(2) == 1) std::reverse(block.ready, block.ready + threads);
   thread_index = {};
+  machine.first_of_block = ++machine.era;
+  machine.is_inside = true;
   go_on(&block.scheduler);
+  machine.is_inside = false;
   if (block.alive > 0) {
     for (const Warp& warp : block.warps) {
       if (warp.arrived > 0) stop("a warp operation that not all lanes reach", warp.place);
@@ -149,6 +153,7 @@ void block_barrier(const char* place) {
   block.place = place;
   if (++block.at_block == block.alive) {
     block.at_block = 0;
+    machine.era++;
     for (int t = 0; t < block.threads; t++) {
       if (!block.done[t]) block.ready[block.ready_count++] = t;
     }
@@ -208,6 +213,6 @@ void take_ballot(Lanes& lanes) {
   for (int lane = 0; lane < kLanes; lane++) bits |= uint64_t(lanes.value[lane] != 0) << lane;
   for (uint64_t& value : lanes.value) value = bits;
 }
-void only_meet(Lanes&) {}
+void only_meet(Lanes& lanes) { lanes.meetings++; }
 
 }  // namespace simt
