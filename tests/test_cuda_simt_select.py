@@ -127,6 +127,11 @@ MUTANTS = {
     "a tie too many": ("select.cuh", "(tie && own_ties < least.ties)", "(tie && own_ties <= least.ties)"),
     "what is above leaves the least out": ("select.cuh", "key >= least.key : key >", "key > least.key : key >"),
     "ties count in no place": ("select.cuh", "? earlier : 0)", "? 0 * earlier : 0)"),
+    "digits are added up in another order than they were counted": (
+        "select.cuh",
+        "own += bins[bin_of(kDigits - 1 - (lane * kOwnDigits + u))];",
+        "own += bins[kDigits - 1 - (lane * kOwnDigits + u)];",
+    ),
     "two arrays of bins in turn": ("select.cuh", "use = use == 2 ? 0 : use + 1;", "use = use == 1 ? 0 : use + 1;"),
     "the next bins are not cleared": ("select.cuh", "shared.bins[use][t] = 0;", "(void)t;"),
     "the leader's digit is counted twice": ("select.cuh", "if (counts && digit != common)", "if (counts)"),

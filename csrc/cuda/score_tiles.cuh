@@ -35,8 +35,8 @@ struct TileTokens {
 };
 
 // Sums of squared differences on the FFMA pipes: each thread 4 x 4 pairs, kGroups groups of threads each every
-// kGroups-th slab of the channels. Tokens lie in shared memory as in the rows, in lines whose pitch of 12 or 20 words
-// gives eight neighbours different banks.
+// kGroups-th slab of the channels. A line of shared memory holds some channels of a token; eight threads that read the
+// same channels of neighbours, or copy neighbours' lines, meet different banks: hence the order of a line's vectors.
 template <class T, int kDown = kDirectRows, int kAcross = kDirectColumns, int kGroups = 1>
 struct DirectTile {
   typedef T A;
@@ -48,16 +48,16 @@ struct DirectTile {
   static constexpr int kBlocks = sizeof(A) == 8 ? 1 : kWarpAlone ? kSmallBlocks : 2;  // resident
   static constexpr int kVector = 16 / int(sizeof(A));                                 // copied at once
   static constexpr int kVectors = kWarpAlone ? 2 : 4;                                 // of a line
-  static constexpr int kChannels = kVectors * kVector, kPitch = kChannels + kVector;
+  static constexpr int kChannels = kVectors * kVector;
   static constexpr int kCopies = (kRows + kColumns) * kVectors / kOwnThreads;
   static_assert(kCopies * kOwnThreads == (kRows + kColumns) * kVectors);
   static constexpr int kAcrossThreads = kColumns / 4, kDownThreads = kRows / 4;
   struct alignas(16) Line {
-    A v[kPitch];
+    A v[kChannels];
   };
   union Slab {
     Line line[kGroups][2][kRows + kColumns];
-    TileValues<A, kRows, kColumns> sums[kGroups];
+    TileValues<A, kRows, kColumns, kAcrossThreads> sums[kGroups];  // written without bank conflicts, too
   };
   A total[4][4];
   A factor;  // of the sums
@@ -72,6 +72,10 @@ struct DirectTile {
   static H2OT_DEVICE int own_thread() { return threadIdx.x % kOwnThreads; }
   static H2OT_DEVICE int row_of(int u) { return own_thread() / kAcrossThreads + u * kDownThreads; }
   static H2OT_DEVICE int column_of(int w) { return own_thread() % kAcrossThreads + w * kAcrossThreads; }
+  // Where vector v of the line of a tile's token lies in it.
+  static H2OT_DEVICE int place_of(int token, int v) {
+    return (v ^ (token / (8 / kVectors) & (kVectors - 1))) * kVector;
+  }
 
   // Adds what one slab gives. kScaled: both tokens are scaled first, for their difference may be more than the largest
   // number; else the sums will be.
@@ -80,18 +84,19 @@ struct DirectTile {
     A of_slab[4][4] = {};
     A(&sums)[4][4] = kWarpAlone ? total : of_slab;
 #pragma unroll 2
-    for (int v = 0; v < kChannels; v += kVector) {
+    for (int v = 0; v < kVectors; v++) {
       struct alignas(16) Vector {
         A v[kVector];
       } p[4];
 #pragma unroll
       for (int u = 0; u < 4; u++) {
-        p[u] = *reinterpret_cast<const Vector*>(&line[row_of(u)].v[v]);
+        p[u] = *reinterpret_cast<const Vector*>(&line[row_of(u)].v[place_of(row_of(u), v)]);
         for (A& value : p[u].v) value = kScaled ? value * scale : value;
       }
 #pragma unroll
       for (int w = 0; w < 4; w++) {
-        Vector q = *reinterpret_cast<const Vector*>(&line[kRows + column_of(w)].v[v]);
+        const int column = kRows + column_of(w);
+        Vector q = *reinterpret_cast<const Vector*>(&line[column].v[place_of(column, v)]);
         for (A& value : q.v) value = kScaled ? value * scale : value;
 #pragma unroll
         for (int e = 0; e < kVector; e++) {
@@ -124,9 +129,9 @@ struct DirectTile {
     const auto copy = [&](Line(&to)[kRows + kColumns]) {
 #pragma unroll
       for (int f = 0; f < kCopies; f++) {
-        const int unit = own_thread() + f * kOwnThreads, own = unit % kVectors * kVector;
-        const bool there = from[f] != nullptr && next + own < channels;
-        copy_async(&to[unit / kVectors].v[own], there ? from[f] + next : job.rows, there);
+        const int unit = own_thread() + f * kOwnThreads, token = unit / kVectors, v = unit % kVectors;
+        const bool there = from[f] != nullptr && next + v * kVector < channels;
+        copy_async(&to[token].v[place_of(token, v)], there ? from[f] + next : job.rows, there);
       }
       next += kGroups * kChannels;
     };
@@ -161,7 +166,7 @@ struct DirectTile {
     }
   }
 
-  // After a barrier. tile may be where the slab was: its first sums.
+  // After a barrier; has one itself where there are groups. tile may be where the slab was.
   H2OT_DEVICE void put(const Job<A>&, int64_t, const TileTokens<kRows, kColumns>& tokens, const Slab& slab,
                        TileValues<A, kRows, kColumns>& tile) const {
     const auto value = [&](int r, int c, A sum) {
@@ -175,12 +180,21 @@ struct DirectTile {
         }
       }
     } else {
-      for (int e = threadIdx.x; e < kRows * kColumns; e += kThreads) {
-        const int r = e / kColumns, c = e % kColumns;
+      constexpr int kOwn = kRows * kColumns / kThreads;
+      A own[kOwn];
+#pragma unroll
+      for (int n = 0; n < kOwn; n++) {
+        const int e = threadIdx.x + n * kThreads, r = e / kColumns, c = e % kColumns;
         A sum = slab.sums[0].value[r][c];
 #pragma unroll
         for (int group = 1; group < kGroups; group++) sum += slab.sums[group].value[r][c];
-        tile.value[r][c] = value(r, c, sum);
+        own[n] = value(r, c, sum);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int n = 0; n < kOwn; n++) {
+        const int e = threadIdx.x + n * kThreads;
+        tile.value[e / kColumns][e % kColumns] = own[n];
       }
     }
   }

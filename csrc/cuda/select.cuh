@@ -13,7 +13,7 @@ constexpr int kMostWarps = 32;  // of a block
 constexpr int kKeysAhead = 4;   // asked for per thread before the first is looked at
 
 struct SelectShared {
-  int32_t bins[3][kDigits];  // counted, found from, cleared: in turn
+  int32_t bins[3][kDigits];  // counted, found from, cleared: in turn; digits at bin_of
   int32_t count[kMostWarps], ties[kMostWarps];
 };
 
@@ -39,6 +39,10 @@ struct Keep {
     return found;
   }
 };
+
+// The digits that a lane adds up lie kLanes apart: all lanes read different banks.
+constexpr int kOwnDigits = kDigits / kLanes;
+H2OT_DEVICE uint32_t bin_of(uint32_t digit) { return digit % kOwnDigits * kLanes + digit / kOwnDigits; }
 
 // The largest key T with at least K keys >= T, and how many of those equal to T are wanted: all (limit N) where the
 // keys from T on are K, T then being the least that they have in common.
@@ -76,29 +80,28 @@ H2OT_DEVICE Threshold threshold_of(const uint64_t* keys, int64_t N, int64_t K, S
         if (open == 0) continue;
         const int leader = __ffs(int(open)) - 1, common = __shfl_sync(kAllLanes, digit, leader);
         const uint32_t same = __ballot_sync(kAllLanes, counts && digit == common);
-        if (lane == leader) atomicAdd(&bins[common], __popc(same));
-        if (counts && digit != common) atomicAdd(&bins[digit], 1);
+        if (lane == leader) atomicAdd(&bins[bin_of(common)], __popc(same));
+        if (counts && digit != common) atomicAdd(&bins[bin_of(digit)], 1);
       }
     }
     __syncthreads();
-    // Every warp finds the digit: eight bins a lane, the highest first.
-    constexpr int kOwn = kDigits / kLanes;
+    // Every warp finds the digit: eight of them a lane, the highest first.
     int32_t own = 0;
-    for (int u = 0; u < kOwn; u++) own += bins[kDigits - 1 - (lane * kOwn + u)];
+    for (int u = 0; u < kOwnDigits; u++) own += bins[bin_of(kDigits - 1 - (lane * kOwnDigits + u))];
     int32_t upto = own;
     for (int d = 1; d < kLanes; d *= 2) {
       const int32_t before = __shfl_up_sync(kAllLanes, upto, d);
       if (lane >= d) upto += before;
     }
     const int holder = __ffs(int(__ballot_sync(kAllLanes, upto >= wanted))) - 1;
-    int32_t above = upto - own, digit = kDigits - 1 - lane * kOwn;
-    while (lane == holder && above + bins[digit] < wanted) above += bins[digit--];
+    int32_t above = upto - own, digit = kDigits - 1 - lane * kOwnDigits;
+    while (lane == holder && above + bins[bin_of(digit)] < wanted) above += bins[bin_of(digit--)];
     above = __shfl_sync(kAllLanes, above, holder);
     digit = __shfl_sync(kAllLanes, digit, holder);
     wanted -= above;
     chosen |= uint64_t(digit) << shift;
     known |= uint64_t(kDigits - 1) << shift;
-    if (bins[digit] == wanted) return {chosen, N};
+    if (bins[bin_of(digit)] == wanted) return {chosen, N};
   }
   return {chosen, wanted};
 }

@@ -23,7 +23,12 @@ MUTANTS = {
         "int next = group * kChannels;",
         "int next = group / 2 * kChannels;",
     ),
-    "channels past the last are read": ("score_tiles.cuh", "&& next + own < channels;", ";"),
+    "channels past the last are read": ("score_tiles.cuh", "&& next + v * kVector < channels;", ";"),
+    "vectors of a line in another order where they are read": (
+        "score_tiles.cuh",
+        ".v[place_of(column, v)]",
+        ".v[place_of(column, v ^ 1)]",
+    ),
     "squares that leave the range": ("score_tiles.cuh", " && scale >= A(0x1p-56);", ";"),
     "a tile edge one too early": ("score_tiles.cuh", "if (j < N && j > i)", "if (j < N - 1 && j > i)"),
     "the mirrored edge one too far": ("score_tiles.cuh", "if (j < N && j > i)", "if (j <= N && j > i)"),
