@@ -208,8 +208,8 @@ def compile_build(task: Task) -> list[Row]:
                 with line_numbers(True):
                     whole = compiled(arch, build, source_of(build))
                 with_lines = row_of(arch, build, whole)
-                # scan_kernel: 230 registers where ptxas is given lines, else 229.
-                if abs(with_lines.registers - row.registers) == 1:
+                # The same PTX; ptxas, given lines: scan_kernel 230 registers for 229, nearest_kernel 244 for 246.
+                if abs(with_lines.registers - row.registers) <= 2:
                     with_lines = replace(with_lines, registers=row.registers)
                 if not same_code(whole, code) or with_lines != row:
                     row = replace(row, error="has PTX of its own: see has_ptx_of and line_numbers")
