@@ -49,9 +49,22 @@ def scores(plan) -> list[simt.Call]:
     return [call_of(case, plan=plan, seed=n, samples=(1, 65535)[n % 2]) for n, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize("plan", PLANS[1:], ids=name_of)  # the counted plan is one of them
+@pytest.mark.parametrize("plan", PLANS[1:], ids=name_of)  # the counted plans are among them, or below
 def test_scores(plan, tmp_path):
     check(scores(plan), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_tiles(dtype, tmp_path):
+    """Of differences, which few multiprocessors take, and of products."""
+    cases = [
+        TokenCase("still", B=1, N=150, C=70, K=80, dtype=dtype),
+        TokenCase("nonfinite", B=1, N=140, C=33, k=5, K=40, dtype=dtype, masked=True),
+    ]
+    calls = [call_of(case, plan=("stored", "direct"), multiprocessors=1) for case in cases]
+    if dtype == torch.float32:
+        calls += [call_of(case, plan=(search, "products"), side=128) for case in cases for search in simt.SEARCHES]
+    check(calls, tmp_path)
 
 
 @pytest.mark.parametrize("plan", GROUP_PLANS, ids=name_of)

@@ -96,7 +96,7 @@ struct Operands {
 
   // For a warp, of token i of a sample that is none. Tiles read a sample's first token in place of such ones, and use
   // nothing of it: its copy must be numbers, no more.
-  H2OT_DEVICE void skip(int64_t i, int64_t token, int lane) const {
+  H2OT_DEVICE void clear_if_first(int64_t i, int64_t token, int lane) const {
     if (i > 0 || copy == nullptr) return;
     for (int64_t c = 4 * lane; c < pitch; c += 4 * kLanes) {
       *reinterpret_cast<Quad<uint16_t>*>(copy + token * pitch + c) = Quad<uint16_t>{};

@@ -94,7 +94,7 @@ H2OT_DEVICE int32_t enter_pairs(const Job<float>& job, int64_t b, int64_t i, int
       job.norm[token] = 0;
       to.scale[token] = kNoPower;
     }
-    to.skip(i, token, lane);
+    to.clear_if_first(i, token, lane);
     return kNoExponent;
   }
 

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 2) operand_kernel(Job<float> j
   if (i >= job.x.N) return;
   if (!job.valid[b * job.x.N + i]) {
     if (lane == 0) job.norm[b * job.x.N + i] = 0;  // rows of norms are read whole
-    job.operands.skip(i, b * job.x.N + i, lane);
+    job.operands.clear_if_first(i, b * job.x.N + i, lane);
     return;
   }
 
@@ -171,7 +171,7 @@ struct ProductTile {
   // one after that is asked for.
   H2OT_DEVICE void compute(const Job<float>& job, int64_t b, Tokens& tokens, Slab& slab) {
     if (threadIdx.x == 0) {
-      const Lines lines = lines_of<Operand>(job, b);
+      const Lines lines = lines_of<Operand>(job, b);  // by itself: see tests/simt/watch.h
       tokens.lines = lines;
     }
     __syncthreads();

@@ -1,6 +1,7 @@
 // The memory of tensors and blocks, watched for races and for bytes that nobody wrote. In builds with -fsanitize=thread
 // only: there the compiler calls a function before every access of the kernels, and watch.cpp has these functions, not
-// the compiler's library. Elsewhere these are nothing.
+// the compiler's library. Elsewhere these are nothing. What a function returns straight into watched memory g++ does
+// not announce: kernels put it into a variable first.
 #pragma once
 
 #include <cstddef>
