@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 
 import h2ot_kernels as h2ot
 from h2ot_kernels import backend
@@ -45,8 +46,9 @@ def test_what_asks_is_seen(ask):
 
 
 @pytest.mark.parametrize("name", ["cpp", "triton"])
-def test_no_operation_asks_for_a_value(name):
-    """Forward and backward; what Python does is the same on "cuda" as on "cpp"."""
+def test_no_operation_asks_for_a_value(name, monkeypatch):
+    """Forward and backward; what Python does is the same on "cuda" as on "cpp". Triton's kernels are not run."""
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda kernel, grid: lambda *given, **named: None)
     given = every_op.inputs(600)
     for op, call in every_op.calls():
         if backend.can_run(op, name, "cpu")[0]:

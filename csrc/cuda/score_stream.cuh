@@ -18,7 +18,7 @@ struct StreamShared {
   int32_t at[Tiles::kRows][kLongestList];
   union {
     typename Tiles::Slab slab;
-    TileValues<A, Tiles::kRows, Tiles::kColumns> tile;
+    TileValues<A, Tiles::kRows, Tiles::kColumns, Tiles::kAcrossThreads> tile;  // read by rows only
   };
 };
 
@@ -59,9 +59,11 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
     const int64_t i = at >= part.rows ? -1 : job.for_peaks ? job.peaks[b * N + at] : at;
     shared.tokens.row[r] = i >= 0 && valid[i] ? int32_t(i) : -1;
     shared.furthest[r] = -1;
-    for (int32_t e = 0; e < room; e++) {
-      shared.low[r][e] = infinity_of(A());
-      shared.at[r][e] = -1;
+  }
+  for (int r = warp; r < Tiles::kRows; r += kTileThreads / kLanes) {
+    if (lane < room) {
+      shared.low[r][lane] = infinity_of(A());
+      shared.at[r][lane] = -1;
     }
   }
   const int64_t tiles = ceil_div(N, Tiles::kColumns);

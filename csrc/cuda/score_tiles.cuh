@@ -18,8 +18,10 @@ constexpr int kSmallBlocks = 2;
 constexpr int kSmallBlocks = 3;
 #endif
 
-// One tile: value[r][c] is infinity where either token is not valid or both are the same.
-template <class A, int kRows, int kColumns, int kPad = 1>
+// One tile: value[r][c] is infinity where either token is not valid or both are the same. The pad says who meets
+// different banks: an odd one those who read a column (5: of products' fragments, which are written two for one, the
+// fewest of all odd ones), a multiple of 8 those who write two rows' or four rows' parts at once.
+template <class A, int kRows, int kColumns, int kPad = 5>
 struct TileValues {
   static constexpr bool kInPairs = kPad % 2 == 0;  // two neighbours can be written at once
   A value[kRows][kColumns + kPad];
@@ -167,8 +169,9 @@ struct DirectTile {
   }
 
   // After a barrier; has one itself where there are groups. tile may be where the slab was.
+  template <class Values>
   H2OT_DEVICE void put(const Job<A>&, int64_t, const TileTokens<kRows, kColumns>& tokens, const Slab& slab,
-                       TileValues<A, kRows, kColumns>& tile) const {
+                       Values& tile) const {
     const auto value = [&](int r, int c, A sum) {
       const int32_t i = tokens.row[r], j = tokens.column[c];
       return i >= 0 && j >= 0 && i != j ? sum * factor : infinity_of(A());

@@ -92,21 +92,28 @@ def _optimized(name: str) -> Path:
 
 
 def build(
-    flags=SANITIZED, sources: Path = ROOT / "csrc", folder: Path = ROOT / "build" / "simt", name: str = "driver"
+    flags=SANITIZED,
+    sources: Path = ROOT / "csrc",
+    folder: Path = ROOT / "build" / "simt",
+    name: str = "driver",
+    watcher: str = "watch",
 ) -> Path:
-    """A driver under `folder`, built from `sources` once per content and flags. RuntimeError: what g++ says."""
+    """A driver under `folder`, built from `sources` once per content and flags. RuntimeError: what g++ says.
+
+    watcher: "watch" or "traffic", what is told of every access where flags are WATCHED.
+    """
     files = sorted([*(sources / "cuda").iterdir(), sources / "launch.h", *_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
     folder = folder / _digest(*flags, *files)
-    driver = folder / name
+    is_watched = "-fsanitize=thread" in flags
+    driver = folder / (f"{name}-{watcher}" if is_watched else name)
     if driver.exists():
         return driver
-    is_watched = "-fsanitize=thread" in flags
-    objects = [_optimized(name) for name in ("threads.cpp", "products.cpp", *["watch.cpp"] * is_watched)]
+    objects = [_optimized(part) for part in ("threads.cpp", "products.cpp", *[f"{watcher}.cpp"] * is_watched)]
     options = (*flags, f"-I{sources}", "-include", _common_header(flags), "-x", "c++")
     for source in (_HERE / f"{name}.cpp", *(sources / "cuda" / part for part in PARTS[name])):
         objects.append(_compile(source, folder / f"{source.name}.o", *options))
     made = folder / f"{name}-{os.getpid()}-{threading.get_ident()}"
-    libraries = [flag for flag in flags if flag != "-fsanitize=thread"]  # watch.cpp is in its place
+    libraries = [flag for flag in flags if flag != "-fsanitize=thread"]  # the watcher is in its place
     subprocess.run(["g++", *libraries, *objects, "-o", made], check=True)
     made.rename(driver)
     return driver

@@ -147,7 +147,7 @@ void run_grid(void (*kernel)(Job), uint32_t grid_x, uint32_t grid_y, int threads
   for (uint64_t n = blocks.size(); n > 1; n--) std::swap(blocks[n - 1], blocks[machine.draw(n)]);
   block_size = {uint32_t(threads), 1, 1};
   grid_size = {grid_x, grid_y, 1};
-  watch_launch(overlaps);
+  watch_launch(reinterpret_cast<const void*>(kernel), overlaps);
   for (const uint64_t n : blocks) {
     block_index = {uint32_t(n % grid_x), uint32_t(n / grid_x), 0};
     void* shared = nullptr;
@@ -217,7 +217,9 @@ inline uint16_t narrow_brain(float v) {
   return v != v ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline void copy_async(void* shared, const void* from, bool there) { simt::start_copy(shared, from, there); }
+inline __attribute__((always_inline)) void copy_async(void* shared, const void* from, bool there) {
+  simt::start_copy(shared, from, there);
+}
 inline void commit_copies() { simt::machine.copies[simt::machine.running].committed++; }
 template <int kNewest>
 void wait_for_copies() {

@@ -3,15 +3,19 @@
 
 namespace simt {
 
+// 16 bytes that no thread moves.
+SIMT_UNWATCHED inline __attribute__((noinline)) void move_16(void* to, const void* from) { std::memcpy(to, from, 16); }
+
 // Nothing may be read of the destination from the start of a copy on (it holds numbers that nobody wrote, for NaN could
-// end as a distance of zero, which is only slow), and its bytes only come with the wait.
-inline void start_copy(void* to, const void* from, bool there) {
+// end as a distance of zero, which is only slow), and its bytes only come with the wait. Inlined: the watcher is told
+// of the kernel's line.
+inline __attribute__((always_inline)) void start_copy(void* to, const void* from, bool there) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) stop("an address", "cp.async");
   Copies& copies = machine.copies[machine.running];
   uint64_t stray[2];
   for (uint64_t& four : stray) four = machine.draw() & 0xcfffcfffcfffcfff;  // float16 up to 32
   if (there) touch(Access::read, from, 16);
-  std::memcpy(to, stray, 16);
+  move_16(to, stray);
   touch(Access::copy, to, 16);
   copies.under_way.push_back({static_cast<unsigned char*>(to), from, there, copies.committed});
 }
@@ -25,11 +29,8 @@ inline void wait_for_groups(uint64_t newest) {
   const auto lands = [&](const Copy& copy) {
     if (copy.group + newest >= copies.committed) return false;
     touch(Access::arrive, copy.to, 16);
-    if (copy.there) {
-      std::memcpy(copy.to, copy.from, 16);
-    } else {
-      std::memset(copy.to, 0, 16);
-    }
+    static const uint64_t zeros[2] = {};
+    move_16(copy.to, copy.there ? copy.from : zeros);
     set_unpublished(true);
     return true;
   };
@@ -53,7 +54,7 @@ inline void load(Lanes& lanes) {
     if (lanes.value[from] % 16) stop("an address", "ldmatrix");
     touch_by_warp(reinterpret_cast<const void*>(lanes.value[from]), 16);
     uint32_t row[4];
-    std::memcpy(row, reinterpret_cast<const void*>(lanes.value[from]), 16);
+    move_16(row, reinterpret_cast<const void*>(lanes.value[from]));
     for (int pair = 0; pair < 4; pair++) lanes.loaded[from % 8 * 4 + pair][from / 8] = row[pair];
   }
 }
@@ -78,7 +79,7 @@ inline void start_product(const GroupProduct& product) {
   machine.copies[machine.running].products.push_back(product);
 }
 inline void read_line(uint64_t matrix, int row, uint16_t (&bits)[16]) {
-  for (int vector = 0; vector < 2; vector++) std::memcpy(bits + vector * 8, vector_at(matrix, row, vector), 16);
+  for (int vector = 0; vector < 2; vector++) move_16(bits + vector * 8, vector_at(matrix, row, vector));
 }
 inline void finish_products() {
   const int lane = machine.lane(), first = machine.running / kLanes % 4 * 16 + lane / 4;

@@ -7,10 +7,7 @@
 #include <string>
 #include <vector>
 
-#define __SANITIZE_THREAD__ 1  // declares what is defined here
-#include "simt.h"
-
-extern "C" const char __executable_start;
+#include "announced.h"
 
 namespace simt {
 
@@ -99,7 +96,7 @@ struct Event {
                              " bytes at byte " + std::to_string(at - range.begin) + " of " +
                              (range.is_shared ? "shared memory, " : "a tensor, ") + what;
     char place[32];
-    std::snprintf(place, sizeof place, "at 0x%zx", size_t(static_cast<const char*>(from) - &__executable_start) - 1);
+    std::snprintf(place, sizeof place, "at 0x%zx", place_of(from));
     stop(text.c_str(), place);
   }
 
@@ -156,6 +153,10 @@ void pass(Access access, const void* address, size_t bytes, int thread, const vo
 
 }  // namespace
 
+void announced(Access access, const void* at, size_t bytes, const void* from) {
+  pass(access, at, bytes, machine.running, from);
+}
+
 void watch(const void* begin, size_t bytes) {
   tensors.emplace_back();
   tensors.back().hold(begin, bytes);
@@ -179,7 +180,7 @@ void watch_shared(const void* begin, size_t bytes) {
   shared.bytes = bytes;
   std::fill(follows, follows + 1024, false);
 }
-void watch_launch(bool may_overlap) {
+void watch_launch(const void*, bool may_overlap) {
   overlaps = may_overlap;
   releases.clear();
   machine.first_of_launch = ++machine.era;
@@ -203,26 +204,3 @@ void touch_by_warp(const void* at, size_t bytes) {
 }
 
 }  // namespace simt
-
-// What the compiler calls.
-#define SIMT_CALLED(name, access, bytes) \
-  extern "C" void name(void* at) { simt::pass(access, at, bytes, simt::machine.running, __builtin_return_address(0)); }
-#define SIMT_CALLED_OF(bytes)                                          \
-  SIMT_CALLED(__tsan_read##bytes, simt::Access::read, bytes)           \
-  SIMT_CALLED(__tsan_write##bytes, simt::Access::write, bytes)         \
-  SIMT_CALLED(__tsan_unaligned_read##bytes, simt::Access::read, bytes) \
-  SIMT_CALLED(__tsan_unaligned_write##bytes, simt::Access::write, bytes)
-SIMT_CALLED_OF(1)
-SIMT_CALLED_OF(2)
-SIMT_CALLED_OF(4)
-SIMT_CALLED_OF(8)
-SIMT_CALLED_OF(16)
-extern "C" void __tsan_read_range(void* at, size_t bytes) {
-  simt::pass(simt::Access::read, at, bytes, simt::machine.running, __builtin_return_address(0));
-}
-extern "C" void __tsan_write_range(void* at, size_t bytes) {
-  simt::pass(simt::Access::write, at, bytes, simt::machine.running, __builtin_return_address(0));
-}
-extern "C" void __tsan_init() {}
-extern "C" void __tsan_vptr_read(void*) {}
-extern "C" void __tsan_vptr_update(void*, void*) {}
