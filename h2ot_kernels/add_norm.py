@@ -44,16 +44,18 @@ def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> b
     if not is_unseen(x, y, weight, bias):
         return False
     C = norm.normalized_shape[-1]
-    fits = norm.normalized_shape == x.shape[-1:] and C > 0 and all(t is None or t.shape == (C,) for t in (weight, bias))
-    if not (fits and (y is None or y.shape == x.shape)):
+    if not (x.shape[-1:] == norm.normalized_shape and C > 0 and (y is None or y.shape == x.shape)):
         return False
-    if not all(t is None or C == 1 or t.stride(-1) == 1 for t in (x, y)):
-        return False
-    beside = {x.dtype, *HALVES} if x.dtype == torch.float32 else {x.dtype}
-    vectors = {t.dtype for t in (weight, bias) if t is not None}
-    allowed = {x.dtype, torch.float32} if x.dtype in HALVES else {x.dtype}
-    mixes = dtype in beside and (y is None or y.dtype in beside) and len(vectors) <= 1 and vectors <= allowed
-    return x.dtype in FLOATS and mixes
+    for t in (x, y):
+        if not (t is None or C == 1 or t.stride(-1) == 1):
+            return False
+    beside = (torch.float32, *HALVES) if x.dtype == torch.float32 else (x.dtype,)
+    allowed = (x.dtype, torch.float32) if x.dtype in HALVES else (x.dtype,)
+    for t in (weight, bias):
+        if not (t is None or (t.shape == (C,) and t.dtype in allowed)):
+            return False
+    alike = weight is None or bias is None or weight.dtype == bias.dtype
+    return x.dtype in FLOATS and alike and dtype in beside and (y is None or y.dtype in beside)
 
 
 def _fake(x, y, weight, bias, eps, dtype):

@@ -29,8 +29,10 @@ def is_unseen(*tensors: Tensor | None) -> bool:
         return False
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
-    plain = all(tensor is None or _is_plain(tensor) for tensor in tensors) and not _records(*tensors)
-    return plain and not is_reference(None) and why_no_cpp() is None
+    for tensor in tensors:
+        if not (tensor is None or _is_plain(tensor)):
+            return False
+    return not (_records(*tensors) or is_reference(None)) and why_no_cpp() is None
 
 
 def require_inference(name: str, *tensors: Tensor | None) -> None:

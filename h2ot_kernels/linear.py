@@ -20,6 +20,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 FUSED = (torch.float32, torch.bfloat16)  # tokens whose norm is part of a product
 SAMPLED = 256  # elements of a parameter that are looked at before its packed form is used
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):
@@ -61,17 +62,19 @@ class Linear(nn.Linear):
         """
         if not x.is_cpu:  # nothing is packed there
             return self._plain(x, activation, residual, scale, chunks, norm)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not self._can_pack(x, dtype) or (scale is not None and scale.is_inference()):
+        casts = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
+        weight = self.weight  # asked for once: between products these lines are as cold as what they look at
+        if not self._can_pack(x, weight, dtype, casts) or (scale is not None and scale.is_inference()):
             return self._plain(x, activation, residual, scale, chunks, norm)
-        product = self._pack(x, dtype, scale, chunks)
+        product = self._pack(x, weight, dtype, scale, chunks)
         fused = {}
         if norm is not None and isinstance(product, Tiles | Halves) and _can_fuse(norm, x):
             fused = {"norm": norm}
         elif norm is not None:
             x = normed(norm, x, dtype)
         rounds = isinstance(product, Halves) and x.dtype in FUSED
-        products = product(x if rounds else x.to(dtype), activation, residual, **fused)
+        products = product(x if rounds or x.dtype == dtype else x.to(dtype), activation, residual, **fused)
         return products[0] if chunks == 1 else products
 
     def _plain(
@@ -95,49 +98,52 @@ class Linear(nn.Linear):
             return scale * y if residual is None else torch.addcmul(residual, y.to(residual.dtype), scale)
         return y if residual is None else residual + y
 
-    def _can_pack(self, x: Tensor, dtype: torch.dtype) -> bool:
+    def _can_pack(self, x: Tensor, weight: Tensor, dtype: torch.dtype, casts: bool) -> bool:
         return (
             not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
             and forward_ad._current_level < 0  # a product of oneDNN has no tangent
             and dtype in PACKABLE
             and type(x) is Tensor  # no fakes, no functorch wrappers
             and not (x.is_nested or torch.jit.is_tracing())
-            and (dtype == self.weight.dtype or (torch.is_autocast_enabled("cpu") and _casts(x, self.weight)))
-            and x.device.type == self.weight.device.type == "cpu"
-            and x.layout is self.weight.layout is torch.strided
-            and x.shape[-1:] == self.weight.shape[1:]
+            and (dtype == weight.dtype or (casts and _casts(x, weight)))
+            and weight.is_cpu
+            and x.layout is weight.layout is torch.strided
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
             and x.numel() > 0
-            and type(self.weight) is nn.Parameter
-            and not self.weight.is_inference()  # such a tensor does not say when it changes
-            and torch.backends.mkldnn.is_available()
+            and type(weight) is nn.Parameter
+            and not weight.is_inference()  # such a tensor does not say when it changes
+            and HAS_ONEDNN
             and torch.backends.mkldnn.enabled
             and (dtype != torch.float16 or is_widened(dtype))
         )
 
     def _pack(
-        self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int
+        self, x: Tensor, weight: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int
     ) -> "Tiles | Halves | OneDnn | Widened":
         """The weight and bias, times the scale."""
+        bias = self.bias
 
         def make() -> Tiles | Halves | OneDnn | Widened:
-            weight, bias = self.weight.detach(), self.bias
+            own, added = weight.detach(), bias
             if scale is not None:
-                weight, bias = weight * scale[:, None], None if bias is None else bias * scale
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-            return _product(weight, bias, x.numel() // self.in_features, chunks)
+                own, added = own * scale[:, None], None if added is None else added * scale
+            own, added = own.to(dtype), None if added is None else added.to(dtype)
+            return _product(own, added, x.numel() // self.in_features, chunks)
 
-        sources = [tensor for tensor in (self.weight, self.bias, scale) if tensor is not None]
+        sources = [tensor for tensor in (weight, bias, scale) if tensor is not None]
         return self.kept("packed", (dtype, chunks, tiles_run(), dots_run()), sources, make)
 
     def kept(self, name: str, key: tuple, sources: list[Tensor], make: Callable[[], Made]) -> Made:
         """make(), kept under name until key or one of the tensors that it is made of changes."""
-        state = (*key, *((tensor.data_ptr(), tensor._version) for tensor in sources))
+        state = (key, [(tensor.data_ptr(), tensor._version) for tensor in sources])
         kept = self._kept and self._kept.get(name)
-        if not kept or kept[0] != state or not all(torch.equal(*pair) for pair in kept[1]):
-            samples = [(part, part.clone()) for part in map(_sample, sources)]
-            kept = state, samples, make()
-            self._kept = {**(self._kept or {}), name: kept}
-        return kept[2]
+        if kept and kept[0] == state and all([torch.equal(*pair) for pair in kept[1]]):
+            return kept[2]
+        samples = [(part, part.clone()) for part in map(_sample, sources)]
+        made = make()
+        self._kept = {**(self._kept or {}), name: (state, samples, made)}
+        return made
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
@@ -175,7 +181,7 @@ class OneDnn:
         self.parts = list(zip(weights, biases, strict=True))
 
     def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(self._product(x, activation, residual, part) for part in self.parts)
+        return tuple([self._product(x, activation, residual, part) for part in self.parts])
 
     def _product(self, x: Tensor, activation: str, residual: Tensor | None, part: tuple) -> Tensor:
         if residual is None or activation != "none" or residual.dtype != x.dtype:
@@ -234,11 +240,14 @@ def is_silent(*modules: nn.Module | None) -> bool:
     """Nothing happens in these modules' calls, which are left out or changed: no active dropout (of a module in
     training mode, in an MLP that is not, too), no hook, no forward put on the instance.
     """
-    called = [module for module in modules if module is not None]
-    active = any(module.training and getattr(module, "p", 0) for module in called)
-    listening = any(getattr(module, name) for module in called for name in HOOKS)
-    replaced = any("forward" in module.__dict__ for module in called)
-    return not (active or listening or replaced or nn_module._has_any_global_hook())
+    for module in modules:
+        if module is None:
+            continue
+        if module.training and getattr(module, "p", 0):
+            return False
+        if "forward" in module.__dict__ or any([getattr(module, name) for name in HOOKS]):
+            return False
+    return not nn_module._has_any_global_hook()
 
 
 def _casts(*tensors: Tensor) -> bool:

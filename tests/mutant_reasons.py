@@ -142,6 +142,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "for (; at > 0 && (value < values[at - 1] || (value == values[at - 1] && from <= slots[at - 1])); at--) {",
     ): "no slot is offered twice to a list",
     (
+        "csrc/cuda/score_device.cuh",
+        "if (i > 0 || copy == nullptr) return;",
+        "if (i > 0 && copy == nullptr) return;",
+    ): "tokens are cleared of which nobody reads; without a copy there is no pitch either",
+    (
         "csrc/cuda/select.cuh",
         "if (keep.M > 0) {",
         "if (keep.M >= 0) {",
