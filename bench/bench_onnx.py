@@ -39,12 +39,15 @@ from .run import environment_row
 # That needs input at which a perturbation of 1e-6 changes no host's decisions, which a walk is not.
 REDUCED_BOUND, REDUCED_NOISE = 1e-5, 1.0
 
-# Logger -> how its messages begin that say nothing of a host; and a warning of PyTorch about its own use of itself.
-KNOWN_MESSAGES = {
-    "torch.onnx._internal.exporter._registration": "torchvision is not installed",
-    "onnxscript.optimizer._constant_folding": "Skipping constant folding for op",
-    "root": "Please consider to run pre-processing before quantization",
-}
+# Loggers, and how their messages begin that say nothing of a host (GatherElements of one row: not evaluated while the
+# graph is made, but where it runs); and a warning of PyTorch about its own use of itself.
+FOLDING = "onnxscript.optimizer._constant_folding"
+KNOWN_MESSAGES = (
+    ("torch.onnx._internal.exporter._registration", "torchvision is not installed"),
+    (FOLDING, "Skipping constant folding for op"),
+    (FOLDING, "Evaluation failed: cannot reshape array of size 1"),
+    ("root", "Please consider to run pre-processing before quantization"),
+)
 KNOWN_WARNING = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
 
 
@@ -53,7 +56,7 @@ def without_known_messages() -> Iterator[None]:
     """Drops these messages of the exporter and the quantiser, and no others."""
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.filterwarnings("ignore", KNOWN_WARNING, FutureWarning)
-        for name, start in KNOWN_MESSAGES.items():
+        for name, start in KNOWN_MESSAGES:
             logger = logging.getLogger(name)
             told = functools.partial(lambda start, record: not record.getMessage().startswith(start), start)
             logger.addFilter(told)

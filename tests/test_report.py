@@ -345,7 +345,7 @@ def test_only_known_messages_of_an_export_are_dropped():
     def passes(name, message):
         return bool(logging.getLogger(name).filter(logging.makeLogRecord({"msg": message})))
 
-    for name, start in bench_onnx.KNOWN_MESSAGES.items():
+    for name, start in bench_onnx.KNOWN_MESSAGES:
         with bench_onnx.without_known_messages():
             assert not passes(name, f"{start}, and so on")
             assert passes(name, f"wrong, not {start}")
