@@ -116,5 +116,5 @@ def test_conflicts_are_seen(tmp_path):
     tiles.write_text(source)
     program = simt.build(("-O0", *simt.WATCHED[1:]), tmp_path / "csrc", tmp_path, watcher="traffic")
     found = more_than_allowed(traffic.count([scoring(C=512)], program=program))
-    assert found.keys() == {(kernel, space) for kernel, _ in found for space in ("shared", "tensors")}
-    assert [kernel for kernel, _ in found] == ["stored_kernel<DirectTile<float, 16, 32, 8> >"] * 2
+    places = sorted((kernel.split("<")[0], space) for kernel, space in found)
+    assert places == [("stored_kernel", "shared"), ("stored_kernel", "tensors")]

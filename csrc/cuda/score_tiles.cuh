@@ -18,9 +18,9 @@ constexpr int kSmallBlocks = 2;
 constexpr int kSmallBlocks = 3;
 #endif
 
-// One tile: value[r][c] is infinity where either token is not valid or both are the same. The pad says who meets
-// different banks: an odd one those who read a column (5: of products' fragments, which are written two for one, the
-// fewest of all odd ones), a multiple of 8 those who write two rows' or four rows' parts at once.
+// One tile: value[r][c] is infinity where either token is not valid or both are the same. The pad decides which lanes
+// meet different banks: an odd one those along a column (with 5, fragments of products are written two for one: no odd
+// one does better), 8 and 16 those that write parts of four rows and of two.
 template <class A, int kRows, int kColumns, int kPad = 5>
 struct TileValues {
   static constexpr bool kInPairs = kPad % 2 == 0;  // two neighbours can be written at once
