@@ -64,7 +64,7 @@ class Linear(nn.Linear):
             return self._plain(x, activation, residual, scale, chunks, norm)
         casts = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
-        weight = self.weight  # asked for once: between products these lines are as cold as what they look at
+        weight = self.weight  # nn.Module looks it up in Python: once
         if not self._can_pack(x, weight, dtype, casts) or (scale is not None and scale.is_inference()):
             return self._plain(x, activation, residual, scale, chunks, norm)
         product = self._pack(x, weight, dtype, scale, chunks)

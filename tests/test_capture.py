@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import InterpretedFunction
 
 import h2ot_kernels as h2ot
 from h2ot_kernels import backend
@@ -48,14 +47,18 @@ def test_what_asks_is_seen(ask):
 @pytest.mark.parametrize("name", ["cpp", "triton"])
 def test_no_operation_asks_for_a_value(name, monkeypatch):
     """Forward and backward; what Python does is the same on "cuda" as on "cpp". Triton's kernels are not run."""
-    monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda kernel, grid: lambda *given, **named: None)
+    calls = [(op, call) for op, call in every_op.calls() if backend.can_run(op, name, "cpu")[0]]
+    if not calls:
+        pytest.skip(backend.can_run("gather_tokens", name, "cpu")[1])
+    if name == "triton":
+        launch = "triton.runtime.interpreter.InterpretedFunction.__getitem__"
+        monkeypatch.setattr(launch, lambda kernel, grid: lambda *given, **named: None)
     given = every_op.inputs(600)
-    for op, call in every_op.calls():
-        if backend.can_run(op, name, "cpu")[0]:
-            with Asked() as mode:
-                every_op.results(call, h2ot, given, backend=name)
-            assert "h2ot_kernels" in mode.seen, op
-            assert not mode.asked, op
+    for op, call in calls:
+        with Asked() as mode:
+            every_op.results(call, h2ot, given, backend=name)
+        assert "h2ot_kernels" in mode.seen, op
+        assert not mode.asked, op
 
 
 def test_what_the_cuda_library_calls_of_the_runtime():

@@ -35,8 +35,6 @@ ALLOWED = {
     ("stored_products_kernel", "tensors"): 1.15,
     # A row of the matrix is read at the centres.
     ("label_stored_kernel", "tensors"): 1.6,
-    # One number a block.
-    ("peaks_kernel", "tensors"): 1.1,
 }
 INDEX = torch.arange(60)[None, ::3].contiguous()
 
