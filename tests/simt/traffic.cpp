@@ -39,7 +39,7 @@ struct Place {
   bool operator<(const Place& other) const { return key() < other.key(); }
 };
 struct Sum {
-  uint64_t requests = 0, cost = 0, least = 0;
+  uint64_t cost = 0, least = 0;
 };
 typedef std::array<uintptr_t, kLanes> Addresses;  // 0: none
 struct Pending {
@@ -82,7 +82,6 @@ void count_sectors(const Addresses& lanes, size_t bytes, Sum& sum) {
 
 void count(const Place& place, const Addresses& lanes) {
   Sum& sum = sums[place];
-  sum.requests++;
   if (place.is_shared) {
     count_wavefronts(lanes, place.bytes, sum);
   } else {
@@ -100,8 +99,8 @@ void end_block() {
 struct Printer {
   ~Printer() {
     for (const auto& [place, sum] : sums) {
-      std::printf("%zx %zx %d %d %zu %zu %zu %zu\n", place.kernel, place.from, place.is_shared, int(place.access),
-                  place.bytes, size_t(sum.requests), size_t(sum.cost), size_t(sum.least));
+      std::printf("%zx %zx %d %d %zu %zu %zu\n", place.kernel, place.from, place.is_shared, int(place.access),
+                  place.bytes, size_t(sum.cost), size_t(sum.least));
     }
   }
 } printer;

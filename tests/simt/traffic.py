@@ -24,7 +24,6 @@ class Line:
     space: str
     does: str
     bytes: int
-    requests: int
     cost: int
     least: int
 
