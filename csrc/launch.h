@@ -283,6 +283,27 @@ struct LinearHalvesArgs {
   double eps;
 };
 
+// The same in float32, each sum one chain of multiply-adds in the order of the channels. The weights stand in panels of
+// kFloatsPanel outputs, [chunks, panels, C, kFloatsPanel], 0 behind the last output of a chunk.
+constexpr int64_t kFloatsPanel = 64;
+struct LinearFloatsArgs {
+  const float* x;  // [rows, C] contiguous; C at least 1, with a norm kFewestChannels
+  const float* packed;
+  int64_t rows, chunks, M, C;
+  const float* bias;      // [chunks, M], or null
+  const float* residual;  // [chunks, rows, M] contiguous, or null
+  Activation activation;
+  float* out;                            // [chunks, rows, M]
+  bool has_norm;                         // norm is LayerNorm over C, else nothing
+  const float *norm_weight, *norm_bias;  // [C], or null
+  double eps;
+};
+// Two of them, one behind the other; what is between them is never stored whole.
+struct MlpFloatsArgs {
+  LinearFloatsArgs first;   // out unused
+  LinearFloatsArgs second;  // x unused; no norm; C is the first one's M; of both one chunk
+};
+
 enum class Interpolation : int32_t { linear, nearest };
 
 // out[b, t] = (1 - w) x[b, i] + w x[b, i + 1]; index null: uniform (position t (K - 1) / (F - 1)).
@@ -342,6 +363,8 @@ struct Kernels {
   Status (*recover_rotated)(const RecoverRotatedArgs&, const Parallel&);
   Status (*add_norm)(const AddNormArgs&, const Parallel&);
   Status (*graph_update)(const GraphArgs&, const Parallel&);
+  Status (*linear_floats)(const LinearFloatsArgs&, const Parallel&);
+  Status (*mlp_floats)(const MlpFloatsArgs&, const Parallel&);
   Status (*interpolate)(const InterpolateArgs&, const Parallel&);
   Status (*interpolate_backward)(const InterpolateBackwardArgs&, const Parallel&);
 };

@@ -11,8 +11,11 @@ from .checks import no_tangent
 from .library import declare
 
 if why_no_cpp() is None:
-    from ._C import dots_run, tiles_run
+    from ._C import capability, dots_run, tiles_run
 else:
+
+    def capability() -> str:
+        return ""
 
     def tiles_run() -> bool:
         return False

@@ -12,6 +12,7 @@ from torch.nn.modules import module as nn_module
 from .add_norm import add_norm, takes
 from .inference import dots_run, tiles_run
 from .library import declare
+from .linear_floats import Floats, floats_run, mlp_floats
 from .linear_halves import Halves
 from .packed import ACTIVATIONS, Packed, count_flops
 
@@ -28,9 +29,10 @@ class Linear(nn.Linear):
 
     In eval mode without gradients, in float32, bfloat16 or float16 (autocast included), the weight is packed at the
     first call and again after it changed, and the activation or the addition is part of the product; everywhere else
-    this is nn.Linear. Products are oneDNN's, or this package's: in float32 on a CPU with a tile unit (AMX), which makes
-    whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster; in bfloat16
-    on one with AVX512-BF16 and no such unit. Where the CPU has no instructions for a 16-bit dtype they are products in
+    this is nn.Linear. Products are this package's, with a LayerNorm before and an activation or an addition behind them
+    in the same pass: in float32 by AVX2 or AVX-512, or by a tile unit (AMX), which makes whole numbers of three or four
+    bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster; in bfloat16 by AVX512-BF16 where there is
+    no such unit. Elsewhere they are oneDNN's. Where the CPU has no instructions for a 16-bit dtype they are products in
     float32, whose weights take twice the memory. Packed weights are neither in the state_dict nor pickled or copied.
     What changes a parameter behind autograd's back (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED
     elements of it, spread over rows and columns: edit single elements under `torch.no_grad()`, not through `.data`.
@@ -60,16 +62,11 @@ class Linear(nn.Linear):
         activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
         output features in that many tensors of their own, a tuple (no residual then). norm: what is done to x first.
         """
-        if not x.is_cpu:  # nothing is packed there
+        product = self._ready(x, None, scale, chunks) if x.is_cpu else None  # nothing is packed elsewhere
+        if product is None:
             return self._plain(x, activation, residual, scale, chunks, norm)
-        casts = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
-        weight = self.weight  # nn.Module looks it up in Python: once
-        if not self._can_pack(x, weight, dtype, casts) or (scale is not None and scale.is_inference()):
-            return self._plain(x, activation, residual, scale, chunks, norm)
-        product = self._pack(x, weight, dtype, scale, chunks)
-        fused = {}
-        if norm is not None and isinstance(product, Tiles | Halves) and _can_fuse(norm, x):
+        dtype, fused = _product_dtype(x), {}
+        if norm is not None and isinstance(product, Packed) and _can_fuse(norm, x):
             fused = {"norm": norm}
         elif norm is not None:
             x = normed(norm, x, dtype)
@@ -98,18 +95,25 @@ class Linear(nn.Linear):
             return scale * y if residual is None else torch.addcmul(residual, y.to(residual.dtype), scale)
         return y if residual is None else residual + y
 
-    def _can_pack(self, x: Tensor, weight: Tensor, dtype: torch.dtype, casts: bool) -> bool:
+    def _ready(self, x: Tensor, features: int | None, scale: Tensor | None, chunks: int) -> "Product | None":
+        """What multiplies x, or rows of `features` that are made of x's; None: nn.Linear does."""
+        dtype, weight = _product_dtype(x), self.weight  # nn.Module looks it up in Python: once
+        if not self._can_pack(x, features, weight, dtype) or (scale is not None and scale.is_inference()):
+            return None
+        return self._pack(x.numel() // x.shape[-1], weight, dtype, scale, chunks)
+
+    def _can_pack(self, x: Tensor, features: int | None, weight: Tensor, dtype: torch.dtype) -> bool:
         return (
             not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
             and forward_ad._current_level < 0  # a product of oneDNN has no tangent
             and dtype in PACKABLE
             and type(x) is Tensor  # no fakes, no functorch wrappers
             and not (x.is_nested or torch.jit.is_tracing())
-            and (dtype == weight.dtype or (casts and _casts(x, weight)))
+            and (dtype == weight.dtype or (torch.is_autocast_enabled("cpu") and _casts(x, weight)))
             and weight.is_cpu
             and x.layout is weight.layout is torch.strided
             and x.dim() > 0
-            and x.shape[-1] == weight.shape[1]
+            and (x.shape[-1] if features is None else features) == weight.shape[1]
             and x.numel() > 0
             and type(weight) is nn.Parameter
             and not weight.is_inference()  # such a tensor does not say when it changes
@@ -118,21 +122,19 @@ class Linear(nn.Linear):
             and (dtype != torch.float16 or is_widened(dtype))
         )
 
-    def _pack(
-        self, x: Tensor, weight: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int
-    ) -> "Tiles | Halves | OneDnn | Widened":
+    def _pack(self, rows: int, weight: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Product":
         """The weight and bias, times the scale."""
         bias = self.bias
 
-        def make() -> Tiles | Halves | OneDnn | Widened:
+        def make() -> Product:
             own, added = weight.detach(), bias
             if scale is not None:
                 own, added = own * scale[:, None], None if added is None else added * scale
             own, added = own.to(dtype), None if added is None else added.to(dtype)
-            return _product(own, added, x.numel() // self.in_features, chunks)
+            return _product(own, added, rows, chunks)
 
         sources = [tensor for tensor in (weight, bias, scale) if tensor is not None]
-        return self.kept("packed", (dtype, chunks, tiles_run(), dots_run()), sources, make)
+        return self.kept("packed", (dtype, chunks, tiles_run(), dots_run(), floats_run()), sources, make)
 
     def kept(self, name: str, key: tuple, sources: list[Tensor], make: Callable[[], Made]) -> Made:
         """make(), kept under name until key or one of the tensors that it is made of changes."""
@@ -204,7 +206,10 @@ class Widened:
         return products if residual is None else tuple(residual + y for y in products)
 
 
-def _product(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> Tiles | Halves | OneDnn | Widened:
+Product = Packed | OneDnn | Widened
+
+
+def _product(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> Product:
     """The fastest one of this dtype on this CPU."""
     if is_widened(weight.dtype):
         return Widened(weight, bias, rows, chunks)
@@ -212,7 +217,58 @@ def _product(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> Til
         return Tiles(weight, bias, chunks)
     if Halves.take(weight, chunks):
         return Halves(weight, bias, chunks)
+    if Floats.take(weight, chunks):
+        return Floats(weight, bias, chunks)
     return OneDnn(weight, bias, rows, chunks)
+
+
+def mlp(
+    x: Tensor,
+    fc1: Linear,
+    fc2: nn.Linear,
+    *,
+    norm: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """residual + scale * fc2(gelu(fc1(norm(x)))), as two calls of them give it; in one pass where both are `Floats`."""
+    fused = None
+    if not torch.compiler.is_compiling() and floats_run() and x.is_cpu and _product_dtype(x) == torch.float32:
+        fused = _mlp_of_floats(x, fc1, fc2, norm, residual, scale)
+    if fused is not None:
+        return fused
+    given = {name: value for name, value in (("residual", residual), ("scale", scale)) if value is not None}
+    return fc2(fc1(x, activation="gelu", norm=norm), **given)
+
+
+def _mlp_of_floats(
+    x: Tensor,
+    fc1: Linear,
+    fc2: nn.Linear,
+    norm: nn.LayerNorm | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor | None:
+    if not (isinstance(fc2, Linear) and is_silent(fc1, fc2)):
+        return None
+    first = fc1._ready(x, None, None, 1)
+    second = fc2._ready(x, fc1.out_features, scale, 1) if isinstance(first, Floats) else None
+    if not isinstance(second, Floats) or x.dtype != torch.float32:
+        return None
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], second.out_features)):
+        return None
+    normed_inside = ()
+    if norm is not None and _can_fuse(norm, x):
+        normed_inside = norm.weight, norm.bias, norm.eps
+    elif norm is not None:
+        x = normed(norm, x, x.dtype)
+    last = second.packed, second.bias, residual, second.out_features
+    return mlp_floats(x, first.packed, first.bias, first.out_features, *last, *normed_inside)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer multiplies x in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def is_widened(dtype: torch.dtype) -> bool:

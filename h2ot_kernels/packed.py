@@ -1,4 +1,4 @@
-"""What the linear layers by kernels of this package share: `linear.Tiles` and `linear_halves.Halves`."""
+"""What the linear layers by kernels of this package share (`Tiles`, `Halves`, `Floats`)."""
 
 from collections.abc import Callable
 

@@ -21,7 +21,7 @@ BUILD = ROOT / "build" / "arm"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 CROSS = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
 STEMS = ["score", "select", "cluster", "gather", "recover_attention", "recover_interpolation"]
-STEMS += ["recover_rotated", "add_norm", "graph", "fuzz"]
+STEMS += ["recover_rotated", "add_norm", "graph", "linear_floats", "fuzz"]
 # B N^2 C of a case: above LARGE it meets one test only, of the call that scores, selects and labels; above MOST none.
 LARGE, MOST = 2.5e7, 1.95e8
 # In the search that all of scoring shares: the last lane of a vector is never found.

@@ -11,6 +11,7 @@ from torch import nn
 
 from h2ot_kernels import dropin
 from h2ot_kernels.inference import tiles_run
+from h2ot_kernels.linear_floats import floats_run
 from h2ot_kernels.linear_halves import adds_to_float
 from python_ref import official
 
@@ -44,13 +45,15 @@ REPLACED = {
     tcformer_block: {"cluster", "gather", "merge", "linear"},
 }
 # What each patched model must call in CPU inference (in float32), and must not call any more.
+PRODUCTS = "h2ot_kernels::linear_floats" if floats_run() else "mkldnn::_linear_pointwise"
+PRODUCTS = "h2ot_kernels::linear" if tiles_run() else PRODUCTS
 CALLED = {
     "cluster": {"h2ot_kernels::cluster_tokens"},
     "merge": {"h2ot_kernels::merge_tokens"},
     "gather": {"h2ot_kernels::gather_tokens"},
     "attention": {"h2ot_kernels::recover_attention"},
     "cross_attention": {"h2ot_kernels::recover_attention"},
-    "linear": {"h2ot_kernels::linear" if tiles_run() else "mkldnn::_linear_pointwise"},
+    "linear": {PRODUCTS},
     "head": {"h2ot_kernels::recover_tail"},
 }
 NOT_CALLED = {"aten::cdist", "aten::_cdist_forward", "aten::_softmax", "aten::bmm", "aten::gelu"}

@@ -234,13 +234,13 @@ def test_when_they_are_used():
 MISTAKES = {
     "outputs beyond the last are written": ("linear_halves.cpp", "if (place.count == kLinearPanel) {", "if (true) {"),
     "rows beyond the last are read and written": (
-        "linear_halves.cpp",
-        "left < taken * kSide ? left : taken * kSide",
-        "taken * kSide",
+        "linear_blocks.h",
+        "left < taken * side ? left : taken * side",
+        "taken * side",
     ),
     "a chunk's bias is the first one's": ("linear_halves.cpp", "a.bias + place.chunk * a.M + ", "a.bias + "),
-    "chunks meet in one place": ("linear_halves.cpp", "(chunk * a.rows + row)", "row"),
-    "the next block's rows are taken": ("linear_halves.cpp", "first = task / parts * kSide", "first = task * 0"),
+    "chunks meet in one place": ("linear_blocks.h", "(chunk * rows + row)", "row"),
+    "the next block's rows are taken": ("linear_blocks.h", "first = task / parts * side", "first = task * 0"),
     "a product is not rounded before it is added": ("linear_halves.cpp", "rounded(high) + ", "high + "),
     "the second vector has the first one's residual": (
         "linear_halves.cpp",
@@ -251,7 +251,7 @@ MISTAKES = {
     "the next interval's cubic": ("gelu_halves.h", "_mm512_set1_ps(0x1p23f)", "_mm512_set1_ps(0x1.000002p23f)"),
     "a cubic is a parabola": ("gelu_halves.h", "kIntervals = 32, kTerms = 4", "kIntervals = 32, kTerms = 3"),
     "GELU takes the sign": ("gelu_halves.h", "_mm512_abs_ps(x)", "x"),
-    "the norm's weight is its bias": ("linear_halves.cpp", "bias = weight + width;", "bias = weight;"),
+    "the norm's weight is its bias": ("linear_blocks.h", "bias = weight + width;", "bias = weight;"),
     "the last rows have no norm": ("layer_norm.h", "count - row, C, eps", "0, C, eps"),
 }
 

@@ -5,9 +5,9 @@
 // 12 instructions of 16 cycles, beside them 18 loads of 1 KB, of which six are rows from the second-level cache: the
 // weights of kSide outputs stay in the first while the rows of a block pass by. A product is finished (digits joined,
 // scales, bias, activation, residual) while the next one is made.
+#include "../cpu/gelu.h"
 #include "../cpu/worker.h"
 #include "digits.h"
-#include "gelu.h"
 #include "norm.h"
 #include "tiles.h"
 

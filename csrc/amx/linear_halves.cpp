@@ -1,8 +1,7 @@
 // Linear layers in bfloat16 (launch.h: LinearHalvesArgs) by products of pairs in vectors: a block of rows, normed and
 // packed as tiles, meets one panel of weights after the other, and sums become results in the first-level cache.
 // Count: rows C M / 2 products of pairs, 16 an instruction; on Zen 4 it takes as long as one of float32 multiply-adds.
-#include "../cpu/layer_norm.h"
-#include "../cpu/worker.h"
+#include "../cpu/linear_blocks.h"
 #include "gelu_halves.h"
 #include "half_products.h"
 
@@ -11,23 +10,9 @@ namespace H2OT_ISA {
 namespace {
 
 constexpr int64_t kGroups = 4, kBlock = kGroups * kSide;  // rows that meet a panel one after the other
+using HalvesPlace = Place<kLinearPanel>;
 static_assert(kLinearPanel == 2 * kFloats && kLinearPanel == kSumsStep && kLinearPanel == kStepHalves);
 static_assert(kFewestChannels >= kFloats);  // a norm takes whole vectors
-
-// LayerNorm's weight and bias in whole vectors.
-struct Affine {
-  float *weight = nullptr, *bias = nullptr;
-
-  Status read(const LinearHalvesArgs& a) {
-    const int64_t width = groups_of(a.C, kFloats) * kFloats;
-    weight = static_cast<float*>(scratch(Slot::shared, 2 * width * int64_t(sizeof(float))));
-    if (!weight) return Status::out_of_memory;
-    bias = weight + width;
-    widen_all(a.norm_weight, a.norm_dtype, 1.0f, a.C, width, weight);
-    widen_all(a.norm_bias, a.norm_dtype, 0.0f, a.C, width, bias);
-    return Status::ok;
-  }
-};
 
 // What a thread works in.
 struct Arrays {
@@ -59,32 +44,6 @@ const BFloat16* given_rows(const LinearHalvesArgs& a, const Affine& affine, int6
   return to;
 }
 
-// A panel's place in the results.
-struct Place {
-  int64_t chunk, column, count;
-
-  Place(const LinearHalvesArgs& a, int64_t panel) {
-    const int64_t panels = groups_of(a.M, kLinearPanel);
-    chunk = panel / panels;
-    column = panel % panels * kLinearPanel;
-    count = a.M - column < kLinearPanel ? a.M - column : kLinearPanel;
-  }
-  int64_t of_row(const LinearHalvesArgs& a, int64_t row) const { return (chunk * a.rows + row) * a.M + column; }
-};
-
-// The lines that results are written to, and what is added to them read from: they come while the product is made.
-template <class O>
-H2OT_INLINE void ask_for_lines(const LinearHalvesArgs& a, const Place& place, int64_t first, int64_t count) {
-  constexpr int64_t kLine = 64 / int64_t(sizeof(O));
-  for (int64_t r = 0; r < count; r++) {
-    const int64_t at = place.of_row(a, first + r);
-    for (int64_t i = 0; i < place.count; i += kLine) {
-      __builtin_prefetch(static_cast<O*>(a.out) + at + i, 1);
-      if (a.residual) __builtin_prefetch(static_cast<const O*>(a.residual) + at + i);
-    }
-  }
-}
-
 // Two vectors of sums, and of what is added to them, as results: rounded to nearest even, a subnormal result to 0.
 H2OT_INLINE void put(Floats low, Floats high, const BFloat16* residual, BFloat16* out) {
   if (residual) {
@@ -106,11 +65,11 @@ H2OT_INLINE void put(Floats low, Floats high, const float* residual, float* out)
 
 // sums [count][kLinearPanel] of the rows from `first` on become results.
 template <bool kGelu, class O>
-H2OT_INLINE void finish_rows(const LinearHalvesArgs& a, const Place& place, int64_t first, int64_t count,
+H2OT_INLINE void finish_rows(const LinearHalvesArgs& a, const HalvesPlace& place, int64_t first, int64_t count,
                              const float* sums, [[maybe_unused]] const GeluOfHalves& gelu) {
   float bias[kLinearPanel] = {};
   if (a.bias) memcpy(bias, a.bias + place.chunk * a.M + place.column, size_t(place.count) * sizeof(float));
-  const int64_t at = place.of_row(a, first);
+  const int64_t at = place.of_row(a.rows, a.M, first);
   O* out = static_cast<O*>(a.out) + at;
   const O* residual = a.residual ? static_cast<const O*>(a.residual) + at : nullptr;
   for (int64_t r = 0; r < count; r++, sums += kLinearPanel, out += a.M) {
@@ -139,11 +98,11 @@ void run_block(const LinearHalvesArgs& a, const BFloat16* x, int64_t first, int6
   const int64_t steps = groups_of(a.C, kStepHalves), pairs = groups_of(a.C, 2);
   pack_rows(reinterpret_cast<const uint16_t*>(x), count, a.C, groups_of(count, kSide), steps, at.rows);
   for (; panel < end; panel++) {
-    const Place place(a, panel);
+    const HalvesPlace place(a.M, panel);
     const uint16_t* const weights = static_cast<const uint16_t*>(a.packed) + panel * steps * 2 * kTileHalves;
     for (int64_t row = 0; row < count; row += kSide) {
       const int64_t here = count - row < kSide ? count - row : kSide;
-      ask_for_lines<O>(a, place, first + row, here);
+      ask_for_lines<O>(place, a.rows, a.M, first + row, here, a.out, a.residual);
       multiply<1>(at.rows + row * steps * kStepHalves, 0, weights, kTileHalves, 2 * kTileHalves, pairs, at.sums);
       finish_rows<kGelu, O>(a, place, first + row, here, at.sums, gelu);
     }
@@ -158,27 +117,21 @@ Status linear_halves(const LinearHalvesArgs& a, const Parallel& pool) {
                        : (a.out_dtype == Dtype::bf16 ? run_block<false, BFloat16> : run_block<false, float>);
   const auto given = a.x_dtype == Dtype::bf16 ? given_rows<BFloat16> : given_rows<float>;
   Affine affine;
-  if (a.has_norm && affine.read(a) != Status::ok) return Status::out_of_memory;
-  // Groups of rows to the threads, which take as many as a block has at a time; of fewer groups than threads some
-  // panels.
-  const int64_t panels = a.chunks * groups_of(a.M, kLinearPanel), groups = groups_of(a.rows, kSide);
-  const int64_t wanted = groups_of(pool.threads, groups), parts = wanted < panels ? wanted : panels;
+  if (a.has_norm && affine.read(a.norm_weight, a.norm_bias, a.norm_dtype, a.C) != Status::ok) {
+    return Status::out_of_memory;
+  }
+  const Blocks blocks(pool, a.rows, kSide, kGroups, a.chunks * groups_of(a.M, kLinearPanel));
   Outcome outcome;
-  parallel_for(pool, groups * parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(pool, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
     Carver sizes(nullptr);
     Arrays(sizes, a);
     void* const memory = scratch(Slot::own, sizes.bytes());
     if (!memory) return outcome.fail(Status::out_of_memory);
     Carver carver(memory);
     const Arrays at(carver, a);
-    const int64_t most = parts == 1 ? kGroups : 1;
-    for (int64_t task = begin; task < end; task += most) {
-      const int64_t part = task % parts, first = task / parts * kSide;
-      const int64_t taken = end - task < most ? end - task : most, left = a.rows - first;
-      const int64_t count = left < taken * kSide ? left : taken * kSide;
-      const BFloat16* const x = given(a, affine, first, count, at.given);
-      run(a, x, first, count, part * panels / parts, (part + 1) * panels / parts, at);
-    }
+    blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
+      run(a, given(a, affine, first, count, at.given), first, count, panel, panels_end, at);
+    });
   });
   return outcome.result();
 }

@@ -10,8 +10,6 @@ namespace H2OT_ISA {
 
 constexpr int64_t kSide = 16, kDepth = 64, kTile = kSide * kDepth;  // bytes; of sums kSide x kSide of 32 bits, as large
 
-H2OT_INLINE int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 #ifdef __AMX_TILE__
 // Eight tiles of kSide rows of kDepth bytes. The thread has them while this lives.
 class TileRegisters {

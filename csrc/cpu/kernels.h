@@ -22,6 +22,8 @@ Status recover_tail(const RecoverTailArgs&, const Parallel&);
 Status recover_rotated(const RecoverRotatedArgs&, const Parallel&);
 Status add_norm(const AddNormArgs&, const Parallel&);
 Status graph_update(const GraphArgs&, const Parallel&);
+Status linear_floats(const LinearFloatsArgs&, const Parallel&);
+Status mlp_floats(const MlpFloatsArgs&, const Parallel&);
 Status interpolate(const InterpolateArgs&, const Parallel&);
 Status interpolate_backward(const InterpolateBackwardArgs&, const Parallel&);
 

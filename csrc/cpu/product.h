@@ -49,12 +49,12 @@ __attribute__((noinline)) static void product_tile(int64_t row, int64_t vector, 
   b += vector * kLanes<E>;
   for (int64_t s = 0; s < depth; s++, b += b_step) {
     Vector<E> right[V];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < V; v++) right[v] = load(b + v * kLanes<E>);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
       const Vector<E> left = splat<E>(at[r / 3][r % 3 * a_row]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; v++) sum[r][v] += left * right[v];
     }
 #pragma GCC unroll 4
@@ -62,7 +62,7 @@ __attribute__((noinline)) static void product_tile(int64_t row, int64_t vector, 
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < V; v++) done(row + r, vector + v, sum[r][v]);
   }
 }

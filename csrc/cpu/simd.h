@@ -30,6 +30,8 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+H2OT_INLINE int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 constexpr int kFloats = kVectorBytes / 4;
 constexpr int kDoubles = kVectorBytes / 8;
 typedef float Floats __attribute__((vector_size(kVectorBytes)));

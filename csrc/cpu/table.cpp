@@ -26,6 +26,8 @@ const Kernels table = {
     recover_rotated,
     add_norm,
     graph_update,
+    linear_floats,
+    mlp_floats,
     interpolate,
     interpolate_backward,
 };

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..add_norm import add_norm, takes
 from ..attention import attend_rows
 from ..checks import FLOATS
-from ..linear import Linear, is_silent
+from ..linear import Linear, is_silent, mlp
 from ..linear_halves import adds_to_float
 from ..recover_attention import has_plain_tail, norm_and_head
 from .hot import is_transformed, shared_rows
@@ -84,7 +84,7 @@ class FastMlp(Fast):
         records = self.training or torch.is_grad_enabled()
         if records or not (self._is_usual(args, kwargs) and isinstance(self.fc1, Linear) and is_silent(*others)):
             return super().forward(x, *args, **kwargs)
-        return self.fc2(self.fc1(x, activation="gelu"))
+        return mlp(x, self.fc1, self.fc2)
 
 
 class FastHead(Fast):
@@ -211,18 +211,18 @@ class FastBlock(Fast):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.training or torch.is_grad_enabled() or not self._can_fuse(x, args, kwargs):
             return super().forward(x, *args, **kwargs)
-        attention, mlp = self.attn, self.mlp
+        attention, feed = self.attn, self.mlp
         qkv, frame_dim = attention.qkv(x, norm=self.norm1), type(attention).frame_dim
         if qkv.dtype == x.dtype or adds_to_float(qkv.dtype):
             x = attend(attention, qkv, frame_dim, residual=x)
-            return mlp.fc2(mlp.fc1(x, activation="gelu", norm=self.norm2), residual=x)
+            return mlp(x, feed.fc1, feed.fc2, norm=self.norm2, residual=x)
         y = attend(attention, qkv, frame_dim)  # under autocast these products cannot add to x
         if takes(x, y, self.norm2, y.dtype):
             x, normed = add_norm(x, y, self.norm2, y.dtype)
         else:
             x = x + y
             normed = self.norm2(x)
-        return x + mlp.fc2(mlp.fc1(normed.contiguous(), activation="gelu"))
+        return x + mlp(normed.contiguous(), feed.fc1, feed.fc2)
 
     def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
         _, *inside = self.modules()
@@ -231,10 +231,10 @@ class FastBlock(Fast):
 
 def is_fusible(block: nn.Module) -> bool:
     """Whether its attention and MLP, which may be patched and unpatched on their own, are fast and of packed layers."""
-    attention, mlp = block.attn, block.mlp
-    if not (isinstance(attention, FastAttention) and isinstance(mlp, FastMlp)):
+    attention, feed = block.attn, block.mlp
+    if not (isinstance(attention, FastAttention) and isinstance(feed, FastMlp)):
         return False
-    return all(isinstance(layer, Linear) for layer in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
+    return all(isinstance(layer, Linear) for layer in (attention.qkv, attention.proj, feed.fc1, feed.fc2))
 
 
 def projections(module: nn.Module) -> tuple[str, str, str] | None:

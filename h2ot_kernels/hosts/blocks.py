@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..attention import attend_packed, attend_rows, takes_one_product
-from ..linear import Linear
+from ..linear import Linear, mlp
 
 QueryKey = tuple[Tensor, Tensor]
 
@@ -93,9 +93,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None, **update) -> Tensor:
         """norm: what is done to x first; update: residual, scale as `Linear` takes them."""
-        dropout = self.dropout if self.training else 0.0
-        hidden = self.fc1(x, activation="gelu", norm=norm)
-        return project(self.fc2, functional.dropout(hidden, dropout) if dropout else hidden, dropout, **update)
+        if not (self.training and self.dropout):
+            return mlp(x, self.fc1, self.fc2, norm=norm, **update)
+        hidden = functional.dropout(self.fc1(x, activation="gelu", norm=norm), self.dropout)
+        return project(self.fc2, hidden, self.dropout, **update)
 
 
 class Block(nn.Module):

@@ -225,6 +225,38 @@ class Driver:
         sizes = DTYPES[x.dtype], lines, T, inner, C
         return self.call("graph_update", *tokens, *sizes, *links, *vectors, eps, dense(scale), Out(x.shape, x.dtype))[0]
 
+    def linear_floats(
+        self, x, packed, bias, residual, out_features, chunks, gelu, norm_weight=None, norm_bias=None, eps=-1.0
+    ):
+        C, M = x.shape[-1], out_features // chunks
+        size = (*x.shape[:-1], M)
+        out = Out(size if chunks == 1 else (chunks, *size), torch.float32)
+        vectors = dense(norm_weight), dense(norm_bias)
+        given = dense(x), dense(packed), x.numel() // C, chunks, M, C, dense(bias), dense(residual), int(gelu)
+        return self.call("linear_floats", *given, out, int(eps >= 0), *vectors, eps)[0]
+
+    def mlp_floats(
+        self,
+        x,
+        packed,
+        bias,
+        hidden,
+        second_packed,
+        second_bias,
+        residual,
+        M,
+        norm_weight=None,
+        norm_bias=None,
+        eps=-1.0,
+    ):
+        C = x.shape[-1]
+        rows = x.numel() // C
+        out = Out((*x.shape[:-1], M), torch.float32)
+        norm = int(eps >= 0), dense(norm_weight), dense(norm_bias), eps
+        first = dense(x), dense(packed), rows, 1, hidden, C, dense(bias), None, 1, None, *norm
+        second = None, dense(second_packed), rows, 1, M, hidden, dense(second_bias), dense(residual), 0, out
+        return self.call("mlp_floats", *first, *second, 0, None, None, 0.0)[0]
+
     def _interpolate(self, x, x_shape, frames, index, nearest, out):
         index = dense(index, torch.int64)
         B, K, *trailing = x_shape
@@ -255,7 +287,8 @@ def _into_out(name: str):
 for _name in ("gather_tokens", "recover_attention", "recover_interpolate"):
     setattr(Driver, f"{_name}_out", _into_out(_name))
 OPERATORS = [name for name in vars(Driver) if name.startswith(("score_", "prune_", "select_", "attention_", "gather_",
-             "scatter_", "assign_", "cluster_", "merge_", "recover_", "add_", "graph_"))]  # fmt: skip
+             "scatter_", "assign_", "cluster_", "merge_", "recover_", "add_", "graph_",
+             "linear_", "mlp_"))]  # fmt: skip
 
 
 def memory_of(x: Tensor) -> bytes:

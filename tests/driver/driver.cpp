@@ -156,6 +156,14 @@ InterpolateArgs interpolate_args(Arguments& a) {
           a.array()};
 }
 
+LinearFloatsArgs linear_args(Arguments& a) {
+  return {a.array<float>(), a.array<float>(), a.integer(),
+          a.integer(),      a.integer(),      a.integer(),
+          a.array<float>(), a.array<float>(), Activation(a.integer()),
+          a.array<float>(), a.integer() != 0, a.array<float>(),
+          a.array<float>(), a.real()};
+}
+
 Status run(std::string_view name, Arguments& a, const Parallel& pool) {
   const Kernels& kernel = kernels();
   if (name == "score") return kernel.score(score_args(a), pool);
@@ -231,6 +239,11 @@ Status run(std::string_view name, Arguments& a, const Parallel& pool) {
                                 a.integer(), a.integer(), a.array<bool>(), a.integer(), a.integer(), a.array(),
                                 a.array(), a.array(), a.array(), a.real(), a.array(), a.array()},
                                pool);
+  }
+  if (name == "linear_floats") return kernel.linear_floats(linear_args(a), pool);
+  if (name == "mlp_floats") {
+    const LinearFloatsArgs first = linear_args(a);
+    return kernel.mlp_floats({first, linear_args(a)}, pool);
   }
   if (name == "interpolate") return kernel.interpolate(interpolate_args(a), pool);
   if (name == "interpolate_backward") {

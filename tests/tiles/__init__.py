@@ -1,4 +1,4 @@
-"""The kernels of csrc/amx, built for the tile unit of emulated.h or for vectors, and what their tests share."""
+"""Kernels built apart, for the tile unit of emulated.h or for vectors, and what their tests share."""
 
 import ctypes
 import shutil
@@ -18,7 +18,9 @@ FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512
 FLAGS += " -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w"
 UNIT = "-mamx-tile -mamx-int8 -mamx-bf16 -DH2OT_ISA=amx"
 DOTS = "-mavx512bf16 -DH2OT_ISA=bf16_dots"
+AVX512 = "-DH2OT_ISA=avx512"
 BAND = 1024
+FLOATS = ROOT / "csrc" / "cpu" / "linear_floats.cpp"
 
 
 def _has(*flags: str) -> bool:
@@ -42,10 +44,10 @@ RUNS = [pytest.param("native", marks=needs_unit), pytest.param("emulated", marks
 def build(folder: Path, source: str, *replaced: tuple[str, str, str], target: str = UNIT) -> ctypes.CDLL:
     """tests/tiles/`source` as a library, each (file, old, new) of `replaced` done to the kernels or the unit before.
 
-    target: UNIT, emulated, or DOTS.
+    target: UNIT, emulated, DOTS or AVX512.
     """
     unit = ROOT / "tests" / "tiles" / "emulated.h"
-    for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*"), unit]:
+    for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*"), FLOATS, unit]:
         text = file.read_text()
         for name, old, new in replaced:
             if name == file.name:

@@ -1,7 +1,7 @@
 // x Phi(x), Phi the standard normal distribution: GELU in its exact form.
 #pragma once
 
-#include "../cpu/softmax.h"
+#include "softmax.h"
 
 namespace h2ot {
 namespace H2OT_ISA {

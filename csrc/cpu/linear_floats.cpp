@@ -1,0 +1,136 @@
+// Linear layers in float32 (launch.h: LinearFloatsArgs): a block of rows, normed, meets one panel of weights after the
+// other, and sums become results in the first-level cache.
+// Count: rows C M multiply-adds; per step of a tile's channels kRows broadcasts and kVectors loads beside kRows
+// kVectors of them. Few rows a tile: those of 1024 channels begin in the same set of the first-level cache, which has 8
+// places.
+#include "gelu.h"
+#include "kernels.h"
+#include "linear_blocks.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+namespace {
+
+constexpr int kRows = 6, kVectors = kTileRows == 12 ? 4 : 2;  // 24 accumulators, or 12, as tiles of attention have
+constexpr int64_t kGroups = 8, kBlock = kGroups * kRows;      // rows that meet a panel one after the other
+using FloatsPlace = Place<kFloatsPanel>;
+
+// sums [kRows][kFloatsPanel] of `rows` rows of x, in vectors [vector, vectors) of a panel.
+template <int V>
+H2OT_INLINE void multiply(const LinearFloatsArgs& a, const float* x, int64_t rows, const float* weights, int64_t vector,
+                          int64_t vectors, float* sums) {
+  const WriteTo<float> to = {sums, kFloatsPanel};
+  for (; vector + V <= vectors; vector += V) {
+    product_rest<kRows, V>(rows, 0, vector, a.C, x, a.C, 1, weights, kFloatsPanel, to);
+  }
+  if constexpr (V > 1) multiply<V / 2>(a, x, rows, weights, vector, vectors, sums);
+}
+
+// sums of the `count` rows from `first` on become results.
+template <bool kGelu>
+H2OT_INLINE void finish_rows(const LinearFloatsArgs& a, const FloatsPlace& place, int64_t first, int64_t count,
+                             const float* sums) {
+  float bias[kFloatsPanel] = {};
+  if (a.bias) memcpy(bias, a.bias + place.chunk * a.M + place.column, size_t(place.count) * sizeof(float));
+  const int64_t at = place.of_row(a.rows, a.M, first), whole = place.count / kFloats * kFloats;
+  float* out = a.out + at;
+  const float* residual = a.residual ? a.residual + at : nullptr;
+  const auto result = [&](int64_t i) __attribute__((always_inline)) {
+    const Floats sum = load(sums + i) + load(bias + i);
+    return kGelu ? gelu(sum) : sum;
+  };
+  for (int64_t r = 0; r < count; r++, sums += kFloatsPanel, out += a.M) {
+    for (int64_t i = 0; i < whole; i += kFloats) store(out + i, residual ? load(residual + i) + result(i) : result(i));
+    if (const int64_t rest = place.count - whole) {  // nothing beyond the last output
+      const Floats added = residual ? load_part(residual + whole, rest) : Floats{};
+      store_part(out + whole, residual ? added + result(whole) : result(whole), rest);
+    }
+    if (residual) residual += a.M;
+  }
+}
+
+template <bool kGelu>
+void run_block(const LinearFloatsArgs& a, const float* x, int64_t first, int64_t count, int64_t panel, int64_t end,
+               float* sums) {
+  for (; panel < end; panel++) {
+    const FloatsPlace place(a.M, panel);
+    const float* const weights = a.packed + panel * a.C * kFloatsPanel;
+    for (int64_t row = 0; row < count; row += kRows) {
+      const int64_t here = count - row < kRows ? count - row : kRows;
+      ask_for_lines<float>(place, a.rows, a.M, first + row, here, a.out, a.residual);
+      multiply<kVectors>(a, x + row * a.C, here, weights, 0, groups_of(place.count, kFloats), sums);
+      finish_rows<kGelu>(a, place, first + row, here, sums);
+    }
+  }
+}
+
+// A thread's part of the tasks. A block's rows, normed where `norms`, are run(first row, rows, x, first panel, end).
+template <class Run>
+void run_blocks(const Blocks& blocks, const LinearFloatsArgs& a, const Affine& affine, int64_t begin, int64_t end,
+                float* normed, const Run& run) {
+  blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
+    const float* x = a.x + first * a.C;
+    if (a.has_norm) {
+      norm_block(x, count, a.C, a.eps, affine.weight, affine.bias, normed);
+      x = normed;
+    }
+    run(x, first, count, panel, panels_end);
+  });
+}
+
+auto runner(const LinearFloatsArgs& a) { return a.activation == Activation::gelu ? run_block<true> : run_block<false>; }
+
+// Calls part(tasks begin, end, sums [kRows][kFloatsPanel], `floats` more) on the threads.
+template <class Part>
+Status in_parallel(const Blocks& blocks, const Parallel& pool, int64_t floats, const Part& part) {
+  Outcome outcome;
+  parallel_for(pool, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kSums = kRows * kFloatsPanel;
+    float* const sums = static_cast<float*>(scratch(Slot::own, (kSums + floats) * int64_t(sizeof(float))));
+    if (!sums) return outcome.fail(Status::out_of_memory);
+    part(begin, end, sums, sums + kSums);
+  });
+  return outcome.result();
+}
+
+}  // namespace
+
+Status linear_floats(const LinearFloatsArgs& a, const Parallel& pool) {
+  Affine affine;
+  if (a.has_norm && affine.read(a.norm_weight, a.norm_bias, Dtype::f32, a.C) != Status::ok) {
+    return Status::out_of_memory;
+  }
+  const auto run = runner(a);
+  const Blocks blocks(pool, a.rows, kRows, kGroups, a.chunks * groups_of(a.M, kFloatsPanel));
+  const int64_t normed = a.has_norm ? kBlock * a.C : 0;
+  return in_parallel(blocks, pool, normed, [&](int64_t begin, int64_t end, float* sums, float* more) {
+    run_blocks(blocks, a, affine, begin, end, more,
+               [&](const float* x, int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
+                 run(a, x, first, count, panel, panels_end, sums);
+               });
+  });
+}
+
+Status mlp_floats(const MlpFloatsArgs& a, const Parallel& pool) {
+  Affine affine;
+  const LinearFloatsArgs &first = a.first, &second = a.second;
+  if (first.has_norm && affine.read(first.norm_weight, first.norm_bias, Dtype::f32, first.C) != Status::ok) {
+    return Status::out_of_memory;
+  }
+  const auto run_first = runner(first), run_second = runner(second);
+  const Blocks blocks(pool, first.rows, kRows, kGroups, 1);
+  const int64_t normed = first.has_norm ? kBlock * first.C : 0, hidden = kBlock * first.M;
+  return in_parallel(blocks, pool, normed + hidden, [&](int64_t begin, int64_t end, float* sums, float* more) {
+    LinearFloatsArgs inner = first;  // its rows are those of a block, its results stay in the thread's own memory
+    inner.rows = kBlock;
+    inner.out = more + normed;
+    run_blocks(blocks, first, affine, begin, end, more,
+               [&](const float* x, int64_t row, int64_t count, int64_t, int64_t) {
+                 run_first(inner, x, 0, count, 0, groups_of(first.M, kFloatsPanel), sums);
+                 run_second(second, inner.out, row, count, 0, groups_of(second.M, kFloatsPanel), sums);
+               });
+  });
+}
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot
