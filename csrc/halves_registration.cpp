@@ -9,7 +9,7 @@ namespace h2ot {
 namespace {
 
 void require(bool condition, const char* wanted) {
-  if (!condition) throw std::invalid_argument(std::string("linear_halves: wanted ") + wanted);
+  if (!condition) throw std::invalid_argument(std::string("h2ot_kernels.linear_halves: wanted ") + wanted);
 }
 bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 bool is_mixed(const Tensor& x) { return is_half(x) || x.scalar_type() == ScalarType::Float; }
@@ -19,53 +19,101 @@ int64_t packed_size(int64_t chunks, int64_t M, int64_t C) {
   return chunks * ((M + kLinearPanel - 1) / kLinearPanel) * kLinearPanel * ((C + 31) / 32 * 32);
 }
 
-Tensor linear_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-                     int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
-                     const MaybeTensor& norm_bias, double eps) {
+// A layer of out_features outputs for `rows` rows of C channels; what it reads is kept, dense, as long as it.
+struct Layer {
+  MaybeTensor bias, residual, norm_weight, norm_bias;
+  LinearHalvesArgs args;
+  ScalarType results;
+
+  Layer(int64_t rows, int64_t C, const Tensor& packed, const MaybeTensor& any_bias, const MaybeTensor& any_residual,
+        int64_t out_features, int64_t chunks, bool gelu) {
+    const int64_t M = chunks > 0 ? out_features / chunks : 0;
+    require(M > 0 && M * chunks == out_features && is_half(packed) && packed.is_contiguous() &&
+                packed.numel() == packed_size(chunks, M, C),
+            "what `pack` makes of a weight of these sizes");
+    require(fits(any_bias, out_features), "a bias [out_features]");
+    require(fits(any_residual, rows * out_features), "a residual of the result's shape, of bfloat16 or float32");
+    results = any_residual ? any_residual->scalar_type() : ScalarType::BFloat16;
+    bias = dense(any_bias, ScalarType::Float);
+    residual = dense(any_residual, results);
+    args = {};
+    args.packed = static_cast<const uint16_t*>(packed.const_data_ptr());
+    args.rows = rows;
+    args.chunks = chunks;
+    args.M = M;
+    args.C = C;
+    args.bias = read<float>(bias);
+    args.residual = read<void>(residual);
+    args.activation = gelu ? Activation::gelu : Activation::none;
+    args.x_dtype = Dtype::bf16;
+    args.out_dtype = results == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
+  }
+  void take(const Tensor& tokens) {
+    args.x = tokens.const_data_ptr();
+    args.x_dtype = dtype_of(tokens);
+  }
+  void norm_first(const MaybeTensor& weight, const MaybeTensor& any_bias, double eps) {
+    require(fits(weight, args.C) && fits(any_bias, args.C), "a norm's weight and bias [in_features]");
+    const ScalarType dtype = weight ? weight->scalar_type() : any_bias ? any_bias->scalar_type() : ScalarType::Float;
+    require(!any_bias || any_bias->scalar_type() == dtype, "a norm's weight and bias of one dtype");
+    norm_weight = dense(weight, dtype);
+    norm_bias = dense(any_bias, dtype);
+    args.has_norm = eps >= 0;
+    args.norm_weight = read<void>(norm_weight);
+    args.norm_bias = read<void>(norm_bias);
+    args.norm_dtype = dtype == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
+    args.eps = eps;
+  }
+};
+
+// x, whose rows are adjacent.
+Tensor rows_of(const Tensor& x) {
   require(dots_run(), "a CPU with products of pairs of bfloat16 numbers");
   require(is_mixed(x) && x.dim() > 0 && x.numel() > 0 && x.size(-1) >= kFewestChannels,
           "tokens of bfloat16 or float32, some, of 16 channels or more");
-  const int64_t C = x.size(-1), M = chunks > 0 ? out_features / chunks : 0, rows = x.numel() / C;
-  require(M > 0 && M * chunks == out_features && is_half(packed) && packed.is_contiguous() &&
-              packed.numel() == packed_size(chunks, M, C),
-          "what `pack` makes of a weight of these sizes");
-  require(fits(bias, out_features), "a bias [out_features]");
-  require(fits(residual, rows * out_features), "a residual of the result's shape, of bfloat16 or float32");
-  require(fits(norm_weight, C) && fits(norm_bias, C), "a norm's weight and bias [in_features]");
-  const ScalarType vectors = norm_weight ? norm_weight->scalar_type()
-                             : norm_bias ? norm_bias->scalar_type()
-                                         : ScalarType::Float;
-  require(!norm_bias || norm_bias->scalar_type() == vectors, "a norm's weight and bias of one dtype");
-  const ScalarType results = residual ? residual->scalar_type() : ScalarType::BFloat16;
-  const Tensor tokens = dense(x);
-  const MaybeTensor biases = dense(bias, ScalarType::Float), added = dense(residual, results);
-  const MaybeTensor scale = dense(norm_weight, vectors), shift = dense(norm_bias, vectors);
+  return dense(x);
+}
+// Room for results of M channels, of each chunk.
+Tensor results_of(const Tensor& x, int64_t chunks, int64_t M, ScalarType dtype) {
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = M;
   if (chunks > 1) size.insert(size.begin(), chunks);
-  const Tensor out = make(x, size, results);
-  const LinearHalvesArgs args = {tokens.const_data_ptr(),
-                                 dtype_of(tokens),
-                                 static_cast<const uint16_t*>(packed.const_data_ptr()),
-                                 rows,
-                                 chunks,
-                                 M,
-                                 C,
-                                 read<float>(biases),
-                                 read<void>(added),
-                                 gelu ? Activation::gelu : Activation::none,
-                                 out.mutable_data_ptr(),
-                                 dtype_of(out),
-                                 eps >= 0,
-                                 read<void>(scale),
-                                 read<void>(shift),
-                                 vectors == ScalarType::Float ? Dtype::f32 : Dtype::bf16,
-                                 eps};
-  check(bf16_dots::linear_halves(args, pool()), "linear_halves");
+  return make(x, size, dtype);
+}
+
+Tensor linear_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
+                     int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+                     const MaybeTensor& norm_bias, double eps) {
+  const Tensor tokens = rows_of(x);
+  const int64_t C = x.size(-1);
+  Layer layer(x.numel() / C, C, packed, bias, residual, out_features, chunks, gelu);
+  layer.take(tokens);
+  layer.norm_first(norm_weight, norm_bias, eps);
+  const Tensor out = results_of(x, chunks, layer.args.M, layer.results);
+  layer.args.out = out.mutable_data_ptr();
+  check(bf16_dots::linear_halves(layer.args, pool()), "linear_halves");
+  return out;
+}
+
+Tensor mlp_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
+                  const Tensor& second_packed, const MaybeTensor& second_bias, const MaybeTensor& residual,
+                  int64_t out_features, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
+  const Tensor tokens = rows_of(x);
+  const int64_t C = x.size(-1), rows = x.numel() / C;
+  Layer first(rows, C, packed, bias, std::nullopt, hidden_features, 1, true);
+  first.take(tokens);
+  first.norm_first(norm_weight, norm_bias, eps);
+  Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
+  const Tensor out = results_of(x, 1, out_features, second.results);
+  second.args.out = out.mutable_data_ptr();
+  check(bf16_dots::mlp_halves({first.args, second.args}, pool()), "mlp_halves");
   return out;
 }
 
 }  // namespace
 }  // namespace h2ot
 
-STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) { m.impl("linear_halves", TORCH_BOX(&h2ot::linear_halves)); }
+STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
+  m.impl("linear_halves", TORCH_BOX(&h2ot::linear_halves));
+  m.impl("mlp_halves", TORCH_BOX(&h2ot::mlp_halves));
+}

@@ -283,6 +283,12 @@ struct LinearHalvesArgs {
   double eps;
 };
 
+// Two of them, one behind the other; what is between them, in bfloat16, is never stored whole.
+struct MlpHalvesArgs {
+  LinearHalvesArgs first;   // out unused, its dtype bf16; no residual
+  LinearHalvesArgs second;  // x unused; no norm; C is the first one's M; of both one chunk
+};
+
 // The same in float32, each sum one chain of multiply-adds in the order of the channels. The weights stand in panels of
 // kFloatsPanel outputs, [chunks, panels, C, kFloatsPanel], 0 behind the last output of a chunk.
 constexpr int64_t kFloatsPanel = 64;
@@ -298,9 +304,8 @@ struct LinearFloatsArgs {
   const float *norm_weight, *norm_bias;  // [C], or null
   double eps;
 };
-// Two of them, one behind the other; what is between them is never stored whole.
 struct MlpFloatsArgs {
-  LinearFloatsArgs first;   // out unused
+  LinearFloatsArgs first;   // out unused; no residual
   LinearFloatsArgs second;  // x unused; no norm; C is the first one's M; of both one chunk
 };
 
@@ -340,6 +345,7 @@ namespace bf16_dots {
 Status attend(const RecoverAttentionArgs&, const Parallel&);  // the same, by products of pairs in vectors
 Status recover_rotated(const RecoverRotatedArgs&, const Parallel&);
 Status linear_halves(const LinearHalvesArgs&, const Parallel&);
+Status mlp_halves(const MlpHalvesArgs&, const Parallel&);
 }  // namespace bf16_dots
 // recover_attention in bfloat16 by the tile unit or by products of pairs where that pays, else by kernels().
 Status attend(const RecoverAttentionArgs&, const Parallel&);

@@ -13,7 +13,7 @@ from .add_norm import add_norm, takes
 from .inference import dots_run, tiles_run
 from .library import declare
 from .linear_floats import Floats, floats_run, mlp_floats
-from .linear_halves import Halves
+from .linear_halves import Halves, adds_to_float, mlp_halves
 from .packed import ACTIVATIONS, Packed, count_flops
 
 Made = TypeVar("Made")
@@ -231,17 +231,22 @@ def mlp(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """residual + scale * fc2(gelu(fc1(norm(x)))), as two calls of them give it; in one pass where both are `Floats`."""
+    """residual + scale * fc2(gelu(fc1(norm(x)))), as two calls of them give it; in one pass where both are of MLPS."""
     fused = None
-    if not torch.compiler.is_compiling() and floats_run() and x.is_cpu and _product_dtype(x) == torch.float32:
-        fused = _mlp_of_floats(x, fc1, fc2, norm, residual, scale)
+    if x.is_cpu and not torch.compiler.is_compiling():
+        dtype = _product_dtype(x)
+        if floats_run() if dtype == torch.float32 else adds_to_float(dtype):
+            fused = _in_one_pass(x, fc1, fc2, norm, residual, scale)
     if fused is not None:
         return fused
     given = {name: value for name, value in (("residual", residual), ("scale", scale)) if value is not None}
     return fc2(fc1(x, activation="gelu", norm=norm), **given)
 
 
-def _mlp_of_floats(
+MLPS = {Floats: mlp_floats, Halves: mlp_halves}
+
+
+def _in_one_pass(
     x: Tensor,
     fc1: Linear,
     fc2: nn.Linear,
@@ -252,18 +257,20 @@ def _mlp_of_floats(
     if not (isinstance(fc2, Linear) and is_silent(fc1, fc2)):
         return None
     first = fc1._ready(x, None, None, 1)
-    second = fc2._ready(x, fc1.out_features, scale, 1) if isinstance(first, Floats) else None
-    if not isinstance(second, Floats) or x.dtype != torch.float32:
+    operator = MLPS.get(type(first))
+    second = None if operator is None else fc2._ready(x, fc1.out_features, scale, 1)
+    if operator is None or type(second) is not type(first) or x.dtype not in first.adds:
         return None
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], second.out_features)):
+    size = (*x.shape[:-1], second.out_features)
+    if residual is not None and not (residual.dtype in second.adds and residual.shape == size):
         return None
     normed_inside = ()
     if norm is not None and _can_fuse(norm, x):
         normed_inside = norm.weight, norm.bias, norm.eps
     elif norm is not None:
-        x = normed(norm, x, x.dtype)
+        x = normed(norm, x, first.packed.dtype)
     last = second.packed, second.bias, residual, second.out_features
-    return mlp_floats(x, first.packed, first.bias, first.out_features, *last, *normed_inside)
+    return operator(x, first.packed, first.bias, first.out_features, *last, *normed_inside)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .inference import capability, declare_for_inference, tiles_run
-from .packed import Packed, count_flops
+from .packed import Packed, count_flops, count_mlp_flops
 
 PANEL = 64  # outputs
 FEWEST = 16  # channels, and outputs
@@ -61,16 +61,11 @@ def _fake_mlp(x, packed, bias, hidden_features, second_packed, second_bias, resi
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _count_mlp_flops(x, packed, bias, hidden_features, second_packed, second_bias, residual, out_features, *norm):
-    rows = torch.Size(x).numel() // x[-1]
-    return 2 * rows * hidden_features * (x[-1] + out_features)
-
-
 # residual + second(gelu(first(norm(x)))); what is between them is never stored whole.
 mlp_floats = declare_for_inference(
     "mlp_floats",
     "(Tensor x, Tensor packed, Tensor? bias, int hidden_features, Tensor second_packed, Tensor? second_bias, "
     "Tensor? residual, int out_features, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",
     _fake_mlp,
-    flops=_count_mlp_flops,
+    flops=count_mlp_flops,
 )

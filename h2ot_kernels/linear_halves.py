@@ -1,4 +1,4 @@
-"""Linear layers of CPU inference in bfloat16 by products of pairs (AVX512-BF16), with what stands around them.
+"""Linear layers and MLPs of CPU inference in bfloat16 by products of pairs (AVX512-BF16), with what stands around them.
 
 Internal to `linear.Linear`.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .inference import declare_for_inference, dots_run, tiles_run
-from .packed import Packed, count_flops
+from .packed import Packed, count_flops, count_mlp_flops
 
 PANEL = 32  # outputs
 FEWEST = 16  # channels, and outputs
@@ -58,4 +58,19 @@ linear_halves = declare_for_inference(
     "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",  # eps below 0: no norm
     _fake,
     flops=count_flops,
+)
+
+
+def _fake_mlp(x, packed, bias, hidden_features, second_packed, second_bias, residual, out_features, *norm):
+    dtype = packed.dtype if residual is None else residual.dtype
+    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
+
+
+# As `linear_floats.mlp_floats`; what is between the layers is rounded to bfloat16.
+mlp_halves = declare_for_inference(
+    "mlp_halves",
+    "(Tensor x, Tensor packed, Tensor? bias, int hidden_features, Tensor second_packed, Tensor? second_bias, "
+    "Tensor? residual, int out_features, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",
+    _fake_mlp,
+    flops=count_mlp_flops,
 )

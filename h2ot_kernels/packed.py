@@ -49,3 +49,9 @@ class Packed:
 def count_flops(x, packed, bias, residual, out_features, chunks, gelu, *norm) -> int:
     """Of such an operator."""
     return 2 * torch.Size(x).numel() * out_features
+
+
+def count_mlp_flops(x, packed, bias, hidden_features, second_packed, second_bias, residual, out_features, *norm) -> int:
+    """Of an operator that does two such layers."""
+    rows = torch.Size(x).numel() // x[-1]
+    return 2 * rows * hidden_features * (x[-1] + out_features)

@@ -270,9 +270,9 @@ MISTAKES = {
     "weights of the panel before": (KERNEL, "a.packed + panel * a.C", "a.packed + panel / 2 * a.C"),
     "the norm's weight is its bias": (SHARED, "bias = weight + width;", "bias = weight;"),
     "the last rows have no norm": ("layer_norm.h", "count - row, C, eps", "0, C, eps"),
-    "what is between two layers overlaps the norm": (KERNEL, "inner.out = more + normed;", "inner.out = more;"),
-    "the second layer has one panel": (KERNEL, "groups_of(second.M, kFloatsPanel)", "1"),
-    "an MLP's results are those of the first block": (KERNEL, "inner.out, row, count", "inner.out, 0, count"),
+    "what is between two layers overlaps the norm": (KERNEL, "*const more = own + normed;", "*const more = own;"),
+    "the second layer has one panel": (KERNEL, "groups_of(a.second.M, kFloatsPanel)", "1"),
+    "an MLP's results are those of the first block": (KERNEL, "between, first, count", "between, 0, count"),
 }
 
 

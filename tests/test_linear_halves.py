@@ -11,11 +11,13 @@ from torch.nn import functional
 
 from h2ot_kernels import _C
 from h2ot_kernels.add_norm import add_norm
+from h2ot_kernels.hosts.blocks import Mlp
 from h2ot_kernels.inference import tiles_run
 from h2ot_kernels.linear import Linear, OneDnn
-from h2ot_kernels.linear_halves import Halves, linear_halves, pack
+from h2ot_kernels.linear_halves import Halves, linear_halves, mlp_halves, pack
 
 from .compare import assert_within
+from .runners import Recorder
 from .tiles import BAND, DOTS, at, build, fails, guarded, needs_dots
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -34,8 +36,20 @@ SIZES = [
 ]
 
 
+# rows, C, hidden, M
+MLPS = [(1, 16, 16, 16), (17, 33, 65, 40), (70, 64, 130, 96)]
+
+
 def native(x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
     return linear_halves(x, pack(weight, chunks), bias, residual, len(weight), chunks, gelu, *norm)
+
+
+def native_mlp(x, first, second, residual=None, norm=(None, None, -1.0)):
+    (w1, b1), (w2, b2) = first, second
+    return mlp_halves(x, pack(w1, 1), b1, len(w1), pack(w2, 1), b2, residual, len(w2), *norm)
+
+
+native.mlp = native_mlp
 
 
 class Compiled:
@@ -46,9 +60,7 @@ class Compiled:
 
     def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
         rows, C, M = x.numel() // x.shape[-1], x.shape[-1], len(weight) // chunks
-        around = torch.full((x.numel() + 64,), float("nan"), dtype=x.dtype)
-        inside = around[32:-32].view(x.shape)
-        inside.copy_(x)
+        inside = self._alone(x)
         dtype = BF16 if residual is None else residual.dtype
         whole, out = guarded(rows * len(weight), dtype)
         sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
@@ -56,10 +68,33 @@ class Compiled:
         given = at(bias), at(residual), int(dtype == F32), int(gelu), at(out), *of_norm
         packed = pack(weight, chunks)
         assert self.library.linear_halves(at(inside), int(x.dtype == F32), at(packed), *sizes, *given) == 0
+        size = (*x.shape[:-1], M)
+        return self._between_bands(whole, out, size if chunks == 1 else (chunks, *size))
+
+    def mlp(self, x, first, second, residual=None, norm=(None, None, -1.0)):
+        (w1, b1), (w2, b2) = first, second
+        rows, C = x.numel() // x.shape[-1], x.shape[-1]
+        dtype = BF16 if residual is None else residual.dtype
+        whole, out = guarded(rows * len(w2), dtype)
+        sizes = [ctypes.c_int64(size) for size in (rows, C, len(w1), len(w2))]
+        inside, packed = self._alone(x), (pack(w1, 1), pack(w2, 1))
+        of_norm = at(norm[0]), at(norm[1]), ctypes.c_double(norm[2])
+        given = at(b1), at(b2), at(residual), int(dtype == F32), at(out), *of_norm
+        assert self.library.mlp_halves(at(inside), int(x.dtype == F32), *map(at, packed), *sizes, *given) == 0
+        return self._between_bands(whole, out, (*x.shape[:-1], len(w2)))
+
+    @staticmethod
+    def _alone(x):
+        around = torch.full((x.numel() + 64,), float("nan"), dtype=x.dtype)
+        inside = around[32:-32].view(x.shape)
+        inside.copy_(x)
+        return inside
+
+    @staticmethod
+    def _between_bands(whole, out, size):
         for band in (whole[:BAND], whole[-BAND:]):
             assert (band == 7).all()
-        size = (*x.shape[:-1], M)
-        return out.view(size if chunks == 1 else (chunks, *size))
+        return out.view(size)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +160,24 @@ def test_normed_tokens_are_those_of_add_norm(run, sizes, dtype, affine):
     given = weight, bias, None, sizes[3], True
     assert torch.equal(run(x, *given, (norm.weight, norm.bias, norm.eps)), run(normed, *given))
     assert torch.equal(run(x, *given), run(x.to(BF16), *given))
+
+
+@pytest.mark.parametrize("sizes", MLPS, ids=str)
+@pytest.mark.parametrize("x_dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("added", [None, BF16, F32], ids=str)
+@torch.no_grad()
+def test_an_mlp_is_two_layers(run, sizes, x_dtype, added):
+    """The same bits, what is between them rounded."""
+    rows, C, hidden, M = sizes
+    x, w1, b1, _ = made(rows, C, hidden, 1)
+    _, w2, b2, residual = made(rows, hidden, M, 1, seed=1)
+    x, residual = x.to(x_dtype), None if added is None else residual.to(added)
+    norm = nn.LayerNorm(C)
+    norm.weight.normal_()
+    for given in ((norm.weight, norm.bias, norm.eps), (None, None, -1.0)):
+        between = run(x, w1, b1, gelu=True, norm=given)
+        got = run.mlp(x, (w1, b1), (w2, b2), residual, given)
+        assert torch.equal(got, run(between, w2, b2, residual))
 
 
 @needs_pairs
@@ -204,6 +257,19 @@ def test_the_operator_refuses_other_sizes():
     ):
         with pytest.raises(ValueError, match="linear_halves: wanted"):
             linear_halves(*wrong)
+    second, added = pack(torch.randn(24, 40).to(BF16), 1), torch.randn(5, 24)
+    assert mlp_halves(x, packed, bias, 40, second, None, added, 24).shape == (5, 24)
+    for wrong in (
+        (x[:0], packed, bias, 40, second, None, added, 24),
+        (x, packed, bias, 20, second, None, added, 24),
+        (x, packed, bias, 40, second.float(), None, added, 24),
+        (x, packed, bias, 40, second, bias, added, 24),
+        (x, packed, bias, 40, second, None, residual, 24),
+        (x, packed, bias, 40, second, None, added, 0),
+        (x, packed, bias, 40, second, None, added, 24, x[0, 1:], None, 1e-5),
+    ):
+        with pytest.raises(ValueError, match="linear_halves: wanted"):
+            mlp_halves(*wrong)
     _C.set_capability("avx2")
     with pytest.raises(ValueError, match="linear_halves: wanted a CPU with products of pairs"):
         linear_halves(x, packed, bias, None, 40, 1, False)
@@ -231,6 +297,21 @@ def test_when_they_are_used():
         assert isinstance(small._kept["packed"][2], OneDnn)
 
 
+@needs_pairs
+@pytest.mark.skipif(tiles_run(), reason="oneDNN's products in bfloat16 run on this CPU's tile unit")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_when_mlps_are_used(autocast):
+    feed, norm, x = Mlp(32, 100).eval(), nn.LayerNorm(32), torch.randn(2, 7, 32)
+    if not autocast:
+        feed, norm, x = feed.to(BF16), norm.to(BF16), x.to(BF16)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=BF16, enabled=autocast):
+        for residual in (None, x):
+            with Recorder() as called:
+                got = feed(x, norm=norm, residual=residual)
+            assert "h2ot_kernels::mlp_halves" in called.names
+            assert torch.equal(got, feed.fc2(feed.fc1(x, activation="gelu", norm=norm), residual=residual))
+
+
 MISTAKES = {
     "outputs beyond the last are written": ("linear_halves.cpp", "if (place.count == kLinearPanel) {", "if (true) {"),
     "rows beyond the last are read and written": (
@@ -253,6 +334,17 @@ MISTAKES = {
     "GELU takes the sign": ("gelu_halves.h", "_mm512_abs_ps(x)", "x"),
     "the norm's weight is its bias": ("linear_blocks.h", "bias = weight + width;", "bias = weight;"),
     "the last rows have no norm": ("layer_norm.h", "count - row, C, eps", "0, C, eps"),
+    "the second layer has one panel": ("linear_halves.cpp", "groups_of(a.second.M, kLinearPanel)", "1"),
+    "an MLP's results are those of the first block": (
+        "linear_halves.cpp",
+        "at.hidden, first, count",
+        "at.hidden, 0, count",
+    ),
+    "there is no room for what is between": (
+        "linear_halves.cpp",
+        "channels > hidden_channels ? channels : hidden_channels",
+        "channels",
+    ),
 }
 
 
@@ -266,6 +358,7 @@ def test_planted_mistakes_are_seen(mistake, tmp_path):
             functools.partial(test_what_is_added_to_float32_is_the_rounded_product, wrong, sizes),
             functools.partial(test_normed_tokens_are_those_of_add_norm, wrong, sizes, BF16, True),
         ]
+    tests += [functools.partial(test_an_mlp_is_two_layers, wrong, sizes, BF16, F32) for sizes in MLPS]
     others = test_gelu_of_any_number, test_the_same_bits_in_any_batch, test_what_was_there_before_does_not_count
     tests += [functools.partial(test, wrong) for test in others]
     assert any(fails(test) for test in tests)

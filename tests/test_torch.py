@@ -85,6 +85,8 @@ def samples_of_some_cpus():
         packed = pack_halves(weight.bfloat16(), 2)
         yield OPS.linear_halves, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
         yield OPS.linear_halves, (rand(5, 33).bfloat16(), packed[:1], None, rand(5, 3), 3, 1, False)
+        both = packed[:1], rand(3), 3, pack_halves(rand(5, 3).bfloat16(), 1), None, rand(2, 5, 5), 5
+        yield OPS.mlp_halves, (rand(2, 5, 33), *both, rand(33), None, 1e-5)
 
 
 def declared() -> set[str]:
@@ -100,7 +102,7 @@ def test_opcheck():
         checked.add(op.default.name().removeprefix("h2ot_kernels::"))
     # Backward operators whose own derivative raises are checked through the forward; linear layers where they run.
     others = {"recover_attention_backward"} | (set() if tiles_run() else {"linear", "pack_linear"})
-    assert declared() - checked == others | (set() if dots_run() else {"linear_halves"})
+    assert declared() - checked == others | (set() if dots_run() else {"linear_halves", "mlp_halves"})
 
 
 def whole_path(x, query, embed):

@@ -20,10 +20,14 @@ struct Arrays {
   float* sums;      // [kSide][kLinearPanel]
   BFloat16* given;  // [kBlock][C]: rows that have a norm, or come as float32
 
-  Arrays(Carver& memory, const LinearHalvesArgs& a) {
-    rows = memory.take<uint16_t>(kBlock * groups_of(a.C, kStepHalves) * kStepHalves);
+  BFloat16* hidden;  // [kBlock][hidden_channels]: what is between two layers
+
+  Arrays(Carver& memory, int64_t channels, int64_t hidden_channels) {
+    const int64_t most = channels > hidden_channels ? channels : hidden_channels;
+    rows = memory.take<uint16_t>(kBlock * groups_of(most, kStepHalves) * kStepHalves);
     sums = memory.take<float>(kSide * kLinearPanel);
-    given = memory.take<BFloat16>(kBlock * a.C);
+    given = memory.take<BFloat16>(kBlock * channels);
+    hidden = memory.take<BFloat16>(kBlock * hidden_channels);
   }
 };
 
@@ -109,31 +113,59 @@ void run_block(const LinearHalvesArgs& a, const BFloat16* x, int64_t first, int6
   }
 }
 
-}  // namespace
+auto runner(const LinearHalvesArgs& a) {
+  return a.activation == Activation::gelu
+             ? (a.out_dtype == Dtype::bf16 ? run_block<true, BFloat16> : run_block<true, float>)
+             : (a.out_dtype == Dtype::bf16 ? run_block<false, BFloat16> : run_block<false, float>);
+}
 
-Status linear_halves(const LinearHalvesArgs& a, const Parallel& pool) {
-  const auto run = a.activation == Activation::gelu
-                       ? (a.out_dtype == Dtype::bf16 ? run_block<true, BFloat16> : run_block<true, float>)
-                       : (a.out_dtype == Dtype::bf16 ? run_block<false, BFloat16> : run_block<false, float>);
+// Calls part(first row, rows, what the first layer takes of them, first panel, end of the panels, a thread's arrays) on
+// the threads, for all blocks.
+template <class Part>
+Status by_blocks(const Parallel& pool, const LinearHalvesArgs& a, int64_t hidden_channels, int64_t panels,
+                 const Part& part) {
   const auto given = a.x_dtype == Dtype::bf16 ? given_rows<BFloat16> : given_rows<float>;
   Affine affine;
   if (a.has_norm && affine.read(a.norm_weight, a.norm_bias, a.norm_dtype, a.C) != Status::ok) {
     return Status::out_of_memory;
   }
-  const Blocks blocks(pool, a.rows, kSide, kGroups, a.chunks * groups_of(a.M, kLinearPanel));
+  const Blocks blocks(pool, a.rows, kSide, kGroups, panels);
   Outcome outcome;
   parallel_for(pool, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
     Carver sizes(nullptr);
-    Arrays(sizes, a);
+    Arrays(sizes, a.C, hidden_channels);
     void* const memory = scratch(Slot::own, sizes.bytes());
     if (!memory) return outcome.fail(Status::out_of_memory);
     Carver carver(memory);
-    const Arrays at(carver, a);
+    const Arrays at(carver, a.C, hidden_channels);
     blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
-      run(a, given(a, affine, first, count, at.given), first, count, panel, panels_end, at);
+      part(first, count, given(a, affine, first, count, at.given), panel, panels_end, at);
     });
   });
   return outcome.result();
+}
+
+}  // namespace
+
+Status linear_halves(const LinearHalvesArgs& a, const Parallel& pool) {
+  const auto run = runner(a);
+  return by_blocks(pool, a, 0, a.chunks * groups_of(a.M, kLinearPanel),
+                   [&](int64_t first, int64_t count, const BFloat16* x, int64_t panel, int64_t end, const Arrays& at) {
+                     run(a, x, first, count, panel, end, at);
+                   });
+}
+
+Status mlp_halves(const MlpHalvesArgs& a, const Parallel& pool) {
+  const auto run_first = runner(a.first), run_second = runner(a.second);
+  const int64_t hidden = a.first.M;
+  return by_blocks(pool, a.first, hidden, 1,
+                   [&](int64_t first, int64_t count, const BFloat16* x, int64_t, int64_t, const Arrays& at) {
+                     LinearHalvesArgs inner = a.first;  // its rows are a block's, its results stay with the thread
+                     inner.rows = kBlock;
+                     inner.out = at.hidden;
+                     run_first(inner, x, 0, count, 0, groups_of(hidden, kLinearPanel), at);
+                     run_second(a.second, at.hidden, first, count, 0, groups_of(a.second.M, kLinearPanel), at);
+                   });
 }
 
 }  // namespace H2OT_ISA

@@ -64,31 +64,29 @@ void run_block(const LinearFloatsArgs& a, const float* x, int64_t first, int64_t
   }
 }
 
-// A thread's part of the tasks. A block's rows, normed where `norms`, are run(first row, rows, x, first panel, end).
-template <class Run>
-void run_blocks(const Blocks& blocks, const LinearFloatsArgs& a, const Affine& affine, int64_t begin, int64_t end,
-                float* normed, const Run& run) {
-  blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
-    const float* x = a.x + first * a.C;
-    if (a.has_norm) {
-      norm_block(x, count, a.C, a.eps, affine.weight, affine.bias, normed);
-      x = normed;
-    }
-    run(x, first, count, panel, panels_end);
-  });
-}
-
 auto runner(const LinearFloatsArgs& a) { return a.activation == Activation::gelu ? run_block<true> : run_block<false>; }
 
-// Calls part(tasks begin, end, sums [kRows][kFloatsPanel], `floats` more) on the threads.
+// Calls part(first row, rows, the rows, normed, first panel, end of the panels, sums [kRows][kFloatsPanel], `floats`
+// more) on the threads, for all blocks.
 template <class Part>
-Status in_parallel(const Blocks& blocks, const Parallel& pool, int64_t floats, const Part& part) {
+Status by_blocks(const Parallel& pool, const LinearFloatsArgs& a, int64_t floats, int64_t panels, const Part& part) {
+  Affine affine;
+  if (a.has_norm && affine.read(a.norm_weight, a.norm_bias, Dtype::f32, a.C) != Status::ok) {
+    return Status::out_of_memory;
+  }
+  const Blocks blocks(pool, a.rows, kRows, kGroups, panels);
   Outcome outcome;
   parallel_for(pool, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t kSums = kRows * kFloatsPanel;
-    float* const sums = static_cast<float*>(scratch(Slot::own, (kSums + floats) * int64_t(sizeof(float))));
-    if (!sums) return outcome.fail(Status::out_of_memory);
-    part(begin, end, sums, sums + kSums);
+    const int64_t normed = a.has_norm ? kBlock * a.C : 0;
+    void* const memory = scratch(Slot::own, (kSums + normed + floats) * int64_t(sizeof(float)));
+    if (!memory) return outcome.fail(Status::out_of_memory);
+    float *const sums = static_cast<float*>(memory), *const own = sums + kSums, *const more = own + normed;
+    blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
+      const float* const x = a.x + first * a.C;
+      if (a.has_norm) norm_block(x, count, a.C, a.eps, affine.weight, affine.bias, own);
+      part(first, count, a.has_norm ? own : x, panel, panels_end, sums, more);
+    });
   });
   return outcome.result();
 }
@@ -96,40 +94,24 @@ Status in_parallel(const Blocks& blocks, const Parallel& pool, int64_t floats, c
 }  // namespace
 
 Status linear_floats(const LinearFloatsArgs& a, const Parallel& pool) {
-  Affine affine;
-  if (a.has_norm && affine.read(a.norm_weight, a.norm_bias, Dtype::f32, a.C) != Status::ok) {
-    return Status::out_of_memory;
-  }
   const auto run = runner(a);
-  const Blocks blocks(pool, a.rows, kRows, kGroups, a.chunks * groups_of(a.M, kFloatsPanel));
-  const int64_t normed = a.has_norm ? kBlock * a.C : 0;
-  return in_parallel(blocks, pool, normed, [&](int64_t begin, int64_t end, float* sums, float* more) {
-    run_blocks(blocks, a, affine, begin, end, more,
-               [&](const float* x, int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
-                 run(a, x, first, count, panel, panels_end, sums);
-               });
-  });
+  return by_blocks(pool, a, 0, a.chunks * groups_of(a.M, kFloatsPanel),
+                   [&](int64_t first, int64_t count, const float* x, int64_t panel, int64_t end, float* sums, float*) {
+                     run(a, x, first, count, panel, end, sums);
+                   });
 }
 
 Status mlp_floats(const MlpFloatsArgs& a, const Parallel& pool) {
-  Affine affine;
-  const LinearFloatsArgs &first = a.first, &second = a.second;
-  if (first.has_norm && affine.read(first.norm_weight, first.norm_bias, Dtype::f32, first.C) != Status::ok) {
-    return Status::out_of_memory;
-  }
-  const auto run_first = runner(first), run_second = runner(second);
-  const Blocks blocks(pool, first.rows, kRows, kGroups, 1);
-  const int64_t normed = first.has_norm ? kBlock * first.C : 0, hidden = kBlock * first.M;
-  return in_parallel(blocks, pool, normed + hidden, [&](int64_t begin, int64_t end, float* sums, float* more) {
-    LinearFloatsArgs inner = first;  // its rows are those of a block, its results stay in the thread's own memory
-    inner.rows = kBlock;
-    inner.out = more + normed;
-    run_blocks(blocks, first, affine, begin, end, more,
-               [&](const float* x, int64_t row, int64_t count, int64_t, int64_t) {
-                 run_first(inner, x, 0, count, 0, groups_of(first.M, kFloatsPanel), sums);
-                 run_second(second, inner.out, row, count, 0, groups_of(second.M, kFloatsPanel), sums);
-               });
-  });
+  const auto run_first = runner(a.first), run_second = runner(a.second);
+  const int64_t hidden = a.first.M;
+  return by_blocks(pool, a.first, kBlock * hidden, 1,
+                   [&](int64_t first, int64_t count, const float* x, int64_t, int64_t, float* sums, float* between) {
+                     LinearFloatsArgs inner = a.first;  // its rows are a block's, its results stay with the thread
+                     inner.rows = kBlock;
+                     inner.out = between;
+                     run_first(inner, x, 0, count, 0, groups_of(hidden, kFloatsPanel), sums);
+                     run_second(a.second, between, first, count, 0, groups_of(a.second.M, kFloatsPanel), sums);
+                   });
 }
 
 }  // namespace H2OT_ISA
