@@ -17,7 +17,7 @@ import torch
 from .cases import TokenCase
 
 LARGE, LARGEST = 2.5e7, 1.7e8  # B N^2 C; what is larger than the second has no path of its own
-SHARE = 6  # one in so many of those that remain
+SHARE = 8  # one in so many of those that remain
 SEED = os.environ.get("H2OT_KERNELS_PTX_SEED")  # of ./dev ptx without --all
 # What does not depend on how a kernel runs: ./dev test has it.
 ELSEWHERE = {"test_opcheck", "test_compile_fullgraph", "test_no_kernel_leans_on_what_native_triton_does_not_promise"}
