@@ -75,6 +75,13 @@ def test_when_layers_are_used():
     assert isinstance(small._kept["packed"][2], OneDnn)
 
 
+class Doubled(Linear):
+    """A user's layer with a forward of its own."""
+
+    def forward(self, x, *given, **options):
+        return 2 * super().forward(x, *given, **options)
+
+
 def calls_of(*arguments, **options):
     with Recorder() as called:
         result = mlp(*arguments, **options)
@@ -109,6 +116,11 @@ def test_where_an_mlp_is_its_two_layers():
     plain.load_state_dict(feed.fc2.state_dict())
     result, fused = taken(fc2=plain)
     torch.testing.assert_close(result, expected)
+    assert not fused
+    doubled = Doubled(100, 32).eval()
+    doubled.load_state_dict(feed.fc2.state_dict())
+    result, fused = taken(fc2=doubled)
+    assert torch.equal(result, 2 * feed.fc2(feed.fc1(x, activation="gelu")))
     assert not fused
     result, fused = taken(residual=torch.zeros(32))  # broadcast
     torch.testing.assert_close(result, expected)

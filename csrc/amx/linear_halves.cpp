@@ -16,10 +16,9 @@ static_assert(kFewestChannels >= kFloats);  // a norm takes whole vectors
 
 // What a thread works in.
 struct Arrays {
-  uint16_t* rows;   // [kGroups][steps][kSide][kStepHalves]
-  float* sums;      // [kSide][kLinearPanel]
-  BFloat16* given;  // [kBlock][C]: rows that have a norm, or come as float32
-
+  uint16_t* rows;    // [kGroups][steps][kSide][kStepHalves]
+  float* sums;       // [kSide][kLinearPanel]
+  BFloat16* given;   // [kBlock][channels]: rows that have a norm, or come as float32
   BFloat16* hidden;  // [kBlock][hidden_channels]: what is between two layers
 
   Arrays(Carver& memory, int64_t channels, int64_t hidden_channels) {
