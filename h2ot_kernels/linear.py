@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.modules import module as nn_module
 
 from .add_norm import add_norm, takes
+from .backend import is_reference
 from .inference import dots_run, tiles_run
 from .library import declare
 from .linear_floats import Floats, floats_run, mlp_floats
@@ -27,15 +28,16 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 class Linear(nn.Linear):
     """nn.Linear with what stands around it in a transformer; faster in CPU inference.
 
-    In eval mode without gradients, in float32, bfloat16 or float16 (autocast included), the weight is packed at the
-    first call and again after it changed, and the activation or the addition is part of the product; everywhere else
-    this is nn.Linear. Products are this package's, with a LayerNorm before and an activation or an addition behind them
-    in the same pass: in float32 by AVX2 or AVX-512, or by a tile unit (AMX), which makes whole numbers of three or four
-    bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster; in bfloat16 by AVX512-BF16 where there is
-    no such unit. Elsewhere they are oneDNN's. Where the CPU has no instructions for a 16-bit dtype they are products in
-    float32, whose weights take twice the memory. Packed weights are neither in the state_dict nor pickled or copied.
-    What changes a parameter behind autograd's back (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED
-    elements of it, spread over rows and columns: edit single elements under `torch.no_grad()`, not through `.data`.
+    In eval mode without gradients, where the reference backend is not chosen, in float32, bfloat16 or float16 (autocast
+    included), the weight is packed at the first call and again after it changed, and the activation or the addition is
+    part of the product; everywhere else this is nn.Linear. Products are this package's, with a LayerNorm before and an
+    activation or an addition behind them in the same pass: in float32 by AVX2 or AVX-512, or by a tile unit (AMX),
+    which makes whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster;
+    in bfloat16 by AVX512-BF16 where there is no such unit. Elsewhere they are oneDNN's. Where the CPU has no
+    instructions for a 16-bit dtype they are products in float32, whose weights take twice the memory. Packed
+    weights are neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back
+    (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED elements of it, spread over rows and columns: edit
+    single elements under `torch.no_grad()`, not through `.data`.
 
     >>> import torch
     >>> from h2ot_kernels.linear import Linear
@@ -119,6 +121,7 @@ class Linear(nn.Linear):
             and not weight.is_inference()  # such a tensor does not say when it changes
             and HAS_ONEDNN
             and torch.backends.mkldnn.enabled
+            and not is_reference(None)
             and (dtype != torch.float16 or is_widened(dtype))
         )
 

@@ -21,6 +21,7 @@ STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_i
 PATIENCE = 3  # times what the unchanged source takes, and a minute: a mutant that runs longer counts as killed
 # File stem -> (test files, which of their tests): the shortest that know the file.
 FUZZ = "tests/test_fuzz.py"
+FLOATS = ("tests/test_linear_floats.py", "tests/test_linear_floats_used.py")
 SCORING = (FUZZ, "tests/test_cluster.py", "tests/test_score.py")
 BY_STEM = {
     **{stem: (FUZZ, f"tests/test_{stem}.py") for stem in STEMS},
@@ -33,6 +34,7 @@ BY_STEM = {
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),
     "recover_rotated": ("tests/test_recover_rotated.py",),
     "graph": ("tests/test_graph.py", "tests/test_graph_refuses.py"),
+    **dict.fromkeys(("linear_floats", "linear_blocks", "gelu"), FLOATS),
     **dict.fromkeys(("add_norm", "layer_norm"), ("tests/test_add_norm.py", "tests/test_add_norm_refuses.py")),
 }
 EVERYTHING = tuple(dict.fromkeys(file for files in BY_STEM.values() for file in files))
@@ -67,7 +69,9 @@ class Tree:
     """A copy of the project whose package is tested; by default with the libraries that are built."""
 
     name, memory = "python", 16 << 30
-    chosen = "not triton and not clip and not compile_fullgraph and not once and not export and not compiled"
+    chosen = (
+        "not triton and not clip and not compile_fullgraph and not once and not export and not compiled and not planted"
+    )
 
     def __init__(self):
         self.folder = BUILD / self.name

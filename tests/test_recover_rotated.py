@@ -122,7 +122,10 @@ def called(tail, token, kept, **options):
 def test_recover_pose_takes_it():
     tail, token, kept = Tail(64), torch.randn(1, 9, 64), torch.randn(2, 3, 64)
     assert called(tail, token, kept) == {"recover_attention", "recover_rotated"}
-    assert called(tail, token, kept, backend="reference") == set()
+    products = {"linear", "linear_floats"}  # the projection is that of the module
+    assert called(tail, token, kept, backend="reference") <= products
+    with h2ot.use_backend("reference"):
+        assert called(tail, token, kept) == set()
     tail.double()
     assert called(tail, token.double(), kept.double()) == {"recover_attention", "recover_tail"}
 
