@@ -1,8 +1,6 @@
-"""Linear layers and MLPs in float32 by vectors: on every instruction set, and apart, between bands of memory."""
+"""Linear layers and MLPs in float32 by vectors, on every instruction set."""
 
-import ctypes
 import functools
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from h2ot_kernels.add_norm import add_norm
 from h2ot_kernels.linear_floats import linear_floats, mlp_floats, pack
 
 from .compare import assert_within
-from .tiles import AVX512, BAND, at, build, fails, guarded, needs_emulation
 
 pytestmark = pytest.mark.usefixtures("inference")
 NONE = (None, None, -1.0)  # no norm
@@ -43,54 +40,6 @@ class Native:
     def mlp(x, first, second, residual=None, norm=NONE):
         (w1, b1), (w2, b2) = first, second
         return mlp_floats(x, pack(w1, 1), b1, len(w1), pack(w2, 1), b2, residual, len(w2), *norm)
-
-
-class Compiled:
-    """The kernels by themselves; the bytes beside their results stay as they are, and none beside operands counts."""
-
-    def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
-        self.library = build(folder, "linear_floats.cpp", *replaced, target=AVX512)
-
-    @staticmethod
-    def _alone(x):
-        around = torch.full((x.numel() + 64,), float("nan"))
-        inside = around[32:-32].view(x.shape)
-        inside.copy_(x)
-        return inside
-
-    @staticmethod
-    def _norm(norm):
-        return at(norm[0]), at(norm[1]), ctypes.c_double(norm[2])
-
-    def linear(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=NONE):
-        rows, C, M = x.numel() // x.shape[-1], x.shape[-1], len(weight) // chunks
-        whole, out = guarded(rows * len(weight), torch.float32)
-        sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
-        inside, packed = self._alone(x), pack(weight, chunks)
-        given = at(bias), at(residual), int(gelu), at(out), *self._norm(norm)
-        assert self.library.linear_floats(at(inside), at(packed), *sizes, *given) == 0
-        return self._between_bands(whole, out, (*x.shape[:-1], M), chunks)
-
-    def mlp(self, x, first, second, residual=None, norm=NONE):
-        (w1, b1), (w2, b2) = first, second
-        rows, C = x.numel() // x.shape[-1], x.shape[-1]
-        whole, out = guarded(rows * len(w2), torch.float32)
-        sizes = [ctypes.c_int64(size) for size in (rows, C, len(w1), len(w2))]
-        inside, packed = self._alone(x), (pack(w1, 1), pack(w2, 1))
-        given = at(b1), at(b2), at(residual), at(out), *self._norm(norm)
-        assert self.library.mlp_floats(at(inside), *map(at, packed), *sizes, *given) == 0
-        return self._between_bands(whole, out, (*x.shape[:-1], len(w2)), 1)
-
-    @staticmethod
-    def _between_bands(whole, out, size, chunks):
-        for band in (whole[:BAND], whole[-BAND:]):
-            assert (band == 7).all()
-        return out.view(size if chunks == 1 else (chunks, *size))
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return Compiled(tmp_path_factory.mktemp("floats"))
 
 
 def made(rows, C, M, chunks=1, seed=0):
@@ -237,47 +186,9 @@ def test_strides_of_every_kind(capability):
     )
 
 
-@needs_emulation
-def test_between_bands_of_memory(compiled):
-    for test in checks(compiled):
-        test()
-
-
 def checks(run):
-    """All of the above, short: for kernels that are compiled here."""
+    """All of the above, short: for kernels that are built apart."""
     tests = [functools.partial(check, run, sizes, True, True, True) for sizes in SIZES]
     tests += [functools.partial(check_normed, run, sizes, True) for sizes in SIZES if sizes[1] >= 16]
     tests += [functools.partial(check_mlp, run, sizes, True, True) for sizes in MLPS]
     return tests + [functools.partial(test, run) for test in (check_gelu, check_batches, check_leftovers)]
-
-
-KERNEL, SHARED = "linear_floats.cpp", "linear_blocks.h"
-MISTAKES = {
-    "outputs beyond the last are written": (KERNEL, "place.count / kFloats * kFloats;", "kFloatsPanel;"),
-    "outputs behind whole vectors are left out": (KERNEL, "rest = place.count - whole", "rest = 0"),
-    "vectors behind whole tiles are left out": (KERNEL, "if constexpr (V > 1) mul", "if constexpr (V > 9) mul"),
-    "rows beyond the last are read and written": (
-        SHARED,
-        "left < taken * side ? left : taken * side",
-        "taken * side",
-    ),
-    "a tile's last rows are left out": (KERNEL, "? count - row : kRows", "? 1 : kRows"),
-    "a chunk's bias is the first one's": (KERNEL, "a.bias + place.chunk * a.M + ", "a.bias + "),
-    "chunks meet in one place": (SHARED, "(chunk * rows + row)", "row"),
-    "the next block's rows are taken": (SHARED, "first = task / parts * side", "first = task * 0"),
-    "the residual of the first row": (KERNEL, "if (residual) residual += a.M;", ""),
-    "a rest has no residual": (KERNEL, "residual ? added + result(whole) :", "false ? added :"),
-    "weights of the panel before": (KERNEL, "a.packed + panel * a.C", "a.packed + panel / 2 * a.C"),
-    "the norm's weight is its bias": (SHARED, "bias = weight + width;", "bias = weight;"),
-    "the last rows have no norm": ("layer_norm.h", "count - row, C, eps", "0, C, eps"),
-    "what is between two layers overlaps the norm": (KERNEL, "*const more = own + normed;", "*const more = own;"),
-    "the second layer has one panel": (KERNEL, "groups_of(a.second.M, kFloatsPanel)", "1"),
-    "an MLP's results are those of the first block": (KERNEL, "between, first, count", "between, 0, count"),
-}
-
-
-@needs_emulation
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_seen(mistake, tmp_path):
-    wrong = Compiled(tmp_path, MISTAKES[mistake])
-    assert any(fails(test) for test in checks(wrong))
