@@ -15,7 +15,7 @@ from .inference import dots_run, tiles_run
 from .library import declare
 from .linear_floats import Floats, floats_run, mlp_floats
 from .linear_halves import Halves, adds_to_float, mlp_halves
-from .packed import ACTIVATIONS, Packed, count_flops
+from .packed import ACTIVATIONS, LAYER, Packed, count_flops
 
 Made = TypeVar("Made")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -340,8 +340,7 @@ def _fake(x, packed, bias, residual, out_features, chunks, gelu, norm_weight=Non
 pack_linear = declare("pack_linear", "(Tensor weight, int chunks) -> Tensor", _fake_pack)
 linear = declare(
     "linear",
-    "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int chunks, bool gelu, "
-    "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",  # eps below 0: no norm
+    LAYER,
     _fake,
     flops=count_flops,
 )

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .inference import declare_for_inference, dots_run, tiles_run
-from .packed import Packed, count_flops, count_mlp_flops
+from .inference import dots_run, tiles_run
+from .packed import Packed, declare_layer_and_mlp, fits
 
 PANEL = 32  # outputs
-FEWEST = 16  # channels, and outputs
 
 
 class Halves(Packed):
@@ -23,9 +22,7 @@ class Halves(Packed):
     @staticmethod
     def take(weight: Tensor, chunks: int) -> bool:
         """Whether such a product is about as fast as oneDNN's alone (bench/notes_linear.md)."""
-        M, C = weight.shape
-        fits = M % chunks == 0 and min(M // chunks, C) >= FEWEST
-        return fits and adds_to_float(weight.dtype)
+        return fits(weight, chunks) and adds_to_float(weight.dtype)
 
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
         bias = None if bias is None else bias.float()
@@ -46,31 +43,4 @@ def pack(weight: Tensor, chunks: int) -> Tensor:
     return whole.unflatten(1, (-1, 2, 16)).unflatten(-1, (-1, 16, 2)).permute(0, 1, 4, 2, 5, 3, 6).contiguous()
 
 
-def _fake(x, packed, bias, residual, out_features, chunks, gelu, norm_weight=None, norm_bias=None, eps=-1.0):
-    size = (*x.shape[:-1], out_features // chunks)
-    dtype = packed.dtype if residual is None else residual.dtype
-    return x.new_empty(size if chunks == 1 else (chunks, *size), dtype=dtype)
-
-
-linear_halves = declare_for_inference(
-    "linear_halves",
-    "(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int out_features, int chunks, bool gelu, "
-    "Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",  # eps below 0: no norm
-    _fake,
-    flops=count_flops,
-)
-
-
-def _fake_mlp(x, packed, bias, hidden_features, second_packed, second_bias, residual, out_features, *norm):
-    dtype = packed.dtype if residual is None else residual.dtype
-    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
-
-
-# As `linear_floats.mlp_floats`; what is between the layers is rounded to bfloat16.
-mlp_halves = declare_for_inference(
-    "mlp_halves",
-    "(Tensor x, Tensor packed, Tensor? bias, int hidden_features, Tensor second_packed, Tensor? second_bias, "
-    "Tensor? residual, int out_features, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor",
-    _fake_mlp,
-    flops=count_mlp_flops,
-)
+linear_halves, mlp_halves = declare_layer_and_mlp("halves")

@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from h2ot_kernels import dropin
-from h2ot_kernels.inference import tiles_run
-from h2ot_kernels.linear_floats import floats_run
+from h2ot_kernels import dropin, inference, linear_floats
 from h2ot_kernels.linear_halves import adds_to_float
 from python_ref import official
 
@@ -45,15 +43,20 @@ REPLACED = {
     tcformer_block: {"cluster", "gather", "merge", "linear"},
 }
 # What each patched model must call in CPU inference (in float32), and must not call any more.
-PRODUCTS = "h2ot_kernels::linear_floats" if floats_run() else "mkldnn::_linear_pointwise"
-PRODUCTS = "h2ot_kernels::linear" if tiles_run() else PRODUCTS
+OURS = (
+    "h2ot_kernels::linear"
+    if inference.tiles_run()
+    else "h2ot_kernels::linear_floats"
+    if linear_floats.floats_run()
+    else None
+)
 CALLED = {
     "cluster": {"h2ot_kernels::cluster_tokens"},
     "merge": {"h2ot_kernels::merge_tokens"},
     "gather": {"h2ot_kernels::gather_tokens"},
     "attention": {"h2ot_kernels::recover_attention"},
     "cross_attention": {"h2ot_kernels::recover_attention"},
-    "linear": {PRODUCTS},
+    "linear": {OURS or "mkldnn::_linear_pointwise"},
     "head": {"h2ot_kernels::recover_tail"},
 }
 NOT_CALLED = {"aten::cdist", "aten::_cdist_forward", "aten::_softmax", "aten::bmm", "aten::gelu"}

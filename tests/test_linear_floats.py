@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from h2ot_kernels.add_norm import add_norm
 from h2ot_kernels.linear_floats import linear_floats, mlp_floats, pack
 
 from .compare import assert_within
+from .linear_layers import by_torch, made
 
 pytestmark = pytest.mark.usefixtures("inference")
 NONE = (None, None, -1.0)  # no norm
@@ -42,24 +42,10 @@ class Native:
         return mlp_floats(x, pack(w1, 1), b1, len(w1), pack(w2, 1), b2, residual, len(w2), *norm)
 
 
-def made(rows, C, M, chunks=1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    draw = functools.partial(torch.randn, generator=generator)
-    return draw(rows, C), draw(chunks * M, C) / C**0.5, draw(chunks * M), draw(rows, M)
-
-
 def made_mlp(rows, C, H, M):
     x, w1, b1, _ = made(rows, C, H)
     _, w2, b2, residual = made(rows, H, M, seed=1)
     return x, (w1, b1), (w2, b2), residual
-
-
-def by_torch(x, weight, bias, residual, chunks, gelu, dtype):
-    x, weight, bias, residual = (t if t is None else t.to(dtype) for t in (x, weight, bias, residual))
-    y = functional.linear(x, weight, bias)
-    y = torch.stack(y.chunk(chunks, -1)) if chunks > 1 else y
-    y = functional.gelu(y) if gelu else y
-    return y if residual is None else residual + y
 
 
 def mlp_by_torch(x, first, second, residual, dtype):

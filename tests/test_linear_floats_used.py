@@ -10,8 +10,9 @@ from h2ot_kernels.hosts.blocks import Mlp
 from h2ot_kernels.linear import Linear, OneDnn, mlp
 from h2ot_kernels.linear_floats import Floats, floats_run, linear_floats, mlp_floats, pack
 
+from .linear_layers import made
 from .runners import Recorder
-from .test_linear_floats import made, made_mlp
+from .test_linear_floats import made_mlp
 
 pytestmark = pytest.mark.usefixtures("inference")
 MLP = "h2ot_kernels::mlp_floats"

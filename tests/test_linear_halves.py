@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from h2ot_kernels import _C
 from h2ot_kernels.add_norm import add_norm
@@ -16,11 +15,14 @@ from h2ot_kernels.inference import tiles_run
 from h2ot_kernels.linear import Linear, OneDnn
 from h2ot_kernels.linear_halves import Halves, linear_halves, mlp_halves, pack
 
+from . import linear_layers
 from .compare import assert_within
+from .linear_layers import by_torch
 from .runners import Recorder
-from .tiles import BAND, DOTS, at, build, fails, guarded, needs_dots
+from .tiles import DOTS, alone, at, between_bands, build, fails, guarded, needs_dots
 
 BF16, F32 = torch.bfloat16, torch.float32
+made = functools.partial(linear_layers.made, dtype=BF16)
 needs_pairs = pytest.mark.skipif(
     not _C.dots_run(), reason="this CPU has no products of pairs of bfloat16 numbers (AVX512-BF16)"
 )
@@ -34,8 +36,6 @@ SIZES = [
     (130, 200, 40, 1),
     (9, 512, 96, 3),
 ]
-
-
 # rows, C, hidden, M
 MLPS = [(1, 16, 16, 16), (17, 33, 65, 40), (70, 64, 130, 96)]
 
@@ -60,7 +60,7 @@ class Compiled:
 
     def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
         rows, C, M = x.numel() // x.shape[-1], x.shape[-1], len(weight) // chunks
-        inside = self._alone(x)
+        inside = alone(x)
         dtype = BF16 if residual is None else residual.dtype
         whole, out = guarded(rows * len(weight), dtype)
         sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
@@ -69,7 +69,7 @@ class Compiled:
         packed = pack(weight, chunks)
         assert self.library.linear_halves(at(inside), int(x.dtype == F32), at(packed), *sizes, *given) == 0
         size = (*x.shape[:-1], M)
-        return self._between_bands(whole, out, size if chunks == 1 else (chunks, *size))
+        return between_bands(whole, out, size if chunks == 1 else (chunks, *size))
 
     def mlp(self, x, first, second, residual=None, norm=(None, None, -1.0)):
         (w1, b1), (w2, b2) = first, second
@@ -77,24 +77,11 @@ class Compiled:
         dtype = BF16 if residual is None else residual.dtype
         whole, out = guarded(rows * len(w2), dtype)
         sizes = [ctypes.c_int64(size) for size in (rows, C, len(w1), len(w2))]
-        inside, packed = self._alone(x), (pack(w1, 1), pack(w2, 1))
+        inside, packed = alone(x), (pack(w1, 1), pack(w2, 1))
         of_norm = at(norm[0]), at(norm[1]), ctypes.c_double(norm[2])
         given = at(b1), at(b2), at(residual), int(dtype == F32), at(out), *of_norm
         assert self.library.mlp_halves(at(inside), int(x.dtype == F32), *map(at, packed), *sizes, *given) == 0
-        return self._between_bands(whole, out, (*x.shape[:-1], len(w2)))
-
-    @staticmethod
-    def _alone(x):
-        around = torch.full((x.numel() + 64,), float("nan"), dtype=x.dtype)
-        inside = around[32:-32].view(x.shape)
-        inside.copy_(x)
-        return inside
-
-    @staticmethod
-    def _between_bands(whole, out, size):
-        for band in (whole[:BAND], whole[-BAND:]):
-            assert (band == 7).all()
-        return out.view(size)
+        return between_bands(whole, out, (*x.shape[:-1], len(w2)))
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +92,6 @@ def compiled(tmp_path_factory):
 @pytest.fixture(params=[pytest.param("native", marks=needs_pairs), pytest.param("compiled", marks=needs_dots)])
 def run(request):
     return native if request.param == "native" else request.getfixturevalue("compiled")
-
-
-def made(rows, C, M, chunks, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    draw = functools.partial(torch.randn, generator=generator)
-    return draw(rows, C).to(BF16), (draw(chunks * M, C) / C**0.5).to(BF16), draw(chunks * M), draw(rows, M)
-
-
-def by_torch(x, weight, bias, residual, chunks, gelu, dtype):
-    x, weight, bias, residual = (t if t is None else t.to(dtype) for t in (x, weight, bias, residual))
-    y = functional.linear(x, weight, bias)
-    y = torch.stack(y.chunk(chunks, -1)) if chunks > 1 else y
-    y = functional.gelu(y) if gelu else y
-    return y if residual is None else residual + y
 
 
 def check(run, sizes, gelu, with_bias, added):

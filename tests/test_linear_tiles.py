@@ -15,6 +15,7 @@ from h2ot_kernels import _C
 from h2ot_kernels.linear import Linear, OneDnn, Tiles, linear, pack_linear
 
 from .compare import assert_within
+from .linear_layers import by_torch, made
 from .tiles import BAND, RUNS, at, build, fails, guarded, needs_emulation, needs_unit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,20 +67,6 @@ def emulated(tmp_path_factory):
 @pytest.fixture(params=RUNS)
 def run(request):
     return native if request.param == "native" else request.getfixturevalue("emulated")
-
-
-def made(rows, C, M, chunks, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    draw = functools.partial(torch.randn, generator=generator)
-    return draw(rows, C), draw(chunks * M, C) / C**0.5, draw(chunks * M), draw(rows, M)
-
-
-def by_torch(x, weight, bias, residual, chunks, gelu, dtype):
-    x, weight, bias, residual = (t if t is None else t.to(dtype) for t in (x, weight, bias, residual))
-    y = functional.linear(x, weight, bias)
-    y = torch.stack(y.chunk(chunks, -1)) if chunks > 1 else y
-    y = functional.gelu(y) if gelu else y
-    return y if residual is None else residual + y
 
 
 def check(run, sizes, gelu, with_bias):

@@ -13,11 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import h2ot_kernels as h2ot
 from bench import hosts as bench_hosts
 from bench import shapes
-from h2ot_kernels import backend
+from h2ot_kernels import backend, linear_floats, linear_halves
 from h2ot_kernels.inference import dots_run, tiles_run
-from h2ot_kernels.linear_floats import floats_run
-from h2ot_kernels.linear_floats import pack as pack_floats
-from h2ot_kernels.linear_halves import pack as pack_halves
 
 from .runners import runners
 from .test_bench import TINY
@@ -64,10 +61,10 @@ def samples():
         nodes = (rand(9), None, rand(9), rand(9).abs(), 1e-5, 1)
         yield OPS.graph_update, (y, y + 1, rand(2, 9, C), y, rand(C), None, 3, *nodes)
         yield OPS.graph_update, (y, y, y, y, rand(C), torch.rand(2, 9, 9) < 0.5, 0, *nodes)
-    y, weight, norm = rand(2, 5, 33), pack_floats(rand(6, 33), 2), (rand(33), None, 1e-5)
+    y, weight, norm = rand(2, 5, 33), linear_floats.pack(rand(6, 33), 2), (rand(33), None, 1e-5)
     yield OPS.linear_floats, (y, weight, rand(6), None, 6, 2, True, *norm)
     yield OPS.linear_floats, (y[0, 0], weight[:1], None, rand(3), 3, 1, False)
-    yield OPS.mlp_floats, (y, weight[:1], rand(3), 3, pack_floats(rand(5, 3), 1), None, None, 5, *norm)
+    yield OPS.mlp_floats, (y, weight[:1], rand(3), 3, linear_floats.pack(rand(5, 3), 1), None, None, 5, *norm)
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention, (heads, heads, 3, None, 0.5)
     yield OPS.attention_scores, (heads, heads, 0.5)
@@ -82,10 +79,10 @@ def samples_of_some_cpus():
         yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True)
         yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
     if dots_run():
-        packed = pack_halves(weight.bfloat16(), 2)
+        packed = linear_halves.pack(weight.bfloat16(), 2)
         yield OPS.linear_halves, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
         yield OPS.linear_halves, (rand(5, 33).bfloat16(), packed[:1], None, rand(5, 3), 3, 1, False)
-        both = packed[:1], rand(3), 3, pack_halves(rand(5, 3).bfloat16(), 1), None, rand(2, 5, 5), 5
+        both = packed[:1], rand(3), 3, linear_halves.pack(rand(5, 3).bfloat16(), 1), None, rand(2, 5, 5), 5
         yield OPS.mlp_halves, (rand(2, 5, 33), *both, rand(33), None, 1e-5)
 
 
@@ -299,10 +296,11 @@ def test_flop_counter_counts_what_the_benchmarks_count(op):
     wanted = 0 if op == "recover_interpolate" else comparison.flops
     with torch.set_grad_enabled(op == "recover_attention"):
         found = counted(comparison.ours)
-    if op == "recover_pose" and not (tiles_run() or floats_run()):  # its layers are oneDNN's then: not counted
-        sizes = comparison.shape
-        rows = sizes["B"] * sizes["J"]
-        wanted = 4 * rows * sizes["F"] * sizes["K"] * sizes["C"] + 6 * rows * sizes["F"] * sizes["C"]
+    if op == "recover_pose" and not (
+        tiles_run() or linear_floats.floats_run()
+    ):  # its layers are oneDNN's then: not counted
+        B, J, F, K, C = (comparison.shape[name] for name in "BJFKC")
+        wanted = B * J * F * C * (4 * K + 6)
     assert found == wanted
 
 
