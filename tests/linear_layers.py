@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from h2ot_kernels.inference import tiles_run
+from h2ot_kernels.linear_floats import floats_run
+
+# The operator of a packed linear layer in float32.
+FLOAT_PRODUCTS = "h2ot_kernels::linear_floats" if floats_run() else "mkldnn::_linear_pointwise"
+FLOAT_PRODUCTS = "h2ot_kernels::linear" if tiles_run() else FLOAT_PRODUCTS
+
 
 def made(
     rows: int, C: int, M: int, chunks: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from h2ot_kernels import dropin, inference, linear_floats
+from h2ot_kernels import dropin
 from h2ot_kernels.linear_halves import adds_to_float
 from python_ref import official
 
+from .linear_layers import FLOAT_PRODUCTS
 from .official_code import clustering, mixste, motionbert, tcformer
 from .runners import Recorder
 
@@ -43,20 +44,13 @@ REPLACED = {
     tcformer_block: {"cluster", "gather", "merge", "linear"},
 }
 # What each patched model must call in CPU inference (in float32), and must not call any more.
-OURS = (
-    "h2ot_kernels::linear"
-    if inference.tiles_run()
-    else "h2ot_kernels::linear_floats"
-    if linear_floats.floats_run()
-    else None
-)
 CALLED = {
     "cluster": {"h2ot_kernels::cluster_tokens"},
     "merge": {"h2ot_kernels::merge_tokens"},
     "gather": {"h2ot_kernels::gather_tokens"},
     "attention": {"h2ot_kernels::recover_attention"},
     "cross_attention": {"h2ot_kernels::recover_attention"},
-    "linear": {OURS or "mkldnn::_linear_pointwise"},
+    "linear": {FLOAT_PRODUCTS},
     "head": {"h2ot_kernels::recover_tail"},
 }
 NOT_CALLED = {"aten::cdist", "aten::_cdist_forward", "aten::_softmax", "aten::bmm", "aten::gelu"}
