@@ -143,9 +143,7 @@ def share_of_linear(call: Callable, device: str) -> float | None:
     of = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     operators = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
     times = {event.key: getattr(event, of) for event in operators}
-    ours = tuple(
-        f"h2ot_kernels::{name}" for name in ("linear", "linear_halves", "linear_floats", "mlp_floats", "mlp_halves")
-    )
+    ours = tuple(f"h2ot_kernels::{kind}_{of}" for kind in ("linear", "mlp") for of in ("tiles", "halves", "floats"))
     linear = (*ours, "mkldnn::_linear_pointwise", "aten::addmm", "aten::mm")
     total = sum(times.values())
     return sum(times.get(name, 0.0) for name in linear) / total if total else None

@@ -90,7 +90,8 @@ bool has_tiles() {
   if (wanted && strcmp(wanted, "0") == 0) return false;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #endif
 
@@ -125,6 +126,21 @@ Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
 #endif
   return kernels().recover_attention(a, pool);
 }
+
+#ifdef H2OT_BF16_DOTS
+Status run_linear_halves(const LinearHalvesArgs& a, const Parallel& pool) {
+#ifdef H2OT_AMX
+  if (tiles_run()) return amx::linear_halves(a, pool);
+#endif
+  return bf16_dots::linear_halves(a, pool);
+}
+Status run_mlp_halves(const MlpHalvesArgs& a, const Parallel& pool) {
+#ifdef H2OT_AMX
+  if (tiles_run()) return amx::mlp_halves(a, pool);
+#endif
+  return bf16_dots::mlp_halves(a, pool);
+}
+#endif
 
 const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
 

@@ -91,7 +91,7 @@ Tensor linear_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& b
   layer.norm_first(norm_weight, norm_bias, eps);
   const Tensor out = results_of(x, chunks, layer.args.M, layer.results);
   layer.args.out = out.mutable_data_ptr();
-  check(bf16_dots::linear_halves(layer.args, pool()), "linear_halves");
+  check(run_linear_halves(layer.args, pool()), "linear_halves");
   return out;
 }
 
@@ -106,7 +106,7 @@ Tensor mlp_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias
   Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
   const Tensor out = results_of(x, 1, out_features, second.results);
   second.args.out = out.mutable_data_ptr();
-  check(bf16_dots::mlp_halves({first.args, second.args}, pool()), "mlp_halves");
+  check(run_mlp_halves(MlpHalvesArgs{first.args, second.args}, pool()), "mlp_halves");
   return out;
 }
 

@@ -244,12 +244,12 @@ struct GraphArgs {
 // those of `chunks` layers with M outputs each, are packed once: three bytes for each, in tiles, and a scale for each
 // output.
 enum class Activation : int32_t { none, gelu };
-struct PackArgs {
+struct PackTilesArgs {
   const float* weight;  // [chunks, M, C] contiguous; the largest of each row 0, or from 2^-48 to 2^48; C 32 to 32768
   int64_t chunks, M, C;
-  int8_t* packed;  // [packed_size()] aligned to 64 bytes
+  int8_t* packed;  // [packed_tiles_size()] aligned to 64 bytes
 };
-struct LinearArgs {
+struct LinearTilesArgs {
   const float* x;  // [rows, C] contiguous
   int64_t rows, chunks, M, C;
   const int8_t* packed;
@@ -260,6 +260,11 @@ struct LinearArgs {
   bool has_norm;                         // norm is LayerNorm over C, else nothing
   const float *norm_weight, *norm_bias;  // [C], or null
   float eps;
+};
+// Two of them, one behind the other; what is between them is never stored whole.
+struct MlpTilesArgs {
+  LinearTilesArgs first;   // out unused; GELU, no residual
+  LinearTilesArgs second;  // x unused; no norm, no activation; C is the first one's M; of both one chunk
 };
 
 // The same in bfloat16 with sums in float32, by products of pairs in vectors. The weights stand in panels of
@@ -333,13 +338,16 @@ struct InterpolateBackwardArgs {
 // and the environment variable H2OT_KERNELS_TILES is not 0.
 bool tiles_run();
 namespace amx {
-int64_t packed_size(const PackArgs&);
-void pack(const PackArgs&);
-Status linear(const LinearArgs&, const Parallel&);
+int64_t packed_tiles_size(const PackTilesArgs&);
+void pack_tiles(const PackTilesArgs&);
+Status linear_tiles(const LinearTilesArgs&, const Parallel&);
+Status mlp_tiles(const MlpTilesArgs&, const Parallel&);
 Status attend(const RecoverAttentionArgs&, const Parallel&);  // bf16, scale above 0, K and C at least 1
+Status linear_halves(const LinearHalvesArgs&, const Parallel&);
+Status mlp_halves(const MlpHalvesArgs&, const Parallel&);
 }  // namespace amx
-// Whether the machine has products of pairs of bfloat16 numbers (AVX512-BF16), the compiler knew them, and the kernels
-// in use are not those of a lesser machine.
+// Whether the machine has products of pairs of bfloat16 numbers (AVX512-BF16; it has where tiles_run()), the compiler
+// knew them, and the kernels in use are not those of a lesser machine.
 bool dots_run();
 namespace bf16_dots {
 Status attend(const RecoverAttentionArgs&, const Parallel&);  // the same, by products of pairs in vectors
@@ -349,6 +357,9 @@ Status mlp_halves(const MlpHalvesArgs&, const Parallel&);
 }  // namespace bf16_dots
 // recover_attention in bfloat16 by the tile unit or by products of pairs where that pays, else by kernels().
 Status attend(const RecoverAttentionArgs&, const Parallel&);
+// By the tile unit, else by products of pairs: where dots_run().
+Status run_linear_halves(const LinearHalvesArgs&, const Parallel&);
+Status run_mlp_halves(const MlpHalvesArgs&, const Parallel&);
 
 // One table per instruction set; capability.cpp picks one at run time.
 struct Kernels {

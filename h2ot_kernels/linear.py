@@ -12,10 +12,10 @@ from torch.nn.modules import module as nn_module
 from .add_norm import add_norm, takes
 from .backend import is_reference
 from .inference import dots_run, tiles_run
-from .library import declare
 from .linear_floats import Floats, floats_run, mlp_floats
 from .linear_halves import Halves, adds_to_float, mlp_halves
-from .packed import ACTIVATIONS, LAYER, Packed, count_flops
+from .linear_tiles import Tiles, mlp_tiles
+from .packed import ACTIVATIONS, Packed
 
 Made = TypeVar("Made")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -158,25 +158,6 @@ class Linear(nn.Linear):
         return super().train(mode)
 
 
-class Tiles(Packed):
-    """float32 weights for the tile unit: all chunks in one product."""
-
-    SMALLEST, LARGEST = 2.0**-48, 2.0**48  # csrc/amx/digits.h: of the largest weight of each output, if any is not 0
-    CHANNELS = 32, 32768  # a tile has 64; sums of more do not fit
-
-    @staticmethod
-    def take(weight: Tensor, chunks: int) -> bool:
-        if not tiles_run() or weight.dtype != torch.float32 or weight.numel() == 0 or weight.shape[0] % chunks:
-            return False
-        if not Tiles.CHANNELS[0] <= weight.shape[1] <= Tiles.CHANNELS[1]:
-            return False
-        largest = weight.abs().amax(1)
-        return bool(((largest == 0) | (largest >= Tiles.SMALLEST) & (largest < Tiles.LARGEST)).all())
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
-        super().__init__(linear, pack_linear(weight, chunks), bias, weight.shape[0], chunks, (torch.float32,))
-
-
 class OneDnn:
     """Weights in oneDNN's layout for about `rows` rows: a product per chunk."""
 
@@ -238,7 +219,7 @@ def mlp(
     fused = None
     if x.is_cpu and not torch.compiler.is_compiling():
         dtype = _product_dtype(x)
-        if floats_run() if dtype == torch.float32 else adds_to_float(dtype):
+        if dtype == torch.float32 or adds_to_float(dtype):
             fused = _in_one_pass(x, fc1, fc2, norm, residual, scale)
     if fused is not None:
         return fused
@@ -246,7 +227,7 @@ def mlp(
     return fc2(fc1(x, activation="gelu", norm=norm), **given)
 
 
-MLPS = {Floats: mlp_floats, Halves: mlp_halves}
+MLPS = {Floats: mlp_floats, Halves: mlp_halves, Tiles: mlp_tiles}
 
 
 def _in_one_pass(
@@ -325,22 +306,3 @@ def _casts(*tensors: Tensor) -> bool:
 def _sample(parameter: Tensor) -> Tensor:
     """SAMPLED elements, as a view: an odd step meets every column of a power of two."""
     return parameter.detach().flatten()[:: parameter.numel() // SAMPLED | 1]
-
-
-def _fake_pack(weight, chunks):
-    panels, steps = -(-(weight.shape[0] // chunks) // 16), -(-weight.shape[1] // 64)
-    return weight.new_empty(chunks * panels * (steps * 3 * 1024 + 16 * 4) + 16 * 4, dtype=torch.int8)
-
-
-def _fake(x, packed, bias, residual, out_features, chunks, gelu, norm_weight=None, norm_bias=None, eps=-1.0):
-    size = (*x.shape[:-1], out_features // chunks)
-    return x.new_empty(size if chunks == 1 else (chunks, *size))
-
-
-pack_linear = declare("pack_linear", "(Tensor weight, int chunks) -> Tensor", _fake_pack)
-linear = declare(
-    "linear",
-    LAYER,
-    _fake,
-    flops=count_flops,
-)

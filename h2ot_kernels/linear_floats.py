@@ -40,4 +40,4 @@ def pack(weight: Tensor, chunks: int) -> Tensor:
     return whole.unflatten(1, (-1, PANEL)).transpose(-1, -2).contiguous()
 
 
-linear_floats, mlp_floats = declare_layer_and_mlp("floats")
+linear_floats, mlp_floats = declare_layer_and_mlp("floats", torch.float32)

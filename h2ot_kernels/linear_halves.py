@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .inference import dots_run, tiles_run
+from .inference import dots_run
 from .packed import Packed, declare_layer_and_mlp, fits
 
 PANEL = 32  # outputs
@@ -33,7 +33,7 @@ class Halves(Packed):
 
 def adds_to_float(dtype: torch.dtype) -> bool:
     """Whether products of this dtype are `Halves`, which can add what they give to a float32 residual (autocast)."""
-    return dtype == torch.bfloat16 and dots_run() and not tiles_run()
+    return dtype == torch.bfloat16 and dots_run()
 
 
 def pack(weight: Tensor, chunks: int) -> Tensor:
@@ -43,4 +43,4 @@ def pack(weight: Tensor, chunks: int) -> Tensor:
     return whole.unflatten(1, (-1, 2, 16)).unflatten(-1, (-1, 16, 2)).permute(0, 1, 4, 2, 5, 3, 6).contiguous()
 
 
-linear_halves, mlp_halves = declare_layer_and_mlp("halves")
+linear_halves, mlp_halves = declare_layer_and_mlp("halves", torch.bfloat16)

@@ -68,28 +68,26 @@ def count_mlp_flops(x, packed, bias, hidden_features, second_packed, second_bias
     return 2 * rows * hidden_features * (x[-1] + out_features)
 
 
-def declare_layer_and_mlp(end: str) -> tuple[Callable, Callable]:
-    """The operators linear_`end` and mlp_`end`, whose results have the residual's dtype, else the weights'.
+def declare_layer_and_mlp(end: str, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """The operators linear_`end` and mlp_`end`, whose results have the residual's dtype, else this one.
 
     The second: residual + second(gelu(first(norm(x)))), in the bits of two layers; what is between them is never stored
     whole.
     """
-    layer = declare_for_inference(f"linear_{end}", LAYER, _fake, flops=count_flops)
-    return layer, declare_for_inference(f"mlp_{end}", MLP, _fake_mlp, flops=count_mlp_flops)
+
+    def fake(x, packed, bias, residual, out_features, chunks, *others):
+        size = (*x.shape[:-1], out_features // chunks)
+        result = dtype if residual is None else residual.dtype
+        return x.new_empty(size if chunks == 1 else (chunks, *size), dtype=result)
+
+    def fake_mlp(x, packed, bias, hidden, second_packed, second_bias, residual, out_features, *norm):
+        return fake(x, second_packed, second_bias, residual, out_features, 1)
+
+    layer = declare_for_inference(f"linear_{end}", LAYER, fake, flops=count_flops)
+    return layer, declare_for_inference(f"mlp_{end}", MLP, fake_mlp, flops=count_mlp_flops)
 
 
 def fits(weight: Tensor, chunks: int) -> bool:
     """Whether weight [chunks * M, C] is one for such operators."""
     M, C = weight.shape
     return M % chunks == 0 and min(M // chunks, C) >= FEWEST
-
-
-def _fake(x, packed, bias, residual, out_features, chunks, gelu, norm_weight=None, norm_bias=None, eps=-1.0):
-    size = (*x.shape[:-1], out_features // chunks)
-    dtype = packed.dtype if residual is None else residual.dtype
-    return x.new_empty(size if chunks == 1 else (chunks, *size), dtype=dtype)
-
-
-def _fake_mlp(x, packed, bias, hidden_features, second_packed, second_bias, residual, out_features, *norm):
-    dtype = packed.dtype if residual is None else residual.dtype
-    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)

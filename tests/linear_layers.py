@@ -11,7 +11,7 @@ from h2ot_kernels.linear_floats import floats_run
 
 # The operator of a packed linear layer in float32.
 FLOAT_PRODUCTS = "h2ot_kernels::linear_floats" if floats_run() else "mkldnn::_linear_pointwise"
-FLOAT_PRODUCTS = "h2ot_kernels::linear" if tiles_run() else FLOAT_PRODUCTS
+FLOAT_PRODUCTS = "h2ot_kernels::linear_tiles" if tiles_run() else FLOAT_PRODUCTS
 
 
 def made(

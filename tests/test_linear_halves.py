@@ -1,4 +1,6 @@
-"""Linear layers in bfloat16 by products of pairs (AVX512-BF16): natively, and apart, between bands of memory."""
+"""Linear layers in bfloat16, on a tile unit (AMX) or by products of pairs in vectors (AVX512-BF16): natively as the CPU
+has them, and apart, between bands of memory, the first on an emulated unit.
+"""
 
 import ctypes
 import functools
@@ -11,7 +13,6 @@ from torch import nn
 from h2ot_kernels import _C
 from h2ot_kernels.add_norm import add_norm
 from h2ot_kernels.hosts.blocks import Mlp
-from h2ot_kernels.inference import tiles_run
 from h2ot_kernels.linear import Linear, OneDnn
 from h2ot_kernels.linear_halves import Halves, linear_halves, mlp_halves, pack
 
@@ -19,7 +20,7 @@ from . import linear_layers
 from .compare import assert_within
 from .linear_layers import by_torch
 from .runners import Recorder
-from .tiles import DOTS, alone, at, between_bands, build, fails, guarded, needs_dots
+from .tiles import DOTS, UNIT_AND_PAIRS, alone, at, between_bands, build, fails, guarded, needs_dots
 
 BF16, F32 = torch.bfloat16, torch.float32
 made = functools.partial(linear_layers.made, dtype=BF16)
@@ -35,9 +36,10 @@ SIZES = [
     (65, 96, 64, 1),
     (130, 200, 40, 1),
     (9, 512, 96, 3),
+    (130, 600, 33, 1),
 ]
 # rows, C, hidden, M
-MLPS = [(1, 16, 16, 16), (17, 33, 65, 40), (70, 64, 130, 96)]
+MLPS = [(1, 16, 16, 16), (17, 33, 65, 40), (70, 64, 130, 96), (40, 48, 600, 24)]
 
 
 def native(x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
@@ -53,10 +55,13 @@ native.mlp = native_mlp
 
 
 class Compiled:
-    """The kernel by itself; the bytes beside its results stay as they are, and none beside its operands counts."""
+    """The kernel by itself; the bytes beside its results stay as they are, and none beside its operands counts.
 
-    def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
-        self.library = build(folder, "linear_halves.cpp", *replaced, target=DOTS)
+    target: DOTS, or UNIT_AND_PAIRS, emulated.
+    """
+
+    def __init__(self, folder: Path, *replaced: tuple[str, str, str], target: str = DOTS):
+        self.library = build(folder, "linear_halves.cpp", *replaced, target=target)
 
     def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
         rows, C, M = x.numel() // x.shape[-1], x.shape[-1], len(weight) // chunks
@@ -85,13 +90,21 @@ class Compiled:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return Compiled(tmp_path_factory.mktemp("halves"))
+def dots(tmp_path_factory):
+    return Compiled(tmp_path_factory.mktemp("dots"))
 
 
-@pytest.fixture(params=[pytest.param("native", marks=needs_pairs), pytest.param("compiled", marks=needs_dots)])
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return Compiled(tmp_path_factory.mktemp("emulated"), target=UNIT_AND_PAIRS)
+
+
+RUNS = {"native": needs_pairs, "dots": needs_dots, "emulated": needs_dots}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=mark) for name, mark in RUNS.items()])
 def run(request):
-    return native if request.param == "native" else request.getfixturevalue("compiled")
+    return native if request.param == "native" else request.getfixturevalue(request.param)
 
 
 def check(run, sizes, gelu, with_bias, added):
@@ -250,7 +263,6 @@ def test_the_operator_refuses_other_sizes():
 
 
 @needs_pairs
-@pytest.mark.skipif(tiles_run(), reason="oneDNN's products in bfloat16 run on this CPU's tile unit")
 def test_when_they_are_used():
     layer, x = Linear(48, 40).eval(), torch.randn(5, 48)
     norm, added, small = nn.LayerNorm(48), torch.randn(5, 40), Linear(8, 40).eval()
@@ -271,7 +283,6 @@ def test_when_they_are_used():
 
 
 @needs_pairs
-@pytest.mark.skipif(tiles_run(), reason="oneDNN's products in bfloat16 run on this CPU's tile unit")
 @pytest.mark.parametrize("autocast", [True, False])
 def test_when_mlps_are_used(autocast):
     feed, norm, x = Mlp(32, 100).eval(), nn.LayerNorm(32), torch.randn(2, 7, 32)
@@ -286,7 +297,7 @@ def test_when_mlps_are_used(autocast):
 
 
 MISTAKES = {
-    "outputs beyond the last are written": ("linear_halves.cpp", "if (place.count == kLinearPanel) {", "if (true) {"),
+    "outputs beyond the last are written": ("linear_halves.cpp", "if (To::is_whole(place)) {", "if (true) {"),
     "rows beyond the last are read and written": (
         "linear_blocks.h",
         "left < taken * side ? left : taken * side",
@@ -313,18 +324,42 @@ MISTAKES = {
         "at.hidden, first, count",
         "at.hidden, 0, count",
     ),
-    "there is no room for what is between": (
-        "linear_halves.cpp",
-        "channels > hidden_channels ? channels : hidden_channels",
-        "channels",
-    ),
+    "what is between two layers stands in rows": ("linear_halves.cpp", "(row / kSide * steps + step) * kSide", "row"),
 }
+
+MISTAKES_OF_THE_UNIT = {
+    "the unit itself": ("emulated.h", "sum[k % 2] += widened(a)", "sum[k % 2] += k % 4 == 3 ? 0 : widened(a)"),
+    "the second tile of rows is the first": (
+        "half_products.h",
+        "_tile_stream_loadd(5, rows + rows_apart,",
+        "_tile_stream_loadd(5, rows,",
+    ),
+    "the second tile of columns is the first": (
+        "half_products.h",
+        "columns + columns_apart, kDepth",
+        "columns, kDepth",
+    ),
+    "channels of the parts before do not count": ("linear_halves.cpp", "sums, step > 0,", "sums, false,"),
+    "the last product of a block is not finished": (
+        "linear_halves.cpp",
+        "  finish<kGelu>(to, before, 0, kRows, gelu);\n}",
+        "}",
+    ),
+    "what is not finished beside a product is left": (
+        "linear_halves.cpp",
+        "finish<kGelu>(to, before, done, kRows, gelu);",
+        "",
+    ),
+    "the parts of a panel meet in one place": ("linear_halves.cpp", "kGroups + row / kRows", "kGroups"),
+}
+PLANTED = [pytest.param(DOTS, mistake, id=name) for name, mistake in MISTAKES.items()]
+PLANTED += [pytest.param(UNIT_AND_PAIRS, mistake, id=name) for name, mistake in MISTAKES_OF_THE_UNIT.items()]
 
 
 @needs_dots
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_seen(mistake, tmp_path):
-    wrong = Compiled(tmp_path, MISTAKES[mistake])
+@pytest.mark.parametrize(("target", "mistake"), PLANTED)
+def test_planted_mistakes_are_seen(target, mistake, tmp_path):
+    wrong = Compiled(tmp_path, mistake, target=target)
     tests = [functools.partial(check, wrong, sizes, True, True, True) for sizes in SIZES]
     for sizes in SIZES[:5]:
         tests += [

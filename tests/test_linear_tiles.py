@@ -12,11 +12,15 @@ import torch
 from torch.nn import functional
 
 from h2ot_kernels import _C
-from h2ot_kernels.linear import Linear, OneDnn, Tiles, linear, pack_linear
+from h2ot_kernels.hosts.blocks import Mlp
+from h2ot_kernels.linear import Linear, OneDnn
+from h2ot_kernels.linear_floats import Floats
+from h2ot_kernels.linear_tiles import Tiles, linear_tiles, mlp_tiles, pack_tiles
 
 from .compare import assert_within
 from .linear_layers import by_torch, made
-from .tiles import BAND, RUNS, at, build, fails, guarded, needs_emulation, needs_unit
+from .runners import Recorder
+from .tiles import RUNS, alone, at, between_bands, build, fails, guarded, needs_emulation, needs_unit
 
 ROOT = Path(__file__).resolve().parents[1]
 # rows, C, M, chunks: below, at and above a tile, a group of rows, a block of groups (70 x 4096), a step of channels
@@ -28,35 +32,58 @@ SIZES = [
     (65, 48, 40, 3),
     (70, 4096, 5, 1),
     (9, 512, 96, 3),
+    (3, 64, 520, 1),
 ]
+MLPS = [(1, 32, 32, 1), (33, 65, 130, 40), (70, 48, 520, 530)]  # rows, C, hidden, M
 
 
 def native(x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=()):
-    return linear(x, pack_linear(weight, chunks), bias, residual, len(weight), chunks, gelu, *norm)
+    return linear_tiles(x, pack_tiles(weight, chunks), bias, residual, len(weight), chunks, gelu, *norm)
+
+
+def native_mlp(x, first, second, residual=None, norm=()):
+    (w1, b1), (w2, b2) = first, second
+    return mlp_tiles(x, pack_tiles(w1, 1), b1, len(w1), pack_tiles(w2, 1), b2, residual, len(w2), *norm)
+
+
+native.mlp = native_mlp
 
 
 class Emulated:
-    """The kernel on an emulated unit; the bytes beside its results stay as they are."""
+    """The kernel on an emulated unit; the bytes beside its results stay, and none beside its operands counts."""
 
     def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
-        self.library = build(folder, "linear.cpp", *replaced)
-        self.library.emulated_pack.restype = ctypes.c_int64
+        self.library = build(folder, "linear_tiles.cpp", *replaced)
+        self.library.pack.restype = ctypes.c_int64
+
+    def pack(self, weight, chunks):
+        sizes = [ctypes.c_int64(size) for size in (chunks, len(weight) // chunks, weight.shape[1])]
+        count = self.library.pack(None, *sizes, None)
+        whole, inside = guarded(count, torch.int8)
+        self.library.pack(at(alone(weight)), *sizes, at(inside))
+        return between_bands(whole, inside, (count,))
 
     def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
         rows, M, C = x.numel() // x.shape[-1], len(weight) // chunks, x.shape[-1]
         sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
-        count = self.library.emulated_pack(None, *sizes[1:], None)
-        size = (*x.shape[:-1], M)
-        packed, inside = guarded(count, torch.int8)
-        self.library.emulated_pack(at(weight), *sizes[1:], at(inside))
-        out, result = guarded(rows * len(weight), torch.float32)
+        whole, out = guarded(rows * len(weight), torch.float32)
         of_norm = at(norm[0]), at(norm[1]), ctypes.c_float(norm[2])
-        given = at(inside), at(bias), at(residual), int(gelu), at(result), *of_norm
-        assert self.library.emulated_linear(at(x), *sizes, *given) == 0
-        for whole in (packed, out):
-            assert (whole[:BAND] == 7).all()
-            assert (whole[-BAND:] == 7).all()
-        return result.view(size if chunks == 1 else (chunks, *size))
+        inside, packed = alone(x), self.pack(weight, chunks)
+        given = at(packed), at(bias), at(residual), int(gelu), at(out), *of_norm
+        assert self.library.linear(at(inside), *sizes, *given) == 0
+        size = (*x.shape[:-1], M)
+        return between_bands(whole, out, size if chunks == 1 else (chunks, *size))
+
+    def mlp(self, x, first, second, residual=None, norm=(None, None, -1.0)):
+        (w1, b1), (w2, b2) = first, second
+        rows, C = x.numel() // x.shape[-1], x.shape[-1]
+        sizes = [ctypes.c_int64(size) for size in (rows, C, len(w1), len(w2))]
+        whole, out = guarded(rows * len(w2), torch.float32)
+        of_norm = at(norm[0]), at(norm[1]), ctypes.c_float(norm[2])
+        inside, packed = alone(x), (self.pack(w1, 1), self.pack(w2, 1))
+        given = *map(at, packed), at(b1), at(b2), at(residual), at(out), *of_norm
+        assert self.library.mlp(at(inside), *sizes, *given) == 0
+        return between_bands(whole, out, (*x.shape[:-1], len(w2)))
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +190,25 @@ def test_normed_tokens(run, sizes, affine):
     assert_within(got, expected(torch.float64), expected(torch.float32), C)
 
 
+@pytest.mark.parametrize("sizes", MLPS, ids=str)
+@pytest.mark.parametrize("added", [True, False])
+def test_an_mlp_is_two_layers(run, sizes, added):
+    """The same bits, of rows without digits too: in the tokens, and in what is between the layers."""
+    rows, C, hidden, M = sizes
+    x, w1, b1, _ = made(rows, C, hidden)
+    _, w2, b2, residual = made(rows, hidden, M, seed=1)
+    w2[0], residual = 0, residual if added else None
+    if rows > 1:
+        x[1, 3], x[7] = torch.inf, 2.0**46
+        x[9::3, 5] = 1000.0
+    for norm in ((torch.linspace(0.5, 2, C), None, 1e-5), (None, None, -1.0)):
+        between = run(x, w1, b1, gelu=True, norm=norm)
+        expected = run(between, w2, b2, residual)
+        torch.testing.assert_close(
+            run.mlp(x, (w1, b1), (w2, b2), residual, norm), expected, rtol=0, atol=0, equal_nan=True
+        )
+
+
 def test_every_scale(run):
     """Rows and weights of any size are as accurate as float32's, by their own scale; what overflows is infinite."""
     x, weight, _, _ = made(64, 96, 33, 1)
@@ -208,7 +254,7 @@ def test_threads_change_no_bit():
 @needs_unit
 def test_the_operator_refuses_other_sizes():
     x, weight, bias, residual = made(5, 80, 40, 1)
-    packed = pack_linear(weight, 1)
+    packed = pack_tiles(weight, 1)
     for wrong in (
         (x[:, :8], packed, bias, None, 40, 1, False),
         (x, packed[:-1], bias, None, 40, 1, False),
@@ -218,9 +264,28 @@ def test_the_operator_refuses_other_sizes():
         (x, packed, bias, None, 40, 1, False, x[0, 1:], None, 1e-5),
         (x, packed, bias, None, 40, 1, False, None, x[0, 1:], 1e-5),
         (x.double(), packed, bias, None, 40, 1, False),
+        (x, packed, bias.double(), None, 40, 1, False),
+        (x, packed, bias, None, 40, 0, False),
+        (x[:0], packed, bias, None, 40, 1, False),
     ):
-        with pytest.raises((ValueError, RuntimeError), match="h2ot_kernels.linear: wanted"):
-            linear(*wrong)
+        with pytest.raises(ValueError, match=r"h2ot_kernels\.linear_tiles: wanted"):
+            linear_tiles(*wrong)
+    second, added = pack_tiles(torch.randn(24, 40), 1), torch.randn(5, 24)
+    assert mlp_tiles(x, packed, bias, 40, second, None, added, 24).shape == (5, 24)
+    for wrong in (
+        (x[:0], packed, bias, 40, second, None, added, 24),
+        (x, packed, bias, 39, second, None, added, 24),
+        (x, packed, bias, 40, second[1:], None, added, 24),
+        (x, packed, bias, 40, second, bias, added, 24),
+        (x, packed, bias, 40, second, None, residual, 24),
+        (x, packed, bias, 40, second, None, added, 0),
+        (x, packed, bias, 40, second, None, added, 24, x[0, 1:], None, 1e-5),
+    ):
+        with pytest.raises(ValueError, match=r"h2ot_kernels\.linear_tiles: wanted"):
+            mlp_tiles(*wrong)
+    for wrong in ((weight, 3), (weight, 0), (weight.double(), 1), (weight[:, :8], 1), (weight[0], 1)):
+        with pytest.raises(ValueError, match=r"h2ot_kernels\.linear_tiles: wanted"):
+            pack_tiles(*wrong)
 
 
 def test_the_unit_can_be_left_alone():
@@ -239,13 +304,38 @@ MISTAKES = {
     "the last of the products is dropped": ("tiles.h", LAST, "  beside();\n"),
     "a product is taken with the next digit": ("tiles.h", THIRD, "  _tile_dpbssd(3,"),
     "the second tile of rows is the first": ("tiles.h", "(2 * digit + half)", "(2 * digit)"),
-    "what stands far above the others hides them": ("linear.cpp", "rows.has_low[g] |= has_low;", ""),
+    "what stands far above the others hides them": ("linear_tiles.cpp", "rows.has_low[g] |= has_low;", ""),
     "digits do not carry": ("digits.h", "kHalf = 0x80808080", "kHalf = 0x80800080"),
-    "sums of order 3 count for rows that are even": ("linear.cpp", "has_low ? 1.0f / 256 : 0", "1.0f / 256"),
-    "outputs beyond the last are written": ("linear.cpp", "if (count >= kFloats) {", "if (true) {"),
-    "the last product of a block is not finished": ("linear.cpp", "  finish(a, rows, before, 0, kGroup);\n", ""),
+    "sums of order 3 count for rows that are even": ("linear_tiles.cpp", "has_low ? 1.0f / 256 : 0", "1.0f / 256"),
+    "outputs beyond the last are written": ("linear_tiles.cpp", "i + kFloats <= width", "i < width"),
+    "rows beyond the last are written": (
+        "linear_tiles.cpp",
+        "put_out(a, to, first, rows.count,",
+        "put_out(a, to, first, rows.groups * kGroup,",
+    ),
+    "the last product of a block is not finished": (
+        "linear_tiles.cpp",
+        "  finish<kGelu>(rows, before, to, 0, kGroup);\n",
+        "",
+    ),
+    "the second stretch is the first": (
+        "linear_tiles.cpp",
+        "const int64_t panel = chunk * p.panels + (column + at) / kSide;\n    const int8_t* next",
+        "const int64_t panel = chunk * p.panels + at / kSide;\n    const int8_t* next",
+    ),
+    "a share of the rows has no GELU": ("linear_tiles.cpp", "          done = end;\n", "          done = end + 1;\n"),
+    "an MLP's residual is that of the first block": (
+        "linear_tiles.cpp",
+        "nullptr, first, at.results, at.sums",
+        "nullptr, 0, at.results, at.sums",
+    ),
+    "what is between two layers has no low digits": (
+        "linear_tiles.cpp",
+        "hidden_rows(memory, hidden_channels, groups)",
+        "hidden_rows(memory, 1, groups)",
+    ),
     "lanes beyond the last channel count in a norm": ("norm.h", LANES, "count > 0 ? kAll"),
-    "infinities have digits": ("linear.cpp", "plain && row", "false && row"),
+    "infinities have digits": ("linear_tiles.cpp", "rows.has_plain && r", "false && r"),
 }
 
 
@@ -258,6 +348,8 @@ def test_planted_mistakes_are_seen(mistake, tmp_path):
         functools.partial(test, wrong)
         for test in (
             functools.partial(test_normed_tokens, sizes=SIZES[1], affine=True),
+            functools.partial(test_an_mlp_is_two_layers, sizes=MLPS[2], added=True),
+            test_gelu_of_any_number,
             test_as_accurate_as_float32,
             test_numbers_without_digits,
             functools.partial(test_numbers_far_above_the_others, C=512),
@@ -277,7 +369,7 @@ def test_when_the_unit_is_used():
         torch.testing.assert_close(layer(x, residual=torch.ones(5, 40).double()), y.double() + 1)
         _C.set_capability("avx2")
         torch.testing.assert_close(layer(x), y)
-        assert isinstance(layer._kept["packed"][2], OneDnn)
+        assert isinstance(layer._kept["packed"][2], Floats)
         _C.set_capability("avx512")
     with torch.no_grad():
         for value in (torch.inf, torch.nan, 3e38):
@@ -294,6 +386,14 @@ def test_when_the_unit_is_used():
         uneven = layer(x, chunks=3)
         assert [part.shape[-1] for part in uneven] == [14, 14, 12]
         torch.testing.assert_close(torch.cat(uneven, -1), functional.linear(x, layer.weight, layer.bias))
-    with torch.no_grad():
-        layer.bfloat16()(x.bfloat16())
-        assert isinstance(layer._kept["packed"][2], OneDnn)
+
+
+@needs_unit
+def test_when_mlps_are_used():
+    feed, norm, x = Mlp(32, 100).eval(), torch.nn.LayerNorm(32), torch.randn(2, 7, 32)
+    with torch.inference_mode():
+        for residual in (None, x):
+            with Recorder() as called:
+                got = feed(x, norm=norm, residual=residual)
+            assert "h2ot_kernels::mlp_tiles" in called.names
+            assert torch.equal(got, feed.fc2(feed.fc1(x, activation="gelu", norm=norm), residual=residual))

@@ -122,7 +122,7 @@ def called(tail, token, kept, **options):
 def test_recover_pose_takes_it():
     tail, token, kept = Tail(64), torch.randn(1, 9, 64), torch.randn(2, 3, 64)
     assert called(tail, token, kept) == {"recover_attention", "recover_rotated"}
-    products = {"linear", "linear_floats"}  # the projection is that of the module
+    products = {"pack_tiles", "linear_tiles", "linear_floats"}  # the projection is that of the module
     assert called(tail, token, kept, backend="reference") <= products
     with h2ot.use_backend("reference"):
         assert called(tail, token, kept) == set()

@@ -74,10 +74,12 @@ def samples_of_some_cpus():
     """Of linear layers: on a tile unit, and by products of pairs."""
     weight = rand(6, 33)
     if tiles_run():
-        yield OPS.pack_linear, (weight, 2)
-        packed = OPS.pack_linear(weight, 2)
-        yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True)
-        yield OPS.linear, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
+        yield OPS.pack_tiles, (weight, 2)
+        packed = OPS.pack_tiles(weight, 2)
+        yield OPS.linear_tiles, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True)
+        yield OPS.linear_tiles, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
+        first, second = OPS.pack_tiles(rand(40, 33), 1), OPS.pack_tiles(rand(6, 40), 1)
+        yield OPS.mlp_tiles, (rand(2, 5, 33), first, rand(40), 40, second, None, rand(2, 5, 6), 6, rand(33), None, 1e-5)
     if dots_run():
         packed = linear_halves.pack(weight.bfloat16(), 2)
         yield OPS.linear_halves, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
@@ -98,7 +100,7 @@ def test_opcheck():
         torch.library.opcheck(op, arguments)
         checked.add(op.default.name().removeprefix("h2ot_kernels::"))
     # Backward operators whose own derivative raises are checked through the forward; linear layers where they run.
-    others = {"recover_attention_backward"} | (set() if tiles_run() else {"linear", "pack_linear"})
+    others = {"recover_attention_backward"} | (set() if tiles_run() else {"linear_tiles", "mlp_tiles", "pack_tiles"})
     assert declared() - checked == others | (set() if dots_run() else {"linear_halves", "mlp_halves"})
 
 
@@ -305,7 +307,7 @@ def test_flop_counter_counts_what_the_benchmarks_count(op):
 
 
 def test_flop_counter_knows_every_operator_with_products_or_distances():
-    moving = {"gather_tokens", "gather_tokens_out", "scatter_tokens", "pack_linear", "add_norm"}
+    moving = {"gather_tokens", "gather_tokens_out", "scatter_tokens", "pack_tiles", "add_norm"}
     adding = {"recover_interpolate", "recover_interpolate_out", "recover_interpolate_backward", "merge_tokens"}
     choosing = {"select_tokens", "prune_motion", "assign_by_parent"}
     assert {op for op in declared() if getattr(OPS, op) not in flop_registry} == moving | adding | choosing

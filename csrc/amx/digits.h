@@ -28,10 +28,6 @@ H2OT_INLINE Words odd_bytes(Words even, Words odd) {
       _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaau, reinterpret_cast<__m512i>(even), reinterpret_cast<__m512i>(odd)));
 }
 
-H2OT_INLINE Floats load_some(const float* x, int64_t count) {
-  return count >= kFloats ? load(x) : count > 0 ? load_part(x, count) : Floats{};
-}
-
 // Of a row: its largest magnitude, NaN where one is no number, and the sum of squares.
 struct Extent {
   float largest, squares;

@@ -1,6 +1,8 @@
-// Linear layers in bfloat16 (launch.h: LinearHalvesArgs) by products of pairs in vectors: a block of rows, normed and
-// packed as tiles, meets one panel of weights after the other, and sums become results in the first-level cache.
-// Count: rows C M / 2 products of pairs, 16 an instruction; on Zen 4 it takes as long as one of float32 multiply-adds.
+// Linear layers in bfloat16 (launch.h: LinearHalvesArgs) by the tile unit, or by products of pairs in vectors: a block
+// of rows, normed and packed as tiles, meets one panel of weights after the other, and the sums of one product become
+// results beside the next. Count: rows C M / 2 products of pairs; in vectors 16 an instruction, which on Zen 4 takes as
+// long as one of float32 multiply-adds; by the unit 4096 in 16 cycles, for 2 x 2 tiles four loads of 1 KB beside them,
+// of which two are rows from the second-level cache: the weights of a panel stay in the first.
 #include "../cpu/linear_blocks.h"
 #include "gelu_halves.h"
 #include "half_products.h"
@@ -9,24 +11,33 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int64_t kGroups = 4, kBlock = kGroups * kSide;  // rows that meet a panel one after the other
+#ifdef __AMX_BF16__
+constexpr int kTiles = 2;  // of rows in a product
+constexpr int64_t kGroups = 6, kMostSteps = 16;
+constexpr bool kAsks = false;  // for the lines of results: nothing is won
+#else
+constexpr int kTiles = 1;
+constexpr int64_t kGroups = 4, kMostSteps = INT64_MAX;
+constexpr bool kAsks = true;
+#endif
+constexpr int64_t kRows = kTiles * kSide;    // of a product, which takes up to kMostSteps steps of channels at once
+constexpr int64_t kBlock = kGroups * kRows;  // rows that meet a panel one group after the other
 using HalvesPlace = Place<kLinearPanel>;
 static_assert(kLinearPanel == 2 * kFloats && kLinearPanel == kSumsStep && kLinearPanel == kStepHalves);
 static_assert(kFewestChannels >= kFloats);  // a norm takes whole vectors
 
 // What a thread works in.
 struct Arrays {
-  uint16_t* rows;    // [kGroups][steps][kSide][kStepHalves]
-  float* sums;       // [kSide][kLinearPanel]
+  float* sums;       // [2][kBlock][kLinearPanel]
+  uint16_t* rows;    // of tiles (pack_rows), kBlock
+  uint16_t* hidden;  // the same of hidden_channels: what is between two layers
   BFloat16* given;   // [kBlock][channels]: rows that have a norm, or come as float32
-  BFloat16* hidden;  // [kBlock][hidden_channels]: what is between two layers
 
   Arrays(Carver& memory, int64_t channels, int64_t hidden_channels) {
-    const int64_t most = channels > hidden_channels ? channels : hidden_channels;
-    rows = memory.take<uint16_t>(kBlock * groups_of(most, kStepHalves) * kStepHalves);
-    sums = memory.take<float>(kSide * kLinearPanel);
+    sums = memory.take<float>(2 * kBlock * kLinearPanel);
+    rows = memory.take<uint16_t>(kBlock * groups_of(channels, kStepHalves) * kStepHalves);
+    hidden = memory.take<uint16_t>(kBlock * groups_of(hidden_channels, kStepHalves) * kStepHalves);
     given = memory.take<BFloat16>(kBlock * channels);
-    hidden = memory.take<BFloat16>(kBlock * hidden_channels);
   }
 };
 
@@ -66,22 +77,55 @@ H2OT_INLINE void put(Floats low, Floats high, const float* residual, float* out)
   store(out + kFloats, rounded(high) + load(residual + kFloats));
 }
 
-// sums [count][kLinearPanel] of the rows from `first` on become results.
-template <bool kGelu, class O>
-H2OT_INLINE void finish_rows(const LinearHalvesArgs& a, const HalvesPlace& place, int64_t first, int64_t count,
-                             const float* sums, [[maybe_unused]] const GeluOfHalves& gelu) {
-  float bias[kLinearPanel] = {};
-  if (a.bias) memcpy(bias, a.bias + place.chunk * a.M + place.column, size_t(place.count) * sizeof(float));
-  const int64_t at = place.of_row(a.rows, a.M, first);
-  O* out = static_cast<O*>(a.out) + at;
-  const O* residual = a.residual ? static_cast<const O*>(a.residual) + at : nullptr;
-  for (int64_t r = 0; r < count; r++, sums += kLinearPanel, out += a.M) {
-    Floats low = load(sums) + load(bias), high = load(sums + kFloats) + load(bias + kFloats);
+// Rows [first, first + count) of a panel.
+struct Product {
+  HalvesPlace place;
+  int64_t first, count;
+  const float* sums;  // [count][kLinearPanel]
+};
+
+// Where its results go: into `out`, or rows of a block into its tiles, which are whole.
+template <class O>
+struct Outside {
+  typedef O Result;
+  const LinearHalvesArgs& a;
+
+  int64_t at(const HalvesPlace& place, int64_t row) const { return place.of_row(a.rows, a.M, row); }
+  static bool is_whole(const HalvesPlace& place) { return place.count == kLinearPanel; }
+};
+struct Inside {
+  typedef BFloat16 Result;
+  const LinearHalvesArgs& a;
+
+  int64_t at(const HalvesPlace& place, int64_t row) const {
+    const int64_t steps = groups_of(a.M, kStepHalves), step = place.column / kStepHalves;
+    return ((row / kSide * steps + step) * kSide + row % kSide) * kStepHalves;
+  }
+  static bool is_whole(const HalvesPlace&) { return true; }
+};
+
+// Rows [begin, end) of it, as far as it has them, become results.
+template <bool kGelu, class To>
+H2OT_INLINE void finish(const To& to, const Product& of, int64_t begin, int64_t end,
+                        [[maybe_unused]] const GeluOfHalves& gelu) {
+  typedef typename To::Result O;
+  const LinearHalvesArgs& a = to.a;
+  const HalvesPlace& place = of.place;
+  if (end > of.count) end = of.count;
+  const float* const bias = a.bias ? a.bias + place.chunk * a.M + place.column : nullptr;
+  const Floats bias_low = bias ? load_some(bias, place.count) : Floats{};
+  const Floats bias_high = bias ? load_some(bias + kFloats, place.count - kFloats) : Floats{};
+  for (int64_t r = begin; r < end; r++) {
+    const float* const sums = of.sums + r * kLinearPanel;
+    const int64_t at = to.at(place, of.first + r);
+    O* const out = static_cast<O*>(a.out) + at;
+    const O* const residual = a.residual ? static_cast<const O*>(a.residual) + at : nullptr;
+    Floats low = load(sums) + bias_low, high = load(sums + kFloats) + bias_high;
     if constexpr (kGelu) {
       low = gelu(low);
       high = gelu(high);
     }
-    if (place.count == kLinearPanel) {
+    if (To::is_whole(place)) {
       put(low, high, residual, out);
     } else {  // nothing beyond the last output
       const size_t bytes = size_t(place.count) * sizeof(O);
@@ -90,36 +134,55 @@ H2OT_INLINE void finish_rows(const LinearHalvesArgs& a, const HalvesPlace& place
       put(low, high, residual ? added : nullptr, part);
       memcpy(out, part, bytes);
     }
-    if (residual) residual += a.M;
   }
 }
 
-template <bool kGelu, class O>
-void run_block(const LinearHalvesArgs& a, const BFloat16* x, int64_t first, int64_t count, int64_t panel, int64_t end,
-               const Arrays& at) {
+// Panels [panel, end) of `count` rows from `first` on, which stand in tiles.
+template <bool kGelu, class To>
+void run_block(const LinearHalvesArgs& a, const uint16_t* tiles, int64_t first, int64_t count, int64_t panel,
+               int64_t end, float* all_sums) {
   static const GeluOfHalves gelu;
+  const To to = {a};
   const int64_t steps = groups_of(a.C, kStepHalves), pairs = groups_of(a.C, 2);
-  pack_rows(reinterpret_cast<const uint16_t*>(x), count, a.C, groups_of(count, kSide), steps, at.rows);
+  const int64_t most = steps < kMostSteps ? steps : kMostSteps, share = groups_of(kRows, most);
+  Product before = {HalvesPlace(a.M, panel), first, 0, nullptr};
+  int64_t turn = 0;
   for (; panel < end; panel++) {
     const HalvesPlace place(a.M, panel);
-    const uint16_t* const weights = static_cast<const uint16_t*>(a.packed) + panel * steps * 2 * kTileHalves;
-    for (int64_t row = 0; row < count; row += kSide) {
-      const int64_t here = count - row < kSide ? count - row : kSide;
-      ask_for_lines<O>(place, a.rows, a.M, first + row, here, a.out, a.residual);
-      multiply<1>(at.rows + row * steps * kStepHalves, 0, weights, kTileHalves, 2 * kTileHalves, pairs, at.sums);
-      finish_rows<kGelu, O>(a, place, first + row, here, at.sums, gelu);
+    for (int64_t step = 0; step < steps; step += most) {
+      const uint16_t* const weights = static_cast<const uint16_t*>(a.packed) + (panel * steps + step) * 2 * kTileHalves;
+      const int64_t left = pairs - step * kSide, taken = left < most * kSide ? left : most * kSide;
+      for (int64_t row = 0; row < count; row += kRows, turn++) {
+        // Of products in parts, all that a panel has are kept.
+        const int64_t slot = steps == most ? turn % 2 : panel % 2 * kGroups + row / kRows;
+        float* const sums = all_sums + slot * kRows * kLinearPanel;
+        const Product now = {place, first + row, count - row < kRows ? count - row : kRows, sums};
+        if constexpr (kAsks) {
+          ask_for_lines<typename To::Result>(place, a.rows, a.M, now.first, now.count, a.out, a.residual);
+        }
+        int64_t done = 0;
+        multiply<kTiles, true>(tiles + (row * steps + step * kSide) * kStepHalves, steps * kTileHalves, weights,
+                               kTileHalves, 2 * kTileHalves, taken, sums, step > 0, [&] {
+                                 finish<kGelu>(to, before, done, done + share, gelu);
+                                 done += share;
+                               });
+        finish<kGelu>(to, before, done, kRows, gelu);
+        before = now;
+        if (step + most < steps) before.count = 0;
+      }
     }
   }
+  finish<kGelu>(to, before, 0, kRows, gelu);
 }
 
 auto runner(const LinearHalvesArgs& a) {
   return a.activation == Activation::gelu
-             ? (a.out_dtype == Dtype::bf16 ? run_block<true, BFloat16> : run_block<true, float>)
-             : (a.out_dtype == Dtype::bf16 ? run_block<false, BFloat16> : run_block<false, float>);
+             ? (a.out_dtype == Dtype::bf16 ? run_block<true, Outside<BFloat16>> : run_block<true, Outside<float>>)
+             : (a.out_dtype == Dtype::bf16 ? run_block<false, Outside<BFloat16>> : run_block<false, Outside<float>>);
 }
 
-// Calls part(first row, rows, what the first layer takes of them, first panel, end of the panels, a thread's arrays) on
-// the threads, for all blocks.
+// Calls part(first row, rows, first panel, end of the panels, a thread's arrays) on the threads, for all blocks; the
+// rows stand in the arrays' tiles.
 template <class Part>
 Status by_blocks(const Parallel& pool, const LinearHalvesArgs& a, int64_t hidden_channels, int64_t panels,
                  const Part& part) {
@@ -128,7 +191,7 @@ Status by_blocks(const Parallel& pool, const LinearHalvesArgs& a, int64_t hidden
   if (a.has_norm && affine.read(a.norm_weight, a.norm_bias, a.norm_dtype, a.C) != Status::ok) {
     return Status::out_of_memory;
   }
-  const Blocks blocks(pool, a.rows, kSide, kGroups, panels);
+  const Blocks blocks(pool, a.rows, kRows, kGroups, panels);
   Outcome outcome;
   parallel_for(pool, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
     Carver sizes(nullptr);
@@ -137,8 +200,12 @@ Status by_blocks(const Parallel& pool, const LinearHalvesArgs& a, int64_t hidden
     if (!memory) return outcome.fail(Status::out_of_memory);
     Carver carver(memory);
     const Arrays at(carver, a.C, hidden_channels);
+    [[maybe_unused]] const ProductRegisters registers = {};
     blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
-      part(first, count, given(a, affine, first, count, at.given), panel, panels_end, at);
+      const BFloat16* const x = given(a, affine, first, count, at.given);
+      const int64_t groups = groups_of(count, kRows) * kTiles, steps = groups_of(a.C, kStepHalves);
+      pack_rows(reinterpret_cast<const uint16_t*>(x), count, a.C, groups, steps, at.rows);
+      part(first, count, panel, panels_end, at);
     });
   });
   return outcome.result();
@@ -149,22 +216,20 @@ Status by_blocks(const Parallel& pool, const LinearHalvesArgs& a, int64_t hidden
 Status linear_halves(const LinearHalvesArgs& a, const Parallel& pool) {
   const auto run = runner(a);
   return by_blocks(pool, a, 0, a.chunks * groups_of(a.M, kLinearPanel),
-                   [&](int64_t first, int64_t count, const BFloat16* x, int64_t panel, int64_t end, const Arrays& at) {
-                     run(a, x, first, count, panel, end, at);
+                   [&](int64_t first, int64_t count, int64_t panel, int64_t end, const Arrays& at) {
+                     run(a, at.rows, first, count, panel, end, at.sums);
                    });
 }
 
 Status mlp_halves(const MlpHalvesArgs& a, const Parallel& pool) {
-  const auto run_first = runner(a.first), run_second = runner(a.second);
-  const int64_t hidden = a.first.M;
-  return by_blocks(pool, a.first, hidden, 1,
-                   [&](int64_t first, int64_t count, const BFloat16* x, int64_t, int64_t, const Arrays& at) {
-                     LinearHalvesArgs inner = a.first;  // its rows are a block's, its results stay with the thread
-                     inner.rows = kBlock;
-                     inner.out = at.hidden;
-                     run_first(inner, x, 0, count, 0, groups_of(hidden, kLinearPanel), at);
-                     run_second(a.second, at.hidden, first, count, 0, groups_of(a.second.M, kLinearPanel), at);
-                   });
+  const auto run_second = runner(a.second);
+  const int64_t hidden = groups_of(a.first.M, kLinearPanel), outputs = groups_of(a.second.M, kLinearPanel);
+  return by_blocks(pool, a.first, a.first.M, 1, [&](int64_t first, int64_t count, int64_t, int64_t, const Arrays& at) {
+    LinearHalvesArgs inner = a.first;
+    inner.out = at.hidden;
+    run_block<true, Inside>(inner, at.rows, 0, count, 0, hidden, at.sums);
+    run_second(a.second, at.hidden, first, count, 0, outputs, at.sums);
+  });
 }
 
 }  // namespace H2OT_ISA

@@ -10,6 +10,11 @@ namespace H2OT_ISA {
 
 constexpr int64_t kSide = 16, kDepth = 64, kTile = kSide * kDepth;  // bytes; of sums kSide x kSide of 32 bits, as large
 
+// The first `count` numbers from x on, zeros behind them.
+H2OT_INLINE Floats load_some(const float* x, int64_t count) {
+  return count >= kFloats ? load(x) : count > 0 ? load_part(x, count) : Floats{};
+}
+
 #ifdef __AMX_TILE__
 // Eight tiles of kSide rows of kDepth bytes. The thread has them while this lives.
 class TileRegisters {

@@ -22,7 +22,7 @@ struct Blocks {
   // Calls f(first row, rows, first panel, end of the panels) for the blocks of tasks [begin, end).
   template <class F>
   __attribute__((always_inline)) void each(int64_t begin, int64_t end, const F& f) const {
-    const int64_t step = parts == 1 ? most : 1;
+    const int64_t step = parts == 1 ? groups_of(end - begin, groups_of(end - begin, most)) : 1;  // of equal size
     for (int64_t task = begin; task < end; task += step) {
       const int64_t part = task % parts, first = task / parts * side;
       const int64_t taken = end - task < step ? end - task : step, left = rows - first;

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 FLAGS += " -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w"
 UNIT = "-mamx-tile -mamx-int8 -mamx-bf16 -DH2OT_ISA=amx"
+UNIT_AND_PAIRS = f"{UNIT} -mavx512bf16"
 DOTS = "-mavx512bf16 -DH2OT_ISA=bf16_dots"
 AVX512 = "-DH2OT_ISA=avx512"
 BAND = 1024

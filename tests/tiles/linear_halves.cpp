@@ -1,4 +1,4 @@
-// csrc/amx/linear_halves.cpp for vectors, in memory of the caller's.
+// csrc/amx/linear_halves.cpp for vectors, or on the emulated unit, in memory of the caller's.
 #include "amx/linear_halves.cpp"
 
 namespace {
@@ -17,7 +17,7 @@ extern "C" int linear_halves(const void* x, int x_is_float, const uint16_t* pack
                                        eps >= 0,  norm_weight,
                                        norm_bias, h2ot::Dtype::f32,
                                        eps};
-  return int(h2ot::bf16_dots::linear_halves(args, {run_in_two, 2}));
+  return int(h2ot::H2OT_ISA::linear_halves(args, {run_in_two, 2}));
 }
 
 extern "C" int mlp_halves(const void* x, int x_is_float, const uint16_t* packed, const uint16_t* second_packed,
@@ -45,5 +45,5 @@ extern "C" int mlp_halves(const void* x, int x_is_float, const uint16_t* packed,
                                    nullptr,
                                    Dtype::f32,
                                    0};
-  return int(bf16_dots::mlp_halves({first, second}, {run_in_two, 2}));
+  return int(H2OT_ISA::mlp_halves({first, second}, {run_in_two, 2}));
 }

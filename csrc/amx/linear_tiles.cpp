@@ -1,0 +1,358 @@
+// Linear layers in float32 on the tile unit of recent x86 processors (AMX).
+//
+// A tile instruction does 16 x 16 x 64 multiply-adds of bytes in 16 cycles, in which the vector units do 16 x 2 x 16
+// of floats: six of them (tiles.h) take 3 / 16 of the vector units' time. Counted per 32 x 16 outputs and 64 channels:
+// 12 instructions of 16 cycles, beside them 18 loads of 1 KB, of which six are rows from the second-level cache: the
+// weights of kSide outputs stay in the first while the rows of a block pass by. A product is finished (digits joined,
+// scales, bias, activation) while the next one is made. Results stay in the second-level cache until a block has a
+// stretch of them: lines of memory that are written one here, one there, between products, cost three times as much.
+#include "../cpu/gelu.h"
+#include "../cpu/worker.h"
+#include "digits.h"
+#include "norm.h"
+#include "tiles.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+namespace {
+
+constexpr int64_t kBlockBytes = 384 << 10;  // of the digits of a block's rows, up to kMostGroups of them
+constexpr int64_t kMostGroups = 6;
+constexpr int64_t kStretch = 512;  // results of a row that are stored at once
+constexpr float kScale = 0x1p16f;  // of a row: a sum of order 2 counts its square
+constexpr int64_t kSpread = 16;    // floats behind the scales: the weights' spread, and room
+
+// What pack_tiles() makes: digits [chunks][panels][steps][kWeightStep], scales [chunks][panels][kSide], the spread.
+struct Packed {
+  const int8_t* digits;
+  int64_t chunks, steps, panels;
+  const float* scales;
+
+  Packed(const int8_t* packed, int64_t chunks_, int64_t M, int64_t C)
+      : digits(packed), chunks(chunks_), steps(groups_of(C, kDepth)), panels(groups_of(M, kSide)) {
+    scales = reinterpret_cast<const float*>(packed + digit_bytes());
+  }
+  int64_t digit_bytes() const { return chunks * panels * steps * kWeightStep; }
+  int64_t bytes() const { return digit_bytes() + (chunks * panels * kSide + kSpread) * int64_t(sizeof(float)); }
+  float spread() const { return scales[chunks * panels * kSide]; }
+  const int8_t* panel(int64_t panel) const { return digits + panel * steps * kWeightStep; }
+  // Of output m of a panel at channel c; the digits are kTile apart.
+  static int64_t place(int64_t m, int64_t c) {
+    const int64_t i = c % kSide, v = c % kDepth / kSide;
+    return c / kDepth * kWeightStep + i * kDepth + m * 4 + v;
+  }
+};
+
+// The rows of a block, whole groups of them, and their digits.
+struct Rows {
+  const float* x;  // of the rows that are there
+  int64_t stride, count, groups;
+  int8_t* digits;  // [groups][steps][kRowStep]
+  float* scale;    // [groups][kGroup]: of sums of order 2; 0 of rows without digits, or that are not there
+  float* low;      // [groups][kGroup]: what a sum of order 3 counts, 1 / 256 or 0
+  bool* has_low;   // [groups]: whether one of it is not 0
+  bool has_plain;  // a row has no digits
+
+  Rows(Carver& memory, int64_t C, int64_t groups_) : x(nullptr), stride(0), count(0), groups(groups_) {
+    digits = memory.take<int8_t>(groups * groups_of(C, kDepth) * kRowStep);
+    scale = memory.take<float>(groups * kGroup);
+    low = memory.take<float>(groups * kGroup);
+    has_low = memory.take<bool>(groups);
+    has_plain = false;
+  }
+};
+
+// Results of a block: row r of the block stands at `at` + r `stride`, in whole panels.
+struct Results {
+  float* at;
+  int64_t stride;
+
+  Results(Carver& memory, int64_t M, int64_t groups)
+      : stride(groups_of(M, kSide) * kSide + kSide) {  // not a power of two
+    at = memory.take<float>(groups * kGroup * stride);
+  }
+};
+
+// A product that is to be finished: rows from `row` on, outputs of the results from `column` on.
+struct Pending {
+  const int32_t* sums = nullptr;
+  int64_t row = 0, column = 0;
+  Floats scale = {}, bias = {};
+  bool has_low = false;
+};
+
+H2OT_INLINE Floats numbers(const int32_t* sums, int64_t order) {
+  Words whole;
+  memcpy(&whole, sums + order * kGroup * kSide, sizeof whole);
+  return reinterpret_cast<Floats>(_mm512_maskz_cvtepi32_ps(kAll, reinterpret_cast<__m512i>(whole)));
+}
+
+// Rows [begin, end) of it. Few instructions: they take the place of tile instructions that wait for their turn.
+template <bool kGelu>
+H2OT_INLINE void finish(const Rows& rows, const Pending& of, const Results& to, int64_t begin, int64_t end) {
+  float* out = to.at + (of.row + begin) * to.stride + of.column;
+  for (int64_t r = begin; r < end; r++, out += to.stride) {
+    const int32_t* const sums = of.sums + r * kSide;
+    Floats v = numbers(sums, 0);
+    v = v * 256.0f + numbers(sums, 1);
+    v = v * 256.0f + numbers(sums, 2);
+    if (of.has_low) v += rows.low[of.row + r] * numbers(sums, 3);
+    v = v * rows.scale[of.row + r] * of.scale + of.bias;
+    store(out, kGelu ? gelu(v) : v);
+  }
+}
+
+// The digits of group g as tiles; zeros for rows that are not there or have none. normed: room for its rows, where
+// there is a norm.
+void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, float* normed) {
+  const float* x[kGroup];
+  float to_whole[kGroup];
+  const int64_t steps = groups_of(a.C, kDepth);
+  rows.has_low[g] = false;
+  for (int64_t r = 0; r < kGroup; r++) {
+    const int64_t row = g * kGroup + r;
+    const bool is_there = row < rows.count;
+    x[r] = is_there ? rows.x + row * rows.stride : nullptr;
+    Extent extent = {};
+    if (is_there && a.has_norm) {
+      extent = norm_row(x[r], a.C, a.norm_weight, a.norm_bias, a.eps, normed + r * a.C);
+      x[r] = normed + r * a.C;
+    } else if (is_there) {
+      extent = extent_of(x[r], a.C);
+    }
+    const bool has_digits = extent.has_digits();
+    rows.has_plain |= !has_digits;
+    to_whole[r] = has_digits && extent.largest != 0 ? kWhole / extent.largest : 0;
+    rows.scale[row] = to_whole[r] != 0 ? kScale / to_whole[r] : 0;
+    const bool has_low = to_whole[r] != 0 && extent.spread() * spread > kMostSpread * kMostSpread;
+    rows.low[row] = has_low ? 1.0f / 256 : 0;
+    rows.has_low[g] |= has_low;
+  }
+  int8_t* tiles = rows.digits + g * steps * kRowStep;
+  for (int64_t c = 0; c < a.C; c += kDepth, tiles += kRowStep) {
+    for (int64_t r = 0; r < kGroup; r++) {
+      int8_t* const to = tiles + r * kDepth;
+      if (to_whole[r] != 0) {
+        put_digits(x[r], a.C, c, to_whole[r], rows.has_low[g], to, 2 * kTile);
+      } else {
+        for (int d = 0; d < kRowDigits; d++) memset(to + d * 2 * kTile, 0, kDepth);
+      }
+    }
+  }
+}
+
+// Rows of C numbers, `stride` apart, as a layer takes them.
+void split(const LinearTilesArgs& a, float spread, const float* x, int64_t stride, int64_t count, Rows& rows,
+           float* normed) {
+  rows.x = x;
+  rows.stride = stride;
+  rows.count = count;
+  rows.groups = groups_of(count, kGroup);
+  rows.has_plain = false;
+  for (int64_t g = 0; g < rows.groups; g++) split_group(a, g, spread, rows, normed);
+}
+
+H2OT_INLINE Floats bias_of(const LinearTilesArgs& a, int64_t chunk, int64_t column) {
+  return a.bias ? load_some(a.bias + chunk * a.M + column, a.M - column) : Floats{};
+}
+
+// `width` results of a row without digits from `column` on, by multiply-adds in the order of the channels.
+template <bool kGelu>
+void plain_row(const LinearTilesArgs& a, const Packed& p, const float* x, int64_t chunk, int64_t column, int64_t width,
+               float* out) {
+  for (int64_t at = 0; at < width; at += kSide) {
+    const int64_t panel = chunk * p.panels + (column + at) / kSide;
+    const int8_t* const b = p.panel(panel);
+    const Floats scale = load(p.scales + panel * kSide) * (256 / kScale);
+    Floats sum = {};
+    for (int64_t c = 0; c < a.C; c++) {
+      Floats weight = {};
+      for (int lane = 0; lane < kFloats; lane++) {
+        const int8_t* const digits = b + Packed::place(lane, c);
+        weight[lane] = float((digits[0] * 256 + digits[kTile]) * 256 + digits[2 * kTile]);
+      }
+      sum += x[c] * (weight * scale);
+    }
+    sum += bias_of(a, chunk, column + at);
+    store(out + at, kGelu ? gelu(sum) : sum);
+  }
+}
+template <bool kGelu>
+void plain_rows(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t chunk,
+                int64_t column, int64_t width, const Results& to) {
+  for (int64_t r = 0; rows.has_plain && r < rows.count; r++) {
+    const float* x = rows.x + r * rows.stride;
+    const Extent extent = a.has_norm ? norm_row(x, a.C, a.norm_weight, a.norm_bias, a.eps, normed) : extent_of(x, a.C);
+    if (!extent.has_digits())
+      plain_row<kGelu>(a, p, a.has_norm ? normed : x, chunk, column, width, to.at + r * to.stride);
+  }
+}
+
+// activation(product + bias) of a block's rows: `width` outputs of a chunk from `column` on.
+template <bool kGelu>
+void multiply_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t chunk,
+                    int64_t column, int64_t width, const Results& to, int32_t* sums) {
+  constexpr int64_t kStepLines = kWeightStep / 64, kCalls = 4;  // of beside() in a step
+  const int64_t share = groups_of(kGroup, kCalls * p.steps), lines = groups_of(kStepLines, kCalls * rows.groups);
+  Pending before;
+  for (int64_t at = 0; at < width; at += kSide) {
+    const int64_t panel = chunk * p.panels + (column + at) / kSide;
+    const int8_t* next = p.panel(panel + 1);
+    Pending now;
+    now.column = at;
+    now.scale = load(p.scales + panel * kSide);
+    now.bias = bias_of(a, chunk, column + at);
+    for (int64_t g = 0; g < rows.groups; g++) {
+      const int8_t* const digits = rows.digits + g * p.steps * kRowStep;
+      int32_t* const made = before.sums == sums ? sums + kSums : sums;
+      int64_t done = 0;
+      multiply(digits, p.panel(panel), p.steps, made, [&] {
+        for (int64_t i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        if constexpr (kGelu) {  // there is much to do: beside a product, not behind it
+          const int64_t end = done + share < kGroup ? done + share : kGroup;
+          if (before.sums) finish<kGelu>(rows, before, to, done, end);
+          done = end;
+        }
+      });
+      if (before.sums) finish<kGelu>(rows, before, to, done, kGroup);
+      now.sums = made;
+      now.row = g * kGroup;
+      now.has_low = rows.has_low[g];
+      if (now.has_low) multiply_low(digits, p.panel(panel), p.steps, made);
+      before = now;
+    }
+  }
+  finish<kGelu>(rows, before, to, 0, kGroup);
+  plain_rows<kGelu>(a, p, rows, normed, chunk, column, width, to);
+}
+
+// Results, and what is added to them, go to memory: `width` outputs of rows [first, first + count).
+void put_out(const LinearTilesArgs& a, const Results& from, int64_t first, int64_t count, int64_t chunk, int64_t column,
+             int64_t width) {
+  for (int64_t r = 0; r < count; r++) {
+    const float* const results = from.at + r * from.stride;
+    const int64_t at = (chunk * a.rows + first + r) * a.M + column;
+    const float* const residual = a.residual ? a.residual + at : nullptr;
+    int64_t i = 0;
+    for (; i + kFloats <= width; i += kFloats) {
+      const Floats v = load(results + i);
+      store(a.out + at + i, residual ? v + load(residual + i) : v);
+    }
+    if (i < width) {
+      const Floats v = load(results + i);
+      store_part(a.out + at + i, residual ? v + load_part(residual + i, width - i) : v, width - i);
+    }
+  }
+}
+
+// What a layer makes of a block's rows [first, ...), stretch by stretch.
+void run_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t first,
+               const Results& to, int32_t* sums) {
+  const auto multiply_rows = a.activation == Activation::gelu ? multiply_block<true> : multiply_block<false>;
+  for (int64_t chunk = 0; chunk < a.chunks; chunk++) {
+    for (int64_t column = 0; column < a.M; column += kStretch) {
+      const int64_t width = a.M - column < kStretch ? a.M - column : kStretch;
+      multiply_rows(a, p, rows, normed, chunk, column, width, to, sums);
+      put_out(a, to, first, rows.count, chunk, column, width);
+    }
+  }
+}
+
+// What a thread works in. Of a layer alone hidden_channels is 0.
+struct Arrays {
+  int32_t* sums;
+  float* normed;  // [kGroup][channels], where there is a norm
+  Rows rows, hidden_rows;
+  Results hidden, results;
+
+  Arrays(Carver& memory, const LinearTilesArgs& a, int64_t hidden_channels, int64_t outputs, int64_t groups)
+      : sums(memory.take<int32_t>(2 * kSums)),
+        normed(memory.take<float>(a.has_norm ? kGroup * a.C : 0)),
+        rows(memory, a.C, groups),
+        hidden_rows(memory, hidden_channels, groups),
+        hidden(memory, hidden_channels, groups),
+        results(memory, outputs < kStretch ? outputs : kStretch, groups) {}
+};
+
+// Calls part(first row, rows, a thread's arrays) on the threads, for all blocks.
+template <class Part>
+Status by_blocks(const Parallel& pool, const LinearTilesArgs& a, int64_t hidden_channels, int64_t outputs,
+                 const Part& part) {
+  const int64_t channels = a.C > hidden_channels ? a.C : hidden_channels;
+  const int64_t fitting = kBlockBytes / (groups_of(channels, kDepth) * kRowStep);
+  const int64_t most = fitting < 1 ? 1 : fitting < kMostGroups ? fitting : kMostGroups;
+  Outcome outcome;
+  parallel_for(pool, groups_of(a.rows, kGroup), 1, [&](int64_t begin, int64_t end) {
+    const int64_t size = groups_of(end - begin, groups_of(end - begin, most));  // blocks of equal size
+    Carver sizes(nullptr);
+    Arrays(sizes, a, hidden_channels, outputs, size);
+    void* const memory = scratch(Slot::own, sizes.bytes());
+    if (!memory) return outcome.fail(Status::out_of_memory);
+    Carver carver(memory);
+    Arrays at(carver, a, hidden_channels, outputs, size);
+    const TileRegisters registers;
+    for (int64_t group = begin; group < end; group += size) {
+      const int64_t first = group * kGroup, past = group + size < end ? (group + size) * kGroup : end * kGroup;
+      part(first, (past < a.rows ? past : a.rows) - first, at);
+    }
+  });
+  return outcome.result();
+}
+
+Packed packed_of(const LinearTilesArgs& a) { return Packed(a.packed, a.chunks, a.M, a.C); }
+
+}  // namespace
+
+int64_t packed_tiles_size(const PackTilesArgs& a) { return Packed(nullptr, a.chunks, a.M, a.C).bytes(); }
+
+void pack_tiles(const PackTilesArgs& a) {
+  const Packed p(a.packed, a.chunks, a.M, a.C);
+  memset(a.packed, 0, size_t(p.bytes()));
+  float* const scales = reinterpret_cast<float*>(a.packed + p.digit_bytes());
+  double spreads = 0;
+  int64_t counted = 0;
+  for (int64_t row = 0; row < a.chunks * a.M; row++) {
+    const int64_t panel = row / a.M * p.panels + row % a.M / kSide, m = row % a.M % kSide;
+    const float* const w = a.weight + row * a.C;
+    const Extent extent = extent_of(w, a.C);
+    if (extent.largest == 0) continue;
+    const float to_whole = kWhole / extent.largest;
+    for (int64_t c = 0; c < a.C; c += kDepth) {
+      alignas(64) int8_t step[kWeightDigits * kTile];
+      put_digits(w, a.C, c, to_whole, false, step, kTile);
+      for (int64_t d = 0; d < kWeightDigits; d++) {
+        for (int64_t i = 0; i < kSide; i++) {
+          memcpy(a.packed + panel * p.steps * kWeightStep + d * kTile + Packed::place(m, c + i),
+                 step + d * kTile + i * 4, 4);
+        }
+      }
+    }
+    scales[panel * kSide + m] = kScale / to_whole;
+    spreads += double(extent.spread());
+    counted++;
+  }
+  // r^2 s^2 of a token is its own spread() times this.
+  scales[a.chunks * p.panels * kSide] = counted ? float(spreads / double(counted) * double(a.C * a.C)) : 0;
+}
+
+Status linear_tiles(const LinearTilesArgs& a, const Parallel& pool) {
+  const Packed p = packed_of(a);
+  return by_blocks(pool, a, 0, a.M, [&](int64_t first, int64_t count, Arrays& at) {
+    split(a, p.spread(), a.x + first * a.C, a.C, count, at.rows, at.normed);
+    run_block(a, p, at.rows, at.normed, first, at.results, at.sums);
+  });
+}
+
+Status mlp_tiles(const MlpTilesArgs& a, const Parallel& pool) {
+  const Packed p = packed_of(a.first), q = packed_of(a.second);
+  const int64_t C = a.first.C, H = a.first.M;
+  return by_blocks(pool, a.first, H, a.second.M, [&](int64_t first, int64_t count, Arrays& at) {
+    split(a.first, p.spread(), a.first.x + first * C, C, count, at.rows, at.normed);
+    multiply_block<true>(a.first, p, at.rows, at.normed, 0, 0, H, at.hidden, at.sums);
+    split(a.second, q.spread(), at.hidden.at, at.hidden.stride, count, at.hidden_rows, nullptr);
+    run_block(a.second, q, at.hidden_rows, nullptr, first, at.results, at.sums);
+  });
+}
+
+}  // namespace H2OT_ISA
+}  // namespace h2ot
