@@ -16,7 +16,7 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 384 << 10;  // of the digits of a block's rows, up to kMostGroups of them
+constexpr int64_t kBlockBytes = 768 << 10;  // of the digits of a block's rows, up to kMostGroups of them
 constexpr int64_t kMostGroups = 6;
 constexpr int64_t kStretch = 512;  // results of a row that are stored at once
 constexpr float kScale = 0x1p16f;  // of a row: a sum of order 2 counts its square
