@@ -267,7 +267,7 @@ struct MlpTilesArgs {
   LinearTilesArgs second;  // x unused; no norm, no activation; C is the first one's M; of both one chunk
 };
 
-// The same in bfloat16 with sums in float32, by products of pairs in vectors. The weights stand in panels of
+// The same in bfloat16 with sums in float32, on the unit or by products of pairs. The weights stand in panels of
 // kLinearPanel outputs, [chunks, panels, steps, 2, 16, 16, 2]: of 32 channels and half a panel, for each pair of
 // channels the pairs of 16 outputs; 0 behind the last channel, and behind the last output of a chunk. Each sum is one
 // chain in the order of the channels, whatever stands beside it; subnormal numbers count as 0.

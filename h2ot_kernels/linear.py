@@ -33,7 +33,7 @@ class Linear(nn.Linear):
     part of the product; everywhere else this is nn.Linear. Products are this package's, with a LayerNorm before and an
     activation or an addition behind them in the same pass: in float32 by AVX2 or AVX-512, or by a tile unit (AMX),
     which makes whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster;
-    in bfloat16 by AVX512-BF16 where there is no such unit. Elsewhere they are oneDNN's. Where the CPU has no
+    in bfloat16 by such a unit or by AVX512-BF16. Elsewhere they are oneDNN's. Where the CPU has no
     instructions for a 16-bit dtype they are products in float32, whose weights take twice the memory. Packed
     weights are neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back
     (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED elements of it, spread over rows and columns: edit

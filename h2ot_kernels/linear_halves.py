@@ -1,4 +1,5 @@
-"""Linear layers and MLPs of CPU inference in bfloat16 by products of pairs (AVX512-BF16), with what stands around them.
+"""Linear layers and MLPs of CPU inference in bfloat16, on a tile unit (AMX) or by products of pairs (AVX512-BF16), with
+what stands around them.
 
 Internal to `linear.Linear`.
 """
