@@ -2,7 +2,7 @@
 //
 // A tile instruction does 16 x 16 x 64 multiply-adds of bytes in 16 cycles, in which the vector units do 16 x 2 x 16
 // of floats: six of them (tiles.h) take 3 / 16 of the vector units' time. Counted per 32 x 16 outputs and 64 channels:
-// 12 instructions of 16 cycles, beside them 18 loads of 1 KB, of which six are rows from the second-level cache: the
+// 12 instructions of 16 cycles, beside them 14 loads of 1 KB, of which six are rows from the second-level cache: the
 // weights of kSide outputs stay in the first while the rows of a block pass by. A product is finished (digits joined,
 // scales, bias, activation) while the next one is made. Results stay in the second-level cache until a block has a
 // stretch of them: lines of memory that are written one here, one there, between products, cost three times as much.
