@@ -103,7 +103,10 @@ __attribute__((noinline)) static void multiply_tile(const uint16_t* rows, const 
                                                     int64_t pairs, float* sums, bool more) {
   typedef uint32_t __attribute__((may_alias)) Pair;
   Floats sum[kSide] = {};
-  for (int64_t r = 0; more && r < kSide; r++) sum[r] = load(sums + r * kSumsStep);
+  if (more) {
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kSide; r++) sum[r] = load(sums + r * kSumsStep);
+  }
   for (; pairs > 0; pairs -= kSide, rows += kTileHalves, columns += columns_step) {
     const int64_t here = pairs < kSide ? pairs : kSide;
 #pragma GCC unroll 2
