@@ -1,18 +1,14 @@
 // The torch-facing file of linear layers in bfloat16. Only h2ot_kernels/linear_halves.py calls it, where dots_run().
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
-
-#include "stable.h"
+#include "layers.h"
 
 namespace h2ot {
 namespace {
 
-void require(bool condition, const char* wanted) {
-  if (!condition) throw std::invalid_argument(std::string("h2ot_kernels.linear_halves: wanted ") + wanted);
-}
+constexpr Require require = {"linear_halves"};
 bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
-bool is_mixed(const Tensor& x) { return is_half(x) || x.scalar_type() == ScalarType::Float; }
+bool is_mixed(const Tensor& x) { return is_half(x) || is_float(x); }
 bool fits(const MaybeTensor& x, int64_t count) { return !x || (x->numel() == count && is_mixed(*x)); }
 
 int64_t packed_size(int64_t chunks, int64_t M, int64_t C) {
@@ -72,13 +68,6 @@ Tensor rows_of(const Tensor& x) {
   require(is_mixed(x) && x.dim() > 0 && x.numel() > 0 && x.size(-1) >= kFewestChannels,
           "tokens of bfloat16 or float32, some, of 16 channels or more");
   return dense(x);
-}
-// Room for results of M channels, of each chunk.
-Tensor results_of(const Tensor& x, int64_t chunks, int64_t M, ScalarType dtype) {
-  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-  size.back() = M;
-  if (chunks > 1) size.insert(size.begin(), chunks);
-  return make(x, size, dtype);
 }
 
 Tensor linear_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,

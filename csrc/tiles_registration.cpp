@@ -2,21 +2,13 @@
 // tiles_run().
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
-#include <vector>
-
-#include "stable.h"
+#include "layers.h"
 
 namespace h2ot {
 namespace {
 
+constexpr Require require = {"linear_tiles"};
 constexpr int64_t kFewest = 32, kMost = 32768;  // channels: a tile has 64; sums of more do not fit
-
-void require(bool condition, const char* wanted) {
-  if (!condition) throw std::invalid_argument(std::string("h2ot_kernels.linear_tiles: wanted ") + wanted);
-}
-bool is_float(const Tensor& x) { return x.scalar_type() == ScalarType::Float; }
-bool fits(const MaybeTensor& x, int64_t count) { return !x || (x->numel() == count && is_float(*x)); }
 
 Tensor pack_tiles(const Tensor& weight, int64_t chunks) {
   require(tiles_run(), "a CPU with a tile unit");
@@ -32,59 +24,30 @@ Tensor pack_tiles(const Tensor& weight, int64_t chunks) {
   return packed;
 }
 
-// A layer of out_features outputs for `rows` rows of C channels; what it reads is kept, dense, as long as it.
-struct Layer {
-  MaybeTensor bias, residual, norm_weight, norm_bias;
-  LinearTilesArgs args;
-
+// A layer whose weights are packed.
+struct Layer : FloatLayer<LinearTilesArgs> {
   Layer(int64_t rows, int64_t C, const Tensor& packed, const MaybeTensor& any_bias, const MaybeTensor& any_residual,
-        int64_t out_features, int64_t chunks, bool gelu) {
+        int64_t out_features, int64_t chunks, bool gelu)
+      : FloatLayer(require, rows, C, any_bias, any_residual, out_features, whole(C, packed, out_features, chunks),
+                   gelu) {
+    args.packed = read<int8_t>(packed);
+  }
+  // chunks, where the weights are those of such a layer.
+  static int64_t whole(int64_t C, const Tensor& packed, int64_t out_features, int64_t chunks) {
     const int64_t M = chunks > 0 ? out_features / chunks : 0;
     require(M > 0 && M * chunks == out_features && C >= kFewest && C <= kMost &&
                 packed.scalar_type() == ScalarType::Char && packed.is_contiguous() &&
                 packed.numel() == amx::packed_tiles_size({nullptr, chunks, M, C, nullptr}),
             "what pack_tiles made of a weight of these sizes");
-    require(fits(any_bias, out_features), "a bias [out_features] of float32");
-    require(fits(any_residual, rows * out_features), "a residual of the result's shape, of float32");
-    bias = dense(any_bias, ScalarType::Float);
-    residual = dense(any_residual, ScalarType::Float);
-    args = {nullptr,
-            rows,
-            chunks,
-            M,
-            C,
-            read<int8_t>(packed),
-            read<float>(bias),
-            read<float>(residual),
-            gelu ? Activation::gelu : Activation::none,
-            nullptr,
-            false,
-            nullptr,
-            nullptr,
-            0};
-  }
-  void norm_first(const MaybeTensor& weight, const MaybeTensor& any_bias, double eps) {
-    require(fits(weight, args.C) && fits(any_bias, args.C), "a norm's weight and bias [in_features] of float32");
-    norm_weight = dense(weight, ScalarType::Float);
-    norm_bias = dense(any_bias, ScalarType::Float);
-    args.has_norm = eps >= 0;
-    args.norm_weight = read<float>(norm_weight);
-    args.norm_bias = read<float>(norm_bias);
-    args.eps = float(eps);
+    return chunks;
   }
 };
 
-// x's rows, and room for results of M channels, of each chunk.
+// x, whose rows are adjacent.
 Tensor rows_of(const Tensor& x) {
   require(tiles_run(), "a CPU with a tile unit");
   require(is_float(x) && x.dim() > 0 && x.numel() > 0, "float32 tokens, some");
   return dense(x);
-}
-Tensor results_of(const Tensor& x, int64_t chunks, int64_t M) {
-  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-  size.back() = M;
-  if (chunks > 1) size.insert(size.begin(), chunks);
-  return make(x, size);
 }
 
 Tensor linear_tiles(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
@@ -94,7 +57,7 @@ Tensor linear_tiles(const Tensor& x, const Tensor& packed, const MaybeTensor& bi
   const int64_t C = x.size(-1);
   Layer layer(x.numel() / C, C, packed, bias, residual, out_features, chunks, gelu);
   layer.norm_first(norm_weight, norm_bias, eps);
-  const Tensor out = results_of(x, chunks, layer.args.M);
+  const Tensor out = results_of(x, chunks, layer.args.M, ScalarType::Float);
   layer.args.x = read<float>(tokens);
   layer.args.out = write<float>(out);
   check(amx::linear_tiles(layer.args, pool()), "linear_tiles");
@@ -109,7 +72,7 @@ Tensor mlp_tiles(const Tensor& x, const Tensor& packed, const MaybeTensor& bias,
   Layer first(rows, C, packed, bias, std::nullopt, hidden_features, 1, true);
   first.norm_first(norm_weight, norm_bias, eps);
   Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
-  const Tensor out = results_of(x, 1, out_features);
+  const Tensor out = results_of(x, 1, out_features, ScalarType::Float);
   first.args.x = read<float>(tokens);
   second.args.out = write<float>(out);
   check(amx::mlp_tiles({first.args, second.args}, pool()), "mlp_tiles");

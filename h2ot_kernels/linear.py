@@ -219,7 +219,7 @@ def mlp(
     fused = None
     if x.is_cpu and not torch.compiler.is_compiling():
         dtype = _product_dtype(x)
-        if dtype == torch.float32 or adds_to_float(dtype):
+        if floats_run() or tiles_run() if dtype == torch.float32 else adds_to_float(dtype):
             fused = _in_one_pass(x, fc1, fc2, norm, residual, scale)
     if fused is not None:
         return fused

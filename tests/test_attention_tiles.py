@@ -197,7 +197,7 @@ MISTAKES_OF_DOTS = {
     "the last pair of channels is left out": ("half_products.h", "pairs < kSide ? pairs", "pairs < kSide ? pairs - 1"),
     "one tile of keys twice": ("half_products.h", "rows + tile * rows_apart", "rows"),
     "one half of a panel twice": ("half_products.h", "columns + half * columns_apart", "columns"),
-    "sums of both halves in one": ("half_products.h", "kSumsStep + half * kSide, more)", "kSumsStep, more)"),
+    "sums of both halves in one": ("half_products.h", "kSumsStep + half * kSide)", "kSumsStep)"),
     "a row's pairs of its neighbour": ("half_products.h", "r * kStepHalves + 2 * pair", "r * kStepHalves + 2"),
 }  # fmt: skip
 PLANTED = [pytest.param(UNIT, mistake, id=name, marks=needs_emulation) for name, mistake in MISTAKES.items()]

@@ -329,7 +329,7 @@ MISTAKES = {
         "nullptr, first, at.results, at.sums",
         "nullptr, 0, at.results, at.sums",
     ),
-    "what is between two layers has no low digits": (
+    "there is no room for the digits of what is between": (
         "linear_tiles.cpp",
         "hidden_rows(memory, hidden_channels, groups)",
         "hidden_rows(memory, 1, groups)",

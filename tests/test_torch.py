@@ -75,10 +75,8 @@ def samples_of_some_cpus():
     weight = rand(6, 33)
     if tiles_run():
         yield OPS.pack_tiles, (weight, 2)
-        packed = OPS.pack_tiles(weight, 2)
-        yield OPS.linear_tiles, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True)
+        packed, first, second = (OPS.pack_tiles(*of) for of in ((weight, 2), (rand(40, 33), 1), (rand(6, 40), 1)))
         yield OPS.linear_tiles, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
-        first, second = OPS.pack_tiles(rand(40, 33), 1), OPS.pack_tiles(rand(6, 40), 1)
         yield OPS.mlp_tiles, (rand(2, 5, 33), first, rand(40), 40, second, None, rand(2, 5, 6), 6, rand(33), None, 1e-5)
     if dots_run():
         packed = linear_halves.pack(weight.bfloat16(), 2)

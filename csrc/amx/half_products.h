@@ -100,13 +100,9 @@ struct ProductRegisters {};  // nothing to be set up
 // One tile of sums, a register for each row. The pair of a row is broadcast by the instruction itself: an instruction
 // for it would take one of the two slots for arithmetic on Zen 4.
 __attribute__((noinline)) static void multiply_tile(const uint16_t* rows, const uint16_t* columns, int64_t columns_step,
-                                                    int64_t pairs, float* sums, bool more) {
+                                                    int64_t pairs, float* sums) {
   typedef uint32_t __attribute__((may_alias)) Pair;
   Floats sum[kSide] = {};
-  if (more) {
-#pragma GCC unroll 16
-    for (int64_t r = 0; r < kSide; r++) sum[r] = load(sums + r * kSumsStep);
-  }
   for (; pairs > 0; pairs -= kSide, rows += kTileHalves, columns += columns_step) {
     const int64_t here = pairs < kSide ? pairs : kSide;
 #pragma GCC unroll 2
@@ -124,14 +120,14 @@ __attribute__((noinline)) static void multiply_tile(const uint16_t* rows, const 
   for (int64_t r = 0; r < kSide; r++) store(sums + r * kSumsStep, sum[r]);
 }
 
-// As above; there is nothing beside it.
+// As above, but always anew, with nothing beside it: who multiplies by vectors takes all pairs at once.
 template <int kTiles, bool kPass = false, class Beside = Nothing>
 H2OT_INLINE void multiply(const uint16_t* rows, int64_t rows_apart, const uint16_t* columns, int64_t columns_apart,
-                          int64_t columns_step, int64_t pairs, float* sums, bool more = false, const Beside& = {}) {
+                          int64_t columns_step, int64_t pairs, float* sums, bool = false, const Beside& = {}) {
   for (int64_t tile = 0; tile < kTiles; tile++) {
     for (int64_t half = 0; half < 2; half++) {
       multiply_tile(rows + tile * rows_apart, columns + half * columns_apart, columns_step, pairs,
-                    sums + tile * kSide * kSumsStep + half * kSide, more);
+                    sums + tile * kSide * kSumsStep + half * kSide);
     }
   }
 }

@@ -17,7 +17,7 @@ constexpr int64_t kGroups = 6, kMostSteps = 16;
 constexpr bool kAsks = false;  // for the lines of results: nothing is won
 #else
 constexpr int kTiles = 1;
-constexpr int64_t kGroups = 4, kMostSteps = INT64_MAX;
+constexpr int64_t kGroups = 4, kMostSteps = INT64_MAX;  // all at once (half_products.h)
 constexpr bool kAsks = true;
 #endif
 constexpr int64_t kRows = kTiles * kSide;    // of a product, which takes up to kMostSteps steps of channels at once

@@ -183,8 +183,8 @@ void plain_rows(const LinearTilesArgs& a, const Packed& p, const Rows& rows, flo
   for (int64_t r = 0; rows.has_plain && r < rows.count; r++) {
     const float* x = rows.x + r * rows.stride;
     const Extent extent = a.has_norm ? norm_row(x, a.C, a.norm_weight, a.norm_bias, a.eps, normed) : extent_of(x, a.C);
-    if (!extent.has_digits())
-      plain_row<kGelu>(a, p, a.has_norm ? normed : x, chunk, column, width, to.at + r * to.stride);
+    if (extent.has_digits()) continue;
+    plain_row<kGelu>(a, p, a.has_norm ? normed : x, chunk, column, width, to.at + r * to.stride);
   }
 }
 
