@@ -1,11 +1,14 @@
 // h2ot_kernels._C: what is not an operator. Tied to one Python version; the operator library is not.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <utility>
 
 #include "cuda/plan.h"
 #include "launch.h"
+#include "samples.h"
 
 namespace {
 
@@ -109,6 +112,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("dots_run", &h2ot::dots_run,
         "Whether attention in bfloat16 runs by products of pairs (AVX512-BF16): found, and the kernels in use are "
         "'avx512'.");
+  pybind11::class_<h2ot::Samples>(m, "Samples", "Copies of parts of arrays, to see whether those have changed.")
+      .def(pybind11::init([](const std::vector<std::array<int64_t, 4>>& arrays) {
+             std::vector<h2ot::Sampled> sampled;
+             for (const auto& [address, count, step, size] : arrays) {
+               sampled.push_back({reinterpret_cast<const std::byte*>(address), count, step, size});
+             }
+             return h2ot::Samples(std::move(sampled));
+           }),
+           pybind11::arg("arrays"), "(address, runs, bytes from one to the next, bytes of one) of each array.")
+      .def("same", &h2ot::Samples::same, "Whether all have the bits that they had; the arrays must still be there.");
   m.def(
       "plan_score_cpu",
       [](int64_t N, int64_t C, int64_t k, const std::string& dtype, bool index_only) {

@@ -16,12 +16,12 @@ from .linear_floats import Floats, floats_run, mlp_floats
 from .linear_halves import Halves, adds_to_float, mlp_halves
 from .linear_tiles import Tiles, mlp_tiles
 from .packed import ACTIVATIONS, Packed
+from .samples import Samples
 
 Made = TypeVar("Made")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 FUSED = (torch.float32, torch.bfloat16)  # tokens whose norm is part of a product
-SAMPLED = 256  # elements of a parameter that are looked at before its packed form is used
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
     in bfloat16 by such a unit or by AVX512-BF16. Elsewhere they are oneDNN's. Where the CPU has no
     instructions for a 16-bit dtype they are products in float32, whose weights take twice the memory. Packed
     weights are neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back
-    (`weight.data`, fused optimizers, NumPy) is noticed in SAMPLED elements of it, spread over rows and columns: edit
+    (`weight.data`, fused optimizers, NumPy) is noticed in a thousand elements of it (`samples.py`), spread over rows and columns: edit
     single elements under `torch.no_grad()`, not through `.data`.
 
     >>> import torch
@@ -47,7 +47,7 @@ class Linear(nn.Linear):
     torch.Size([3, 4])
     """
 
-    _kept: dict | None = None  # name -> (what the parameters were, samples of them, what was made of them)
+    _kept: dict | None = None  # name -> (what the parameters were, Samples, what was made of them)
 
     def forward(
         self,
@@ -143,9 +143,9 @@ class Linear(nn.Linear):
         """make(), kept under name until key or one of the tensors that it is made of changes."""
         state = (key, [(tensor.data_ptr(), tensor._version) for tensor in sources])
         kept = self._kept and self._kept.get(name)
-        if kept and kept[0] == state and all([torch.equal(*pair) for pair in kept[1]]):
+        if kept and kept[0] == state and kept[1].same():
             return kept[2]
-        samples = [(part, part.clone()) for part in map(_sample, sources)]
+        samples = Samples(sources)
         made = make()
         self._kept = {**(self._kept or {}), name: (state, samples, made)}
         return made
@@ -301,8 +301,3 @@ def is_silent(*modules: nn.Module | None) -> bool:
 def _casts(*tensors: Tensor) -> bool:
     """Autocast casts these: it leaves float64 as it is."""
     return all(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors)
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    """SAMPLED elements, as a view: an odd step meets every column of a power of two."""
-    return parameter.detach().flatten()[:: parameter.numel() // SAMPLED | 1]

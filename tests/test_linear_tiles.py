@@ -297,25 +297,26 @@ def test_the_unit_can_be_left_alone():
 
 
 LANES = "count > 0 ? __mmask16((1u << count) - 1)"
-THIRD = "  load_weights(weights, 0);\n  _tile_dpbssd(3,"
-LAST = "  load_rows(rows, 2, 1);\n  _tile_dpbssd(5, 7, 6);\n  beside();\n"
+LAST = "    load_rows(rows, 2, 1);\n    _tile_dpbssd(5, 7, 6);\n"
 MISTAKES = {
     "the unit itself": ("emulated.h", "sum += a * b;", "sum += k % 4 ? a * b : 0;"),
-    "the last of the products is dropped": ("tiles.h", LAST, "  beside();\n"),
-    "a product is taken with the next digit": ("tiles.h", THIRD, "  _tile_dpbssd(3,"),
+    "the last of the products is dropped": ("tiles.h", LAST, ""),
+    "a product is taken with the next digit": ("tiles.h", "  load_weights(weights, 0);\n  if constexpr", "  if constexpr"),
     "the second tile of rows is the first": ("tiles.h", "(2 * digit + half)", "(2 * digit)"),
     "what stands far above the others hides them": ("linear_tiles.cpp", "rows.has_low[g] |= has_low;", ""),
+    "half a group has no products of order 3": ("linear_tiles.cpp", "has_low) multiply_low<1>", "sums) multiply_low<1>"),
+    "the last of the groups is half of one": ("linear_tiles.cpp", "2 * group + 1 < halves", "2 * group + 2 < halves"),
     "digits do not carry": ("digits.h", "kHalf = 0x80808080", "kHalf = 0x80800080"),
     "sums of order 3 count for rows that are even": ("linear_tiles.cpp", "has_low ? 1.0f / 256 : 0", "1.0f / 256"),
     "outputs beyond the last are written": ("linear_tiles.cpp", "i + kFloats <= width", "i < width"),
     "rows beyond the last are written": (
         "linear_tiles.cpp",
         "put_out(a, to, first, rows.count,",
-        "put_out(a, to, first, rows.groups * kGroup,",
+        "put_out(a, to, first, rows.halves * kSide,",
     ),
     "the last product of a block is not finished": (
         "linear_tiles.cpp",
-        "  finish<kGelu>(rows, before, to, 0, kGroup);\n",
+        "  finish<kGelu>(rows, before, to, 0, before.height);\n",
         "",
     ),
     "the second stretch is the first": (
@@ -331,8 +332,8 @@ MISTAKES = {
     ),
     "there is no room for the digits of what is between": (
         "linear_tiles.cpp",
-        "hidden_rows(memory, hidden_channels, groups)",
-        "hidden_rows(memory, 1, groups)",
+        "hidden_rows(memory, hidden_channels, halves)",
+        "hidden_rows(memory, 1, halves)",
     ),
     "lanes beyond the last channel count in a norm": ("norm.h", LANES, "count > 0 ? kAll"),
     "infinities have digits": ("linear_tiles.cpp", "rows.has_plain && r", "false && r"),

@@ -43,23 +43,26 @@ struct Packed {
   }
 };
 
-// The rows of a block, whole groups of them, and their digits.
+// The rows of a block, whole groups of them but for the last one, which may be half of one, and their digits.
 struct Rows {
   const float* x;  // of the rows that are there
-  int64_t stride, count, groups;
+  int64_t stride, count, halves;
   int8_t* digits;  // [groups][steps][kRowStep]
   float* scale;    // [groups][kGroup]: of sums of order 2; 0 of rows without digits, or that are not there
   float* low;      // [groups][kGroup]: what a sum of order 3 counts, 1 / 256 or 0
   bool* has_low;   // [groups]: whether one of it is not 0
   bool has_plain;  // a row has no digits
 
-  Rows(Carver& memory, int64_t C, int64_t groups_) : x(nullptr), stride(0), count(0), groups(groups_) {
+  Rows(Carver& memory, int64_t C, int64_t most) : x(nullptr), stride(0), count(0), halves(most) {
+    const int64_t groups = groups_of(most, 2);
     digits = memory.take<int8_t>(groups * groups_of(C, kDepth) * kRowStep);
     scale = memory.take<float>(groups * kGroup);
     low = memory.take<float>(groups * kGroup);
     has_low = memory.take<bool>(groups);
     has_plain = false;
   }
+  int64_t groups() const { return groups_of(halves, 2); }
+  int64_t height(int64_t group) const { return 2 * group + 1 < halves ? kGroup : kSide; }
 };
 
 // Results of a block: row r of the block stands at `at` + r `stride`, in whole panels.
@@ -67,16 +70,16 @@ struct Results {
   float* at;
   int64_t stride;
 
-  Results(Carver& memory, int64_t M, int64_t groups)
+  Results(Carver& memory, int64_t M, int64_t halves)
       : stride(groups_of(M, kSide) * kSide + kSide) {  // not a power of two
-    at = memory.take<float>(groups * kGroup * stride);
+    at = memory.take<float>(halves * kSide * stride);
   }
 };
 
-// A product that is to be finished: rows from `row` on, outputs of the results from `column` on.
+// A product that is to be finished: `height` rows from `row` on, outputs of the results from `column` on.
 struct Pending {
   const int32_t* sums = nullptr;
-  int64_t row = 0, column = 0;
+  int64_t row = 0, height = 0, column = 0;
   Floats scale = {}, bias = {};
   bool has_low = false;
 };
@@ -109,7 +112,8 @@ void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, 
   float to_whole[kGroup];
   const int64_t steps = groups_of(a.C, kDepth);
   rows.has_low[g] = false;
-  for (int64_t r = 0; r < kGroup; r++) {
+  const int64_t height = rows.height(g);
+  for (int64_t r = 0; r < height; r++) {
     const int64_t row = g * kGroup + r;
     const bool is_there = row < rows.count;
     x[r] = is_there ? rows.x + row * rows.stride : nullptr;
@@ -130,7 +134,7 @@ void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, 
   }
   int8_t* tiles = rows.digits + g * steps * kRowStep;
   for (int64_t c = 0; c < a.C; c += kDepth, tiles += kRowStep) {
-    for (int64_t r = 0; r < kGroup; r++) {
+    for (int64_t r = 0; r < height; r++) {
       int8_t* const to = tiles + r * kDepth;
       if (to_whole[r] != 0) {
         put_digits(x[r], a.C, c, to_whole[r], rows.has_low[g], to, 2 * kTile);
@@ -147,9 +151,9 @@ void split(const LinearTilesArgs& a, float spread, const float* x, int64_t strid
   rows.x = x;
   rows.stride = stride;
   rows.count = count;
-  rows.groups = groups_of(count, kGroup);
+  rows.halves = groups_of(count, kSide);
   rows.has_plain = false;
-  for (int64_t g = 0; g < rows.groups; g++) split_group(a, g, spread, rows, normed);
+  for (int64_t g = 0; g < rows.groups(); g++) split_group(a, g, spread, rows, normed);
 }
 
 H2OT_INLINE Floats bias_of(const LinearTilesArgs& a, int64_t chunk, int64_t column) {
@@ -193,7 +197,7 @@ template <bool kGelu>
 void multiply_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t chunk,
                     int64_t column, int64_t width, const Results& to, int32_t* sums) {
   constexpr int64_t kStepLines = kWeightStep / 64, kCalls = 4;  // of beside() in a step
-  const int64_t share = groups_of(kGroup, kCalls * p.steps), lines = groups_of(kStepLines, kCalls * rows.groups);
+  const int64_t share = groups_of(kGroup, kCalls * p.steps), lines = groups_of(kStepLines, kCalls * rows.groups());
   Pending before;
   for (int64_t at = 0; at < width; at += kSide) {
     const int64_t panel = chunk * p.panels + (column + at) / kSide;
@@ -202,27 +206,34 @@ void multiply_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows,
     now.column = at;
     now.scale = load(p.scales + panel * kSide);
     now.bias = bias_of(a, chunk, column + at);
-    for (int64_t g = 0; g < rows.groups; g++) {
+    for (int64_t g = 0; g < rows.groups(); g++) {
       const int8_t* const digits = rows.digits + g * p.steps * kRowStep;
       int32_t* const made = before.sums == sums ? sums + kSums : sums;
+      now.row = g * kGroup;
+      now.height = rows.height(g);
+      now.has_low = rows.has_low[g];
       int64_t done = 0;
-      multiply(digits, p.panel(panel), p.steps, made, [&] {
+      const auto beside = [&] {
         for (int64_t i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
         if constexpr (kGelu) {  // there is much to do: beside a product, not behind it
-          const int64_t end = done + share < kGroup ? done + share : kGroup;
-          if (before.sums) finish<kGelu>(rows, before, to, done, end);
+          const int64_t end = done + share < before.height ? done + share : before.height;
+          finish<kGelu>(rows, before, to, done, end);
           done = end;
         }
-      });
-      if (before.sums) finish<kGelu>(rows, before, to, done, kGroup);
+      };
+      if (now.height == kGroup) {
+        multiply<2>(digits, p.panel(panel), p.steps, made, beside);
+        if (now.has_low) multiply_low<2>(digits, p.panel(panel), p.steps, made);
+      } else {
+        multiply<1>(digits, p.panel(panel), p.steps, made, beside);
+        if (now.has_low) multiply_low<1>(digits, p.panel(panel), p.steps, made);
+      }
+      finish<kGelu>(rows, before, to, done, before.height);
       now.sums = made;
-      now.row = g * kGroup;
-      now.has_low = rows.has_low[g];
-      if (now.has_low) multiply_low(digits, p.panel(panel), p.steps, made);
       before = now;
     }
   }
-  finish<kGelu>(rows, before, to, 0, kGroup);
+  finish<kGelu>(rows, before, to, 0, before.height);
   plain_rows<kGelu>(a, p, rows, normed, chunk, column, width, to);
 }
 
@@ -265,13 +276,13 @@ struct Arrays {
   Rows rows, hidden_rows;
   Results hidden, results;
 
-  Arrays(Carver& memory, const LinearTilesArgs& a, int64_t hidden_channels, int64_t outputs, int64_t groups)
+  Arrays(Carver& memory, const LinearTilesArgs& a, int64_t hidden_channels, int64_t outputs, int64_t halves)
       : sums(memory.take<int32_t>(2 * kSums)),
         normed(memory.take<float>(a.has_norm ? kGroup * a.C : 0)),
-        rows(memory, a.C, groups),
-        hidden_rows(memory, hidden_channels, groups),
-        hidden(memory, hidden_channels, groups),
-        results(memory, outputs < kStretch ? outputs : kStretch, groups) {}
+        rows(memory, a.C, halves),
+        hidden_rows(memory, hidden_channels, halves),
+        hidden(memory, hidden_channels, halves),
+        results(memory, outputs < kStretch ? outputs : kStretch, halves) {}
 };
 
 // Calls part(first row, rows, a thread's arrays) on the threads, for all blocks.
@@ -282,8 +293,9 @@ Status by_blocks(const Parallel& pool, const LinearTilesArgs& a, int64_t hidden_
   const int64_t fitting = kBlockBytes / (groups_of(channels, kDepth) * kRowStep);
   const int64_t most = fitting < 1 ? 1 : fitting < kMostGroups ? fitting : kMostGroups;
   Outcome outcome;
-  parallel_for(pool, groups_of(a.rows, kGroup), 1, [&](int64_t begin, int64_t end) {
-    const int64_t size = groups_of(end - begin, groups_of(end - begin, most));  // blocks of equal size
+  parallel_for(pool, groups_of(a.rows, kSide), 1, [&](int64_t begin, int64_t end) {
+    // Blocks of equal size, of whole groups but for the last.
+    const int64_t size = 2 * groups_of(end - begin, 2 * groups_of(end - begin, 2 * most));
     Carver sizes(nullptr);
     Arrays(sizes, a, hidden_channels, outputs, size);
     void* const memory = scratch(Slot::own, sizes.bytes());
@@ -291,8 +303,8 @@ Status by_blocks(const Parallel& pool, const LinearTilesArgs& a, int64_t hidden_
     Carver carver(memory);
     Arrays at(carver, a, hidden_channels, outputs, size);
     const TileRegisters registers;
-    for (int64_t group = begin; group < end; group += size) {
-      const int64_t first = group * kGroup, past = group + size < end ? (group + size) * kGroup : end * kGroup;
+    for (int64_t half = begin; half < end; half += size) {
+      const int64_t first = half * kSide, past = half + size < end ? (half + size) * kSide : end * kSide;
       part(first, (past < a.rows ? past : a.rows) - first, at);
     }
   });

@@ -73,8 +73,9 @@ class MHFormer(Host):
         x, kept, query, key = transformer.embed(streams), (), None, None
         for i, block in enumerate((*transformer.SHR_blocks, *transformer.CHI_blocks)):
             x, kept = self.hourglass.prune(i, x, kept, query=query, key=key, **signals)
-            x, of_streams = block(x)
-            if self.prunes_by_attention(i + 1):
+            asked = self.prunes_by_attention(i + 1)
+            x, of_streams = block(x, with_query_key=asked)
+            if asked:
                 query, key = (torch.stack(parts, 1) for parts in zip(*of_streams, strict=True))
         return self.hourglass.recover(transformer.norm(x), kept, self._regress), kept
 
@@ -141,15 +142,16 @@ class HypothesisBlock(nn.Module):
         self.norm2 = nn.LayerNorm(3 * channels, eps=1e-6)
         self.mlp = Mlp(3 * channels, hidden, dropout)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[QueryKey]]:
-        """x -> the block's output and each stream's (query, key) [B, H, K, D]."""
+    def forward(self, x: Tensor, *, with_query_key: bool = False) -> tuple[Tensor, list[QueryKey | None]]:
+        """x -> the block's output, and each stream's (query, key) [B, H, K, D] where asked for."""
         streams, query_keys = dict(zip(STREAMS, x.chunk(3, -1), strict=True)), []
         drops = self.training and self.drop_path_rate > 0
         for s in STREAMS:
             # Each is read by three layers or more: copied once.
             streams[s] = streams[s].contiguous()
         for s in STREAMS:
-            updated, query_key = self.update(s, streams, residual=None if drops else streams[s])
+            asked = {"with_query_key": with_query_key, "residual": None if drops else streams[s]}
+            updated, query_key = self.update(s, streams, **asked)
             streams[s] = streams[s] + drop_path(updated, self.drop_path_rate, 1) if drops else updated
             query_keys.append(query_key)
         x = torch.cat(list(streams.values()), -1)
@@ -167,8 +169,8 @@ class RefinementBlock(HypothesisBlock):
         for s in STREAMS:
             self.add_module(f"attn_{s}", Attention(channels, num_heads, dropout=dropout))
 
-    def update(self, s: int, streams: dict[int, Tensor], residual: Tensor | None) -> tuple[Tensor, QueryKey]:
-        return getattr(self, f"attn_{s}")(streams[s], dim=1, norm=getattr(self, f"norm1_{s}"), residual=residual)
+    def update(self, s: int, streams: dict[int, Tensor], **asked) -> tuple[Tensor, QueryKey | None]:
+        return getattr(self, f"attn_{s}")(streams[s], dim=1, norm=getattr(self, f"norm1_{s}"), **asked)
 
 
 class InteractionBlock(HypothesisBlock):
@@ -181,9 +183,9 @@ class InteractionBlock(HypothesisBlock):
         for s in STREAMS:
             self.add_module(f"attn_{s}", CrossAttention(channels, num_heads, dropout))
 
-    def update(self, s: int, streams: dict[int, Tensor], residual: Tensor | None) -> tuple[Tensor, QueryKey]:
+    def update(self, s: int, streams: dict[int, Tensor], **asked) -> tuple[Tensor, QueryKey | None]:
         norms = [getattr(self, f"norm3_{s}{i}") for i in STREAMS]
-        return getattr(self, f"attn_{s}")([streams[i] for i in (*SOURCES[s], s)], norms, residual)
+        return getattr(self, f"attn_{s}")([streams[i] for i in (*SOURCES[s], s)], norms, **asked)
 
 
 class CrossAttention(nn.Module):
@@ -198,11 +200,13 @@ class CrossAttention(nn.Module):
         self.proj = Linear(channels, channels)
 
     def forward(
-        self, sources: list[Tensor], norms: list[nn.LayerNorm], residual: Tensor | None
-    ) -> tuple[Tensor, QueryKey]:
-        """sources: what query, key and value are made of after their norms -> (residual + attention, (query, key))."""
+        self, sources: list[Tensor], norms: list[nn.LayerNorm], residual: Tensor | None, *, with_query_key: bool
+    ) -> tuple[Tensor, QueryKey | None]:
+        """sources: what query, key and value are made of after their norms -> residual + attention, (query, key)."""
         layers = (self.linear_q, self.linear_k, self.linear_v)
         heads = [layer(x, norm=norm) for layer, x, norm in zip(layers, sources, norms, strict=True)]
-        query, key, _ = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in heads)
+        query_key = None
+        if with_query_key:
+            query_key = tuple(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in heads[:2])
         attended = attend_rows(*heads, self.num_heads)
-        return project(self.proj, attended, self.dropout if self.training else 0.0, residual), (query, key)
+        return project(self.proj, attended, self.dropout if self.training else 0.0, residual), query_key
