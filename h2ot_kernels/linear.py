@@ -36,8 +36,8 @@ class Linear(nn.Linear):
     in bfloat16 by such a unit or by AVX512-BF16. Elsewhere they are oneDNN's. Where the CPU has no
     instructions for a 16-bit dtype they are products in float32, whose weights take twice the memory. Packed
     weights are neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back
-    (`weight.data`, fused optimizers, NumPy) is noticed in a thousand elements of it (`samples.py`), spread over rows and columns: edit
-    single elements under `torch.no_grad()`, not through `.data`.
+    (`weight.data`, fused optimizers, NumPy) is noticed in a thousand elements of it, spread over rows and columns
+    (`samples.py`): edit single elements under `torch.no_grad()`, not through `.data`.
 
     >>> import torch
     >>> from h2ot_kernels.linear import Linear

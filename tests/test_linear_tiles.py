@@ -297,15 +297,17 @@ def test_the_unit_can_be_left_alone():
 
 
 LANES = "count > 0 ? __mmask16((1u << count) - 1)"
+THIRD = "  load_weights(weights, 0);\n  if constexpr"
+LOW = "now.has_low) multiply_low<1>"
 LAST = "    load_rows(rows, 2, 1);\n    _tile_dpbssd(5, 7, 6);\n"
 MISTAKES = {
     "the unit itself": ("emulated.h", "sum += a * b;", "sum += k % 4 ? a * b : 0;"),
     "the last of the products is dropped": ("tiles.h", LAST, ""),
-    "a product is taken with the next digit": ("tiles.h", "  load_weights(weights, 0);\n  if constexpr", "  if constexpr"),
+    "a product is taken with the next digit": ("tiles.h", THIRD, "  if constexpr"),
     "the second tile of rows is the first": ("tiles.h", "(2 * digit + half)", "(2 * digit)"),
     "what stands far above the others hides them": ("linear_tiles.cpp", "rows.has_low[g] |= has_low;", ""),
-    "half a group has no products of order 3": ("linear_tiles.cpp", "has_low) multiply_low<1>", "sums) multiply_low<1>"),
-    "the last of the groups is half of one": ("linear_tiles.cpp", "2 * group + 1 < halves", "2 * group + 2 < halves"),
+    "half a group has no products of order 3": ("linear_tiles.cpp", LOW, "false) multiply_low<1>"),
+    "the last group is half of one": ("linear_tiles.cpp", "2 * group + 1 < halves", "2 * group + 2 < halves"),
     "digits do not carry": ("digits.h", "kHalf = 0x80808080", "kHalf = 0x80800080"),
     "sums of order 3 count for rows that are even": ("linear_tiles.cpp", "has_low ? 1.0f / 256 : 0", "1.0f / 256"),
     "outputs beyond the last are written": ("linear_tiles.cpp", "i + kFloats <= width", "i < width"),
