@@ -66,10 +66,18 @@ Tensor mlp_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias
   return out;
 }
 
+Tensor attend_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
+                     const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
+                     const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
+  const Attention attention = {require, x, dim, num_heads};
+  return attention(linear_floats, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual);
+}
+
 }  // namespace
 }  // namespace h2ot
 
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("linear_floats", TORCH_BOX(&h2ot::linear_floats));
   m.impl("mlp_floats", TORCH_BOX(&h2ot::mlp_floats));
+  m.impl("attend_floats", TORCH_BOX(&h2ot::attend_floats));
 }

@@ -99,10 +99,18 @@ Tensor mlp_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias
   return out;
 }
 
+Tensor attend_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
+                     const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
+                     const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
+  const Attention attention = {require, x, dim, num_heads};
+  return attention(linear_halves, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual);
+}
+
 }  // namespace
 }  // namespace h2ot
 
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("linear_halves", TORCH_BOX(&h2ot::linear_halves));
   m.impl("mlp_halves", TORCH_BOX(&h2ot::mlp_halves));
+  m.impl("attend_halves", TORCH_BOX(&h2ot::attend_halves));
 }

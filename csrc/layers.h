@@ -1,6 +1,7 @@
 // What the torch-facing files of linear layers share.
 #pragma once
 
+#include <cmath>
 #include <stdexcept>
 #include <vector>
 
@@ -60,6 +61,42 @@ struct FloatLayer {
     args.eps = decltype(args.eps)(eps);
   }
   static bool fits(const MaybeTensor& x, int64_t count) { return !x || (x->numel() == count && is_float(*x)); }
+};
+
+// Self-attention along axis `dim` of tokens like x, by `heads` heads, with the projection before and behind it.
+struct Attention {
+  Require wants;
+  const Tensor& x;
+  int64_t dim, heads;
+
+  void check_sizes() const {
+    wants(x.dim() > 1 && dim >= 0 && dim < x.dim() - 1 && heads > 0 && x.numel() > 0 && x.size(-1) % heads == 0,
+          "an axis of tokens before the channels, and heads that divide those");
+  }
+  // Of qkv [3, sizes of x], contiguous.
+  Tensor of(const Tensor& qkv) const {
+    int64_t B = 1, width = 1;
+    for (int64_t axis = 0; axis < dim; axis++) B *= x.size(axis);
+    for (int64_t axis = dim + 1; axis < x.dim(); axis++) width *= x.size(axis);
+    const int64_t C = x.size(-1), T = x.size(dim), part = B * T * width * int64_t(qkv.element_size());
+    const char* const query = static_cast<const char*>(qkv.const_data_ptr());
+    const Tensor out = make(qkv, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
+    const Rows rows = {T * width, width};
+    check(attend({query, query + part, query + 2 * part, dtype_of(qkv), B, T, T, width, width / C * heads, B, rows,
+                  rows, rows, std::pow(double(C / heads), -0.5), out.mutable_data_ptr()},
+                 pool()),
+          "recover_attention");
+    return out;
+  }
+  template <class Linear>
+  Tensor operator()(const Linear& linear, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& norm_weight,
+                    const MaybeTensor& norm_bias, double eps, const Tensor& proj_packed, const MaybeTensor& proj_bias,
+                    const MaybeTensor& residual) const {
+    check_sizes();
+    const int64_t C = x.size(-1);
+    const Tensor qkv = linear(x, packed, bias, std::nullopt, 3 * C, 3, false, norm_weight, norm_bias, eps);
+    return linear(of(qkv), proj_packed, proj_bias, residual, C, 1, false, std::nullopt, std::nullopt, -1.0);
+  }
 };
 
 }  // namespace h2ot

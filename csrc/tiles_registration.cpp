@@ -79,6 +79,13 @@ Tensor mlp_tiles(const Tensor& x, const Tensor& packed, const MaybeTensor& bias,
   return out;
 }
 
+Tensor attend_tiles(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
+                    const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
+                    const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
+  const Attention attention = {require, x, dim, num_heads};
+  return attention(linear_tiles, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual);
+}
+
 }  // namespace
 }  // namespace h2ot
 
@@ -86,4 +93,5 @@ STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("pack_tiles", TORCH_BOX(&h2ot::pack_tiles));
   m.impl("linear_tiles", TORCH_BOX(&h2ot::linear_tiles));
   m.impl("mlp_tiles", TORCH_BOX(&h2ot::mlp_tiles));
+  m.impl("attend_tiles", TORCH_BOX(&h2ot::attend_tiles));
 }

@@ -1,8 +1,11 @@
 """Attention over rows of tokens, without stored weights, by what is fastest where the tensors are."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
+from .backend import is_cpp
+from .linear import Linear, in_one_call
 from .recover_attention import recover_attention
 
 
@@ -20,6 +23,18 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale
     if value.device.type == "cpu":
         return recover_attention(query, key, value, num_heads, scale=scale)
     return attend_by_torch(query, key, value, num_heads, scale)
+
+
+def attend_in_one_call(
+    x: Tensor, qkv: Linear, proj: nn.Linear, dim: int, num_heads: int, norm: nn.LayerNorm | None, **update
+) -> Tensor | None:
+    """Self-attention along axis dim of x [..., C], from norm to residual, in CPU inference; None: by its parts.
+
+    update: residual, scale as `Linear` takes them. The bits are those of its parts.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling() or x.shape[-1] % num_heads or not is_cpp("recover_attention", x):
+        return None
+    return in_one_call(x, qkv, proj, dim, num_heads, norm=norm, **update)
 
 
 def takes_one_product(x: Tensor, dim: int) -> bool:

@@ -158,6 +158,11 @@ def dispatch(op: str, tensor: Tensor, backend: str | None) -> Callable:
     return _resolved.get(choice) or _resolve(*choice)
 
 
+def is_cpp(op: str, tensor: Tensor) -> bool:
+    """Whether a call that names no backend would run the C++ kernel of `op`."""
+    return dispatch(op, tensor, None) is _implementations[op].get("cpp")
+
+
 def is_reference(backend: str | None) -> bool:
     """Whether a call that names `backend`, or none, is asked to run plain PyTorch."""
     return (backend or _override or _from_environment) == "reference"

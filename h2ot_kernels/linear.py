@@ -12,9 +12,9 @@ from torch.nn.modules import module as nn_module
 from .add_norm import add_norm, takes
 from .backend import is_reference
 from .inference import dots_run, tiles_run
-from .linear_floats import Floats, floats_run, mlp_floats
-from .linear_halves import Halves, adds_to_float, mlp_halves
-from .linear_tiles import Tiles, mlp_tiles
+from .linear_floats import Floats, attend_floats, floats_run, mlp_floats
+from .linear_halves import Halves, adds_to_float, attend_halves, mlp_halves
+from .linear_tiles import Tiles, attend_tiles, mlp_tiles
 from .packed import ACTIVATIONS, Packed
 from .samples import Samples
 
@@ -68,10 +68,12 @@ class Linear(nn.Linear):
         if product is None:
             return self._plain(x, activation, residual, scale, chunks, norm)
         dtype, fused = _product_dtype(x), {}
-        if norm is not None and isinstance(product, Packed) and _can_fuse(norm, x):
-            fused = {"norm": norm}
-        elif norm is not None:
-            x = normed(norm, x, dtype)
+        if norm is not None:
+            inside = _inside(norm, x) if isinstance(product, Packed) else None
+            if inside is None:
+                x = normed(norm, x, dtype)
+            else:
+                fused = {"norm": inside}
         rounds = isinstance(product, Halves) and x.dtype in FUSED
         products = product(x if rounds or x.dtype == dtype else x.to(dtype), activation, residual, **fused)
         return products[0] if chunks == 1 else products
@@ -120,7 +122,7 @@ class Linear(nn.Linear):
             and type(weight) is nn.Parameter
             and not weight.is_inference()  # such a tensor does not say when it changes
             and HAS_ONEDNN
-            and torch.backends.mkldnn.enabled
+            and torch._C._get_mkldnn_enabled()
             and not is_reference(None)
             and (dtype != torch.float16 or is_widened(dtype))
         )
@@ -136,7 +138,9 @@ class Linear(nn.Linear):
             own, added = own.to(dtype), None if added is None else added.to(dtype)
             return _product(own, added, rows, chunks)
 
-        sources = [tensor for tensor in (weight, bias, scale) if tensor is not None]
+        sources = [weight] if bias is None else [weight, bias]
+        if scale is not None:
+            sources.append(scale)
         return self.kept("packed", (dtype, chunks, tiles_run(), dots_run(), floats_run()), sources, make)
 
     def kept(self, name: str, key: tuple, sources: list[Tensor], make: Callable[[], Made]) -> Made:
@@ -220,7 +224,7 @@ def mlp(
     if x.is_cpu and not torch.compiler.is_compiling():
         dtype = _product_dtype(x)
         if floats_run() or tiles_run() if dtype == torch.float32 else adds_to_float(dtype):
-            fused = _in_one_pass(x, fc1, fc2, norm, residual, scale)
+            fused = in_one_call(x, fc1, fc2, fc1.out_features, norm=norm, residual=residual, scale=scale)
     if fused is not None:
         return fused
     given = {name: value for name, value in (("residual", residual), ("scale", scale)) if value is not None}
@@ -228,34 +232,42 @@ def mlp(
 
 
 MLPS = {Floats: mlp_floats, Halves: mlp_halves, Tiles: mlp_tiles}
+ATTENTIONS = {Floats: attend_floats, Halves: attend_halves, Tiles: attend_tiles}
 
 
-def _in_one_pass(
+def in_one_call(
     x: Tensor,
-    fc1: Linear,
-    fc2: nn.Linear,
-    norm: nn.LayerNorm | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
+    first: Linear,
+    last: nn.Linear,
+    *between: int,
+    norm: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor | None:
-    plain = type(fc1).forward is Linear.forward is type(fc2).forward  # not a subclass's own
-    if not (plain and is_silent(fc1, fc2)):
+    """residual + scale * last(what is between(first(norm(x)))); None where no operator does that, unseen.
+
+    between: of an MLP with GELU the features there; of self-attention, whose query, key and value first makes, the axis
+    of x and the number of heads.
+    """
+    plain = type(first).forward is Linear.forward is type(last).forward  # not a subclass's own
+    if not (plain and is_silent(first, last)):
         return None
-    first = fc1._ready(x, None, None, 1)
-    operator = MLPS.get(type(first))
-    second = None if operator is None else fc2._ready(x, first.out_features, scale, 1)
-    if operator is None or type(second) is not type(first) or x.dtype not in first.adds:
+    operators, chunks, features = (MLPS, 1, between[0]) if len(between) == 1 else (ATTENTIONS, 3, x.shape[-1])
+    one = first._ready(x, None, None, chunks)
+    operator = operators.get(type(one))
+    other = None if operator is None else last._ready(x, features, scale, 1)
+    if operator is None or type(other) is not type(one) or x.dtype not in one.adds:
         return None
-    size = (*x.shape[:-1], second.out_features)
-    if residual is not None and not (residual.dtype in second.adds and residual.shape == size):
+    size = (*x.shape[:-1], other.out_features)
+    if one.out_features != chunks * features or (chunks == 3 and size != x.shape):
         return None
-    normed_inside = ()
-    if norm is not None and _can_fuse(norm, x):
-        normed_inside = norm.weight, norm.bias, norm.eps
-    elif norm is not None:
-        x = normed(norm, x, first.packed.dtype)
-    last = second.packed, second.bias, residual, second.out_features
-    return operator(x, first.packed, first.bias, first.out_features, *last, *normed_inside)
+    if residual is not None and not (residual.dtype in other.adds and residual.shape == size):
+        return None
+    inside = () if norm is None else _inside(norm, x)
+    if inside is None:
+        x, inside = normed(norm, x, one.packed.dtype), ()
+    behind = (other.packed, other.bias, residual, *((other.out_features,) if chunks == 1 else ()))
+    return operator(x, one.packed, one.bias, *between, *behind, *inside)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -270,12 +282,16 @@ def is_widened(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def _can_fuse(norm: nn.LayerNorm, x: Tensor) -> bool:
-    """A LayerNorm over the last axis, float32's or of x's dtype, on the CPU, that nothing listens to."""
-    vectors = [v for v in (norm.weight, norm.bias) if v is not None]
-    plain = all(type(v) is nn.Parameter and v.is_cpu and v.dtype == vectors[0].dtype for v in vectors)
-    plain = plain and all(v.dtype in (torch.float32, x.dtype) for v in vectors) and x.dtype in FUSED
-    return type(norm) is nn.LayerNorm and is_silent(norm) and norm.normalized_shape == x.shape[-1:] and plain
+def _inside(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
+    """(weight, bias, eps) of a LayerNorm over x's last axis that a product takes, unheard; else None."""
+    if type(norm) is not nn.LayerNorm or x.dtype not in FUSED or norm.normalized_shape != x.shape[-1:]:
+        return None
+    weight, bias = norm.weight, norm.bias  # nn.Module looks them up in Python: once
+    for v in (weight, bias):
+        if v is not None and not (type(v) is nn.Parameter and v.is_cpu and v.dtype in (torch.float32, x.dtype)):
+            return None
+    of_two = weight is not None and bias is not None and weight.dtype != bias.dtype
+    return None if of_two or not is_silent(norm) else (weight, bias, norm.eps)
 
 
 def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .inference import capability, tiles_run
-from .packed import Packed, declare_layer_and_mlp, fits
+from .packed import Packed, declare_layers, fits
 
 PANEL = 64  # outputs
 
@@ -40,4 +40,4 @@ def pack(weight: Tensor, chunks: int) -> Tensor:
     return whole.unflatten(1, (-1, PANEL)).transpose(-1, -2).contiguous()
 
 
-linear_floats, mlp_floats = declare_layer_and_mlp("floats", torch.float32)
+linear_floats, mlp_floats, attend_floats = declare_layers("floats", torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .inference import dots_run
-from .packed import Packed, declare_layer_and_mlp, fits
+from .packed import Packed, declare_layers, fits
 
 PANEL = 32  # outputs
 
@@ -44,4 +44,4 @@ def pack(weight: Tensor, chunks: int) -> Tensor:
     return whole.unflatten(1, (-1, 2, 16)).unflatten(-1, (-1, 16, 2)).permute(0, 1, 4, 2, 5, 3, 6).contiguous()
 
 
-linear_halves, mlp_halves = declare_layer_and_mlp("halves", torch.bfloat16)
+linear_halves, mlp_halves, attend_halves = declare_layers("halves", torch.bfloat16)

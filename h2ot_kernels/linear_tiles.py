@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .inference import declare_for_inference, tiles_run
-from .packed import Packed, declare_layer_and_mlp
+from .packed import Packed, declare_layers
 
 SMALLEST, LARGEST = 2.0**-48, 2.0**48  # csrc/amx/digits.h: of the largest weight of each output, if any is not 0
 CHANNELS = 32, 32768  # a tile has 64; sums of more do not fit
@@ -42,4 +42,4 @@ def _fake_pack(weight, chunks):
 
 
 pack_tiles = declare_for_inference("pack_tiles", "(Tensor weight, int chunks) -> Tensor", _fake_pack)
-linear_tiles, mlp_tiles = declare_layer_and_mlp("tiles", torch.float32)
+linear_tiles, mlp_tiles, attend_tiles = declare_layers("tiles", torch.float32)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .inference import declare_for_inference
@@ -16,6 +16,10 @@ LAYER = (
 MLP = (
     "(Tensor x, Tensor packed, Tensor? bias, int hidden_features, Tensor second_packed, Tensor? second_bias, "
     "Tensor? residual, int out_features, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor"
+)
+ATTENTION = (
+    "(Tensor x, Tensor packed, Tensor? bias, int dim, int num_heads, Tensor proj_packed, Tensor? proj_bias, "
+    "Tensor? residual, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor"
 )
 ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
@@ -39,17 +43,17 @@ class Packed:
         self.operator, self.packed, self.bias, self.adds = operator, packed, bias, adds
         self.out_features, self.chunks = out_features, chunks
 
-    def __call__(
-        self, x: Tensor, activation: str, residual: Tensor | None, norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, ...]:
-        """activation(product of norm(x)) + residual, one tensor for each chunk; a residual goes with one chunk."""
+    def __call__(self, x: Tensor, activation: str, residual: Tensor | None, norm: tuple = ()) -> tuple[Tensor, ...]:
+        """activation(product of norm(x)) + residual, one tensor for each chunk; a residual goes with one chunk.
+
+        norm: a LayerNorm's (weight, bias, eps).
+        """
         inside = activation in ("none", "gelu")
         size = (*x.shape[:-1], self.out_features)
         fits = residual is not None and residual.dtype in self.adds and residual.shape == size
         added = residual if inside and fits else None
-        normed = () if norm is None else (norm.weight, norm.bias, norm.eps)
         given = self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu"
-        y = self.operator(x, *given, *normed)
+        y = self.operator(x, *given, *norm)
         if not inside:
             y = ACTIVATIONS[activation](y)
         if residual is not None and added is None:
@@ -68,11 +72,18 @@ def count_mlp_flops(x, packed, bias, hidden_features, second_packed, second_bias
     return 2 * rows * hidden_features * (x[-1] + out_features)
 
 
-def declare_layer_and_mlp(end: str, dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """The operators linear_`end` and mlp_`end`, whose results have the residual's dtype, else this one.
+def count_attention_flops(x, packed, bias, dim, num_heads, *others) -> int:
+    """Of an operator that attends along axis dim, with the projections before and behind."""
+    elements, C = torch.Size(x).numel(), x[-1]
+    return elements * (2 * 4 * C + 4 * x[dim])
+
+
+def declare_layers(end: str, dtype: torch.dtype) -> tuple[Callable, Callable, Callable]:
+    """The operators linear_`end`, mlp_`end` and attend_`end`, whose results have the residual's dtype, else this one.
 
     The second: residual + second(gelu(first(norm(x)))), in the bits of two layers; what is between them is never stored
-    whole.
+    whole. The third: residual + proj(self-attention along axis dim of the three chunks of first(norm(x))), in the bits
+    of three operators, at the cost of one call.
     """
 
     def fake(x, packed, bias, residual, out_features, chunks, *others):
@@ -83,8 +94,12 @@ def declare_layer_and_mlp(end: str, dtype: torch.dtype) -> tuple[Callable, Calla
     def fake_mlp(x, packed, bias, hidden, second_packed, second_bias, residual, out_features, *norm):
         return fake(x, second_packed, second_bias, residual, out_features, 1)
 
+    def fake_attention(x, packed, bias, dim, num_heads, proj_packed, proj_bias, residual, *norm):
+        return fake(x, proj_packed, proj_bias, residual, x.shape[-1], 1)
+
     layer = declare_for_inference(f"linear_{end}", LAYER, fake, flops=count_flops)
-    return layer, declare_for_inference(f"mlp_{end}", MLP, fake_mlp, flops=count_mlp_flops)
+    mlp = declare_for_inference(f"mlp_{end}", MLP, fake_mlp, flops=count_mlp_flops)
+    return layer, mlp, declare_for_inference(f"attend_{end}", ATTENTION, fake_attention, flops=count_attention_flops)
 
 
 def fits(weight: Tensor, chunks: int) -> bool:

@@ -22,8 +22,8 @@ TABLE = h2ot_kernels.onnx.decompositions()
 OPS = torch.ops.h2ot_kernels
 NOT_FORWARD = {"scatter_tokens", "recover_attention_backward", "recover_interpolate_backward"}
 # A model is exported with plain layers.
-NOT_EXPORTED = {f"{kind}_{of}" for kind in ("linear", "mlp") for of in ("tiles", "halves", "floats")} | {"pack_tiles"}
-NOT_EXPORTED |= {"add_norm", "graph_update", "recover_rotated"}
+NOT_EXPORTED = {f"{kind}_{of}" for kind in ("linear", "mlp", "attend") for of in ("tiles", "halves", "floats")}
+NOT_EXPORTED |= {"pack_tiles", "add_norm", "graph_update", "recover_rotated"}
 SMALL = [case for case in cases.TOKEN_CASES if not case.large and case.B]
 
 

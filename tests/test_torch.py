@@ -65,6 +65,8 @@ def samples():
     yield OPS.linear_floats, (y, weight, rand(6), None, 6, 2, True, *norm)
     yield OPS.linear_floats, (y[0, 0], weight[:1], None, rand(3), 3, 1, False)
     yield OPS.mlp_floats, (y, weight[:1], rand(3), 3, linear_floats.pack(rand(5, 3), 1), None, None, 5, *norm)
+    qkv, proj = linear_floats.pack(rand(99, 33), 3), linear_floats.pack(rand(33, 33), 1)
+    yield OPS.attend_floats, (y, qkv, rand(99), 1, 3, proj, None, y + 1, *norm)
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention, (heads, heads, 3, None, 0.5)
     yield OPS.attention_scores, (heads, heads, 0.5)
@@ -72,18 +74,22 @@ def samples():
 
 def samples_of_some_cpus():
     """Of linear layers: on a tile unit, and by products of pairs."""
-    weight = rand(6, 33)
+    weight, qkv, proj, y = rand(6, 33), rand(99, 33), rand(33, 33), rand(2, 5, 33)
     if tiles_run():
         yield OPS.pack_tiles, (weight, 2)
         packed, first, second = (OPS.pack_tiles(*of) for of in ((weight, 2), (rand(40, 33), 1), (rand(6, 40), 1)))
         yield OPS.linear_tiles, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
         yield OPS.mlp_tiles, (rand(2, 5, 33), first, rand(40), 40, second, None, rand(2, 5, 6), 6, rand(33), None, 1e-5)
+        projections = OPS.pack_tiles(qkv, 3), rand(99), 1, 3, OPS.pack_tiles(proj, 1)
+        yield OPS.attend_tiles, (y, *projections, None, y + 1, rand(33), None, 1e-5)
     if dots_run():
         packed = linear_halves.pack(weight.bfloat16(), 2)
         yield OPS.linear_halves, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
         yield OPS.linear_halves, (rand(5, 33).bfloat16(), packed[:1], None, rand(5, 3), 3, 1, False)
         both = packed[:1], rand(3), 3, linear_halves.pack(rand(5, 3).bfloat16(), 1), None, rand(2, 5, 5), 5
         yield OPS.mlp_halves, (rand(2, 5, 33), *both, rand(33), None, 1e-5)
+        first, second = linear_halves.pack(qkv.bfloat16(), 3), linear_halves.pack(proj.bfloat16(), 1)
+        yield OPS.attend_halves, (y, first, rand(99), 1, 3, second, None, y + 1, rand(33), None, 1e-5)
 
 
 def declared() -> set[str]:
@@ -98,8 +104,9 @@ def test_opcheck():
         torch.library.opcheck(op, arguments)
         checked.add(op.default.name().removeprefix("h2ot_kernels::"))
     # Backward operators whose own derivative raises are checked through the forward; linear layers where they run.
-    others = {"recover_attention_backward"} | (set() if tiles_run() else {"linear_tiles", "mlp_tiles", "pack_tiles"})
-    assert declared() - checked == others | (set() if dots_run() else {"linear_halves", "mlp_halves"})
+    absent = {of for of, run in (("tiles", tiles_run()), ("halves", dots_run())) if not run}
+    layers = {f"{kind}_{of}" for kind in ("linear", "mlp", "attend", "pack") for of in absent} - {"pack_halves"}
+    assert declared() - checked == {"recover_attention_backward"} | layers
 
 
 def whole_path(x, query, embed):

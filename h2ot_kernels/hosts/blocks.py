@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..attention import attend_packed, attend_rows, takes_one_product
+from ..attention import attend_in_one_call, attend_packed, attend_rows, takes_one_product
 from ..linear import Linear, mlp
 
 QueryKey = tuple[Tensor, Tensor]
@@ -55,6 +55,11 @@ class Attention(nn.Module):
         with_query_key: False gives None for them: views cost as much as a launch. norm: what is done to x first.
         update: residual, scale as `Linear` takes them.
         """
+        dropout = self.dropout if self.training else 0.0
+        if not (with_query_key or dropout):
+            attended = attend_in_one_call(x, self.qkv, self.proj, dim, self.num_heads, norm, **update)
+            if attended is not None:
+                return attended, None
         query_key = None
         if takes_one_product(x, dim):
             attended, *heads = attend_packed(self.qkv(x, norm=norm), self.num_heads, dim)
@@ -71,7 +76,7 @@ class Attention(nn.Module):
                 # The joints stand beside the heads: every sample is read and written in place.
                 attended = attend_rows(*(y.flatten(2) for y in heads), x.shape[2] * self.num_heads)
             attended = attended.view_as(x)
-        return project(self.proj, attended, self.dropout if self.training else 0.0, **update), query_key
+        return project(self.proj, attended, dropout, **update), query_key
 
 
 def project(layer: Linear, x: Tensor, dropout: float, residual: Tensor | None = None, **scale) -> Tensor:
