@@ -10,7 +10,7 @@
 #include "../cpu/worker.h"
 #include "digits.h"
 #include "norm.h"
-#include "tiles.h"
+#include "packed_tiles.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -19,29 +19,7 @@ namespace {
 constexpr int64_t kBlockBytes = 768 << 10;  // of the digits of a block's rows, up to kMostGroups of them
 constexpr int64_t kMostGroups = 6;
 constexpr int64_t kStretch = 512;  // results of a row that are stored at once
-constexpr float kScale = 0x1p16f;  // of a row: a sum of order 2 counts its square
-constexpr int64_t kSpread = 16;    // floats behind the scales: the weights' spread, and room
-
-// What pack_tiles() makes: digits [chunks][panels][steps][kWeightStep], scales [chunks][panels][kSide], the spread.
-struct Packed {
-  const int8_t* digits;
-  int64_t chunks, steps, panels;
-  const float* scales;
-
-  Packed(const int8_t* packed, int64_t chunks_, int64_t M, int64_t C)
-      : digits(packed), chunks(chunks_), steps(groups_of(C, kDepth)), panels(groups_of(M, kSide)) {
-    scales = reinterpret_cast<const float*>(packed + digit_bytes());
-  }
-  int64_t digit_bytes() const { return chunks * panels * steps * kWeightStep; }
-  int64_t bytes() const { return digit_bytes() + (chunks * panels * kSide + kSpread) * int64_t(sizeof(float)); }
-  float spread() const { return scales[chunks * panels * kSide]; }
-  const int8_t* panel(int64_t panel) const { return digits + panel * steps * kWeightStep; }
-  // Of output m of a panel at channel c; the digits are kTile apart.
-  static int64_t place(int64_t m, int64_t c) {
-    const int64_t i = c % kSide, v = c % kDepth / kSide;
-    return c / kDepth * kWeightStep + i * kDepth + m * 4 + v;
-  }
-};
+constexpr int64_t kFewRows = 64;   // up to these the threads share the weights, which take longer to read, not the rows
 
 // The rows of a block, whole groups of them but for the last one, which may be half of one, and their digits.
 struct Rows {
@@ -256,16 +234,16 @@ void put_out(const LinearTilesArgs& a, const Results& from, int64_t first, int64
   }
 }
 
-// What a layer makes of a block's rows [first, ...), stretch by stretch.
-void run_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t first,
-               const Results& to, int32_t* sums) {
+// What panels [panel, end) of a layer make of a block's rows [first, ...), stretch by stretch.
+void run_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t first, int64_t panel,
+               int64_t end, const Results& to, int32_t* sums) {
   const auto multiply_rows = a.activation == Activation::gelu ? multiply_block<true> : multiply_block<false>;
-  for (int64_t chunk = 0; chunk < a.chunks; chunk++) {
-    for (int64_t column = 0; column < a.M; column += kStretch) {
-      const int64_t width = a.M - column < kStretch ? a.M - column : kStretch;
-      multiply_rows(a, p, rows, normed, chunk, column, width, to, sums);
-      put_out(a, to, first, rows.count, chunk, column, width);
-    }
+  while (panel < end) {
+    const int64_t chunk = panel / p.panels, column = panel % p.panels * kSide, left = (end - panel) * kSide;
+    const int64_t most = left < kStretch ? left : kStretch, width = a.M - column < most ? a.M - column : most;
+    multiply_rows(a, p, rows, normed, chunk, column, width, to, sums);
+    put_out(a, to, first, rows.count, chunk, column, width);
+    panel += groups_of(width, kSide);
   }
 }
 
@@ -285,6 +263,22 @@ struct Arrays {
         results(memory, outputs < kStretch ? outputs : kStretch, halves) {}
 };
 
+bool share_weights(const Parallel& pool, const LinearTilesArgs& a) { return pool.threads > 1 && a.rows <= kFewRows; }
+
+// Calls part(a thread's arrays, for rows of that many halves of groups).
+template <class Part>
+void with_arrays(const LinearTilesArgs& a, int64_t hidden_channels, int64_t outputs, int64_t halves, Outcome& outcome,
+                 const Part& part) {
+  Carver sizes(nullptr);
+  Arrays(sizes, a, hidden_channels, outputs, halves);
+  void* const memory = scratch(Slot::own, sizes.bytes());
+  if (!memory) return outcome.fail(Status::out_of_memory);
+  Carver carver(memory);
+  Arrays at(carver, a, hidden_channels, outputs, halves);
+  const TileRegisters registers;
+  part(at);
+}
+
 // Calls part(first row, rows, a thread's arrays) on the threads, for all blocks.
 template <class Part>
 Status by_blocks(const Parallel& pool, const LinearTilesArgs& a, int64_t hidden_channels, int64_t outputs,
@@ -296,17 +290,22 @@ Status by_blocks(const Parallel& pool, const LinearTilesArgs& a, int64_t hidden_
   parallel_for(pool, groups_of(a.rows, kSide), 1, [&](int64_t begin, int64_t end) {
     // Blocks of equal size, of whole groups but for the last.
     const int64_t size = 2 * groups_of(end - begin, 2 * groups_of(end - begin, 2 * most));
-    Carver sizes(nullptr);
-    Arrays(sizes, a, hidden_channels, outputs, size);
-    void* const memory = scratch(Slot::own, sizes.bytes());
-    if (!memory) return outcome.fail(Status::out_of_memory);
-    Carver carver(memory);
-    Arrays at(carver, a, hidden_channels, outputs, size);
-    const TileRegisters registers;
-    for (int64_t half = begin; half < end; half += size) {
-      const int64_t first = half * kSide, past = half + size < end ? (half + size) * kSide : end * kSide;
-      part(first, (past < a.rows ? past : a.rows) - first, at);
-    }
+    with_arrays(a, hidden_channels, outputs, size, outcome, [&](Arrays& at) {
+      for (int64_t half = begin; half < end; half += size) {
+        const int64_t first = half * kSide, past = half + size < end ? (half + size) * kSide : end * kSide;
+        part(first, (past < a.rows ? past : a.rows) - first, at);
+      }
+    });
+  });
+  return outcome.result();
+}
+
+// Calls part(first panel, end of the panels, a thread's arrays, for all rows) on the threads.
+template <class Part>
+Status by_panels(const Parallel& pool, const LinearTilesArgs& a, int64_t panels, const Part& part) {
+  Outcome outcome;
+  parallel_for(pool, panels, 1, [&](int64_t begin, int64_t end) {
+    with_arrays(a, 0, a.M, groups_of(a.rows, kSide), outcome, [&](Arrays& at) { part(begin, end, at); });
   });
   return outcome.result();
 }
@@ -349,20 +348,34 @@ void pack_tiles(const PackTilesArgs& a) {
 
 Status linear_tiles(const LinearTilesArgs& a, const Parallel& pool) {
   const Packed p = packed_of(a);
-  return by_blocks(pool, a, 0, a.M, [&](int64_t first, int64_t count, Arrays& at) {
+  const auto run = [&](int64_t first, int64_t count, int64_t panel, int64_t end, Arrays& at) {
     split(a, p.spread(), a.x + first * a.C, a.C, count, at.rows, at.normed);
-    run_block(a, p, at.rows, at.normed, first, at.results, at.sums);
-  });
+    run_block(a, p, at.rows, at.normed, first, panel, end, at.results, at.sums);
+  };
+  const int64_t panels = a.chunks * p.panels;
+  if (share_weights(pool, a)) {
+    return by_panels(pool, a, panels, [&](int64_t panel, int64_t end, Arrays& at) { run(0, a.rows, panel, end, at); });
+  }
+  return by_blocks(pool, a, 0, a.M,
+                   [&](int64_t first, int64_t count, Arrays& at) { run(first, count, 0, panels, at); });
 }
 
 Status mlp_tiles(const MlpTilesArgs& a, const Parallel& pool) {
   const Packed p = packed_of(a.first), q = packed_of(a.second);
   const int64_t C = a.first.C, H = a.first.M;
+  if (share_weights(pool, a.first)) {
+    MlpTilesArgs layers = a;
+    layers.first.out = static_cast<float*>(scratch(Slot::shared, a.first.rows * H * int64_t(sizeof(float))));
+    if (!layers.first.out) return Status::out_of_memory;
+    layers.second.x = layers.first.out;
+    const Status status = linear_tiles(layers.first, pool);
+    return status == Status::ok ? linear_tiles(layers.second, pool) : status;
+  }
   return by_blocks(pool, a.first, H, a.second.M, [&](int64_t first, int64_t count, Arrays& at) {
     split(a.first, p.spread(), a.first.x + first * C, C, count, at.rows, at.normed);
     multiply_block<true>(a.first, p, at.rows, at.normed, 0, 0, H, at.hidden, at.sums);
     split(a.second, q.spread(), at.hidden.at, at.hidden.stride, count, at.hidden_rows, nullptr);
-    run_block(a.second, q, at.hidden_rows, nullptr, first, at.results, at.sums);
+    run_block(a.second, q, at.hidden_rows, nullptr, first, 0, q.panels, at.results, at.sums);
   });
 }
 

@@ -128,8 +128,8 @@ class HypothesisTransformer(nn.Module):
 
     def embed(self, streams: list[Tensor]) -> Tensor:
         """Three [B, F, C] -> [B, F, 3C]."""
-        embedding = torch.cat([getattr(self, f"pos_embed_{s}") for s in STREAMS], -1)
-        return functional.dropout(torch.cat(streams, -1) + embedding, self.dropout, self.training)
+        embedded = [x + getattr(self, f"pos_embed_{s}") for s, x in zip(STREAMS, streams, strict=True)]
+        return functional.dropout(torch.cat(embedded, -1), self.dropout, self.training)
 
 
 class HypothesisBlock(nn.Module):
