@@ -30,25 +30,42 @@ struct Layer : FloatLayer<LinearFloatsArgs> {
   }
 };
 
-// x, whose rows are adjacent.
+// x, whose rows are equally far apart.
 Tensor rows_of(const Tensor& x, double eps) {
   require(is_float(x) && x.dim() > 0 && x.numel() > 0 && (eps < 0 || x.size(-1) >= kFewestChannels),
           "tokens of float32, some, with a norm of 16 channels or more");
-  return dense(x);
+  return readable_rows(x);
+}
+
+// Into `given` where there is one.
+Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
+              int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+              const MaybeTensor& norm_bias, double eps, const MaybeTensor& given) {
+  const Tensor tokens = rows_of(x, eps);
+  const int64_t C = x.size(-1);
+  Layer layer(x.numel() / C, C, packed, bias, given ? std::nullopt : residual, out_features, chunks, gelu);
+  layer.args.x = read<float>(tokens);
+  layer.args.apart.x = rows_apart(tokens);
+  layer.norm_first(norm_weight, norm_bias, eps);
+  const Tensor out = given ? *given : results_of(x, chunks, layer.args.M, ScalarType::Float);
+  if (given) {
+    layer.into(out, residual);
+  } else {
+    layer.args.out = write<float>(out);
+  }
+  check(kernels().linear_floats(layer.args, pool()), "linear_floats");
+  return out;
 }
 
 Tensor linear_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
                      int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
                      const MaybeTensor& norm_bias, double eps) {
-  const Tensor tokens = rows_of(x, eps);
-  const int64_t C = x.size(-1);
-  Layer layer(x.numel() / C, C, packed, bias, residual, out_features, chunks, gelu);
-  layer.norm_first(norm_weight, norm_bias, eps);
-  const Tensor out = results_of(x, chunks, layer.args.M, ScalarType::Float);
-  layer.args.x = read<float>(tokens);
-  layer.args.out = write<float>(out);
-  check(kernels().linear_floats(layer.args, pool()), "linear_floats");
-  return out;
+  return linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, std::nullopt);
+}
+void linear_floats_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
+                       int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+                       const MaybeTensor& norm_bias, double eps, const Tensor& out) {
+  linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, out);
 }
 
 Tensor mlp_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
@@ -61,6 +78,7 @@ Tensor mlp_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias
   Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
   const Tensor out = results_of(x, 1, out_features, ScalarType::Float);
   first.args.x = read<float>(tokens);
+  first.args.apart.x = rows_apart(tokens);
   second.args.out = write<float>(out);
   check(kernels().mlp_floats({first.args, second.args}, pool()), "mlp_floats");
   return out;
@@ -70,7 +88,13 @@ Tensor attend_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& b
                      const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
                      const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
   const Attention attention = {require, x, dim, num_heads};
-  return attention(linear_floats, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual);
+  return attention(linear, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual, std::nullopt);
+}
+void attend_floats_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
+                       const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
+                       const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps, const Tensor& out) {
+  const Attention attention = {require, x, dim, num_heads};
+  attention(linear, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual, out);
 }
 
 }  // namespace
@@ -80,4 +104,6 @@ STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("linear_floats", TORCH_BOX(&h2ot::linear_floats));
   m.impl("mlp_floats", TORCH_BOX(&h2ot::mlp_floats));
   m.impl("attend_floats", TORCH_BOX(&h2ot::attend_floats));
+  m.impl("linear_floats_out", TORCH_BOX(&h2ot::linear_floats_out));
+  m.impl("attend_floats_out", TORCH_BOX(&h2ot::attend_floats_out));
 }

@@ -44,6 +44,18 @@ struct Layer {
     args.x_dtype = Dtype::bf16;
     args.out_dtype = results == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
   }
+  // The results of one chunk, and what is added to them, in rows that may stand apart.
+  void into(const Tensor& out, const MaybeTensor& any_residual) {
+    results = any_residual ? any_residual->scalar_type() : ScalarType::BFloat16;
+    require(fits(any_residual, args.rows * args.M) && args.chunks == 1 &&
+                takes_results(out, any_residual, args.rows, args.M, results),
+            kOutWanted);
+    residual = any_residual;
+    args.residual = read<void>(residual);
+    args.out = out.mutable_data_ptr();
+    args.out_dtype = results == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
+    args.apart.out = rows_apart(out);
+  }
   void take(const Tensor& tokens) {
     args.x = tokens.const_data_ptr();
     args.x_dtype = dtype_of(tokens);
@@ -62,26 +74,43 @@ struct Layer {
   }
 };
 
-// x, whose rows are adjacent.
+// x, whose rows are equally far apart.
 Tensor rows_of(const Tensor& x) {
   require(dots_run(), "a CPU with products of pairs of bfloat16 numbers");
   require(is_mixed(x) && x.dim() > 0 && x.numel() > 0 && x.size(-1) >= kFewestChannels,
           "tokens of bfloat16 or float32, some, of 16 channels or more");
-  return dense(x);
+  return readable_rows(x);
+}
+
+// Into `given` where there is one.
+Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
+              int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+              const MaybeTensor& norm_bias, double eps, const MaybeTensor& given) {
+  const Tensor tokens = rows_of(x);
+  const int64_t C = x.size(-1);
+  Layer layer(x.numel() / C, C, packed, bias, given ? std::nullopt : residual, out_features, chunks, gelu);
+  layer.take(tokens);
+  layer.args.apart.x = rows_apart(tokens);
+  layer.norm_first(norm_weight, norm_bias, eps);
+  const Tensor out = given ? *given : results_of(x, chunks, layer.args.M, layer.results);
+  if (given) {
+    layer.into(out, residual);
+  } else {
+    layer.args.out = out.mutable_data_ptr();
+  }
+  check(run_linear_halves(layer.args, pool()), "linear_halves");
+  return out;
 }
 
 Tensor linear_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
                      int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
                      const MaybeTensor& norm_bias, double eps) {
-  const Tensor tokens = rows_of(x);
-  const int64_t C = x.size(-1);
-  Layer layer(x.numel() / C, C, packed, bias, residual, out_features, chunks, gelu);
-  layer.take(tokens);
-  layer.norm_first(norm_weight, norm_bias, eps);
-  const Tensor out = results_of(x, chunks, layer.args.M, layer.results);
-  layer.args.out = out.mutable_data_ptr();
-  check(run_linear_halves(layer.args, pool()), "linear_halves");
-  return out;
+  return linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, std::nullopt);
+}
+void linear_halves_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
+                       int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+                       const MaybeTensor& norm_bias, double eps, const Tensor& out) {
+  linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, out);
 }
 
 Tensor mlp_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
@@ -91,6 +120,7 @@ Tensor mlp_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias
   const int64_t C = x.size(-1), rows = x.numel() / C;
   Layer first(rows, C, packed, bias, std::nullopt, hidden_features, 1, true);
   first.take(tokens);
+  first.args.apart.x = rows_apart(tokens);
   first.norm_first(norm_weight, norm_bias, eps);
   Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
   const Tensor out = results_of(x, 1, out_features, second.results);
@@ -103,7 +133,13 @@ Tensor attend_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& b
                      const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
                      const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
   const Attention attention = {require, x, dim, num_heads};
-  return attention(linear_halves, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual);
+  return attention(linear, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual, std::nullopt);
+}
+void attend_halves_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
+                       const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
+                       const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps, const Tensor& out) {
+  const Attention attention = {require, x, dim, num_heads};
+  attention(linear, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual, out);
 }
 
 }  // namespace
@@ -113,4 +149,6 @@ STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("linear_halves", TORCH_BOX(&h2ot::linear_halves));
   m.impl("mlp_halves", TORCH_BOX(&h2ot::mlp_halves));
   m.impl("attend_halves", TORCH_BOX(&h2ot::attend_halves));
+  m.impl("linear_halves_out", TORCH_BOX(&h2ot::linear_halves_out));
+  m.impl("attend_halves_out", TORCH_BOX(&h2ot::attend_halves_out));
 }

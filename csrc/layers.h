@@ -20,6 +20,30 @@ struct Require {
 
 inline bool is_float(const Tensor& x) { return x.scalar_type() == ScalarType::Float; }
 
+// Numbers from one row of x to the next; 0 where they are not all equally far apart.
+inline int64_t rows_apart(const Tensor& x) {
+  if (x.stride(-1) != 1 && x.size(-1) > 1) return 0;
+  int64_t apart = 0, next = 0;
+  for (int64_t axis = x.dim() - 2; axis >= 0; axis--) {
+    if (x.size(axis) == 1) continue;
+    if (next && x.stride(axis) != next) return 0;
+    if (!next) apart = x.stride(axis);
+    next = x.stride(axis) * x.size(axis);
+  }
+  return next || x.numel() != x.size(-1) ? apart : x.size(-1);
+}
+// x, or a copy whose rows are equally far apart.
+inline Tensor readable_rows(const Tensor& x) { return rows_apart(x) > 0 ? x : dense(x); }
+
+// Where results go: `out` where it is given, with what is added to them laid out as it is; else room for them.
+inline bool takes_results(const Tensor& out, const MaybeTensor& residual, int64_t rows, int64_t M, ScalarType dtype) {
+  const int64_t apart = rows_apart(out);
+  return out.dim() > 0 && out.scalar_type() == dtype && out.size(-1) == M && out.numel() == rows * M && apart >= M &&
+         (!residual || (residual->numel() == rows * M && rows_apart(*residual) == apart));
+}
+constexpr const char* kOutWanted =
+    "an out of the result's shape and dtype, of one chunk, and a residual whose rows are as far apart";
+
 // Room for results of M channels, of each chunk.
 inline Tensor results_of(const Tensor& x, int64_t chunks, int64_t M, ScalarType dtype) {
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
@@ -60,6 +84,16 @@ struct FloatLayer {
     args.norm_bias = read<float>(norm_bias);
     args.eps = decltype(args.eps)(eps);
   }
+  // The results of one chunk, and what is added to them, in rows that may stand apart.
+  void into(const Tensor& out, const MaybeTensor& any_residual) {
+    wants(fits(any_residual, args.rows * args.M) && args.chunks == 1 &&
+              takes_results(out, any_residual, args.rows, args.M, ScalarType::Float),
+          kOutWanted);
+    residual = any_residual;
+    args.residual = read<float>(residual);
+    args.out = write<float>(out);
+    args.apart.out = rows_apart(out);
+  }
   static bool fits(const MaybeTensor& x, int64_t count) { return !x || (x->numel() == count && is_float(*x)); }
 };
 
@@ -88,14 +122,16 @@ struct Attention {
           "recover_attention");
     return out;
   }
+  // linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, out)
   template <class Linear>
   Tensor operator()(const Linear& linear, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& norm_weight,
                     const MaybeTensor& norm_bias, double eps, const Tensor& proj_packed, const MaybeTensor& proj_bias,
-                    const MaybeTensor& residual) const {
+                    const MaybeTensor& residual, const MaybeTensor& out) const {
     check_sizes();
     const int64_t C = x.size(-1);
-    const Tensor qkv = linear(x, packed, bias, std::nullopt, 3 * C, 3, false, norm_weight, norm_bias, eps);
-    return linear(of(qkv), proj_packed, proj_bias, residual, C, 1, false, std::nullopt, std::nullopt, -1.0);
+    const Tensor qkv =
+        linear(x, packed, bias, std::nullopt, 3 * C, 3, false, norm_weight, norm_bias, eps, std::nullopt);
+    return linear(of(qkv), proj_packed, proj_bias, residual, C, 1, false, std::nullopt, std::nullopt, -1.0, out);
   }
 };
 

@@ -12,10 +12,10 @@ from torch.nn.modules import module as nn_module
 from .add_norm import add_norm, takes
 from .backend import is_reference
 from .inference import dots_run, tiles_run
-from .linear_floats import Floats, attend_floats, floats_run, mlp_floats
-from .linear_halves import Halves, adds_to_float, attend_halves, mlp_halves
-from .linear_tiles import Tiles, attend_tiles, mlp_tiles
-from .packed import ACTIVATIONS, Packed
+from .linear_floats import Floats, floats_run
+from .linear_halves import Halves, adds_to_float
+from .linear_tiles import Tiles
+from .packed import ACTIVATIONS, NO_NORM, Packed
 from .samples import Samples
 
 Made = TypeVar("Made")
@@ -58,12 +58,16 @@ class Linear(nn.Linear):
         scale: Tensor | None = None,
         chunks: int = 1,
         norm: nn.LayerNorm | None = None,
+        out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """x [..., in_features] -> residual + scale * activation(product of norm(x)) [..., out_features].
 
         activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
         output features in that many tensors of their own, a tuple (no residual then). norm: what is done to x first.
+        out: where the result is written, best laid out as the residual; without gradients.
         """
+        if out is not None:
+            return self._write(x, activation, residual, out, scale=scale, norm=norm)
         product = self._ready(x, None, scale, chunks) if x.is_cpu else None  # nothing is packed elsewhere
         if product is None:
             return self._plain(x, activation, residual, scale, chunks, norm)
@@ -77,6 +81,13 @@ class Linear(nn.Linear):
         rounds = isinstance(product, Halves) and x.dtype in FUSED
         products = product(x if rounds or x.dtype == dtype else x.to(dtype), activation, residual, **fused)
         return products[0] if chunks == 1 else products
+
+    def _write(self, x: Tensor, activation: str, residual: Tensor | None, out: Tensor, **given) -> Tensor:
+        plain = activation == "none" and residual is not None and given["norm"] is None and x.is_cpu
+        product = self._ready(x, None, given["scale"], 1) if plain else None
+        if isinstance(product, Packed) and product.write(x, residual, out):
+            return out
+        return out.copy_(self.forward(x, activation, residual=residual, **given))
 
     def _plain(
         self,
@@ -231,10 +242,6 @@ def mlp(
     return fc2(fc1(x, activation="gelu", norm=norm), **given)
 
 
-MLPS = {Floats: mlp_floats, Halves: mlp_halves, Tiles: mlp_tiles}
-ATTENTIONS = {Floats: attend_floats, Halves: attend_halves, Tiles: attend_tiles}
-
-
 def in_one_call(
     x: Tensor,
     first: Linear,
@@ -243,31 +250,41 @@ def in_one_call(
     norm: nn.LayerNorm | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """residual + scale * last(what is between(first(norm(x)))); None where no operator does that, unseen.
 
     between: of an MLP with GELU the features there; of self-attention, whose query, key and value first makes, the axis
-    of x and the number of heads.
+    of x and the number of heads. out: where attention is written, laid out as the residual.
     """
     plain = type(first).forward is Linear.forward is type(last).forward  # not a subclass's own
     if not (plain and is_silent(first, last)):
         return None
-    operators, chunks, features = (MLPS, 1, between[0]) if len(between) == 1 else (ATTENTIONS, 3, x.shape[-1])
+    is_mlp = len(between) == 1
+    chunks, features = (1, between[0]) if is_mlp else (3, x.shape[-1])
     one = first._ready(x, None, None, chunks)
-    operator = operators.get(type(one))
-    other = None if operator is None else last._ready(x, features, scale, 1)
-    if operator is None or type(other) is not type(one) or x.dtype not in one.adds:
+    if not isinstance(one, Packed):
+        return None
+    other = last._ready(x, features, scale, 1)
+    if type(other) is not type(one) or x.dtype not in one.adds or one.out_features != chunks * features:
         return None
     size = (*x.shape[:-1], other.out_features)
-    if one.out_features != chunks * features or (chunks == 3 and size != x.shape):
+    if not is_mlp and size != x.shape:
         return None
     if residual is not None and not (residual.dtype in other.adds and residual.shape == size):
         return None
     inside = () if norm is None else _inside(norm, x)
     if inside is None:
         x, inside = normed(norm, x, one.packed.dtype), ()
-    behind = (other.packed, other.bias, residual, *((other.out_features,) if chunks == 1 else ()))
-    return operator(x, one.packed, one.bias, *between, *behind, *inside)
+    given = one.packed, one.bias, *between, other.packed, other.bias, residual
+    if is_mlp:
+        return one.operators.mlp(x, *given, other.out_features, *inside)
+    if out is None:
+        return one.operators.attend(x, *given, *inside)
+    if residual is None or out.dtype != residual.dtype or out.shape != size or out.stride() != residual.stride():
+        return None
+    one.operators.attend_out(x, *given, *(inside or NO_NORM), out)
+    return out
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -25,7 +25,7 @@ class Floats(Packed):
         return fits(weight, chunks) and weight.dtype == torch.float32 and floats_run()
 
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
-        super().__init__(linear_floats, pack(weight, chunks), bias, weight.shape[0], chunks, (torch.float32,))
+        super().__init__(OPERATORS, pack(weight, chunks), bias, weight.shape[0], chunks, (torch.float32,))
 
 
 def floats_run() -> bool:
@@ -40,4 +40,4 @@ def pack(weight: Tensor, chunks: int) -> Tensor:
     return whole.unflatten(1, (-1, PANEL)).transpose(-1, -2).contiguous()
 
 
-linear_floats, mlp_floats, attend_floats = declare_layers("floats", torch.float32)
+OPERATORS = declare_layers("floats", torch.float32)

@@ -28,7 +28,7 @@ class Halves(Packed):
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
         bias = None if bias is None else bias.float()
         super().__init__(
-            linear_halves, pack(weight, chunks), bias, weight.shape[0], chunks, (torch.bfloat16, torch.float32)
+            OPERATORS, pack(weight, chunks), bias, weight.shape[0], chunks, (torch.bfloat16, torch.float32)
         )
 
 
@@ -44,4 +44,4 @@ def pack(weight: Tensor, chunks: int) -> Tensor:
     return whole.unflatten(1, (-1, 2, 16)).unflatten(-1, (-1, 16, 2)).permute(0, 1, 4, 2, 5, 3, 6).contiguous()
 
 
-linear_halves, mlp_halves, attend_halves = declare_layers("halves", torch.bfloat16)
+OPERATORS = declare_layers("halves", torch.bfloat16)

@@ -33,7 +33,7 @@ class Tiles(Packed):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
         packed = pack_tiles(weight, chunks)
-        super().__init__(linear_tiles, packed, bias, weight.shape[0], chunks, (torch.float32,))
+        super().__init__(OPERATORS, packed, bias, weight.shape[0], chunks, (torch.float32,))
 
 
 def _fake_pack(weight, chunks):
@@ -42,4 +42,4 @@ def _fake_pack(weight, chunks):
 
 
 pack_tiles = declare_for_inference("pack_tiles", "(Tensor weight, int chunks) -> Tensor", _fake_pack)
-linear_tiles, mlp_tiles, attend_tiles = declare_layers("tiles", torch.float32)
+OPERATORS = declare_layers("tiles", torch.float32)

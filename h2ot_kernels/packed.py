@@ -1,12 +1,15 @@
 """What the linear layers by kernels of this package share (`Tiles`, `Halves`, `Floats`)."""
 
+import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .inference import declare_for_inference
+from .library import declare, into_out
 
 FEWEST = 16  # channels, and outputs, of `Floats` and `Halves`
 LAYER = (
@@ -21,26 +24,40 @@ ATTENTION = (
     "(Tensor x, Tensor packed, Tensor? bias, int dim, int num_heads, Tensor proj_packed, Tensor? proj_bias, "
     "Tensor? residual, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=-1.0) -> Tensor"
 )
+NO_NORM = None, None, -1.0
 ACTIVATIONS = {"none": lambda y: y, "gelu": functional.gelu, "tanh": torch.tanh, "relu": torch.relu}
 
 
-class Packed:
-    """Weights and a bias as an operator takes them, for all chunks in one product.
+class Operators(NamedTuple):
+    """linear: residual + activation(product of norm(x)), all chunks in one product. mlp: residual + second(gelu(first(
+    norm(x)))), in the bits of two layers; what is between them is never stored whole. attend: residual +
+    proj(self-attention along axis dim of the three chunks of first(norm(x))), in the bits of three operators, at the
+    cost of one call. *_out: the same into rows of `out` that may stand apart, as those of the residual then do.
+    """
 
-    operator: (x, packed, bias, residual, out_features, chunks, gelu, norm's weight, bias, eps) -> [chunks, ...].
-    adds: the dtypes of residuals that it adds itself.
+    linear: Callable
+    mlp: Callable
+    attend: Callable
+    linear_out: Callable
+    attend_out: Callable
+
+
+class Packed:
+    """Weights and a bias as its operators take them, for all chunks in one product.
+
+    adds: the dtypes of residuals that they add themselves.
     """
 
     def __init__(
         self,
-        operator: Callable,
+        operators: Operators,
         packed: Tensor,
         bias: Tensor | None,
         out_features: int,
         chunks: int,
         adds: tuple[torch.dtype, ...],
     ):
-        self.operator, self.packed, self.bias, self.adds = operator, packed, bias, adds
+        self.operators, self.packed, self.bias, self.adds = operators, packed, bias, adds
         self.out_features, self.chunks = out_features, chunks
 
     def __call__(self, x: Tensor, activation: str, residual: Tensor | None, norm: tuple = ()) -> tuple[Tensor, ...]:
@@ -53,12 +70,27 @@ class Packed:
         fits = residual is not None and residual.dtype in self.adds and residual.shape == size
         added = residual if inside and fits else None
         given = self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu"
-        y = self.operator(x, *given, *norm)
+        y = self.operators.linear(x, *given, *norm)
         if not inside:
             y = ACTIVATIONS[activation](y)
         if residual is not None and added is None:
             y = residual + y
         return (y,) if self.chunks == 1 else y.unbind()
+
+    def write(self, x: Tensor, residual: Tensor, out: Tensor) -> bool:
+        """residual + product of x into out, both of x's dtype with rows as far apart; False: not by this operator."""
+        fits = x.dtype in self.adds and residual.dtype in self.adds and residual.dtype == out.dtype
+        fits = fits and residual.stride() == out.stride()
+        if (
+            not fits
+            or self.chunks > 1
+            or out.shape != (*x.shape[:-1], self.out_features)
+            or residual.shape != out.shape
+        ):
+            return False
+        given = self.packed, self.bias, residual, self.out_features, 1, False, *NO_NORM
+        self.operators.linear_out(x, *given, out)
+        return True
 
 
 def count_flops(x, packed, bias, residual, out_features, chunks, gelu, *norm) -> int:
@@ -78,13 +110,8 @@ def count_attention_flops(x, packed, bias, dim, num_heads, *others) -> int:
     return elements * (2 * 4 * C + 4 * x[dim])
 
 
-def declare_layers(end: str, dtype: torch.dtype) -> tuple[Callable, Callable, Callable]:
-    """The operators linear_`end`, mlp_`end` and attend_`end`, whose results have the residual's dtype, else this one.
-
-    The second: residual + second(gelu(first(norm(x)))), in the bits of two layers; what is between them is never stored
-    whole. The third: residual + proj(self-attention along axis dim of the three chunks of first(norm(x))), in the bits
-    of three operators, at the cost of one call.
-    """
+def declare_layers(end: str, dtype: torch.dtype) -> Operators:
+    """The operators of weights of one kind, named for its `end`; results have the residual's dtype, else this one."""
 
     def fake(x, packed, bias, residual, out_features, chunks, *others):
         size = (*x.shape[:-1], out_features // chunks)
@@ -97,9 +124,17 @@ def declare_layers(end: str, dtype: torch.dtype) -> tuple[Callable, Callable, Ca
     def fake_attention(x, packed, bias, dim, num_heads, proj_packed, proj_bias, residual, *norm):
         return fake(x, proj_packed, proj_bias, residual, x.shape[-1], 1)
 
-    layer = declare_for_inference(f"linear_{end}", LAYER, fake, flops=count_flops)
-    mlp = declare_for_inference(f"mlp_{end}", MLP, fake_mlp, flops=count_mlp_flops)
-    return layer, mlp, declare_for_inference(f"attend_{end}", ATTENTION, fake_attention, flops=count_attention_flops)
+    def written(name: str, schema: str, flops: Callable) -> Callable:
+        bare = re.sub(r"=[^,)]+", "", schema)  # nothing may be left out before `out`
+        return declare(f"{name}_{end}_out", **into_out(bare, fake, flops))
+
+    return Operators(
+        declare_for_inference(f"linear_{end}", LAYER, fake, flops=count_flops),
+        declare_for_inference(f"mlp_{end}", MLP, fake_mlp, flops=count_mlp_flops),
+        declare_for_inference(f"attend_{end}", ATTENTION, fake_attention, flops=count_attention_flops),
+        written("linear", LAYER, count_flops),
+        written("attend", ATTENTION, count_attention_flops),
+    )
 
 
 def fits(weight: Tensor, chunks: int) -> bool:

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from h2ot_kernels.add_norm import add_norm
-from h2ot_kernels.linear_floats import linear_floats, mlp_floats, pack
+from h2ot_kernels.linear_floats import OPERATORS, pack
 
 from .compare import assert_within
 from .linear_layers import by_torch, made
+
+linear_floats, mlp_floats = OPERATORS.linear, OPERATORS.mlp
 
 pytestmark = pytest.mark.usefixtures("inference")
 NONE = (None, None, -1.0)  # no norm

@@ -9,7 +9,7 @@ import torch
 from h2ot_kernels.linear_floats import pack
 
 from .test_linear_floats import NONE, checks
-from .tiles import AVX512, alone, at, between_bands, build, fails, guarded, needs_emulation
+from .tiles import AVX512, Wide, alone, at, between_bands, build, fails, guarded, needs_emulation
 
 pytestmark = [pytest.mark.usefixtures("inference"), needs_emulation]
 
@@ -26,13 +26,12 @@ class Compiled:
 
     def linear(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=NONE):
         rows, C, M = x.numel() // x.shape[-1], x.shape[-1], len(weight) // chunks
-        whole, out = guarded(rows * len(weight), torch.float32)
         sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
-        inside, packed = alone(x), pack(weight, chunks)
-        given = at(bias), at(residual), int(gelu), at(out), *self._norm(norm)
-        assert self.library.linear_floats(at(inside), at(packed), *sizes, *given) == 0
-        size = (*x.shape[:-1], M)
-        return between_bands(whole, out, size if chunks == 1 else (chunks, *size))
+        wide, packed = Wide(x, M, chunks, torch.float32), pack(weight, chunks)
+        added = wide.residual(residual)
+        given = at(bias), at(added), int(gelu), at(wide.out), *self._norm(norm), *wide.apart
+        assert self.library.linear_floats(at(wide.x), at(packed), *sizes, *given) == 0
+        return wide.result()
 
     def mlp(self, x, first, second, residual=None, norm=NONE):
         (w1, b1), (w2, b2) = first, second
@@ -52,7 +51,7 @@ def test_between_bands_of_memory(tmp_path):
 
 KERNEL, SHARED = "linear_floats.cpp", "linear_blocks.h"
 MISTAKES = {
-    "outputs beyond the last are written": (KERNEL, "place.count / kFloats * kFloats;", "kFloatsPanel;"),
+    "outputs beyond the last are written": (KERNEL, "result(whole), rest);", "result(whole), kFloats);"),
     "outputs behind whole vectors are left out": (KERNEL, "rest = place.count - whole", "rest = 0"),
     "vectors behind whole tiles are left out": (KERNEL, "if constexpr (V > 1) mul", "if constexpr (V > 9) mul"),
     "rows beyond the last are read and written": (
@@ -62,9 +61,13 @@ MISTAKES = {
     ),
     "a tile's last rows are left out": (KERNEL, "? count - row : kRows", "? 1 : kRows"),
     "a chunk's bias is the first one's": (KERNEL, "a.bias + place.chunk * a.M + ", "a.bias + "),
-    "chunks meet in one place": (SHARED, "(chunk * rows + row)", "row"),
+    "chunks meet in one place": (SHARED, "chunk * a.rows * a.M + ", ""),
     "the next block's rows are taken": (SHARED, "first = task / parts * side", "first = task * 0"),
-    "the residual of the first row": (KERNEL, "if (residual) residual += a.M;", ""),
+    "the residual of the first row": (KERNEL, "if (residual) residual += a.out_row();", ""),
+    "rows of x are adjacent": (KERNEL, "a.C, x, a.x_row(), 1,", "a.C, x, a.C, 1,"),
+    "rows that are normed are adjacent": (KERNEL, "norm_block(x, a.x_row(), ", "norm_block(x, a.C, "),
+    "normed rows stand as far apart as they did": (KERNEL, "if (a.has_norm) inner.apart.x = 0;", ""),
+    "rows of results are adjacent": (KERNEL, "out += a.out_row()", "out += a.M"),
     "a rest has no residual": (KERNEL, "residual ? added + result(whole) :", "false ? added :"),
     "weights of the panel before": (KERNEL, "a.packed + panel * a.C", "a.packed + panel / 2 * a.C"),
     "the norm's weight is its bias": (SHARED, "bias = weight + width;", "bias = weight;"),

@@ -8,11 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from h2ot_kernels import _C
 from h2ot_kernels.hosts.blocks import Mlp
 from h2ot_kernels.linear import Linear, OneDnn, mlp
-from h2ot_kernels.linear_floats import Floats, floats_run, linear_floats, mlp_floats, pack
+from h2ot_kernels.linear_floats import OPERATORS, Floats, floats_run, pack
 
 from .linear_layers import made
 from .runners import Recorder
 from .test_linear_floats import made_mlp
+
+linear_floats, mlp_floats = OPERATORS.linear, OPERATORS.mlp
 
 pytestmark = pytest.mark.usefixtures("inference")
 MLP = "h2ot_kernels::mlp_floats"

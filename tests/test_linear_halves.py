@@ -14,13 +14,15 @@ from h2ot_kernels import _C
 from h2ot_kernels.add_norm import add_norm
 from h2ot_kernels.hosts.blocks import Mlp
 from h2ot_kernels.linear import Linear, OneDnn
-from h2ot_kernels.linear_halves import Halves, linear_halves, mlp_halves, pack
+from h2ot_kernels.linear_halves import OPERATORS, Halves, pack
 
 from . import linear_layers
 from .compare import assert_within
 from .linear_layers import by_torch
 from .runners import Recorder
-from .tiles import DOTS, UNIT_AND_PAIRS, alone, at, between_bands, build, fails, guarded, needs_dots
+from .tiles import DOTS, UNIT_AND_PAIRS, Wide, alone, at, between_bands, build, fails, guarded, needs_dots
+
+linear_halves, mlp_halves = OPERATORS.linear, OPERATORS.mlp
 
 BF16, F32 = torch.bfloat16, torch.float32
 made = functools.partial(linear_layers.made, dtype=BF16)
@@ -65,16 +67,14 @@ class Compiled:
 
     def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
         rows, C, M = x.numel() // x.shape[-1], x.shape[-1], len(weight) // chunks
-        inside = alone(x)
         dtype = BF16 if residual is None else residual.dtype
-        whole, out = guarded(rows * len(weight), dtype)
+        wide = Wide(x, M, chunks, dtype)
+        added, packed = wide.residual(residual), pack(weight, chunks)
         sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
         of_norm = at(norm[0]), at(norm[1]), ctypes.c_double(norm[2])
-        given = at(bias), at(residual), int(dtype == F32), int(gelu), at(out), *of_norm
-        packed = pack(weight, chunks)
-        assert self.library.linear_halves(at(inside), int(x.dtype == F32), at(packed), *sizes, *given) == 0
-        size = (*x.shape[:-1], M)
-        return between_bands(whole, out, size if chunks == 1 else (chunks, *size))
+        given = at(bias), at(added), int(dtype == F32), int(gelu), at(wide.out), *of_norm, *wide.apart
+        assert self.library.linear_halves(at(wide.x), int(x.dtype == F32), at(packed), *sizes, *given) == 0
+        return wide.result()
 
     def mlp(self, x, first, second, residual=None, norm=(None, None, -1.0)):
         (w1, b1), (w2, b2) = first, second
@@ -123,6 +123,13 @@ def check(run, sizes, gelu, with_bias, added):
 @pytest.mark.parametrize("added", [False, True])
 def test_halves_within_bound(run, sizes, gelu, with_bias, added):
     check(run, sizes, gelu, with_bias, added)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_float32_tokens_are_rounded_first(run, sizes):
+    x, weight, bias, _ = made(*sizes)
+    wide = x.float() * (1 + 2.0**-12)
+    assert torch.equal(run(wide, weight, bias, None, sizes[3]), run(wide.to(BF16), weight, bias, None, sizes[3]))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -304,7 +311,7 @@ MISTAKES = {
         "taken * side",
     ),
     "a chunk's bias is the first one's": ("linear_halves.cpp", "a.bias + place.chunk * a.M + ", "a.bias + "),
-    "chunks meet in one place": ("linear_blocks.h", "(chunk * rows + row)", "row"),
+    "chunks meet in one place": ("linear_blocks.h", "chunk * a.rows * a.M + ", ""),
     "the next block's rows are taken": ("linear_blocks.h", "first = task / parts * side", "first = task * 0"),
     "a product is not rounded before it is added": ("linear_halves.cpp", "rounded(high) + ", "high + "),
     "the second vector has the first one's residual": (
@@ -315,6 +322,10 @@ MISTAKES = {
     "channels behind the last are not 0": ("half_products.h", "memset(at, 0, kStepHalves * sizeof(uint16_t));", ""),
     "the next interval's cubic": ("gelu_halves.h", "_mm512_set1_ps(0x1p23f)", "_mm512_set1_ps(0x1.000002p23f)"),
     "a cubic is a parabola": ("gelu_halves.h", "kIntervals = 32, kTerms = 4", "kIntervals = 32, kTerms = 3"),
+    "rows of x are adjacent": ("linear_halves.cpp", "    apart = a.x_row();\n", ""),
+    "rows of x that are rounded are adjacent": ("linear_halves.cpp", "x + r * a.x_row()", "x + r * a.C"),
+    "rows that are normed are adjacent": ("linear_halves.cpp", "norm_block(x, a.x_row(), ", "norm_block(x, a.C, "),
+    "rows of results are adjacent": ("linear_blocks.h", "row * a.out_row()", "row * a.M"),
     "GELU takes the sign": ("gelu_halves.h", "_mm512_abs_ps(x)", "x"),
     "the norm's weight is its bias": ("linear_blocks.h", "bias = weight + width;", "bias = weight;"),
     "the last rows have no norm": ("layer_norm.h", "count - row, C, eps", "0, C, eps"),
@@ -365,6 +376,7 @@ def test_planted_mistakes_are_seen(target, mistake, tmp_path):
         tests += [
             functools.partial(test_what_is_added_to_float32_is_the_rounded_product, wrong, sizes),
             functools.partial(test_normed_tokens_are_those_of_add_norm, wrong, sizes, BF16, True),
+            functools.partial(test_float32_tokens_are_rounded_first, wrong, sizes),
         ]
     tests += [functools.partial(test_an_mlp_is_two_layers, wrong, sizes, BF16, F32) for sizes in MLPS]
     others = test_gelu_of_any_number, test_the_same_bits_in_any_batch, test_what_was_there_before_does_not_count

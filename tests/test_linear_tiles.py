@@ -2,27 +2,20 @@
 
 import ctypes
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 
-from h2ot_kernels import _C
-from h2ot_kernels.hosts.blocks import Mlp
-from h2ot_kernels.linear import Linear, OneDnn
-from h2ot_kernels.linear_floats import Floats
-from h2ot_kernels.linear_tiles import Tiles, linear_tiles, mlp_tiles, pack_tiles
+from h2ot_kernels.linear_tiles import OPERATORS, pack_tiles
 
 from .compare import assert_within
 from .linear_layers import by_torch, made
-from .runners import Recorder
-from .tiles import RUNS, alone, at, between_bands, build, fails, guarded, needs_emulation, needs_unit
+from .tiles import RUNS, Wide, alone, at, between_bands, build, fails, guarded, needs_emulation, needs_unit
 
 ROOT = Path(__file__).resolve().parents[1]
+linear_tiles, mlp_tiles = OPERATORS.linear, OPERATORS.mlp
 # rows, C, M, chunks: below, at and above a tile, a group of rows, a block of groups (70 x 4096), a step of channels
 SIZES = [
     (1, 32, 1, 1),
@@ -66,13 +59,12 @@ class Emulated:
     def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
         rows, M, C = x.numel() // x.shape[-1], len(weight) // chunks, x.shape[-1]
         sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
-        whole, out = guarded(rows * len(weight), torch.float32)
         of_norm = at(norm[0]), at(norm[1]), ctypes.c_float(norm[2])
-        inside, packed = alone(x), self.pack(weight, chunks)
-        given = at(packed), at(bias), at(residual), int(gelu), at(out), *of_norm
-        assert self.library.linear(at(inside), *sizes, *given) == 0
-        size = (*x.shape[:-1], M)
-        return between_bands(whole, out, size if chunks == 1 else (chunks, *size))
+        wide, packed = Wide(x, M, chunks, torch.float32), self.pack(weight, chunks)
+        added = wide.residual(residual)
+        given = at(packed), at(bias), at(added), int(gelu), at(wide.out), *of_norm, *wide.apart
+        assert self.library.linear(at(wide.x), *sizes, *given) == 0
+        return wide.result()
 
     def mlp(self, x, first, second, residual=None, norm=(None, None, -1.0)):
         (w1, b1), (w2, b2) = first, second
@@ -292,14 +284,6 @@ def test_the_operator_refuses_other_sizes():
             pack_tiles(*wrong)
 
 
-def test_the_unit_can_be_left_alone():
-    program = "from h2ot_kernels import _C; print(_C.tiles_run())"
-    environment = {**os.environ, "H2OT_KERNELS_TILES": "0"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 LANES = "count > 0 ? __mmask16((1u << count) - 1)"
 THIRD = "  load_weights(weights, 0);\n  if constexpr"
 LOW = "now.has_low) multiply_low<1>"
@@ -331,6 +315,8 @@ MISTAKES = {
         "const int64_t panel = chunk * p.panels + at / kSide;\n    const int8_t* next",
     ),
     "the second chunk is left out": ("linear_tiles.cpp", "panel += groups_of(width, kSide);", "panel += 32;"),
+    "rows of x are adjacent": ("linear_tiles.cpp", "a.x_row(), a.x_row(), count", "a.x_row(), a.C, count"),
+    "rows of results are adjacent": ("linear_tiles.cpp", "(first + r) * a.out_row()", "(first + r) * a.M"),
     "a share of the rows has no GELU": ("linear_tiles.cpp", "          done = end;\n", "          done = end + 1;\n"),
     "an MLP's residual is that of the first block": (
         "linear_tiles.cpp",
@@ -365,43 +351,3 @@ def test_planted_mistakes_are_seen(mistake, tmp_path):
         )
     ]
     assert any(fails(test) for test in tests)
-
-
-@needs_unit
-def test_when_the_unit_is_used():
-    layer, x = Linear(48, 40).eval(), torch.randn(5, 48)
-    with torch.inference_mode():
-        y = layer(x)
-        assert isinstance(layer._kept["packed"][2], Tiles)
-        torch.testing.assert_close(layer(x, activation="tanh"), y.tanh())
-        torch.testing.assert_close(layer(x, residual=torch.ones(5, 40).double()), y.double() + 1)
-        _C.set_capability("avx2")
-        torch.testing.assert_close(layer(x), y)
-        assert isinstance(layer._kept["packed"][2], Floats)
-        _C.set_capability("avx512")
-    with torch.no_grad():
-        for value in (torch.inf, torch.nan, 3e38):
-            layer.weight[3, 5] = value
-            layer(x)
-            assert isinstance(layer._kept["packed"][2], OneDnn)
-        layer.weight[3] = 1e-20
-        layer(x)
-        assert isinstance(layer._kept["packed"][2], OneDnn)
-        layer.weight[3] = 0
-        wide = layer(x, residual=torch.ones(1, 40))  # a residual that all rows share
-        assert isinstance(layer._kept["packed"][2], Tiles)
-        torch.testing.assert_close(wide, functional.linear(x, layer.weight, layer.bias) + 1)
-        uneven = layer(x, chunks=3)
-        assert [part.shape[-1] for part in uneven] == [14, 14, 12]
-        torch.testing.assert_close(torch.cat(uneven, -1), functional.linear(x, layer.weight, layer.bias))
-
-
-@needs_unit
-def test_when_mlps_are_used():
-    feed, norm, x = Mlp(32, 100).eval(), torch.nn.LayerNorm(32), torch.randn(2, 7, 32)
-    with torch.inference_mode():
-        for residual in (None, x):
-            with Recorder() as called:
-                got = feed(x, norm=norm, residual=residual)
-            assert "h2ot_kernels::mlp_tiles" in called.names
-            assert torch.equal(got, feed.fc2(feed.fc1(x, activation="gelu", norm=norm), residual=residual))

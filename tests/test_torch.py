@@ -67,6 +67,8 @@ def samples():
     yield OPS.mlp_floats, (y, weight[:1], rand(3), 3, linear_floats.pack(rand(5, 3), 1), None, None, 5, *norm)
     qkv, proj = linear_floats.pack(rand(99, 33), 3), linear_floats.pack(rand(33, 33), 1)
     yield OPS.attend_floats, (y, qkv, rand(99), 1, 3, proj, None, y + 1, *norm)
+    yield OPS.attend_floats_out, (y, qkv, rand(99), 1, 3, proj, None, y + 1, *norm, rand(2, 5, 33))
+    yield OPS.linear_floats_out, (y, proj, None, None, 33, 1, True, *norm, rand(2, 5, 33))
     heads = rand(2, 5, 2, 9, 4).mT.contiguous().mT
     yield OPS.prune_attention, (heads, heads, 3, None, 0.5)
     yield OPS.attention_scores, (heads, heads, 0.5)
@@ -82,6 +84,8 @@ def samples_of_some_cpus():
         yield OPS.mlp_tiles, (rand(2, 5, 33), first, rand(40), 40, second, None, rand(2, 5, 6), 6, rand(33), None, 1e-5)
         projections = OPS.pack_tiles(qkv, 3), rand(99), 1, 3, OPS.pack_tiles(proj, 1)
         yield OPS.attend_tiles, (y, *projections, None, y + 1, rand(33), None, 1e-5)
+        yield OPS.attend_tiles_out, (y, *projections, None, y + 1, rand(33), None, 1e-5, rand(2, 5, 33))
+        yield OPS.linear_tiles_out, (y, projections[-1], None, y, 33, 1, False, None, None, -1.0, rand(2, 5, 33))
     if dots_run():
         packed = linear_halves.pack(weight.bfloat16(), 2)
         yield OPS.linear_halves, (rand(2, 5, 33), packed, rand(6), None, 6, 2, True, rand(33), None, 1e-5)
@@ -90,6 +94,8 @@ def samples_of_some_cpus():
         yield OPS.mlp_halves, (rand(2, 5, 33), *both, rand(33), None, 1e-5)
         first, second = linear_halves.pack(qkv.bfloat16(), 3), linear_halves.pack(proj.bfloat16(), 1)
         yield OPS.attend_halves, (y, first, rand(99), 1, 3, second, None, y + 1, rand(33), None, 1e-5)
+        yield OPS.attend_halves_out, (y, first, rand(99), 1, 3, second, None, y, rand(33), None, 1e-5, rand(2, 5, 33))
+        yield OPS.linear_halves_out, (y, second, None, y, 33, 1, False, None, None, -1.0, rand(2, 5, 33))
 
 
 def declared() -> set[str]:
@@ -105,7 +111,8 @@ def test_opcheck():
         checked.add(op.default.name().removeprefix("h2ot_kernels::"))
     # Backward operators whose own derivative raises are checked through the forward; linear layers where they run.
     absent = {of for of, run in (("tiles", tiles_run()), ("halves", dots_run())) if not run}
-    layers = {f"{kind}_{of}" for kind in ("linear", "mlp", "attend", "pack") for of in absent} - {"pack_halves"}
+    kinds = ("linear_{}", "linear_{}_out", "mlp_{}", "attend_{}", "attend_{}_out")
+    layers = {kind.format(of) for kind in kinds for of in absent} | ({"pack_tiles"} if "tiles" in absent else set())
     assert declared() - checked == {"recover_attention_backward"} | layers
 
 

@@ -14,17 +14,19 @@ constexpr int64_t kStepHalves = kDepth / int64_t(sizeof(uint16_t));
 constexpr int64_t kTileHalves = kTile / int64_t(sizeof(uint16_t));
 constexpr int64_t kSumsStep = 2 * kSide;  // from one row of sums to the next
 
-// `count` rows of C numbers as `groups` times kSide rows in tiles, zeros for the others and behind channel C.
-static inline void pack_rows(const uint16_t* x, int64_t count, int64_t C, int64_t groups, int64_t steps, uint16_t* to) {
+// `count` rows of C numbers, `apart` from each other, as `groups` times kSide rows in tiles, zeros for the others and
+// behind channel C.
+static inline void pack_rows(const uint16_t* x, int64_t apart, int64_t count, int64_t C, int64_t groups, int64_t steps,
+                             uint16_t* to) {
   for (int64_t r = 0; r < groups * kSide; r++) {
     for (int64_t s = 0; s < steps; s++) {
       uint16_t* const at = to + ((r / kSide * steps + s) * kSide + r % kSide) * kStepHalves;
       const int64_t left = r < count ? C - s * kStepHalves : 0;
       if (left >= kStepHalves) {
-        memcpy(at, x + r * C + s * kStepHalves, kStepHalves * sizeof(uint16_t));
+        memcpy(at, x + r * apart + s * kStepHalves, kStepHalves * sizeof(uint16_t));
       } else {
         memset(at, 0, kStepHalves * sizeof(uint16_t));
-        if (left > 0) memcpy(at, x + r * C + s * kStepHalves, size_t(left) * sizeof(uint16_t));
+        if (left > 0) memcpy(at, x + r * apart + s * kStepHalves, size_t(left) * sizeof(uint16_t));
       }
     }
   }

@@ -41,21 +41,28 @@ struct Arrays {
   }
 };
 
-// Rows [first, first + count) as the product takes them.
+// Rows [first, first + count) as the product takes them, into tiles of `groups` times kSide rows.
 template <class X>
-const BFloat16* given_rows(const LinearHalvesArgs& a, const Affine& affine, int64_t first, int64_t count,
-                           BFloat16* to) {
-  const X* const x = static_cast<const X*>(a.x) + first * a.C;
+void take_rows(const LinearHalvesArgs& a, const Affine& affine, int64_t first, int64_t count, int64_t groups,
+               BFloat16* given, uint16_t* tiles) {
+  const X* const x = static_cast<const X*>(a.x) + first * a.x_row();
+  const void* rows = given;
+  int64_t apart = a.C;
   if (a.has_norm) {
-    norm_block(x, count, a.C, a.eps, affine.weight, affine.bias, to);
+    norm_block(x, a.x_row(), count, a.C, a.eps, affine.weight, affine.bias, given);
   } else if constexpr (sizeof(X) == sizeof(BFloat16)) {
-    return x;
+    rows = x;
+    apart = a.x_row();
   } else {
-    const int64_t numbers = count * a.C, whole = numbers / kFloats * kFloats;
-    for (int64_t i = 0; i < whole; i += kFloats) store_narrow(to + i, load(x + i));
-    if (whole < numbers) store_part(to + whole, load_part(x + whole, numbers - whole), numbers - whole);
+    const int64_t whole = a.C / kFloats * kFloats;
+    for (int64_t r = 0; r < count; r++) {
+      const X* const from = x + r * a.x_row();
+      BFloat16* const to = given + r * a.C;
+      for (int64_t c = 0; c < whole; c += kFloats) store_narrow(to + c, load(from + c));
+      if (whole < a.C) store_part(to + whole, load_part(from + whole, a.C - whole), a.C - whole);
+    }
   }
-  return to;
+  pack_rows(static_cast<const uint16_t*>(rows), apart, count, a.C, groups, groups_of(a.C, kStepHalves), tiles);
 }
 
 // Two vectors of sums, and of what is added to them, as results: rounded to nearest even, a subnormal result to 0.
@@ -90,7 +97,7 @@ struct Outside {
   typedef O Result;
   const LinearHalvesArgs& a;
 
-  int64_t at(const HalvesPlace& place, int64_t row) const { return place.of_row(a.rows, a.M, row); }
+  int64_t at(const HalvesPlace& place, int64_t row) const { return place.of_row(a, row); }
   static bool is_whole(const HalvesPlace& place) { return place.count == kLinearPanel; }
 };
 struct Inside {
@@ -158,7 +165,7 @@ void run_block(const LinearHalvesArgs& a, const uint16_t* tiles, int64_t first, 
         float* const sums = all_sums + slot * kRows * kLinearPanel;
         const Product now = {place, first + row, count - row < kRows ? count - row : kRows, sums};
         if constexpr (kAsks) {
-          ask_for_lines<typename To::Result>(place, a.rows, a.M, now.first, now.count, a.out, a.residual);
+          ask_for_lines<typename To::Result>(a, place, now.first, now.count);
         }
         int64_t done = 0;
         multiply<kTiles, true>(tiles + (row * steps + step * kSide) * kStepHalves, steps * kTileHalves, weights,
@@ -186,7 +193,7 @@ auto runner(const LinearHalvesArgs& a) {
 template <class Part>
 Status by_blocks(const Parallel& pool, const LinearHalvesArgs& a, int64_t hidden_channels, int64_t panels,
                  const Part& part) {
-  const auto given = a.x_dtype == Dtype::bf16 ? given_rows<BFloat16> : given_rows<float>;
+  const auto take = a.x_dtype == Dtype::bf16 ? take_rows<BFloat16> : take_rows<float>;
   Affine affine;
   if (a.has_norm && affine.read(a.norm_weight, a.norm_bias, a.norm_dtype, a.C) != Status::ok) {
     return Status::out_of_memory;
@@ -202,9 +209,7 @@ Status by_blocks(const Parallel& pool, const LinearHalvesArgs& a, int64_t hidden
     const Arrays at(carver, a.C, hidden_channels);
     [[maybe_unused]] const ProductRegisters registers = {};
     blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
-      const BFloat16* const x = given(a, affine, first, count, at.given);
-      const int64_t groups = groups_of(count, kRows) * kTiles, steps = groups_of(a.C, kStepHalves);
-      pack_rows(reinterpret_cast<const uint16_t*>(x), count, a.C, groups, steps, at.rows);
+      take(a, affine, first, count, groups_of(count, kRows) * kTiles, at.given, at.rows);
       part(first, count, panel, panels_end, at);
     });
   });

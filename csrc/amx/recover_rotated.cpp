@@ -27,7 +27,7 @@ struct Arrays {
 void run_block(const RecoverRotatedArgs& a, int64_t first, int64_t count, int64_t steps, const Arrays& at) {
   const int64_t width = sums_width(a.M);
   const uint16_t* triangle = static_cast<const uint16_t*>(a.triangle);
-  pack_rows(static_cast<const uint16_t*>(a.attended) + first * a.C, count, a.C, 2, steps, at.rows);
+  pack_rows(static_cast<const uint16_t*>(a.attended) + first * a.C, a.C, count, a.C, 2, steps, at.rows);
   memset(at.sums, 0, size_t(count * width) * sizeof(float));
   for (int64_t s = 0; s < steps; s++) {
     const int64_t c = s * kRotatedPanel;

@@ -97,21 +97,23 @@ H2OT_INLINE void norm_rows(const T* const* x, const E* mean, int64_t C, double e
   });
 }
 
-// LayerNorm of `count` rows one behind the other, C at least a vector; weight and bias in whole vectors.
+// LayerNorm of `count` rows `apart` from each other, into rows one behind the other, C at least a vector; weight and
+// bias in whole vectors.
 template <int R = kNormRows, class T, class N, class E>
-H2OT_INLINE void norm_block(const T* x, int64_t count, int64_t C, double eps, const E* weight, const E* bias, N* out) {
+H2OT_INLINE void norm_block(const T* x, int64_t apart, int64_t count, int64_t C, double eps, const E* weight,
+                            const E* bias, N* out) {
   int64_t row = 0;
   for (; row + R <= count; row += R) {
     const T* at[R];
     E mean[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      at[r] = x + (row + r) * C;
+      at[r] = x + (row + r) * apart;
       mean[r] = add_row<T, T>(at[r], nullptr, C, nullptr) / E(C);
     }
     norm_rows<R>(at, mean, C, eps, weight, bias, out + row * C);
   }
-  if constexpr (R > 1) norm_block<1>(x + row * C, count - row, C, eps, weight, bias, out + row * C);
+  if constexpr (R > 1) norm_block<1>(x + row * apart, apart, count - row, C, eps, weight, bias, out + row * C);
 }
 
 // [C] of any dtype, or null, in whole vectors.

@@ -42,20 +42,22 @@ struct Place {
     column = panel % panels * kPanel;
     count = M - column < kPanel ? M - column : kPanel;
   }
-  int64_t of_row(int64_t rows, int64_t M, int64_t row) const { return (chunk * rows + row) * M + column; }
+  template <class Args>
+  int64_t of_row(const Args& a, int64_t row) const {
+    return chunk * a.rows * a.M + row * a.out_row() + column;
+  }
 };
 
 // The lines of `count` rows from `first` on that results are written to, and what is added to them is read from: they
 // come while the product is made.
-template <class O, int64_t kPanel>
-H2OT_INLINE void ask_for_lines(const Place<kPanel>& place, int64_t rows, int64_t M, int64_t first, int64_t count,
-                               void* out, const void* residual) {
+template <class O, int64_t kPanel, class Args>
+H2OT_INLINE void ask_for_lines(const Args& a, const Place<kPanel>& place, int64_t first, int64_t count) {
   constexpr int64_t kLine = 64 / int64_t(sizeof(O));
   for (int64_t r = 0; r < count; r++) {
-    const int64_t at = place.of_row(rows, M, first + r);
+    const int64_t at = place.of_row(a, first + r);
     for (int64_t i = 0; i < place.count; i += kLine) {
-      __builtin_prefetch(static_cast<O*>(out) + at + i, 1);
-      if (residual) __builtin_prefetch(static_cast<const O*>(residual) + at + i);
+      __builtin_prefetch(static_cast<O*>(a.out) + at + i, 1);
+      if (a.residual) __builtin_prefetch(static_cast<const O*>(a.residual) + at + i);
     }
   }
 }

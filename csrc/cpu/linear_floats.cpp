@@ -21,7 +21,7 @@ H2OT_INLINE void multiply(const LinearFloatsArgs& a, const float* x, int64_t row
                           int64_t vectors, float* sums) {
   const WriteTo<float> to = {sums, kFloatsPanel};
   for (; vector + V <= vectors; vector += V) {
-    product_rest<kRows, V>(rows, 0, vector, a.C, x, a.C, 1, weights, kFloatsPanel, to);
+    product_rest<kRows, V>(rows, 0, vector, a.C, x, a.x_row(), 1, weights, kFloatsPanel, to);
   }
   if constexpr (V > 1) multiply<V / 2>(a, x, rows, weights, vector, vectors, sums);
 }
@@ -32,20 +32,20 @@ H2OT_INLINE void finish_rows(const LinearFloatsArgs& a, const FloatsPlace& place
                              const float* sums) {
   float bias[kFloatsPanel] = {};
   if (a.bias) memcpy(bias, a.bias + place.chunk * a.M + place.column, size_t(place.count) * sizeof(float));
-  const int64_t at = place.of_row(a.rows, a.M, first), whole = place.count / kFloats * kFloats;
+  const int64_t at = place.of_row(a, first), whole = place.count / kFloats * kFloats;
   float* out = a.out + at;
   const float* residual = a.residual ? a.residual + at : nullptr;
   const auto result = [&](int64_t i) __attribute__((always_inline)) {
     const Floats sum = load(sums + i) + load(bias + i);
     return kGelu ? gelu(sum) : sum;
   };
-  for (int64_t r = 0; r < count; r++, sums += kFloatsPanel, out += a.M) {
+  for (int64_t r = 0; r < count; r++, sums += kFloatsPanel, out += a.out_row()) {
     for (int64_t i = 0; i < whole; i += kFloats) store(out + i, residual ? load(residual + i) + result(i) : result(i));
     if (const int64_t rest = place.count - whole) {  // nothing beyond the last output
       const Floats added = residual ? load_part(residual + whole, rest) : Floats{};
       store_part(out + whole, residual ? added + result(whole) : result(whole), rest);
     }
-    if (residual) residual += a.M;
+    if (residual) residual += a.out_row();
   }
 }
 
@@ -57,8 +57,8 @@ void run_block(const LinearFloatsArgs& a, const float* x, int64_t first, int64_t
     const float* const weights = a.packed + panel * a.C * kFloatsPanel;
     for (int64_t row = 0; row < count; row += kRows) {
       const int64_t here = count - row < kRows ? count - row : kRows;
-      ask_for_lines<float>(place, a.rows, a.M, first + row, here, a.out, a.residual);
-      multiply<kVectors>(a, x + row * a.C, here, weights, 0, groups_of(place.count, kFloats), sums);
+      ask_for_lines<float>(a, place, first + row, here);
+      multiply<kVectors>(a, x + row * a.x_row(), here, weights, 0, groups_of(place.count, kFloats), sums);
       finish_rows<kGelu>(a, place, first + row, here, sums);
     }
   }
@@ -83,8 +83,8 @@ Status by_blocks(const Parallel& pool, const LinearFloatsArgs& a, int64_t floats
     if (!memory) return outcome.fail(Status::out_of_memory);
     float *const sums = static_cast<float*>(memory), *const own = sums + kSums, *const more = own + normed;
     blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
-      const float* const x = a.x + first * a.C;
-      if (a.has_norm) norm_block(x, count, a.C, a.eps, affine.weight, affine.bias, own);
+      const float* const x = a.x + first * a.x_row();
+      if (a.has_norm) norm_block(x, a.x_row(), count, a.C, a.eps, affine.weight, affine.bias, own);
       part(first, count, a.has_norm ? own : x, panel, panels_end, sums, more);
     });
   });
@@ -95,9 +95,11 @@ Status by_blocks(const Parallel& pool, const LinearFloatsArgs& a, int64_t floats
 
 Status linear_floats(const LinearFloatsArgs& a, const Parallel& pool) {
   const auto run = runner(a);
+  LinearFloatsArgs inner = a;
+  if (a.has_norm) inner.apart.x = 0;  // what is normed stands in a block of its own
   return by_blocks(pool, a, 0, a.chunks * groups_of(a.M, kFloatsPanel),
                    [&](int64_t first, int64_t count, const float* x, int64_t panel, int64_t end, float* sums, float*) {
-                     run(a, x, first, count, panel, end, sums);
+                     run(inner, x, first, count, panel, end, sums);
                    });
 }
 
@@ -108,6 +110,7 @@ Status mlp_floats(const MlpFloatsArgs& a, const Parallel& pool) {
                    [&](int64_t first, int64_t count, const float* x, int64_t, int64_t, float* sums, float* between) {
                      LinearFloatsArgs inner = a.first;  // its rows are a block's, its results stay with the thread
                      inner.rows = kBlock;
+                     if (inner.has_norm) inner.apart.x = 0;
                      inner.out = between;
                      run_first(inner, x, 0, count, 0, groups_of(hidden, kFloatsPanel), sums);
                      run_second(a.second, between, first, count, 0, groups_of(a.second.M, kFloatsPanel), sums);

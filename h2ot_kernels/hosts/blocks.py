@@ -53,7 +53,7 @@ class Attention(nn.Module):
         """x [B, T, C], or [B, F, J, C] with dim 1 or 2 -> attention along axis dim, (query, key) [B, (J, F), H, T, D].
 
         with_query_key: False gives None for them: views cost as much as a launch. norm: what is done to x first.
-        update: residual, scale as `Linear` takes them.
+        update: residual, scale, out as `Linear` takes them.
         """
         dropout = self.dropout if self.training else 0.0
         if not (with_query_key or dropout):
@@ -79,11 +79,11 @@ class Attention(nn.Module):
         return project(self.proj, attended, dropout, **update), query_key
 
 
-def project(layer: Linear, x: Tensor, dropout: float, residual: Tensor | None = None, **scale) -> Tensor:
-    """residual + dropout(layer(x)), in one pass where nothing is dropped."""
+def project(layer: Linear, x: Tensor, dropout: float, residual: Tensor | None = None, **given) -> Tensor:
+    """residual + dropout(layer(x)), in one pass where nothing is dropped; given: scale, and then out, as there."""
     if dropout == 0:
-        return layer(x, residual=residual, **scale)
-    y = functional.dropout(layer(x, **scale), dropout)
+        return layer(x, residual=residual, **given)
+    y = functional.dropout(layer(x, **given), dropout)
     return y if residual is None else residual + y
 
 

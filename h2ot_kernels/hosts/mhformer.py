@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from ..attention import attend_rows
 from ..hourglass import Kept
+from ..inference import is_unseen
 from ..linear import Linear
 from .blocks import Attention, Block, Mlp, QueryKey, drop_path, drop_rates, project
 from .host import Host
@@ -146,15 +147,19 @@ class HypothesisBlock(nn.Module):
         """x -> the block's output, and each stream's (query, key) [B, H, K, D] where asked for."""
         streams, query_keys = dict(zip(STREAMS, x.chunk(3, -1), strict=True)), []
         drops = self.training and self.drop_path_rate > 0
+        in_place = not (self.training or torch.is_grad_enabled()) and is_unseen(x)
+        whole = torch.empty_like(x) if in_place else None
         for s in STREAMS:
-            # Each is read by three layers or more: copied once.
-            streams[s] = streams[s].contiguous()
+            # Each is read by three layers or more: in place where the kernels read it there, else copied once.
+            streams[s] = streams[s] if in_place else streams[s].contiguous()
         for s in STREAMS:
             asked = {"with_query_key": with_query_key, "residual": None if drops else streams[s]}
+            if in_place:
+                asked["out"] = whole.chunk(3, -1)[s - 1]
             updated, query_key = self.update(s, streams, **asked)
             streams[s] = streams[s] + drop_path(updated, self.drop_path_rate, 1) if drops else updated
             query_keys.append(query_key)
-        x = torch.cat(list(streams.values()), -1)
+        x = whole if in_place else torch.cat(list(streams.values()), -1)
         if drops:
             return x + drop_path(self.mlp(x, norm=self.norm2), self.drop_path_rate, 1), query_keys
         return self.mlp(x, norm=self.norm2, residual=x), query_keys
@@ -200,13 +205,16 @@ class CrossAttention(nn.Module):
         self.proj = Linear(channels, channels)
 
     def forward(
-        self, sources: list[Tensor], norms: list[nn.LayerNorm], residual: Tensor | None, *, with_query_key: bool
+        self, sources: list[Tensor], norms: list[nn.LayerNorm], *, with_query_key: bool, **update
     ) -> tuple[Tensor, QueryKey | None]:
-        """sources: what query, key and value are made of after their norms -> residual + attention, (query, key)."""
+        """sources: what query, key and value are made of after their norms -> residual + attention, (query, key).
+
+        update: residual, out as `Linear` takes them.
+        """
         layers = (self.linear_q, self.linear_k, self.linear_v)
         heads = [layer(x, norm=norm) for layer, x, norm in zip(layers, sources, norms, strict=True)]
         query_key = None
         if with_query_key:
             query_key = tuple(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in heads[:2])
         attended = attend_rows(*heads, self.num_heads)
-        return project(self.proj, attended, self.dropout if self.training else 0.0, residual), query_key
+        return project(self.proj, attended, self.dropout if self.training else 0.0, **update), query_key

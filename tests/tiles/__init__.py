@@ -76,6 +76,32 @@ def between_bands(whole: Tensor, inside: Tensor, size: tuple[int, ...]) -> Tenso
     return inside.view(size)
 
 
+class Wide:
+    """Operands and results of a layer, of some sizes in rows that stand apart: NaN, or 7, between them."""
+
+    def __init__(self, x: Tensor, M: int, chunks: int, dtype: torch.dtype):
+        self.size, self.rows, self.M, self.chunks = x.shape[:-1], x.numel() // x.shape[-1], M, chunks
+        self.more = 5 if chunks == 1 and self.rows % 2 else 0
+        self.x = alone(self._wide(x))
+        self.whole, self.out = guarded(self.rows * chunks * (M + self.more), dtype)
+        self.apart = [ctypes.c_int64(columns + self.more if self.more else 0) for columns in (x.shape[-1], M)]
+
+    def residual(self, residual: Tensor | None) -> Tensor | None:
+        return residual if residual is None or not self.more else self._wide(residual)
+
+    def result(self) -> Tensor:
+        """What was written between bands and between columns, which are as they were."""
+        wide = between_bands(self.whole, self.out, (self.chunks * self.rows, self.M + self.more))
+        assert (wide[:, self.M :] == 7).all()
+        size = (*self.size, self.M)
+        return wide[:, : self.M].reshape(size if self.chunks == 1 else (self.chunks, *size))
+
+    def _wide(self, x: Tensor) -> Tensor:
+        wide = torch.full((self.rows, x.shape[-1] + self.more), torch.nan, dtype=x.dtype)
+        wide[:, : x.shape[-1]] = x.reshape(self.rows, -1)
+        return wide
+
+
 def alone(x: Tensor) -> Tensor:
     """A copy of x between NaN, which spoils what counts it."""
     inside = torch.full((x.numel() + 64,), float("nan"), dtype=x.dtype)[32:-32].view(x.shape)

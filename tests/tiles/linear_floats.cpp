@@ -5,10 +5,12 @@ using namespace h2ot;
 
 extern "C" int linear_floats(const float* x, const float* packed, int64_t rows, int64_t chunks, int64_t M, int64_t C,
                              const float* bias, const float* residual, int gelu, float* out, const float* norm_weight,
-                             const float* norm_bias, double eps) {
-  const LinearFloatsArgs args = {
-      x,   packed,   rows,        chunks,    M,  C, bias, residual, gelu ? Activation::gelu : Activation::none,
-      out, eps >= 0, norm_weight, norm_bias, eps};
+                             const float* norm_bias, double eps, int64_t x_apart, int64_t out_apart) {
+  const LinearFloatsArgs args = {x,         packed,   rows,
+                                 chunks,    M,        C,
+                                 bias,      residual, gelu ? Activation::gelu : Activation::none,
+                                 out,       eps >= 0, norm_weight,
+                                 norm_bias, eps,      {x_apart, out_apart}};
   return int(H2OT_ISA::linear_floats(args, {run_in_two, 2}));
 }
 

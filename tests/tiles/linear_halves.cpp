@@ -7,7 +7,8 @@ h2ot::Dtype dtype(int is_float) { return is_float ? h2ot::Dtype::f32 : h2ot::Dty
 
 extern "C" int linear_halves(const void* x, int x_is_float, const uint16_t* packed, int64_t rows, int64_t chunks,
                              int64_t M, int64_t C, const float* bias, const void* residual, int out_is_float, int gelu,
-                             void* out, const void* norm_weight, const void* norm_bias, double eps) {
+                             void* out, const void* norm_weight, const void* norm_bias, double eps, int64_t x_apart,
+                             int64_t out_apart) {
   const h2ot::LinearHalvesArgs args = {x,         dtype(x_is_float),
                                        packed,    rows,
                                        chunks,    M,
@@ -16,7 +17,7 @@ extern "C" int linear_halves(const void* x, int x_is_float, const uint16_t* pack
                                        out,       dtype(out_is_float),
                                        eps >= 0,  norm_weight,
                                        norm_bias, h2ot::Dtype::f32,
-                                       eps};
+                                       eps,       {x_apart, out_apart}};
   return int(h2ot::H2OT_ISA::linear_halves(args, {run_in_two, 2}));
 }
 

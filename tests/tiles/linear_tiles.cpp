@@ -9,10 +9,11 @@ extern "C" int64_t pack(const float* weight, int64_t chunks, int64_t M, int64_t 
 
 extern "C" int linear(const float* x, int64_t rows, int64_t chunks, int64_t M, int64_t C, const int8_t* packed,
                       const float* bias, const float* residual, int gelu, float* out, const float* norm_weight,
-                      const float* norm_bias, float eps) {
+                      const float* norm_bias, float eps, int64_t x_apart, int64_t out_apart) {
   const auto activation = gelu ? h2ot::Activation::gelu : h2ot::Activation::none;
-  const h2ot::LinearTilesArgs args = {x,        rows,       chunks, M,        C,           packed,    bias,
-                                      residual, activation, out,    eps >= 0, norm_weight, norm_bias, eps};
+  const h2ot::LinearTilesArgs args = {x,        rows,        chunks,    M,          C,
+                                      packed,   bias,        residual,  activation, out,
+                                      eps >= 0, norm_weight, norm_bias, eps,        {x_apart, out_apart}};
   return int(h2ot::amx::linear_tiles(args, {run_in_two, 2}));
 }
 

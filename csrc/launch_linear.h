@@ -1,0 +1,101 @@
+// What the linear layers of CPU inference are asked: see launch.h.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace h2ot {
+
+// out[c, r] = residual[c, r] + activation(W_c norm(x[r]) + bias_c) in float32, on the tile unit of x86. The weights,
+// those of `chunks` layers with M outputs each, are packed once: three bytes for each, in tiles, and a scale for each
+// output.
+enum class Activation : int32_t { none, gelu };
+struct PackTilesArgs {
+  const float* weight;  // [chunks, M, C] contiguous; the largest of each row 0, or from 2^-48 to 2^48; C 32 to 32768
+  int64_t chunks, M, C;
+  int8_t* packed;  // [packed_tiles_size()] aligned to 64 bytes
+};
+// Where the rows of a linear layer stand that are not contiguous: numbers from one to the next, 0 for contiguous ones.
+// Those of results, and of what is added to them, may stand apart in one chunk.
+struct Apart {
+  int64_t x = 0, out = 0;
+};
+struct LinearTilesArgs {
+  const float* x;  // [rows, C] contiguous
+  int64_t rows, chunks, M, C;
+  const int8_t* packed;
+  const float* bias;      // [chunks, M], or null
+  const float* residual;  // [chunks, rows, M] contiguous, or null
+  Activation activation;
+  float* out;                            // [chunks, rows, M]
+  bool has_norm;                         // norm is LayerNorm over C, else nothing
+  const float *norm_weight, *norm_bias;  // [C], or null
+  float eps;
+  Apart apart = {};
+
+  int64_t x_row() const { return apart.x ? apart.x : C; }
+  int64_t out_row() const { return apart.out ? apart.out : M; }
+};
+// Two of them, one behind the other; what is between them is never stored whole.
+struct MlpTilesArgs {
+  LinearTilesArgs first;   // out unused; GELU, no residual
+  LinearTilesArgs second;  // x unused; no norm, no activation; C is the first one's M; of both one chunk
+};
+
+// The same in bfloat16 with sums in float32, on the unit or by products of pairs. The weights stand in panels of
+// kLinearPanel outputs, [chunks, panels, steps, 2, 16, 16, 2]: of 32 channels and half a panel, for each pair of
+// channels the pairs of 16 outputs; 0 behind the last channel, and behind the last output of a chunk. Each sum is one
+// chain in the order of the channels, whatever stands beside it; subnormal numbers count as 0.
+constexpr int64_t kLinearPanel = 32, kFewestChannels = 16;
+struct LinearHalvesArgs {
+  const void* x;  // [rows, C] contiguous; C at least kFewestChannels
+  Dtype x_dtype;  // bf16, or f32, which is rounded (after the norm)
+  const uint16_t* packed;
+  int64_t rows, chunks, M, C;
+  const float* bias;     // [chunks, M], or null
+  const void* residual;  // [chunks, rows, M] contiguous, or null
+  Activation activation;
+  void* out;                            // [chunks, rows, M]
+  Dtype out_dtype;                      // of out and residual: bf16; or f32, to which the rounded product is added
+  bool has_norm;                        // norm is LayerNorm over C, else nothing
+  const void *norm_weight, *norm_bias;  // [C], or null
+  Dtype norm_dtype;                     // of both: f32 or bf16
+  double eps;
+  Apart apart = {};
+
+  int64_t x_row() const { return apart.x ? apart.x : C; }
+  int64_t out_row() const { return apart.out ? apart.out : M; }
+};
+
+// Two of them, one behind the other; what is between them, in bfloat16, is never stored whole.
+struct MlpHalvesArgs {
+  LinearHalvesArgs first;   // out unused, its dtype bf16; no residual
+  LinearHalvesArgs second;  // x unused; no norm; C is the first one's M; of both one chunk
+};
+
+// The same in float32, each sum one chain of multiply-adds in the order of the channels. The weights stand in panels of
+// kFloatsPanel outputs, [chunks, panels, C, kFloatsPanel], 0 behind the last output of a chunk.
+constexpr int64_t kFloatsPanel = 64;
+struct LinearFloatsArgs {
+  const float* x;  // [rows, C] contiguous; C at least 1, with a norm kFewestChannels
+  const float* packed;
+  int64_t rows, chunks, M, C;
+  const float* bias;      // [chunks, M], or null
+  const float* residual;  // [chunks, rows, M] contiguous, or null
+  Activation activation;
+  float* out;                            // [chunks, rows, M]
+  bool has_norm;                         // norm is LayerNorm over C, else nothing
+  const float *norm_weight, *norm_bias;  // [C], or null
+  double eps;
+  Apart apart = {};
+
+  int64_t x_row() const { return apart.x ? apart.x : C; }
+  int64_t out_row() const { return apart.out ? apart.out : M; }
+};
+struct MlpFloatsArgs {
+  LinearFloatsArgs first;   // out unused; no residual
+  LinearFloatsArgs second;  // x unused; no norm; C is the first one's M; of both one chunk
+};
+
+}  // namespace h2ot
