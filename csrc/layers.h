@@ -23,14 +23,14 @@ inline bool is_float(const Tensor& x) { return x.scalar_type() == ScalarType::Fl
 // Numbers from one row of x to the next; 0 where they are not all equally far apart.
 inline int64_t rows_apart(const Tensor& x) {
   if (x.stride(-1) != 1 && x.size(-1) > 1) return 0;
-  int64_t apart = 0, next = 0;
+  int64_t apart = 0, next = 0;  // what the next axis' stride has to be
   for (int64_t axis = x.dim() - 2; axis >= 0; axis--) {
     if (x.size(axis) == 1) continue;
-    if (next && x.stride(axis) != next) return 0;
-    if (!next) apart = x.stride(axis);
+    if (next == 0) apart = x.stride(axis);
+    if (apart == 0 || (next != 0 && x.stride(axis) != next)) return 0;
     next = x.stride(axis) * x.size(axis);
   }
-  return next || x.numel() != x.size(-1) ? apart : x.size(-1);
+  return next == 0 ? x.size(-1) : apart;  // one row
 }
 // x, or a copy whose rows are equally far apart.
 inline Tensor readable_rows(const Tensor& x) { return rows_apart(x) > 0 ? x : dense(x); }

@@ -96,6 +96,26 @@ def test_attention_of_slices(kind, size, dim):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda x: x[:, :1].expand(4, 9, C),
+        lambda x: x[:1].expand(4, 9, C),
+        lambda x: x[:1, :1].expand(4, 9, C),
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, ::2],
+        lambda x: x.flatten()[: 30 * 20 + C - 20].unfold(0, C, 20),
+        lambda x: x.mT.contiguous().mT,
+    ],
+)
+def test_rows_of_any_strides(kind, lay):
+    operators, pack, dtype = KINDS[kind]
+    x = lay(torch.randn(4, 9, C).to(dtype))
+    given = pack(torch.randn(C, C), 1), None, None, C, 1, False
+    assert torch.equal(operators.linear(x, *given), operators.linear(x.contiguous(), *given))
+
+
+@pytest.mark.parametrize("kind", EACH)
 def test_other_places_are_refused(kind):
     operators, pack, dtype = KINDS[kind]
     x = torch.randn(4, 9, C).to(dtype)
@@ -107,6 +127,8 @@ def test_other_places_are_refused(kind):
         (None, x[..., :24], 1),
         (None, x.transpose(0, 1).contiguous().transpose(0, 1), 1),
         (None, x[:1, :1].expand(4, 9, C), 1),
+        (None, x[:, :1].expand(4, 9, C), 1),
+        (None, x.flatten()[: 35 * 20 + C].unfold(0, C, 20), 1),
         (x, apart, 1),
         (apart, x.clone(), 1),
         (None, x.clone(), 2),
