@@ -55,13 +55,13 @@ class Attention(nn.Module):
         with_query_key: False gives None for them: views cost as much as a launch. norm: what is done to x first.
         update: residual, scale, out as `Linear` takes them.
         """
-        dropout = self.dropout if self.training else 0.0
-        if not (with_query_key or dropout):
+        dropout, in_one_product = self.dropout if self.training else 0.0, takes_one_product(x, dim)
+        if not (with_query_key or dropout or in_one_product):
             attended = attend_in_one_call(x, self.qkv, self.proj, dim, self.num_heads, norm, **update)
             if attended is not None:
                 return attended, None
         query_key = None
-        if takes_one_product(x, dim):
+        if in_one_product:
             attended, *heads = attend_packed(self.qkv(x, norm=norm), self.num_heads, dim)
             if with_query_key:
                 others = x.shape[:-2] if dim == x.dim() - 2 else (1, x.shape[2])
