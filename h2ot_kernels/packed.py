@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .huge_pages import in_huge_pages
 from .inference import declare_for_inference
 from .library import declare, into_out
 
@@ -57,7 +58,7 @@ class Packed:
         chunks: int,
         adds: tuple[torch.dtype, ...],
     ):
-        self.operators, self.packed, self.bias, self.adds = operators, packed, bias, adds
+        self.operators, self.packed, self.bias, self.adds = operators, in_huge_pages(packed), bias, adds
         self.out_features, self.chunks = out_features, chunks
 
     def __call__(self, x: Tensor, activation: str, residual: Tensor | None, norm: tuple = ()) -> tuple[Tensor, ...]:
