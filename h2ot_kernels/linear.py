@@ -68,7 +68,7 @@ class Linear(nn.Linear):
         """
         if out is not None:
             return self._write(x, activation, residual, out, scale=scale, norm=norm)
-        product = self._ready(x, None, scale, chunks) if x.is_cpu else None  # nothing is packed elsewhere
+        product = self._ready(x, scale, chunks) if x.is_cpu else None  # nothing is packed elsewhere
         if product is None:
             return self._plain(x, activation, residual, scale, chunks, norm)
         dtype, fused = _product_dtype(x), {}
@@ -84,7 +84,7 @@ class Linear(nn.Linear):
 
     def _write(self, x: Tensor, activation: str, residual: Tensor | None, out: Tensor, **given) -> Tensor:
         plain = activation == "none" and residual is not None and given["norm"] is None and x.is_cpu
-        product = self._ready(x, None, given["scale"], 1) if plain else None
+        product = self._ready(x, given["scale"], 1) if plain else None
         if isinstance(product, Packed) and product.write(x, residual, out):
             return out
         return out.copy_(self.forward(x, activation, residual=residual, **given))
@@ -110,33 +110,28 @@ class Linear(nn.Linear):
             return scale * y if residual is None else torch.addcmul(residual, y.to(residual.dtype), scale)
         return y if residual is None else residual + y
 
-    def _ready(self, x: Tensor, features: int | None, scale: Tensor | None, chunks: int) -> "Product | None":
-        """What multiplies x, or rows of `features` that are made of x's; None: nn.Linear does."""
-        dtype, weight = _product_dtype(x), self.weight  # nn.Module looks it up in Python: once
-        if not self._can_pack(x, features, weight, dtype) or (scale is not None and scale.is_inference()):
-            return None
-        return self._pack(x.numel() // x.shape[-1], weight, dtype, scale, chunks)
+    def _ready(self, x: Tensor, scale: Tensor | None, chunks: int) -> "Product | None":
+        """What multiplies x; None: nn.Linear does."""
+        dtype = _product_dtype(x)
+        return self._packed(x, x.shape[-1], dtype, scale, chunks) if _takes_packed(x, dtype) else None
 
-    def _can_pack(self, x: Tensor, features: int | None, weight: Tensor, dtype: torch.dtype) -> bool:
-        return (
-            not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-            and forward_ad._current_level < 0  # a product of oneDNN has no tangent
-            and dtype in PACKABLE
-            and type(x) is Tensor  # no fakes, no functorch wrappers
-            and not (x.is_nested or torch.jit.is_tracing())
+    def _packed(
+        self, x: Tensor, features: int, dtype: torch.dtype, scale: Tensor | None, chunks: int
+    ) -> "Product | None":
+        """The same for rows of `features` that are made of x's, which `_takes_packed` has looked at."""
+        weight = self.weight  # nn.Module looks it up in Python: once
+        if (
+            not self.training
             and (dtype == weight.dtype or (torch.is_autocast_enabled("cpu") and _casts(x, weight)))
             and weight.is_cpu
-            and x.layout is weight.layout is torch.strided
-            and x.dim() > 0
-            and (x.shape[-1] if features is None else features) == weight.shape[1]
-            and x.numel() > 0
+            and weight.layout is torch.strided
+            and features == weight.shape[1]
             and type(weight) is nn.Parameter
             and not weight.is_inference()  # such a tensor does not say when it changes
-            and HAS_ONEDNN
-            and torch._C._get_mkldnn_enabled()
-            and not is_reference(None)
-            and (dtype != torch.float16 or is_widened(dtype))
-        )
+            and (scale is None or not scale.is_inference())
+        ):
+            return self._pack(x.numel() // x.shape[-1], weight, dtype, scale, chunks)
+        return None
 
     def _pack(self, rows: int, weight: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Product":
         """The weight and bias, times the scale."""
@@ -262,10 +257,11 @@ def in_one_call(
         return None
     is_mlp = len(between) == 1
     chunks, features = (1, between[0]) if is_mlp else (3, x.shape[-1])
-    one = first._ready(x, None, None, chunks)
+    dtype = _product_dtype(x)
+    one = first._packed(x, x.shape[-1], dtype, None, chunks) if _takes_packed(x, dtype) else None
     if not isinstance(one, Packed):
         return None
-    other = last._ready(x, features, scale, 1)
+    other = last._packed(x, features, dtype, scale, 1)
     if type(other) is not type(one) or x.dtype not in one.adds or one.out_features != chunks * features:
         return None
     size = (*x.shape[:-1], other.out_features)
@@ -285,6 +281,24 @@ def in_one_call(
         return None
     one.operators.attend_out(x, *given, *(inside or NO_NORM), out)
     return out
+
+
+def _takes_packed(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether packed weights of this dtype may multiply x, here and now."""
+    return (
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and forward_ad._current_level < 0  # a product of oneDNN has no tangent
+        and dtype in PACKABLE
+        and type(x) is Tensor  # no fakes, no functorch wrappers
+        and not (x.is_nested or torch.jit.is_tracing())
+        and x.layout is torch.strided
+        and x.dim() > 0
+        and x.numel() > 0
+        and HAS_ONEDNN
+        and torch._C._get_mkldnn_enabled()
+        and not is_reference(None)
+        and (dtype != torch.float16 or is_widened(dtype))
+    )
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

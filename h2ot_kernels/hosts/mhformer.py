@@ -105,7 +105,8 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(num_frames, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.dropout(x + self.pos_embed, self.dropout, self.training)
+        x = x + self.pos_embed
+        x = functional.dropout(x, self.dropout) if self.training else x
         for block in self.blocks:
             x, _ = block(x, dim=1)
         return self.norm(x)
@@ -130,7 +131,8 @@ class HypothesisTransformer(nn.Module):
     def embed(self, streams: list[Tensor]) -> Tensor:
         """Three [B, F, C] -> [B, F, 3C]."""
         embedded = [x + getattr(self, f"pos_embed_{s}") for s, x in zip(STREAMS, streams, strict=True)]
-        return functional.dropout(torch.cat(embedded, -1), self.dropout, self.training)
+        x = torch.cat(embedded, -1)
+        return functional.dropout(x, self.dropout) if self.training else x
 
 
 class HypothesisBlock(nn.Module):
