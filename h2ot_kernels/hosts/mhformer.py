@@ -130,8 +130,13 @@ class HypothesisTransformer(nn.Module):
 
     def embed(self, streams: list[Tensor]) -> Tensor:
         """Three [B, F, C] -> [B, F, 3C]."""
-        embedded = [x + getattr(self, f"pos_embed_{s}") for s, x in zip(STREAMS, streams, strict=True)]
-        x = torch.cat(embedded, -1)
+        positions = [getattr(self, f"pos_embed_{s}") for s in STREAMS]
+        if not torch.is_grad_enabled() and is_unseen(*streams):
+            x = streams[0].new_empty(*streams[0].shape[:2], 3 * streams[0].shape[2])
+            for stream, position, part in zip(streams, positions, x.chunk(3, -1), strict=True):
+                torch.add(stream, position, out=part)
+        else:
+            x = torch.cat([stream + position for stream, position in zip(streams, positions, strict=True)], -1)
         return functional.dropout(x, self.dropout) if self.training else x
 
 
@@ -150,14 +155,15 @@ class HypothesisBlock(nn.Module):
         streams, query_keys = dict(zip(STREAMS, x.chunk(3, -1), strict=True)), []
         drops = self.training and self.drop_path_rate > 0
         in_place = not (self.training or torch.is_grad_enabled()) and is_unseen(x)
-        whole = torch.empty_like(x) if in_place else None
-        for s in STREAMS:
-            # Each is read by three layers or more: in place where the kernels read it there, else copied once.
-            streams[s] = streams[s] if in_place else streams[s].contiguous()
+        if in_place:
+            whole = torch.empty_like(x)
+            parts = dict(zip(STREAMS, whole.chunk(3, -1), strict=True))
+        else:  # each is read by three layers or more: copied once
+            streams = {s: stream.contiguous() for s, stream in streams.items()}
         for s in STREAMS:
             asked = {"with_query_key": with_query_key, "residual": None if drops else streams[s]}
             if in_place:
-                asked["out"] = whole.chunk(3, -1)[s - 1]
+                asked["out"] = parts[s]
             updated, query_key = self.update(s, streams, **asked)
             streams[s] = streams[s] + drop_path(updated, self.drop_path_rate, 1) if drops else updated
             query_keys.append(query_key)
