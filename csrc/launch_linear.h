@@ -16,19 +16,19 @@ struct PackTilesArgs {
   int64_t chunks, M, C;
   int8_t* packed;  // [packed_tiles_size()] aligned to 64 bytes
 };
-// Where the rows of a linear layer stand that are not contiguous: numbers from one to the next, 0 for contiguous ones.
-// Those of results, and of what is added to them, may stand apart in one chunk.
+// How far the rows of tokens, and of results, are apart: 0 for adjacent ones. Those of results may be in one chunk
+// only.
 struct Apart {
   int64_t x = 0, out = 0;
 };
 struct LinearTilesArgs {
-  const float* x;  // [rows, C] contiguous
+  const float* x;  // [rows, C], from row to row x_row()
   int64_t rows, chunks, M, C;
   const int8_t* packed;
   const float* bias;      // [chunks, M], or null
-  const float* residual;  // [chunks, rows, M] contiguous, or null
+  const float* residual;  // laid out as out, or null
   Activation activation;
-  float* out;                            // [chunks, rows, M]
+  float* out;                            // [chunks, rows, M], from row to row out_row()
   bool has_norm;                         // norm is LayerNorm over C, else nothing
   const float *norm_weight, *norm_bias;  // [C], or null
   float eps;
@@ -49,14 +49,14 @@ struct MlpTilesArgs {
 // chain in the order of the channels, whatever stands beside it; subnormal numbers count as 0.
 constexpr int64_t kLinearPanel = 32, kFewestChannels = 16;
 struct LinearHalvesArgs {
-  const void* x;  // [rows, C] contiguous; C at least kFewestChannels
+  const void* x;  // [rows, C], from row to row x_row(); C at least kFewestChannels
   Dtype x_dtype;  // bf16, or f32, which is rounded (after the norm)
   const uint16_t* packed;
   int64_t rows, chunks, M, C;
   const float* bias;     // [chunks, M], or null
-  const void* residual;  // [chunks, rows, M] contiguous, or null
+  const void* residual;  // laid out as out, or null
   Activation activation;
-  void* out;                            // [chunks, rows, M]
+  void* out;                            // [chunks, rows, M], from row to row out_row()
   Dtype out_dtype;                      // of out and residual: bf16; or f32, to which the rounded product is added
   bool has_norm;                        // norm is LayerNorm over C, else nothing
   const void *norm_weight, *norm_bias;  // [C], or null
@@ -78,13 +78,13 @@ struct MlpHalvesArgs {
 // kFloatsPanel outputs, [chunks, panels, C, kFloatsPanel], 0 behind the last output of a chunk.
 constexpr int64_t kFloatsPanel = 64;
 struct LinearFloatsArgs {
-  const float* x;  // [rows, C] contiguous; C at least 1, with a norm kFewestChannels
+  const float* x;  // [rows, C], from row to row x_row(); C at least 1, with a norm kFewestChannels
   const float* packed;
   int64_t rows, chunks, M, C;
   const float* bias;      // [chunks, M], or null
-  const float* residual;  // [chunks, rows, M] contiguous, or null
+  const float* residual;  // laid out as out, or null
   Activation activation;
-  float* out;                            // [chunks, rows, M]
+  float* out;                            // [chunks, rows, M], from row to row out_row()
   bool has_norm;                         // norm is LayerNorm over C, else nothing
   const float *norm_weight, *norm_bias;  // [C], or null
   double eps;

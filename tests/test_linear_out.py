@@ -175,3 +175,16 @@ def test_blocks_of_streams_leave_what_others_hold(dtype):
         plain = model(x)
     bound = {F32: 1e-5, BF16: 5e-2, torch.float64: 1e-12}[dtype] * plain.abs().max().item()
     torch.testing.assert_close(fused, plain.detach(), rtol=0, atol=bound)
+
+
+def test_streams_have_the_same_dtypes_under_autocast():
+    model, dtypes = hosts.build("mhformer", num_frames=27, channels=64, hidden=96).eval(), []
+    for block in model.Transformer_hypothesis.SHR_blocks:
+        block.register_forward_hook(lambda _, given, result: dtypes.append((given[0].dtype, result[0].dtype)))
+    x = torch.randn(2, 27, 17, 2)
+    with torch.autocast("cpu", dtype=BF16):
+        fused = model(x)
+        with torch.enable_grad():
+            plain = model(x)
+    assert dtypes[:2] == dtypes[2:]
+    torch.testing.assert_close(fused, plain.detach(), rtol=0, atol=5e-2 * plain.abs().max().item())
