@@ -257,6 +257,13 @@ class Driver:
         second = None, dense(second_packed), rows, 1, M, hidden, dense(second_bias), dense(residual), 0, out
         return self.call("mlp_floats", *first, *second, 0, None, None, 0.0)[0]
 
+    def attend_floats(self, x, packed, bias, dim, num_heads, proj_packed, proj_bias, residual, *norm):
+        C, width = x.shape[-1], x.shape[dim + 1 :].numel()
+        projected = self.linear_floats(x, packed, bias, None, 3 * C, 3, False, *norm)
+        rows = [part.reshape(-1, x.shape[dim], width) for part in projected]
+        attended = self.recover_attention(*rows, width // C * num_heads, (C // num_heads) ** -0.5)
+        return self.linear_floats(attended.reshape(x.shape), proj_packed, proj_bias, residual, C, 1, False)
+
     def _interpolate(self, x, x_shape, frames, index, nearest, out):
         index = dense(index, torch.int64)
         B, K, *trailing = x_shape
@@ -284,11 +291,11 @@ def _into_out(name: str):
     return run
 
 
-for _name in ("gather_tokens", "recover_attention", "recover_interpolate"):
+for _name in ("gather_tokens", "recover_attention", "recover_interpolate", "linear_floats", "attend_floats"):
     setattr(Driver, f"{_name}_out", _into_out(_name))
 OPERATORS = [name for name in vars(Driver) if name.startswith(("score_", "prune_", "select_", "attention_", "gather_",
              "scatter_", "assign_", "cluster_", "merge_", "recover_", "add_", "graph_",
-             "linear_", "mlp_"))]  # fmt: skip
+             "linear_", "mlp_", "attend_"))]  # fmt: skip
 
 
 def memory_of(x: Tensor) -> bytes:
