@@ -112,12 +112,12 @@ struct Attention {
     int64_t B = 1, width = 1;
     for (int64_t axis = 0; axis < dim; axis++) B *= x.size(axis);
     for (int64_t axis = dim + 1; axis < x.dim(); axis++) width *= x.size(axis);
-    const int64_t C = x.size(-1), T = x.size(dim), part = B * T * width * int64_t(qkv.element_size());
+    const int64_t C = x.size(-1), D = C / heads, T = x.size(dim), part = B * T * width * int64_t(qkv.element_size());
     const char* const query = static_cast<const char*>(qkv.const_data_ptr());
     const Tensor out = make(qkv, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
     const Rows rows = {T * width, width};
-    check(attend({query, query + part, query + 2 * part, dtype_of(qkv), B, T, T, width, width / C * heads, B, rows,
-                  rows, rows, std::pow(double(C / heads), -0.5), out.mutable_data_ptr()},
+    check(attend({query, query + part, query + 2 * part, dtype_of(qkv), B, T, T, width, width / D, B, rows, rows, rows,
+                  std::pow(double(D), -0.5), out.mutable_data_ptr()},
                  pool()),
           "recover_attention");
     return out;
