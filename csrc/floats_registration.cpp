@@ -57,17 +57,6 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, co
   return out;
 }
 
-Tensor linear_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-                     int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
-                     const MaybeTensor& norm_bias, double eps) {
-  return linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, std::nullopt);
-}
-void linear_floats_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-                       int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
-                       const MaybeTensor& norm_bias, double eps, const Tensor& out) {
-  linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, out);
-}
-
 Tensor mlp_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
                   const Tensor& second_packed, const MaybeTensor& second_bias, const MaybeTensor& residual,
                   int64_t out_features, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
@@ -84,26 +73,15 @@ Tensor mlp_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias
   return out;
 }
 
-Tensor attend_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
-                     const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
-                     const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
-  const Attention attention = {require, x, dim, num_heads};
-  return attention(linear, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual, std::nullopt);
-}
-void attend_floats_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
-                       const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
-                       const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps, const Tensor& out) {
-  const Attention attention = {require, x, dim, num_heads};
-  attention(linear, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual, out);
-}
+typedef LayerOperators<&linear> Operators;
 
 }  // namespace
 }  // namespace h2ot
 
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
-  m.impl("linear_floats", TORCH_BOX(&h2ot::linear_floats));
+  m.impl("linear_floats", TORCH_BOX(&h2ot::Operators::linear));
   m.impl("mlp_floats", TORCH_BOX(&h2ot::mlp_floats));
-  m.impl("attend_floats", TORCH_BOX(&h2ot::attend_floats));
-  m.impl("linear_floats_out", TORCH_BOX(&h2ot::linear_floats_out));
-  m.impl("attend_floats_out", TORCH_BOX(&h2ot::attend_floats_out));
+  m.impl("attend_floats", TORCH_BOX(&h2ot::Operators::attend));
+  m.impl("linear_floats_out", TORCH_BOX(&h2ot::Operators::linear_out));
+  m.impl("attend_floats_out", TORCH_BOX(&h2ot::Operators::attend_out));
 }

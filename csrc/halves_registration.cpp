@@ -102,17 +102,6 @@ Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, co
   return out;
 }
 
-Tensor linear_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-                     int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
-                     const MaybeTensor& norm_bias, double eps) {
-  return linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, std::nullopt);
-}
-void linear_halves_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-                       int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
-                       const MaybeTensor& norm_bias, double eps, const Tensor& out) {
-  linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, out);
-}
-
 Tensor mlp_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
                   const Tensor& second_packed, const MaybeTensor& second_bias, const MaybeTensor& residual,
                   int64_t out_features, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
@@ -129,26 +118,15 @@ Tensor mlp_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias
   return out;
 }
 
-Tensor attend_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
-                     const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
-                     const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
-  const Attention attention = {require, x, dim, num_heads};
-  return attention(linear, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual, std::nullopt);
-}
-void attend_halves_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
-                       const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
-                       const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps, const Tensor& out) {
-  const Attention attention = {require, x, dim, num_heads};
-  attention(linear, packed, bias, norm_weight, norm_bias, eps, proj_packed, proj_bias, residual, out);
-}
+typedef LayerOperators<&linear> Operators;
 
 }  // namespace
 }  // namespace h2ot
 
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
-  m.impl("linear_halves", TORCH_BOX(&h2ot::linear_halves));
+  m.impl("linear_halves", TORCH_BOX(&h2ot::Operators::linear));
   m.impl("mlp_halves", TORCH_BOX(&h2ot::mlp_halves));
-  m.impl("attend_halves", TORCH_BOX(&h2ot::attend_halves));
-  m.impl("linear_halves_out", TORCH_BOX(&h2ot::linear_halves_out));
-  m.impl("attend_halves_out", TORCH_BOX(&h2ot::attend_halves_out));
+  m.impl("attend_halves", TORCH_BOX(&h2ot::Operators::attend));
+  m.impl("linear_halves_out", TORCH_BOX(&h2ot::Operators::linear_out));
+  m.impl("attend_halves_out", TORCH_BOX(&h2ot::Operators::attend_out));
 }

@@ -21,21 +21,27 @@ struct PackTilesArgs {
 struct Apart {
   int64_t x = 0, out = 0;
 };
+// Numbers from one row of x, or of the results, to the next, of any of the layers below.
+template <class Args>
+int64_t x_row(const Args& a) {
+  return a.apart.x ? a.apart.x : a.C;
+}
+template <class Args>
+int64_t out_row(const Args& a) {
+  return a.apart.out ? a.apart.out : a.M;
+}
 struct LinearTilesArgs {
-  const float* x;  // [rows, C], from row to row x_row()
+  const float* x;  // [rows, C], rows apart.x from each other
   int64_t rows, chunks, M, C;
   const int8_t* packed;
   const float* bias;      // [chunks, M], or null
   const float* residual;  // laid out as out, or null
   Activation activation;
-  float* out;                            // [chunks, rows, M], from row to row out_row()
+  float* out;                            // [chunks, rows, M], rows apart.out from each other
   bool has_norm;                         // norm is LayerNorm over C, else nothing
   const float *norm_weight, *norm_bias;  // [C], or null
   float eps;
   Apart apart = {};
-
-  int64_t x_row() const { return apart.x ? apart.x : C; }
-  int64_t out_row() const { return apart.out ? apart.out : M; }
 };
 // Two of them, one behind the other; what is between them is never stored whole.
 struct MlpTilesArgs {
@@ -49,23 +55,20 @@ struct MlpTilesArgs {
 // chain in the order of the channels, whatever stands beside it; subnormal numbers count as 0.
 constexpr int64_t kLinearPanel = 32, kFewestChannels = 16;
 struct LinearHalvesArgs {
-  const void* x;  // [rows, C], from row to row x_row(); C at least kFewestChannels
+  const void* x;  // [rows, C], rows apart.x from each other; C at least kFewestChannels
   Dtype x_dtype;  // bf16, or f32, which is rounded (after the norm)
   const uint16_t* packed;
   int64_t rows, chunks, M, C;
   const float* bias;     // [chunks, M], or null
   const void* residual;  // laid out as out, or null
   Activation activation;
-  void* out;                            // [chunks, rows, M], from row to row out_row()
+  void* out;                            // [chunks, rows, M], rows apart.out from each other
   Dtype out_dtype;                      // of out and residual: bf16; or f32, to which the rounded product is added
   bool has_norm;                        // norm is LayerNorm over C, else nothing
   const void *norm_weight, *norm_bias;  // [C], or null
   Dtype norm_dtype;                     // of both: f32 or bf16
   double eps;
   Apart apart = {};
-
-  int64_t x_row() const { return apart.x ? apart.x : C; }
-  int64_t out_row() const { return apart.out ? apart.out : M; }
 };
 
 // Two of them, one behind the other; what is between them, in bfloat16, is never stored whole.
@@ -78,20 +81,17 @@ struct MlpHalvesArgs {
 // kFloatsPanel outputs, [chunks, panels, C, kFloatsPanel], 0 behind the last output of a chunk.
 constexpr int64_t kFloatsPanel = 64;
 struct LinearFloatsArgs {
-  const float* x;  // [rows, C], from row to row x_row(); C at least 1, with a norm kFewestChannels
+  const float* x;  // [rows, C], rows apart.x from each other; C at least 1, with a norm kFewestChannels
   const float* packed;
   int64_t rows, chunks, M, C;
   const float* bias;      // [chunks, M], or null
   const float* residual;  // laid out as out, or null
   Activation activation;
-  float* out;                            // [chunks, rows, M], from row to row out_row()
+  float* out;                            // [chunks, rows, M], rows apart.out from each other
   bool has_norm;                         // norm is LayerNorm over C, else nothing
   const float *norm_weight, *norm_bias;  // [C], or null
   double eps;
   Apart apart = {};
-
-  int64_t x_row() const { return apart.x ? apart.x : C; }
-  int64_t out_row() const { return apart.out ? apart.out : M; }
 };
 struct MlpFloatsArgs {
   LinearFloatsArgs first;   // out unused; no residual

@@ -22,6 +22,7 @@ inline bool is_float(const Tensor& x) { return x.scalar_type() == ScalarType::Fl
 
 // Numbers from one row of x to the next; 0 where they are not all equally far apart.
 inline int64_t rows_apart(const Tensor& x) {
+  if (x.dim() == 0) return 0;
   if (x.stride(-1) != 1 && x.size(-1) > 1) return 0;
   int64_t apart = 0, next = 0;  // what the next axis' stride has to be
   for (int64_t axis = x.dim() - 2; axis >= 0; axis--) {
@@ -38,7 +39,7 @@ inline Tensor readable_rows(const Tensor& x) { return rows_apart(x) > 0 ? x : de
 // Where results go: `out` where it is given, with what is added to them laid out as it is; else room for them.
 inline bool takes_results(const Tensor& out, const MaybeTensor& residual, int64_t rows, int64_t M, ScalarType dtype) {
   const int64_t apart = rows_apart(out);
-  return out.dim() > 0 && out.scalar_type() == dtype && out.size(-1) == M && out.numel() == rows * M && apart >= M &&
+  return apart >= M && out.scalar_type() == dtype && out.size(-1) == M && out.numel() == rows * M &&
          (!residual || (residual->numel() == rows * M && rows_apart(*residual) == apart));
 }
 constexpr const char* kOutWanted =
@@ -97,41 +98,62 @@ struct FloatLayer {
   static bool fits(const MaybeTensor& x, int64_t count) { return !x || (x->numel() == count && is_float(*x)); }
 };
 
-// Self-attention along axis `dim` of tokens like x, by `heads` heads, with the projection before and behind it.
-struct Attention {
-  Require wants;
-  const Tensor& x;
-  int64_t dim, heads;
+// Self-attention along axis `dim` of tokens like x by heads of D channels: of qkv [3, sizes of x], contiguous.
+inline Tensor attended(const Tensor& x, const Tensor& qkv, int64_t dim, int64_t D) {
+  int64_t B = 1, width = 1;
+  for (int64_t axis = 0; axis < dim; axis++) B *= x.size(axis);
+  for (int64_t axis = dim + 1; axis < x.dim(); axis++) width *= x.size(axis);
+  const int64_t T = x.size(dim), part = B * T * width * int64_t(qkv.element_size());
+  const char* const query = static_cast<const char*>(qkv.const_data_ptr());
+  const Tensor out = make(qkv, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
+  const Rows rows = {T * width, width};
+  check(attend({query, query + part, query + 2 * part, dtype_of(qkv), B, T, T, width, width / D, B, rows, rows, rows,
+                std::pow(double(D), -0.5), out.mutable_data_ptr()},
+               pool()),
+        "recover_attention");
+  return out;
+}
 
-  void check_sizes() const {
-    wants(x.dim() > 1 && dim >= 0 && dim < x.dim() - 1 && heads > 0 && x.numel() > 0 && x.size(-1) % heads == 0,
-          "an axis of tokens before the channels, and heads that divide those");
+// The operators of weights of one kind (packed.Operators), all from kLinear(x, packed, bias, residual, out_features,
+// chunks, gelu, norm_weight, norm_bias, eps, out): the results, in `out` where that is given.
+template <auto kLinear>
+struct LayerOperators {
+  static Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
+                       int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+                       const MaybeTensor& norm_bias, double eps) {
+    return kLinear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, std::nullopt);
   }
-  // Of qkv [3, sizes of x], contiguous.
-  Tensor of(const Tensor& qkv) const {
-    int64_t B = 1, width = 1;
-    for (int64_t axis = 0; axis < dim; axis++) B *= x.size(axis);
-    for (int64_t axis = dim + 1; axis < x.dim(); axis++) width *= x.size(axis);
-    const int64_t C = x.size(-1), D = C / heads, T = x.size(dim), part = B * T * width * int64_t(qkv.element_size());
-    const char* const query = static_cast<const char*>(qkv.const_data_ptr());
-    const Tensor out = make(qkv, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
-    const Rows rows = {T * width, width};
-    check(attend({query, query + part, query + 2 * part, dtype_of(qkv), B, T, T, width, width / D, B, rows, rows, rows,
-                  std::pow(double(D), -0.5), out.mutable_data_ptr()},
-                 pool()),
-          "recover_attention");
-    return out;
+  static void linear_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
+                         int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+                         const MaybeTensor& norm_bias, double eps, const Tensor& out) {
+    kLinear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, out);
   }
-  // linear(x, packed, bias, residual, out_features, chunks, gelu, norm_weight, norm_bias, eps, out)
-  template <class Linear>
-  Tensor operator()(const Linear& linear, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& norm_weight,
-                    const MaybeTensor& norm_bias, double eps, const Tensor& proj_packed, const MaybeTensor& proj_bias,
-                    const MaybeTensor& residual, const MaybeTensor& out) const {
-    check_sizes();
+  static Tensor attend(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
+                       const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
+                       const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
+    return all_parts(x, packed, bias, dim, num_heads, proj_packed, proj_bias, residual, norm_weight, norm_bias, eps,
+                     std::nullopt);
+  }
+  static void attend_out(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim, int64_t num_heads,
+                         const Tensor& proj_packed, const MaybeTensor& proj_bias, const MaybeTensor& residual,
+                         const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps, const Tensor& out) {
+    all_parts(x, packed, bias, dim, num_heads, proj_packed, proj_bias, residual, norm_weight, norm_bias, eps, out);
+  }
+
+ private:
+  static Tensor all_parts(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t dim,
+                          int64_t num_heads, const Tensor& proj_packed, const MaybeTensor& proj_bias,
+                          const MaybeTensor& residual, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+                          double eps, const MaybeTensor& out) {
+    const Require require = {"attend"};
+    require(
+        x.dim() > 1 && dim >= 0 && dim < x.dim() - 1 && num_heads > 0 && x.numel() > 0 && x.size(-1) % num_heads == 0,
+        "an axis of tokens before the channels, and heads that divide those");
     const int64_t C = x.size(-1);
     const Tensor qkv =
-        linear(x, packed, bias, std::nullopt, 3 * C, 3, false, norm_weight, norm_bias, eps, std::nullopt);
-    return linear(of(qkv), proj_packed, proj_bias, residual, C, 1, false, std::nullopt, std::nullopt, -1.0, out);
+        kLinear(x, packed, bias, std::nullopt, 3 * C, 3, false, norm_weight, norm_bias, eps, std::nullopt);
+    return kLinear(attended(x, qkv, dim, C / num_heads), proj_packed, proj_bias, residual, C, 1, false, std::nullopt,
+                   std::nullopt, -1.0, out);
   }
 };
 

@@ -64,8 +64,10 @@ class Linear(nn.Linear):
 
         activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
         output features in that many tensors of their own, a tuple (no residual then). norm: what is done to x first.
-        out: where the result is written, best laid out as the residual; without gradients.
+        out: where the result is written, in one chunk, best laid out as the residual; without gradients.
         """
+        if out is not None and chunks > 1:
+            raise ValueError(f"chunks: got {chunks}, wanted 1 where out is given")
         if out is not None:
             return self._write(x, activation, residual, out, scale=scale, norm=norm)
         product = self._ready(x, scale, chunks) if x.is_cpu else None  # nothing is packed elsewhere

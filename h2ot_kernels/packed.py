@@ -33,7 +33,8 @@ class Operators(NamedTuple):
     """linear: residual + activation(product of norm(x)), all chunks in one product. mlp: residual + second(gelu(first(
     norm(x)))), in the bits of two layers; what is between them is never stored whole. attend: residual +
     proj(self-attention along axis dim of the three chunks of first(norm(x))), in the bits of three operators, at the
-    cost of one call. *_out: the same into rows of `out` that may stand apart, as those of the residual then do.
+    cost of one call. *_out: the same into rows of `out` that may stand apart, as those of the residual then do; it may
+    be the residual, and of attend the tokens.
     """
 
     linear: Callable

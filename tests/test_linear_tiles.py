@@ -315,8 +315,8 @@ MISTAKES = {
         "const int64_t panel = chunk * p.panels + at / kSide;\n    const int8_t* next",
     ),
     "the second chunk is left out": ("linear_tiles.cpp", "panel += groups_of(width, kSide);", "panel += 32;"),
-    "rows of x are adjacent": ("linear_tiles.cpp", "a.x_row(), a.x_row(), count", "a.x_row(), a.C, count"),
-    "rows of results are adjacent": ("linear_tiles.cpp", "(first + r) * a.out_row()", "(first + r) * a.M"),
+    "rows of x are adjacent": ("linear_tiles.cpp", "x_row(a), x_row(a), count", "x_row(a), a.C, count"),
+    "rows of results are adjacent": ("linear_tiles.cpp", "(first + r) * out_row(a)", "(first + r) * a.M"),
     "a share of the rows has no GELU": ("linear_tiles.cpp", "          done = end;\n", "          done = end + 1;\n"),
     "an MLP's residual is that of the first block": (
         "linear_tiles.cpp",

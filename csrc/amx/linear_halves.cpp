@@ -45,18 +45,18 @@ struct Arrays {
 template <class X>
 void take_rows(const LinearHalvesArgs& a, const Affine& affine, int64_t first, int64_t count, int64_t groups,
                BFloat16* given, uint16_t* tiles) {
-  const X* const x = static_cast<const X*>(a.x) + first * a.x_row();
+  const X* const x = static_cast<const X*>(a.x) + first * x_row(a);
   const void* rows = given;
   int64_t apart = a.C;
   if (a.has_norm) {
-    norm_block(x, a.x_row(), count, a.C, a.eps, affine.weight, affine.bias, given);
+    norm_block(x, x_row(a), count, a.C, a.eps, affine.weight, affine.bias, given);
   } else if constexpr (sizeof(X) == sizeof(BFloat16)) {
     rows = x;
-    apart = a.x_row();
+    apart = x_row(a);
   } else {
     const int64_t whole = a.C / kFloats * kFloats;
     for (int64_t r = 0; r < count; r++) {
-      const X* const from = x + r * a.x_row();
+      const X* const from = x + r * x_row(a);
       BFloat16* const to = given + r * a.C;
       for (int64_t c = 0; c < whole; c += kFloats) store_narrow(to + c, load(from + c));
       if (whole < a.C) store_part(to + whole, load_part(from + whole, a.C - whole), a.C - whole);

@@ -220,7 +220,7 @@ void put_out(const LinearTilesArgs& a, const Results& from, int64_t first, int64
              int64_t width) {
   for (int64_t r = 0; r < count; r++) {
     const float* const results = from.at + r * from.stride;
-    const int64_t at = chunk * a.rows * a.M + (first + r) * a.out_row() + column;
+    const int64_t at = chunk * a.rows * a.M + (first + r) * out_row(a) + column;
     const float* const residual = a.residual ? a.residual + at : nullptr;
     int64_t i = 0;
     for (; i + kFloats <= width; i += kFloats) {
@@ -349,7 +349,7 @@ void pack_tiles(const PackTilesArgs& a) {
 Status linear_tiles(const LinearTilesArgs& a, const Parallel& pool) {
   const Packed p = packed_of(a);
   const auto run = [&](int64_t first, int64_t count, int64_t panel, int64_t end, Arrays& at) {
-    split(a, p.spread(), a.x + first * a.x_row(), a.x_row(), count, at.rows, at.normed);
+    split(a, p.spread(), a.x + first * x_row(a), x_row(a), count, at.rows, at.normed);
     run_block(a, p, at.rows, at.normed, first, panel, end, at.results, at.sums);
   };
   const int64_t panels = a.chunks * p.panels;
@@ -372,7 +372,7 @@ Status mlp_tiles(const MlpTilesArgs& a, const Parallel& pool) {
     return status == Status::ok ? linear_tiles(layers.second, pool) : status;
   }
   return by_blocks(pool, a.first, H, a.second.M, [&](int64_t first, int64_t count, Arrays& at) {
-    split(a.first, p.spread(), a.first.x + first * a.first.x_row(), a.first.x_row(), count, at.rows, at.normed);
+    split(a.first, p.spread(), a.first.x + first * x_row(a.first), x_row(a.first), count, at.rows, at.normed);
     multiply_block<true>(a.first, p, at.rows, at.normed, 0, 0, H, at.hidden, at.sums);
     split(a.second, q.spread(), at.hidden.at, at.hidden.stride, count, at.hidden_rows, nullptr);
     run_block(a.second, q, at.hidden_rows, nullptr, first, 0, q.panels, at.results, at.sums);

@@ -44,7 +44,7 @@ struct Place {
   }
   template <class Args>
   int64_t of_row(const Args& a, int64_t row) const {
-    return chunk * a.rows * a.M + row * a.out_row() + column;
+    return chunk * a.rows * a.M + row * out_row(a) + column;
   }
 };
 

@@ -21,7 +21,7 @@ H2OT_INLINE void multiply(const LinearFloatsArgs& a, const float* x, int64_t row
                           int64_t vectors, float* sums) {
   const WriteTo<float> to = {sums, kFloatsPanel};
   for (; vector + V <= vectors; vector += V) {
-    product_rest<kRows, V>(rows, 0, vector, a.C, x, a.x_row(), 1, weights, kFloatsPanel, to);
+    product_rest<kRows, V>(rows, 0, vector, a.C, x, x_row(a), 1, weights, kFloatsPanel, to);
   }
   if constexpr (V > 1) multiply<V / 2>(a, x, rows, weights, vector, vectors, sums);
 }
@@ -39,13 +39,13 @@ H2OT_INLINE void finish_rows(const LinearFloatsArgs& a, const FloatsPlace& place
     const Floats sum = load(sums + i) + load(bias + i);
     return kGelu ? gelu(sum) : sum;
   };
-  for (int64_t r = 0; r < count; r++, sums += kFloatsPanel, out += a.out_row()) {
+  for (int64_t r = 0; r < count; r++, sums += kFloatsPanel, out += out_row(a)) {
     for (int64_t i = 0; i < whole; i += kFloats) store(out + i, residual ? load(residual + i) + result(i) : result(i));
     if (const int64_t rest = place.count - whole) {  // nothing beyond the last output
       const Floats added = residual ? load_part(residual + whole, rest) : Floats{};
       store_part(out + whole, residual ? added + result(whole) : result(whole), rest);
     }
-    if (residual) residual += a.out_row();
+    if (residual) residual += out_row(a);
   }
 }
 
@@ -58,7 +58,7 @@ void run_block(const LinearFloatsArgs& a, const float* x, int64_t first, int64_t
     for (int64_t row = 0; row < count; row += kRows) {
       const int64_t here = count - row < kRows ? count - row : kRows;
       ask_for_lines<float>(a, place, first + row, here);
-      multiply<kVectors>(a, x + row * a.x_row(), here, weights, 0, groups_of(place.count, kFloats), sums);
+      multiply<kVectors>(a, x + row * x_row(a), here, weights, 0, groups_of(place.count, kFloats), sums);
       finish_rows<kGelu>(a, place, first + row, here, sums);
     }
   }
@@ -83,8 +83,8 @@ Status by_blocks(const Parallel& pool, const LinearFloatsArgs& a, int64_t floats
     if (!memory) return outcome.fail(Status::out_of_memory);
     float *const sums = static_cast<float*>(memory), *const own = sums + kSums, *const more = own + normed;
     blocks.each(begin, end, [&](int64_t first, int64_t count, int64_t panel, int64_t panels_end) {
-      const float* const x = a.x + first * a.x_row();
-      if (a.has_norm) norm_block(x, a.x_row(), count, a.C, a.eps, affine.weight, affine.bias, own);
+      const float* const x = a.x + first * x_row(a);
+      if (a.has_norm) norm_block(x, x_row(a), count, a.C, a.eps, affine.weight, affine.bias, own);
       part(first, count, a.has_norm ? own : x, panel, panels_end, sums, more);
     });
   });

@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 
 def project(layer: Linear, x: Tensor, dropout: float, residual: Tensor | None = None, **given) -> Tensor:
-    """residual + dropout(layer(x)), in one pass where nothing is dropped; given: scale, and then out, as there."""
+    """residual + dropout(layer(x)), in one pass where nothing is dropped; given: scale, and out where nothing is."""
     if dropout == 0:
         return layer(x, residual=residual, **given)
     y = functional.dropout(layer(x, **given), dropout)

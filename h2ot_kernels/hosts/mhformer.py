@@ -130,14 +130,7 @@ class HypothesisTransformer(nn.Module):
 
     def embed(self, streams: list[Tensor]) -> Tensor:
         """Three [B, F, C] -> [B, F, 3C]."""
-        positions = [getattr(self, f"pos_embed_{s}") for s in STREAMS]
-        if not torch.is_grad_enabled() and is_unseen(*streams):
-            dtype = torch.promote_types(streams[0].dtype, positions[0].dtype)
-            x = streams[0].new_empty(*streams[0].shape[:2], 3 * streams[0].shape[2], dtype=dtype)
-            for stream, position, part in zip(streams, positions, x.chunk(3, -1), strict=True):
-                torch.add(stream, position, out=part)
-        else:
-            x = torch.cat([stream + position for stream, position in zip(streams, positions, strict=True)], -1)
+        x = torch.cat([x + getattr(self, f"pos_embed_{s}") for s, x in zip(STREAMS, streams, strict=True)], -1)
         return functional.dropout(x, self.dropout) if self.training else x
 
 
