@@ -128,6 +128,12 @@ Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
 }
 
 #ifdef H2OT_BF16_DOTS
+Status run_rotated_halves(const RecoverRotatedArgs& a, const Parallel& pool) {
+#ifdef H2OT_AMX
+  if (tiles_run()) return amx::rotated_halves(a, pool);
+#endif
+  return bf16_dots::rotated_halves(a, pool);
+}
 Status run_linear_halves(const LinearHalvesArgs& a, const Parallel& pool) {
 #ifdef H2OT_AMX
   if (tiles_run()) return amx::linear_halves(a, pool);

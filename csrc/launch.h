@@ -163,13 +163,21 @@ struct Rows {
 };
 
 // out[b, f] = softmax(scale q_f k^T) v per head, heads side by side on C. Accumulated in float32 (float64 for f64).
+// Takes attended rows in place of memory as soon as they are made, on the thread that made them: [count, C] contiguous,
+// of queries first .. first + count - 1 of sample b.
+struct RowsTaker {
+  Status (*take)(const void* context, int64_t b, int64_t first, int64_t count, const void* rows);
+  const void* context;
+};
+
 struct RecoverAttentionArgs {
   const void *query, *key, *value;  // [query_rows, F, C], [B, K, C], [B, K, C]; query_rows 1 or B
   Dtype dtype;
   int64_t B, F, K, C, H, query_rows;
   Rows query_at, key_at, value_at;  // channels are adjacent; the backward pass wants all three contiguous
   double scale;
-  void* out;  // [B, F, C] contiguous, dtype
+  void* out;  // [B, F, C] contiguous, dtype; unused where there is a taker, which wants K at least 1
+  const RowsTaker* taker = nullptr;
 };
 
 // Gradients of the same. grad_query is summed over B where query_rows is 1 (b ascending).
@@ -191,21 +199,23 @@ struct RecoverTailArgs {
   void* out;  // [R, F, M]
 };
 
-// The same tail from the attended tokens, in the channels of a rotation that leaves the projection a triangle:
-// z = token[f] + triangle * attended[r, f], out[r, f] = head z / sqrt(z z / C + eps) + bias. All contiguous; f32, or
-// attended, triangle and out bf16 (bf16_dots below). W: C rounded up to whole panels; zeros stand beyond C.
+// Attention and the same tail in one, in the channels of a rotation that leaves the projection a triangle:
+// z = token[f] + triangle * attended[b, f], out[b, f] = head z / sqrt(z z / C + eps) + bias. All contiguous but what is
+// attended. W: C rounded up to whole panels; zeros stand beyond C. kernels(): f32; run_rotated_halves(): bf16;
+// amx::rotated_tiles(): f32, by bytes.
 constexpr int64_t kRotatedPanel = 32, kRotatedTile = 1024;
 struct RecoverRotatedArgs {
-  const float* token;    // [F, W]
-  const void* attended;  // [R, F, C]
+  RecoverAttentionArgs attention;  // out and taker unused; K at least 1; the dtype of out, too
+  const float* token;              // [F, W]
   // For each panel of rotated channels c .. c + kRotatedPanel - 1: the weights of channels c .. C - 1 of attended,
   // which are all that it depends on, [C - c][kRotatedPanel]. bf16: in tiles of kRotatedTile, [channels / 32][2][16
-  // pairs of channels][16][2].
+  // pairs of channels][16][2]. Bytes: what is above the
+  // diagonal, as pack_tiles() packs it, then float32: the diagonal [W], and the spread (recover_rotated.py), 32 times.
   const void* triangle;
   const float *head, *bias;  // [M, W]; [M]
-  int64_t R, F, C, M;
+  int64_t M;
   double eps;
-  void* out;  // [R, F, M]
+  void* out;  // [B, F, M]
 };
 
 // sum[r] = x[r] + y[r], rounded as it is stored; out[r] = LayerNorm(sum[r]) over C, in float32 (float64 for f64).
@@ -270,6 +280,8 @@ void pack_tiles(const PackTilesArgs&);
 Status linear_tiles(const LinearTilesArgs&, const Parallel&);
 Status mlp_tiles(const MlpTilesArgs&, const Parallel&);
 Status attend(const RecoverAttentionArgs&, const Parallel&);  // bf16, scale above 0, K and C at least 1
+Status rotated_halves(const RecoverRotatedArgs&, const Parallel&);
+Status rotated_tiles(const RecoverRotatedArgs&, const Parallel&);
 Status linear_halves(const LinearHalvesArgs&, const Parallel&);
 Status mlp_halves(const MlpHalvesArgs&, const Parallel&);
 }  // namespace amx
@@ -278,13 +290,14 @@ Status mlp_halves(const MlpHalvesArgs&, const Parallel&);
 bool dots_run();
 namespace bf16_dots {
 Status attend(const RecoverAttentionArgs&, const Parallel&);  // the same, by products of pairs in vectors
-Status recover_rotated(const RecoverRotatedArgs&, const Parallel&);
+Status rotated_halves(const RecoverRotatedArgs&, const Parallel&);
 Status linear_halves(const LinearHalvesArgs&, const Parallel&);
 Status mlp_halves(const MlpHalvesArgs&, const Parallel&);
 }  // namespace bf16_dots
 // recover_attention in bfloat16 by the tile unit or by products of pairs where that pays, else by kernels().
 Status attend(const RecoverAttentionArgs&, const Parallel&);
 // By the tile unit, else by products of pairs: where dots_run().
+Status run_rotated_halves(const RecoverRotatedArgs&, const Parallel&);
 Status run_linear_halves(const LinearHalvesArgs&, const Parallel&);
 Status run_mlp_halves(const MlpHalvesArgs&, const Parallel&);
 

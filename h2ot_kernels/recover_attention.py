@@ -97,9 +97,9 @@ def recover_pose(
     J = num_joints; num_heads = H divides C; proj: Linear(C, C); norm: LayerNorm(C); head: Linear(C, 3).
     [B, J, F, C] is never written after the projection; in Triton, which projects in one kernel with the norm and the
     head, not after the attention. On a CPU a `linear.Linear` in eval mode keeps the triangle of its weight's QR
-    decomposition for this: half the projection (C^3 multiply-adds at the first call; not in float64; in 16 bits with
-    AVX512-BF16, or where the CPU has no product of them). Of norm and head (in Triton of proj, too) only the parameters
-    count, cast to key's dtype.
+    decomposition for this: half the projection, and no [B, J, F, C] at all (C^3 multiply-adds at the first call; not in
+    float64; in 16 bits with AVX512-BF16, or where the CPU has no product of them). Of norm and head (in Triton of proj,
+    too) only the parameters count, cast to key's dtype.
     Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
     Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
     argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: HoT section 3.3; `python_ref.recover_attention`.
@@ -142,9 +142,9 @@ def recover_pose(
     if proj.weight.dtype != key.dtype and not torch.is_autocast_enabled(key.device.type):
         checks.same_dtype("proj.weight", proj.weight, "key", key)
     token, tail = token.reshape(F, C), dispatch("recover_tail", value, backend)
-    if value.dtype == torch.float32 and hasattr(tail, "pose"):
-        pose = tail.pose(token, *arguments, proj, *vectors, norm.eps)
-    else:
+    together = getattr(tail, "pose", None)
+    pose = together and together(token, *arguments, proj, *vectors, norm.eps)
+    if pose is None:
         pose = tail(token, attend(*arguments), proj, *vectors, norm.eps)
     return pose.unflatten(0, (key.shape[0] // num_joints, num_joints))
 
@@ -164,14 +164,16 @@ def project_first(tail):
     return run
 
 
-def rotated_first(plain):
-    """What runs as "recover_tail" on a CPU: in rotated channels where that is possible, else `plain`."""
+def with_rotated(tail):
+    """tail, with its attention in one call, in rotated channels, where that is possible."""
 
-    def run(token: Tensor, attended: Tensor, proj: nn.Linear, *rest) -> Tensor:
+    def pose(token: Tensor, query: Tensor, key: Tensor, value: Tensor, num_heads, scale, proj, *rest) -> Tensor | None:
         *vectors, _ = rest
-        return (recover_rotated if takes(token, attended, proj, *vectors) else plain)(token, attended, proj, *rest)
+        if takes((token, query, key, value), proj, *vectors):
+            return recover_rotated(token, query, key, value, num_heads, scale, proj, *rest)
 
-    return run
+    tail.pose = pose
+    return tail
 
 
 def has_plain_tail(x: Tensor) -> bool:
@@ -203,7 +205,9 @@ def project_inside(tail, project, pose):
         token, *vectors = _cast(attended.dtype, token, proj.weight, proj.bias, *vectors)
         return tail(token, attended, *vectors, eps)
 
-    def attend_first(token: Tensor, query: Tensor, key: Tensor, value: Tensor, num_heads, scale, proj, *rest) -> Tensor:
+    def attend_first(token: Tensor, query: Tensor, key: Tensor, value: Tensor, num_heads, scale, proj, *rest):
+        if value.dtype != torch.float32:
+            return None
         *vectors, eps = rest
         token, *vectors = _cast(value.dtype, token, proj.weight, proj.bias, *vectors)
         return pose(token, query, key, value, num_heads, scale, *vectors, eps)
@@ -371,6 +375,6 @@ declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
 implement("recover_attention_out", "cpp", declare("recover_attention_out", **into_out(**FORWARD)))
 implement("recover_attention_out", "reference", copying(_reference))
-_plain_tail = rotated_first(project_first(declare("recover_tail", **TAIL)))
+_plain_tail = with_rotated(project_first(declare("recover_tail", **TAIL)))
 implement("recover_tail", "cpp", _plain_tail)
 implement("recover_tail", "reference", project_first(_reference_tail))

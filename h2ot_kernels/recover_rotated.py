@@ -1,8 +1,11 @@
-"""The end of a recovery module in CPU inference at half its projection. Internal to `recover_pose`.
+"""Recovery by attention with the end of its module, at half the projection, in CPU inference.
+
+Internal to `recover_pose`.
 
 With y = token + W a + b, centred over its C channels, LayerNorm and a linear head need |y| and M products of y with
 vectors. Let Q R be the centred W, Q orthogonal, R upper triangular. Then y = Q z with z = Q^T (token + b) + R a, so
-|y| = |z| and y v = z (Q^T v): C (C + 1) / 2 multiply-adds a row in place of C^2, and y is never made.
+|y| = |z| and y v = z (Q^T v): C (C + 1) / 2 multiply-adds a row in place of C^2, and neither a, the attended tokens,
+nor y is ever stored.
 """
 
 import torch
@@ -12,13 +15,18 @@ from torch.nn import functional
 from .add_norm import HALVES
 from .inference import declare_for_inference, dots_run, is_unseen, tiles_run
 from .linear import Linear, is_silent, is_widened
+from .linear_tiles import Tiles, pack_tiles
 
 PANEL, TILE = 32, 1024  # csrc/launch.h: kRotatedPanel, kRotatedTile
 
 
 def recover_rotated(
     token: Tensor,
-    attended: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    scale: float,
     proj: Linear,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -26,33 +34,39 @@ def recover_rotated(
     head_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """head(norm(token + proj(attended))) [R, F, M] where `takes` says so: token [F, C], attended [R, F, C].
+    """head(norm(token + proj(attended))) [R, F, M] where `takes` says so.
 
-    What is made of the parameters (a QR decomposition in float64, C^3 multiply-adds) and of the token is kept in proj,
-    as packed weights are, until one of them changes.
+    token [F, C]; query, key, value, num_heads, scale: as `recover_attention` takes them, attended [R, F, C] is what it
+    gives. What is made of the parameters (a QR decomposition in float64, C^3 multiply-adds) and of the token is kept in
+    proj, as packed weights are, until one of them changes.
     """
     vectors = token, proj.bias, norm_weight, norm_bias, head_weight, head_bias
     sources = [tensor for tensor in (proj.weight, *vectors) if tensor is not None]
-    dtype = _product_dtype(attended.dtype)
-    triangle, rotation = proj.kept("rotation", (dtype,), [proj.weight], lambda: _rotation(proj.weight.detach(), dtype))
-    key = (*token.shape, *token.stride(), *(vector is None for vector in vectors))
-    token, head, bias = proj.kept("rotated", key, sources, lambda: _rotated(rotation, *vectors))
-    return _op(token, attended.to(dtype), triangle, head, bias, eps).to(attended.dtype)
+    dtype = _product_dtype(value.dtype)
+    form = dtype, tiles_run()
+    triangle, rotation = proj.kept("rotation", form, [proj.weight], lambda: _rotation(proj.weight.detach(), *form))
+    sizes = (*token.shape, *token.stride(), *(vector is None for vector in vectors))
+    token, head, bias = proj.kept("rotated", sizes, sources, lambda: _rotated(rotation, *vectors))
+    attending = (x.to(dtype) for x in (query, key, value))
+    return _op(*attending, num_heads, scale, token, triangle, head, bias, eps).to(value.dtype)
 
 
-def takes(token: Tensor, attended: Tensor, proj: torch.nn.Module, *vectors: Tensor | None) -> bool:
-    """Whether recover_rotated of these gives what the definition gives, unseen; vectors: of norm and head."""
+def takes(inputs: tuple[Tensor, ...], proj: torch.nn.Module, *vectors: Tensor | None) -> bool:
+    """Whether recover_rotated of these gives what the definition gives, unseen.
+
+    inputs: token, query, key, value; vectors: of norm and head.
+    """
+    token, value = inputs[0], inputs[-1]
     kept = token, proj.weight, proj.bias, *vectors
-    if not is_unseen(attended, *kept) or type(proj) is not Linear or proj.training or not is_silent(proj):
+    if not is_unseen(*inputs, *kept) or type(proj) is not Linear or proj.training or not is_silent(proj):
         return False
     return (
         torch._C.has_lapack
-        and not tiles_run()
         and not torch.is_autocast_enabled("cpu")
-        and _product_dtype(attended.dtype) is not None
-        and all(tensor is None or tensor.dtype == attended.dtype for tensor in kept)
+        and _product_dtype(value.dtype) is not None
+        and all(tensor is None or tensor.dtype == value.dtype for tensor in kept)
         and not any(tensor is not None and tensor.is_inference() for tensor in kept)  # such do not say when they change
-        and min(attended.numel(), vectors[-2].numel()) > 0
+        and min(value.numel(), token.numel(), vectors[-2].numel()) > 0
     )
 
 
@@ -63,9 +77,15 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype | None:
     return torch.float32 if dtype == torch.float32 or (dtype in HALVES and is_widened(dtype)) else None
 
 
-def _rotation(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """R in panels of PANEL rows, as the kernel reads it (csrc/launch.h: RecoverRotatedArgs), and Q in float64."""
+def _rotation(weight: Tensor, dtype: torch.dtype, tiles: bool) -> tuple[Tensor, Tensor]:
+    """R as the kernel reads it (csrc/launch.h: RecoverRotatedArgs), and Q in float64."""
     rotation, triangle = torch.linalg.qr(weight.double() - weight.double().mean(0))
+    if tiles and dtype == torch.float32:
+        above = triangle.triu(1)
+        largest = above.abs().amax(1, keepdim=True)  # of a row that centring has emptied only rounding is left
+        above = torch.where(largest < triangle.abs().max() * 2.0**-40, 0, above).float()
+        if Tiles.take(above, 1):
+            return _as_bytes(above, triangle.diagonal()), rotation
     C = weight.shape[0]
     halves, padding = dtype != torch.float32, -C % PANEL
     rows = functional.pad(triangle, (0, halves * padding, 0, padding)).to(dtype)
@@ -73,6 +93,18 @@ def _rotation(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if halves:  # channel, pair, which of it; half of the panel, column
         panels = [x.reshape(-1, 16, 2, 2, 16).permute(0, 3, 1, 4, 2).reshape(-1, TILE) for x in panels]
     return torch.cat(panels), rotation
+
+
+def _as_bytes(above: Tensor, diagonal: Tensor) -> Tensor:
+    """R for the tile unit: what is above its diagonal in bytes, the diagonal, whose numbers are far larger, in float32.
+
+    The last number: C times C sum(largest of a row ^ 2) / |R|^2, which says how much the lowest products matter
+    (csrc/amx/digits.h).
+    """
+    C, diagonal = len(diagonal), functional.pad(diagonal, (0, -len(diagonal) % PANEL)).float()
+    squares = above.square().sum() + diagonal.square().sum()
+    spread = C * C * above.abs().amax(1).square().sum() / squares if squares > 0 else squares
+    return torch.cat([pack_tiles(above, 1), torch.cat([diagonal, spread.expand(PANEL)]).view(torch.int8)])
 
 
 def _rotated(rotation, token, proj_bias, norm_weight, norm_bias, head_weight, head_bias) -> tuple[Tensor, ...]:
@@ -87,18 +119,19 @@ def _rotated(rotation, token, proj_bias, norm_weight, norm_bias, head_weight, he
     return *(functional.pad(x @ rotation, padding).float() for x in (shifted, head)), bias.float()
 
 
-def _fake(token, attended, triangle, head, bias, eps):
-    return attended.new_empty(*attended.shape[:2], head.shape[0])
+def _fake(query, key, value, num_heads, scale, token, triangle, head, bias, eps):
+    return value.new_empty(value.shape[0], query.shape[-2], head.shape[0])
 
 
-def _flops(token, attended, triangle, head, bias, eps) -> int:
-    R, F, C = attended
-    return R * F * C * (C + 1 + 2 * head[0])
+def _flops(query, key, value, num_heads, scale, token, triangle, head, bias, eps) -> int:
+    (R, K, C), F = value, query[-2]
+    return R * F * C * (4 * K + C + 1 + 2 * head[0])
 
 
 _op = declare_for_inference(
     "recover_rotated",
-    "(Tensor token, Tensor attended, Tensor triangle, Tensor head, Tensor bias, float eps) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, int num_heads, float scale, Tensor token, Tensor triangle, Tensor head, "
+    "Tensor bias, float eps) -> Tensor",
     _fake,
     flops=_flops,
 )

@@ -114,7 +114,7 @@ def inference():
 
 @pytest.fixture
 def no_tiles(monkeypatch):
-    """recover_pose in rotated channels on a CPU with a tile unit, too, which would do the projection there."""
+    """recover_pose in rotated channels by the vector units on a CPU with a tile unit, too."""
     monkeypatch.setattr("h2ot_kernels.recover_rotated.tiles_run", lambda: False)
 
 

@@ -32,7 +32,7 @@ OPTIONS = {
 FINDING = re.compile(r"(AddressSanitizer|ThreadSanitizer|runtime error): .*")
 KERNEL_TESTS = ["score", "select", "gather", "cluster", "recover_attention", "recover_interpolation", "size", "fuzz"]
 KERNEL_TESTS += ["recover_rotated", "recover_rotated_halves", "add_norm", "graph", "linear_halves", "linear_floats"]
-KERNEL_TESTS += ["linear_tiles", "attention_tiles", "attend", "samples", "linear_out"]
+KERNEL_TESTS += ["recover_rotated_tiles", "linear_tiles", "attention_tiles", "attend", "samples", "linear_out"]
 RACE = ("csrc/cpu/worker.h", "static thread_local Scratch slots", "static Scratch slots")
 
 

@@ -190,7 +190,7 @@ MISTAKES = {
     "channels beyond the last are written": ("attention.cpp", "if (channels >= kSide) {", "if (true) {"),
     "the largest of a lane misses keys": ("attention.cpp", "for (; k < K; k++,", "for (; k + 1 < K; k++,"),
     "weights are cut": ("attention.cpp", "(as_words(first) + 0x8000u) >> 16", "as_words(first) >> 16"),
-    "keys of the sample before": ("attention.cpp", "if (task == begin || panel == 0) {", "if (task == begin) {"),
+    "keys of the sample before": ("heads.h", "(task == begin || panel == 0)", "(task == begin)"),
     "every sample has the first one's query": ("attention.cpp", "a.query_rows == 1 ? 0 : b", "0"),
 }  # fmt: skip
 MISTAKES_OF_DOTS = {

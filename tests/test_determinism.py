@@ -54,7 +54,9 @@ CALLS = {
     "merge gradient": lambda rows: gradients(lambda x: h2ot.merge_tokens(x, LABELS[rows], 81), X[rows, :, 0]),
     "recover_attention": lambda rows: [h2ot.recover_attention(QUERY, KEY[rows], VALUE[rows], 8)],
     "recover_pose": lambda rows: [h2ot.recover_pose(QUERY, QUERY, KEY[rows], VALUE[rows], *TAIL, 8, num_joints=1)],
-    "recover_rotated": lambda rows: [recover_rotated(QUERY, X[rows, :, 0], *ROTATED, None, TAIL[2].weight, None, 1e-5)],
+    "recover_rotated": lambda rows: [
+        recover_rotated(QUERY, QUERY, KEY[rows], VALUE[rows], 8, 0.1, *ROTATED, None, TAIL[2].weight, None, 1e-5)
+    ],
     "recover_attention gradient": lambda rows: gradients(
         lambda k, v: h2ot.recover_attention(QUERY, k, v, 8), KEY[rows], VALUE[rows]
     ),

@@ -286,18 +286,18 @@ def test_the_operator_refuses_other_sizes():
 
 LANES = "count > 0 ? __mmask16((1u << count) - 1)"
 THIRD = "  load_weights(weights, 0);\n  if constexpr"
-LOW = "now.has_low) multiply_low<1>"
+LOW = "rows.has_low[g]) multiply_low<1>"
 LAST = "    load_rows(rows, 2, 1);\n    _tile_dpbssd(5, 7, 6);\n"
 MISTAKES = {
     "the unit itself": ("emulated.h", "sum += a * b;", "sum += k % 4 ? a * b : 0;"),
     "the last of the products is dropped": ("tiles.h", LAST, ""),
     "a product is taken with the next digit": ("tiles.h", THIRD, "  if constexpr"),
     "the second tile of rows is the first": ("tiles.h", "(2 * digit + half)", "(2 * digit)"),
-    "what stands far above the others hides them": ("linear_tiles.cpp", "rows.has_low[g] |= has_low;", ""),
-    "half a group has no products of order 3": ("linear_tiles.cpp", LOW, "false) multiply_low<1>"),
-    "the last group is half of one": ("linear_tiles.cpp", "2 * group + 1 < halves", "2 * group + 2 < halves"),
+    "what stands far above the others hides them": ("digit_rows.h", "rows.has_low[g] |= has_low;", ""),
+    "half a group has no products of order 3": ("digit_rows.h", LOW, "false) multiply_low<1>"),
+    "the last group is half of one": ("digit_rows.h", "2 * group + 1 < halves", "2 * group + 2 < halves"),
     "digits do not carry": ("digits.h", "kHalf = 0x80808080", "kHalf = 0x80800080"),
-    "sums of order 3 count for rows that are even": ("linear_tiles.cpp", "has_low ? 1.0f / 256 : 0", "1.0f / 256"),
+    "sums of order 3 count for rows that are even": ("digit_rows.h", "has_low ? 1.0f / 256 : 0", "1.0f / 256"),
     "outputs beyond the last are written": ("linear_tiles.cpp", "i + kFloats <= width", "i < width"),
     "rows beyond the last are written": (
         "linear_tiles.cpp",

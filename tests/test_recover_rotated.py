@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import h2ot_kernels as h2ot
+import python_ref
 from h2ot_kernels.linear import Linear
 from h2ot_kernels.recover_rotated import recover_rotated, takes
 
@@ -46,9 +47,15 @@ class Tail(nn.Module):
         return self.norm.weight, self.norm.bias, self.head.weight, self.head.bias
 
     def rotated(self, token, attended):
-        """In rotated channels, which must be possible."""
-        assert takes(token, attended, self.proj, *self.vectors())
-        return recover_rotated(token, attended, self.proj, *self.vectors(), self.norm.eps)
+        """In rotated channels, which must be possible: each row is what all frames find at the only kept one."""
+        kept = attended.reshape(-1, 1, attended.shape[-1])
+        found = self.recovered(token, token, kept, kept, 1).unflatten(0, attended.shape[:2])
+        return found.diagonal(0, 1, 2).movedim(-1, 1)
+
+    def recovered(self, token, query, key, value, num_heads, scale=1.0):
+        assert takes((token, query, key, value), self.proj, *self.vectors())
+        rest = num_heads, scale, self.proj, *self.vectors(), self.norm.eps
+        return recover_rotated(token, query, key, value, *rest)
 
     def exactly(self, token, attended):
         return copy.deepcopy(self).double()(token.double(), attended.double())
@@ -86,7 +93,7 @@ def test_without_instructions_for_it_the_triangle_is_float32s(monkeypatch, dtype
     exact = tail.exactly(token, attended)
     assert ((tail.rotated(token, attended) - exact).abs() <= 0.51 * step * exact.abs() + 1e-5).all()
     monkeypatch.setattr("h2ot_kernels.recover_rotated.is_widened", lambda dtype: False)
-    assert not takes(token, attended, tail.proj, *tail.vectors())
+    assert not takes((token, attended), tail.proj, *tail.vectors())
 
 
 @pytest.mark.parametrize("C", [24, 200])
@@ -112,6 +119,49 @@ def test_rotated_keeps_rows_apart_and_reads_any_strides(capability):
     assert_rows_apart(tail, token, attended)
 
 
+# R, F, K, C, H: one query, whole and half panels of them, samples in parts
+ATTENTIONS = [(2, 1, 1, 8, 2), (1, 27, 9, 64, 8), (5, 67, 13, 100, 4), (3, 243, 81, 64, 2), (1, 130, 70, 33, 3)]
+
+
+def assert_recovers(tail, token, query, key, value, num_heads):
+    """As near to float64 as PyTorch's modules behind the definition's attention."""
+
+    def exactly(tail, *tensors):
+        attended = python_ref.recover_attention(*tensors[1:], num_heads, scale=0.3)
+        return tail(tensors[0], attended)
+
+    tensors = token, query, key, value
+    exact = exactly(copy.deepcopy(tail).double(), *(x.double() for x in tensors))
+    assert_within(tail.recovered(*tensors, num_heads, 0.3), exact, exactly(tail, *tensors), token.shape[-1])
+
+
+@pytest.mark.parametrize("own_queries", [False, True])
+@pytest.mark.parametrize(("R", "F", "K", "C", "H"), ATTENTIONS)
+def test_recovers_within_bound(R, F, K, C, H, own_queries, capability):
+    query = torch.randn(R, F, C) if own_queries else torch.randn(F, C)
+    assert_recovers(Tail(C), torch.randn(F, C), query, *torch.randn(2, R, K, C), H)
+
+
+def test_recovers_from_any_strides(capability):
+    tail, token, query = Tail(40), torch.randn(40, 19).mT, torch.randn(19, 80)[:, ::2]
+    key, value = torch.randn(2, 7, 80).chunk(2, -1)
+    assert_recovers(tail, token, query, key, value, 4)
+    apart = torch.randn(40, 2, 7).movedim(0, -1)
+    assert_recovers(tail, token, query, apart, value, 4)
+
+
+def test_recovers_the_same_bits_by_any_number_of_threads(capability):
+    """Samples are cut into other parts for other numbers of threads."""
+    tail, token = Tail(24), torch.randn(131, 24)
+    attending = token, *torch.randn(2, 5, 9, 24), 2
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        found.append(tail.recovered(token, *attending))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
 def called(tail, token, kept, **options):
     """The operators of a whole recover_pose."""
     with Recorder() as recorder:
@@ -121,7 +171,7 @@ def called(tail, token, kept, **options):
 
 def test_recover_pose_takes_it():
     tail, token, kept = Tail(64), torch.randn(1, 9, 64), torch.randn(2, 3, 64)
-    assert called(tail, token, kept) == {"recover_attention", "recover_rotated"}
+    assert called(tail, token, kept) == {"recover_rotated"}
     products = {"pack_tiles", "linear_tiles", "linear_floats"}  # the projection is that of the module
     assert called(tail, token, kept, backend="reference") <= products
     with h2ot.use_backend("reference"):

@@ -65,17 +65,18 @@ def test_halves_follow_the_parameters():
 
 def test_halves_are_refused_where_nothing_multiplies_them():
     tail, token, attended = made(2, 9, 64)
-    given = token, attended, tail.proj, *tail.vectors()
-    assert takes(*given)
-    assert not takes(token, attended.float(), *given[2:])
+    vectors = tail.proj, *tail.vectors()
+    assert takes((token, attended), *vectors)
+    assert not takes((token, attended.float()), *vectors)
     rows = torch.randn(2, 9, 64).to(BF16)
-    operands = torch.randn(9, 64), rows, torch.randn(3, 1024).to(BF16), torch.randn(3, 64), torch.randn(3), 1e-5
+    triangle = torch.randn(3, 1024).to(BF16)
+    operands = rows, rows, rows, 2, 0.5, torch.randn(9, 64), triangle, torch.randn(3, 64), torch.randn(3), 1e-5
     operator = torch.ops.h2ot_kernels.recover_rotated
     assert operator(*operands).shape == (2, 9, 3)
-    for triangle in (operands[2].float(), operands[2][:2], operands[2][:, :512]):
+    for other in (triangle.float(), triangle[:2], triangle[:, :512]):
         with pytest.raises(ValueError, match="recover_rotated: wanted .*triangle"):
-            operator(*operands[:2], triangle, *operands[3:])
+            operator(*operands[:6], other, *operands[7:])
     _C.set_capability("portable")
-    assert not takes(*given)
+    assert not takes((token, attended), *vectors)
     with pytest.raises(ValueError, match="recover_rotated: wanted a CPU with products of pairs"):
         operator(*operands)

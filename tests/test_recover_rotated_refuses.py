@@ -83,16 +83,16 @@ def of_double_norm(tail, token, attended):
 )  # fmt: skip
 def test_takes_refuses(change):
     tail, token, attended = Tail(64), torch.randn(9, 64), torch.randn(2, 9, 64)
-    assert takes(token, attended, tail.proj, *tail.vectors())
+    assert takes((token, attended), tail.proj, *tail.vectors())
     token, attended = change(tail, token, attended) or (token, attended)
-    assert not takes(token, attended, tail.proj, *tail.vectors())
+    assert not takes((token, attended), tail.proj, *tail.vectors())
 
 
-def test_takes_refuses_where_somebody_looks(monkeypatch):
+def test_takes_refuses_where_somebody_looks():
     tail, token, attended = Tail(64), torch.randn(9, 64), torch.randn(2, 9, 64)
 
     def taken(x):
-        return takes(token, x, tail.proj, *tail.vectors())
+        return takes((token, x), tail.proj, *tail.vectors())
 
     with torch.autocast("cpu"):
         assert not taken(attended)
@@ -107,30 +107,39 @@ def test_takes_refuses_where_somebody_looks(monkeypatch):
     assert seen == [False]
     compiled = torch.compile(lambda x: x + 1 if taken(x) else x, fullgraph=True, backend="eager")
     assert torch.equal(compiled(attended), attended)
-    monkeypatch.setattr("h2ot_kernels.recover_rotated.tiles_run", lambda: True)
-    assert not taken(attended)
 
 
-def operands(R=2, F=9, C=40, M=3):
+def operands(R=2, F=9, C=40, M=3, K=4):
     width = -(-C // 32) * 32
     depths = sum(C - c for c in range(0, C, 32))
-    sizes = (F, width), (R, F, C), (depths, 32), (M, width), (M,)
-    return [*(torch.randn(size) for size in sizes), 1e-5]
+    attending = *(torch.randn(size) for size in ((F, C), (R, K, C), (R, K, C))), 2, 0.5
+    return [*attending, *(torch.randn(size) for size in ((F, width), (depths, 32), (M, width), (M,))), 1e-5]
 
 
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [
-        (0, lambda x: x[:, :40], "token"),
         (0, lambda x: x[:8], "token"),
-        (1, lambda x: x[0], "attended"),
-        (1, lambda x: x[..., :0], "attended"),
-        (1, lambda x: x[..., :39], "triangle"),
-        (2, lambda x: x[1:], "triangle"),
-        (3, lambda x: x[:2], "head"),
-        (3, lambda x: x[:, :40], "head"),
-        (4, lambda x: x.double(), "float32"),
-        (4, lambda x: x[None], "bias"),
+        (0, lambda x: x[0], "query"),
+        (0, lambda x: x[:, :39], "query"),
+        (0, lambda x: x.expand(3, -1, -1), "query"),
+        (0, lambda x: x.double(), "one dtype"),
+        (1, lambda x: x[0], "key"),
+        (1, lambda x: x[:, :0], "key"),
+        (1, lambda x: x[..., :0], "key"),
+        (1, lambda x: x.bfloat16(), "one dtype"),
+        (2, lambda x: x[:1], "value"),
+        (2, lambda x: x[..., :39], "value"),
+        (3, lambda x: 3, "num_heads"),
+        (3, lambda x: 0, "num_heads"),
+        (5, lambda x: x[:, :40], "token"),
+        (5, lambda x: x[:8], "token"),
+        (6, lambda x: x[1:], "triangle"),
+        (6, lambda x: x.double(), "triangle"),
+        (7, lambda x: x[:2], "head"),
+        (7, lambda x: x[:, :40], "head"),
+        (8, lambda x: x.double(), "float32"),
+        (8, lambda x: x[None], "bias"),
     ],
 )
 def test_operator_refuses(place, change, message):
@@ -141,10 +150,17 @@ def test_operator_refuses(place, change, message):
         OP(*given)
 
 
+def test_operator_refuses_dtypes_that_do_not_fit():
+    given = operands()
+    halves = [x.bfloat16() for x in given[:3]]
+    with pytest.raises(ValueError, match="recover_rotated: wanted query, key and value of bfloat16 beside"):
+        OP(*halves, *given[3:])
+
+
 def test_operator_has_no_gradient():
     given = operands()
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="recover_rotated has no gradient"):
-        OP(given[0], given[1].requires_grad_(), *given[2:]).sum().backward()
+        OP(*given[:2], given[2].requires_grad_(), *given[3:]).sum().backward()
 
 
 def test_operator_without_rows_or_outputs():

@@ -55,7 +55,8 @@ def samples():
         yield OPS.recover_attention_out, (rand(1, 7, C), y, rand(2, 9, C), 1, 0.5, torch.zeros(2, 7, C))
         yield OPS.recover_tail, (rand(9, C), x.detach(), rand(C), rand(C), rand(3, C), rand(3), 1e-5)
         depths = sum(C - c for c in range(0, C, 32))
-        yield OPS.recover_rotated, (rand(9, 32), y, rand(depths, 32), rand(3, 32), rand(3), 1e-5)
+        attending = rand(9, C), y, y + 1, 1, 0.5
+        yield OPS.recover_rotated, (*attending, rand(9, 32), rand(depths, 32), rand(3, 32), rand(3), 1e-5)
         yield OPS.add_norm, (y, rand(2, 9, C, dtype=torch.bfloat16), rand(C), rand(C), 1e-5, torch.bfloat16)
         yield OPS.add_norm, (y[0], None, None, rand(C), 1e-5, torch.float16)
         yield OPS.add_norm, (y.half(), y.half(), rand(C), None, 1e-5, torch.float16)
@@ -303,8 +304,9 @@ def test_flop_counter_knows_every_operator_with_products_or_distances():
     x, heads = rand(2, 9, 4), rand(2, 5, 2, 9, 4)
     assert counted(lambda: h2ot.score_tokens(x, exclude_self=True)) == math.prod((2, 9, 8, 4))
     assert counted(lambda: OPS.attention_scores(heads, heads, 0.5)) == 2 * math.prod((2, 5, 2, 9, 9, 4))
-    rotated = rand(9, 32), x, rand(4, 32), rand(3, 32), rand(3), 1e-5
-    assert counted(lambda: OPS.recover_rotated(*rotated)) == math.prod((2, 9, 4, 5)) + 2 * math.prod((2, 9, 4, 3))
+    rotated = rand(5, 4), x, x, 2, 0.5, rand(5, 32), rand(4, 32), rand(3, 32), rand(3), 1e-5
+    attended = 2 * 5 * 4  # 9 kept, a triangle of 4, 3 outputs
+    assert counted(lambda: OPS.recover_rotated(*rotated)) == attended * (4 * 9 + 5 + 2 * 3)
 
 
 def test_flop_counter_counts_the_backward_pass():

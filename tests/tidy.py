@@ -38,10 +38,10 @@ def main() -> int:
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
     amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-    jobs += [(ROOT / "csrc" / "amx" / file, amx) for file in ("attention.cpp", "linear_tiles.cpp", "linear_halves.cpp")]
+    halves, tiles = ("attention", "rotated_halves", "linear_halves"), ("linear_tiles", "rotated_tiles")
+    jobs += [(ROOT / "csrc" / "amx" / f"{stem}.cpp", amx) for stem in halves + tiles]
     dots = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=bf16_dots", "-mavx512bf16"]
-    halves = ("attention.cpp", "recover_rotated.cpp", "linear_halves.cpp")
-    jobs += [(ROOT / "csrc" / "amx" / file, dots) for file in halves]
+    jobs += [(ROOT / "csrc" / "amx" / f"{stem}.cpp", dots) for stem in halves]
     others = [
         *(ROOT / "csrc").glob("*registration.cpp"),
         ROOT / "csrc" / "capability.cpp",

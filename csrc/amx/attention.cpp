@@ -7,7 +7,7 @@
 // (16 apart) stand in the rows of a tile. Counted per panel and 32 keys: D / 4 tile instructions of 16 cycles, 64
 // vectors of weights of about 13 instructions. Sums in float32; a weight is off by 8e-5 of itself before it is rounded
 // to 2^-9.
-#include "../cpu/worker.h"
+#include "../cpu/heads.h"
 #include "half_products.h"
 
 namespace h2ot {
@@ -225,60 +225,53 @@ H2OT_INLINE const uint16_t* head_of(const void* x, const Rows& at, int64_t b, in
   return static_cast<const uint16_t*>(x) + b * at.stride_b + channel;
 }
 
-void run_panel(const RecoverAttentionArgs& a, const Head& head, const Arrays& at, int64_t b, int64_t channel,
-               int64_t first) {
-  const int64_t count = a.F - first < kPanel ? a.F - first : kPanel;
-  const uint16_t* const query = head_of(a.query, a.query_at, a.query_rows == 1 ? 0 : b, channel);
-  pack_rows(query + first * a.query_at.stride_n, a.query_at.stride_n, count, 2, head, true, at.queries);
-  multiply_keys(head, at);
-  Floats sums[2];
-  for (int64_t half = 0; half < 2; half++) {
-    sums[half] = soften(at.logits + half * kSide, a.K, head.rate, at.weights + half * kTileHalves);
+// What a thread does.
+struct Forward {
+  typedef BFloat16 Element;
+  const RecoverAttentionArgs& a;
+  const Head& head;
+  Arrays at;
+
+  Forward(Carver& memory, const RecoverAttentionArgs& args, const Head& sizes)
+      : a(args), head(sizes), at(memory, head) {}
+
+  void take_head(int64_t b, int64_t h) const {
+    const uint16_t* const key = head_of(a.key, a.key_at, b, h * head.D);
+    pack_rows(key, a.key_at.stride_n, a.K, 2 * head.steps, head, false, at.keys);
+    pack_values(head_of(a.value, a.value_at, b, h * head.D), a.value_at.stride_n, a.K, head, at.values);
   }
-  multiply_values(head, at);
-  BFloat16* const out = static_cast<BFloat16*>(a.out) + (b * a.F + first) * a.C + channel;
-  for (int64_t half = 0; half < 2; half++) {
-    const Floats share = 1 / sums[half];
-    for (int64_t tile = 0; tile < head.tiles; tile++) {
-      const float* const sums_of_tile = at.out + tile * kSide * kPanel + half * kSide;
-      BFloat16* const to = out + half * kSide * a.C + tile * kSide;
-      put_tile(sums_of_tile, share, count - half * kSide, head.D - tile * kSide, to, a.C);
+  void ask_for_head(int64_t b, int64_t h, int64_t from, int64_t to) const {
+    ask_for(head_of(a.key, a.key_at, b, h * head.D), a.key_at.stride_n, head.D, from, to);
+    ask_for(head_of(a.value, a.value_at, b, h * head.D), a.value_at.stride_n, head.D, from, to);
+  }
+  void attend(int64_t b, int64_t h, int64_t panel, BFloat16* rows) const {
+    const int64_t first = panel * kPanel, count = a.F - first < kPanel ? a.F - first : kPanel;
+    const uint16_t* const query = head_of(a.query, a.query_at, a.query_rows == 1 ? 0 : b, h * head.D);
+    pack_rows(query + first * a.query_at.stride_n, a.query_at.stride_n, count, 2, head, true, at.queries);
+    [[maybe_unused]] const ProductRegisters registers = {};
+    multiply_keys(head, at);
+    Floats sums[2];
+    for (int64_t half = 0; half < 2; half++) {
+      sums[half] = soften(at.logits + half * kSide, a.K, head.rate, at.weights + half * kTileHalves);
+    }
+    multiply_values(head, at);
+    for (int64_t half = 0; half < 2; half++) {
+      const Floats share = 1 / sums[half];
+      for (int64_t tile = 0; tile < head.tiles; tile++) {
+        const float* const sums_of_tile = at.out + tile * kSide * kPanel + half * kSide;
+        BFloat16* const to = rows + half * kSide * a.C + h * head.D + tile * kSide;
+        put_tile(sums_of_tile, share, count - half * kSide, head.D - tile * kSide, to, a.C);
+      }
     }
   }
-}
+};
 
 }  // namespace
 
 Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
   const Head head(a);
-  Outcome outcome;
-  const int64_t tasks = a.B * a.H * head.panels;
-  parallel_for(pool, tasks, 1 + 2000000 / (a.K * head.D * kPanel + 1), [&](int64_t begin, int64_t end) {
-    Carver sizes(nullptr);
-    Arrays(sizes, head);
-    void* const memory = scratch(Slot::own, sizes.bytes());
-    if (!memory) return outcome.fail(Status::out_of_memory);
-    Carver carver(memory);
-    const Arrays at(carver, head);
-    [[maybe_unused]] const ProductRegisters registers = {};
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t panel = task % head.panels, which = task / head.panels;
-      const int64_t b = which / a.H, channel = which % a.H * head.D;
-      if (task == begin || panel == 0) {
-        const uint16_t* const key = head_of(a.key, a.key_at, b, channel);
-        pack_rows(key, a.key_at.stride_n, a.K, 2 * head.steps, head, false, at.keys);
-        pack_values(head_of(a.value, a.value_at, b, channel), a.value_at.stride_n, a.K, head, at.values);
-      }
-      if (which + 1 < a.B * a.H) {
-        const int64_t next_b = (which + 1) / a.H, next = (which + 1) % a.H * head.D;
-        const int64_t from = a.K * panel / head.panels, to = a.K * (panel + 1) / head.panels;
-        ask_for(head_of(a.key, a.key_at, next_b, next), a.key_at.stride_n, head.D, from, to);
-        ask_for(head_of(a.value, a.value_at, next_b, next), a.value_at.stride_n, head.D, from, to);
-      }
-      run_panel(a, head, at, b, channel, panel * kPanel);
-    }
-  });
-  return outcome.result();
+  const int64_t grain = 1 + 2000000 / (a.K * head.D * kPanel + 1);
+  return attend_heads<Forward>(a, pool, kPanel, grain, [&](Carver& memory) { return Forward(memory, a, head); });
 }
 
 }  // namespace H2OT_ISA

@@ -7,41 +7,14 @@
 // scales, bias, activation) while the next one is made. Results stay in the second-level cache until a block has a
 // stretch of them: lines of memory that are written one here, one there, between products, cost three times as much.
 #include "../cpu/gelu.h"
-#include "../cpu/worker.h"
-#include "digits.h"
-#include "norm.h"
-#include "packed_tiles.h"
+#include "digit_rows.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 768 << 10;  // of the digits of a block's rows, up to kMostGroups of them
-constexpr int64_t kMostGroups = 6;
 constexpr int64_t kStretch = 512;  // results of a row that are stored at once
 constexpr int64_t kFewRows = 64;   // up to these the threads share the weights, which take longer to read, not the rows
-
-// The rows of a block, whole groups of them but for the last one, which may be half of one, and their digits.
-struct Rows {
-  const float* x;  // of the rows that are there
-  int64_t stride, count, halves;
-  int8_t* digits;  // [groups][steps][kRowStep]
-  float* scale;    // [groups][kGroup]: of sums of order 2; 0 of rows without digits, or that are not there
-  float* low;      // [groups][kGroup]: what a sum of order 3 counts, 1 / 256 or 0
-  bool* has_low;   // [groups]: whether one of it is not 0
-  bool has_plain;  // a row has no digits
-
-  Rows(Carver& memory, int64_t C, int64_t most) : x(nullptr), stride(0), count(0), halves(most) {
-    const int64_t groups = groups_of(most, 2);
-    digits = memory.take<int8_t>(groups * groups_of(C, kDepth) * kRowStep);
-    scale = memory.take<float>(groups * kGroup);
-    low = memory.take<float>(groups * kGroup);
-    has_low = memory.take<bool>(groups);
-    has_plain = false;
-  }
-  int64_t groups() const { return groups_of(halves, 2); }
-  int64_t height(int64_t group) const { return 2 * group + 1 < halves ? kGroup : kSide; }
-};
 
 // Results of a block: row r of the block stands at `at` + r `stride`, in whole panels.
 struct Results {
@@ -62,103 +35,21 @@ struct Pending {
   bool has_low = false;
 };
 
-H2OT_INLINE Floats numbers(const int32_t* sums, int64_t order) {
-  Words whole;
-  memcpy(&whole, sums + order * kGroup * kSide, sizeof whole);
-  return reinterpret_cast<Floats>(_mm512_maskz_cvtepi32_ps(kAll, reinterpret_cast<__m512i>(whole)));
-}
-
-// Rows [begin, end) of it. Few instructions: they take the place of tile instructions that wait for their turn.
+// Rows [begin, end) of it.
 template <bool kGelu>
 H2OT_INLINE void finish(const Rows& rows, const Pending& of, const Results& to, int64_t begin, int64_t end) {
   float* out = to.at + (of.row + begin) * to.stride + of.column;
   for (int64_t r = begin; r < end; r++, out += to.stride) {
-    const int32_t* const sums = of.sums + r * kSide;
-    Floats v = numbers(sums, 0);
-    v = v * 256.0f + numbers(sums, 1);
-    v = v * 256.0f + numbers(sums, 2);
-    if (of.has_low) v += rows.low[of.row + r] * numbers(sums, 3);
-    v = v * rows.scale[of.row + r] * of.scale + of.bias;
+    const Floats v = joined(rows, of.row + r, of.sums + r * kSide, of.has_low, of.scale) + of.bias;
     store(out, kGelu ? gelu(v) : v);
   }
-}
-
-// The digits of group g as tiles; zeros for rows that are not there or have none. normed: room for its rows, where
-// there is a norm.
-void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, float* normed) {
-  const float* x[kGroup];
-  float to_whole[kGroup];
-  const int64_t steps = groups_of(a.C, kDepth);
-  rows.has_low[g] = false;
-  const int64_t height = rows.height(g);
-  for (int64_t r = 0; r < height; r++) {
-    const int64_t row = g * kGroup + r;
-    const bool is_there = row < rows.count;
-    x[r] = is_there ? rows.x + row * rows.stride : nullptr;
-    Extent extent = {};
-    if (is_there && a.has_norm) {
-      extent = norm_row(x[r], a.C, a.norm_weight, a.norm_bias, a.eps, normed + r * a.C);
-      x[r] = normed + r * a.C;
-    } else if (is_there) {
-      extent = extent_of(x[r], a.C);
-    }
-    const bool has_digits = extent.has_digits();
-    rows.has_plain |= !has_digits;
-    to_whole[r] = has_digits && extent.largest != 0 ? kWhole / extent.largest : 0;
-    rows.scale[row] = to_whole[r] != 0 ? kScale / to_whole[r] : 0;
-    const bool has_low = to_whole[r] != 0 && extent.spread() * spread > kMostSpread * kMostSpread;
-    rows.low[row] = has_low ? 1.0f / 256 : 0;
-    rows.has_low[g] |= has_low;
-  }
-  int8_t* tiles = rows.digits + g * steps * kRowStep;
-  for (int64_t c = 0; c < a.C; c += kDepth, tiles += kRowStep) {
-    for (int64_t r = 0; r < height; r++) {
-      int8_t* const to = tiles + r * kDepth;
-      if (to_whole[r] != 0) {
-        put_digits(x[r], a.C, c, to_whole[r], rows.has_low[g], to, 2 * kTile);
-      } else {
-        for (int d = 0; d < kRowDigits; d++) memset(to + d * 2 * kTile, 0, kDepth);
-      }
-    }
-  }
-}
-
-// Rows of C numbers, `stride` apart, as a layer takes them.
-void split(const LinearTilesArgs& a, float spread, const float* x, int64_t stride, int64_t count, Rows& rows,
-           float* normed) {
-  rows.x = x;
-  rows.stride = stride;
-  rows.count = count;
-  rows.halves = groups_of(count, kSide);
-  rows.has_plain = false;
-  for (int64_t g = 0; g < rows.groups(); g++) split_group(a, g, spread, rows, normed);
 }
 
 H2OT_INLINE Floats bias_of(const LinearTilesArgs& a, int64_t chunk, int64_t column) {
   return a.bias ? load_some(a.bias + chunk * a.M + column, a.M - column) : Floats{};
 }
 
-// `width` results of a row without digits from `column` on, by multiply-adds in the order of the channels.
-template <bool kGelu>
-void plain_row(const LinearTilesArgs& a, const Packed& p, const float* x, int64_t chunk, int64_t column, int64_t width,
-               float* out) {
-  for (int64_t at = 0; at < width; at += kSide) {
-    const int64_t panel = chunk * p.panels + (column + at) / kSide;
-    const int8_t* const b = p.panel(panel);
-    const Floats scale = load(p.scales + panel * kSide) * (256 / kScale);
-    Floats sum = {};
-    for (int64_t c = 0; c < a.C; c++) {
-      Floats weight = {};
-      for (int lane = 0; lane < kFloats; lane++) {
-        const int8_t* const digits = b + Packed::place(lane, c);
-        weight[lane] = float((digits[0] * 256 + digits[kTile]) * 256 + digits[2 * kTile]);
-      }
-      sum += x[c] * (weight * scale);
-    }
-    sum += bias_of(a, chunk, column + at);
-    store(out + at, kGelu ? gelu(sum) : sum);
-  }
-}
+// Rows without digits: `width` results from `column` on.
 template <bool kGelu>
 void plain_rows(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t chunk,
                 int64_t column, int64_t width, const Results& to) {
@@ -166,7 +57,11 @@ void plain_rows(const LinearTilesArgs& a, const Packed& p, const Rows& rows, flo
     const float* x = rows.x + r * rows.stride;
     const Extent extent = a.has_norm ? norm_row(x, a.C, a.norm_weight, a.norm_bias, a.eps, normed) : extent_of(x, a.C);
     if (extent.has_digits()) continue;
-    plain_row<kGelu>(a, p, a.has_norm ? normed : x, chunk, column, width, to.at + r * to.stride);
+    for (int64_t at = 0; at < width; at += kSide) {
+      const int64_t panel = chunk * p.panels + (column + at) / kSide;
+      const Floats sum = plain_product(p, a.has_norm ? normed : x, a.C, panel) + bias_of(a, chunk, column + at);
+      store(to.at + r * to.stride + at, kGelu ? gelu(sum) : sum);
+    }
   }
 }
 
@@ -185,7 +80,6 @@ void multiply_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows,
     now.scale = load(p.scales + panel * kSide);
     now.bias = bias_of(a, chunk, column + at);
     for (int64_t g = 0; g < rows.groups(); g++) {
-      const int8_t* const digits = rows.digits + g * p.steps * kRowStep;
       int32_t* const made = before.sums == sums ? sums + kSums : sums;
       now.row = g * kGroup;
       now.height = rows.height(g);
@@ -199,13 +93,7 @@ void multiply_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows,
           done = end;
         }
       };
-      if (now.height == kGroup) {
-        multiply<2>(digits, p.panel(panel), p.steps, made, beside);
-        if (now.has_low) multiply_low<2>(digits, p.panel(panel), p.steps, made);
-      } else {
-        multiply<1>(digits, p.panel(panel), p.steps, made, beside);
-        if (now.has_low) multiply_low<1>(digits, p.panel(panel), p.steps, made);
-      }
+      multiply_group(rows, g, p.panel(panel), 0, p.steps, made, beside);
       finish<kGelu>(rows, before, to, done, before.height);
       now.sums = made;
       before = now;
@@ -283,9 +171,7 @@ void with_arrays(const LinearTilesArgs& a, int64_t hidden_channels, int64_t outp
 template <class Part>
 Status by_blocks(const Parallel& pool, const LinearTilesArgs& a, int64_t hidden_channels, int64_t outputs,
                  const Part& part) {
-  const int64_t channels = a.C > hidden_channels ? a.C : hidden_channels;
-  const int64_t fitting = kBlockBytes / (groups_of(channels, kDepth) * kRowStep);
-  const int64_t most = fitting < 1 ? 1 : fitting < kMostGroups ? fitting : kMostGroups;
+  const int64_t most = most_groups(a.C > hidden_channels ? a.C : hidden_channels);
   Outcome outcome;
   parallel_for(pool, groups_of(a.rows, kSide), 1, [&](int64_t begin, int64_t end) {
     // Blocks of equal size, of whole groups but for the last.

@@ -4,9 +4,9 @@
 // times the panel of queries; exact softmax down the lanes; output rows = weights times V. K and V are copied once per
 // head: their rows are C apart, and at powers of two those fall into the same few cache sets.
 // Multiply-adds per sample: 2 F K C; exponentials: F K H.
+#include "heads.h"
 #include "kernels.h"
 #include "softmax.h"
-#include "worker.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -74,14 +74,62 @@ void pack_shared_queries(const RecoverAttentionArgs& a, const Layout<E>& at, E* 
   });
 }
 
+// What a thread works in.
+template <class T, class E>
+struct Forward {
+  typedef T Element;
+  const RecoverAttentionArgs& a;
+  const Layout<E>& at;
+  const E* shared_panels;  // null: each sample has queries of its own
+  E *key, *value;          // [K][width] of a head
+  E* own_panel;            // [D][kPanel] queries of a sample
+  E* weights;              // [K][kPanel]
+  E* results;              // [kPanel][width]
+
+  Forward(Carver& memory, const RecoverAttentionArgs& args, const Layout<E>& layout, const E* shared)
+      : a(args), at(layout), shared_panels(shared) {
+    key = memory.take<E>(a.K * at.width);
+    value = memory.take<E>(a.K * at.width);
+    own_panel = memory.take<E>(at.D * kPanel<E>);
+    weights = memory.take<E>(a.K * kPanel<E>);
+    results = memory.take<E>(kPanel<E> * at.width);
+  }
+
+  void take_head(int64_t b, int64_t h) const {
+    pack_rows(head_of<T>(a.key, a.key_at, b, h * at.D), a.key_at.stride_n, 1, a.K, at.D, at.width, key);
+    pack_rows(head_of<T>(a.value, a.value_at, b, h * at.D), a.value_at.stride_n, 1, a.K, at.D, at.width, value);
+  }
+  void ask_for_head(int64_t b, int64_t h, int64_t from, int64_t to) const {
+    prefetch_rows(head_of<T>(a.key, a.key_at, b, h * at.D), a.key_at.stride_n, at.D, from, to);
+    prefetch_rows(head_of<T>(a.value, a.value_at, b, h * at.D), a.value_at.stride_n, at.D, from, to);
+  }
+  void attend(int64_t b, int64_t h, int64_t panel, T* rows) const {
+    const int64_t first = panel * kPanel<E>, count = at.count(a, panel), vectors = count > kLanes<E> ? 2 : 1;
+    T* const out = rows + h * at.D;
+    prefetch_rows(out, a.C, at.D, 0, count);
+    const E* const queries = shared_panels ? shared_panels + (h * at.panels + panel) * at.D * kPanel<E> : own_panel;
+    if (!shared_panels) {
+      const T* const query = head_of<T>(a.query, a.query_at, b, h * at.D) + first * a.query_at.stride_n;
+      pack_panel(query, a.query_at.stride_n, 1, count, at.D, at.sign, own_panel);
+    }
+    dot_rows(key, a.K, at, queries, vectors, weights);
+    Vector<E> total[kTileVectors];
+    E share[kPanel<E>];
+    exponentiate(weights, a.K, vectors, at.rate, total);
+    for (int64_t v = 0; v < vectors; v++) store(share + v * kLanes<E>, E(1) / total[v]);
+    product(count, at.width / kLanes<E>, a.K, weights, 1, kPanel<E>, value, at.width, WriteTo<E>{results, at.width});
+    for (int64_t q = 0; q < count; q++) unpack_row(results + q * at.width, at.D, share[q], out + q * a.C);
+  }
+};
+
 template <class T>
 Status forward(const RecoverAttentionArgs& a, const Parallel& pool) {
   typedef Accumulator<T> E;
   const Layout<E> at(a);
-  const int64_t panel_size = at.D * kPanel<E>;
   E* shared_panels = nullptr;
   if (a.query_rows == 1) {
-    shared_panels = static_cast<E*>(scratch(Slot::shared, a.H * at.panels * panel_size * int64_t(sizeof(E))));
+    const int64_t size = a.H * at.panels * at.D * kPanel<E>;
+    shared_panels = static_cast<E*>(scratch(Slot::shared, size * int64_t(sizeof(E))));
     if (!shared_panels) return Status::out_of_memory;
     pack_shared_queries<T>(a, at, shared_panels, pool);
   }
@@ -89,49 +137,8 @@ Status forward(const RecoverAttentionArgs& a, const Parallel& pool) {
     memset(a.out, 0, size_t(a.B * a.F * a.C) * sizeof(T));
     return Status::ok;
   }
-  Outcome outcome;
-  parallel_for(pool, a.B * a.H * at.panels, task_grain(a, at.D, kPanel<E>), [&](int64_t begin, int64_t end) {
-    const int64_t counts[] = {a.K * at.width, a.K * at.width, panel_size, a.K * kPanel<E>, kPanel<E> * at.width};
-    Carver sizes(nullptr);
-    for (int64_t count : counts) sizes.take<E>(count);
-    void* const memory = scratch(Slot::own, sizes.bytes());
-    if (!memory) return outcome.fail(Status::out_of_memory);
-    Carver carver(memory);
-    E* const key = carver.take<E>(counts[0]);
-    E* const value = carver.take<E>(counts[1]);
-    E* const own_panel = carver.take<E>(counts[2]);
-    E* const weights = carver.take<E>(counts[3]);
-    E* const rows = carver.take<E>(counts[4]);
-    E share[kPanel<E>];
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t panel = task % at.panels, h = task / at.panels % a.H, b = task / at.panels / a.H;
-      if (task == begin || panel == 0) {
-        pack_rows(head_of<T>(a.key, a.key_at, b, h * at.D), a.key_at.stride_n, 1, a.K, at.D, at.width, key);
-        pack_rows(head_of<T>(a.value, a.value_at, b, h * at.D), a.value_at.stride_n, 1, a.K, at.D, at.width, value);
-      }
-      if (task - panel + at.panels < a.B * a.H * at.panels) {
-        const int64_t next = task / at.panels + 1, next_b = next / a.H, channel = next % a.H * at.D;
-        const int64_t from = a.K * panel / at.panels, to = a.K * (panel + 1) / at.panels;
-        prefetch_rows(head_of<T>(a.key, a.key_at, next_b, channel), a.key_at.stride_n, at.D, from, to);
-        prefetch_rows(head_of<T>(a.value, a.value_at, next_b, channel), a.value_at.stride_n, at.D, from, to);
-      }
-      const int64_t first = panel * kPanel<E>, count = at.count(a, panel), vectors = count > kLanes<E> ? 2 : 1;
-      T* const out = static_cast<T*>(a.out) + (b * a.F + first) * a.C + h * at.D;
-      prefetch_rows(out, a.C, at.D, 0, count);
-      const E* queries = shared_panels ? shared_panels + (h * at.panels + panel) * panel_size : own_panel;
-      if (!shared_panels) {
-        const T* const query = head_of<T>(a.query, a.query_at, b, h * at.D) + first * a.query_at.stride_n;
-        pack_panel(query, a.query_at.stride_n, 1, count, at.D, at.sign, own_panel);
-      }
-      dot_rows(key, a.K, at, queries, vectors, weights);
-      Vector<E> total[kTileVectors];
-      exponentiate(weights, a.K, vectors, at.rate, total);
-      for (int64_t v = 0; v < vectors; v++) store(share + v * kLanes<E>, E(1) / total[v]);
-      product(count, at.width / kLanes<E>, a.K, weights, 1, kPanel<E>, value, at.width, WriteTo<E>{rows, at.width});
-      for (int64_t q = 0; q < count; q++) unpack_row(rows + q * at.width, at.D, share[q], out + q * a.C);
-    }
-  });
-  return outcome.result();
+  return attend_heads<Forward<T, E>>(a, pool, kPanel<E>, task_grain(a, at.D, kPanel<E>),
+                                     [&](Carver& memory) { return Forward<T, E>(memory, a, at, shared_panels); });
 }
 
 // Samples whose gradients of a shared query are summed one after the other; the sums of groups are added in order.

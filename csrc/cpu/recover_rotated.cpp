@@ -1,8 +1,9 @@
-// The end of a recovery module at half its projection (launch.h: RecoverRotatedArgs): LayerNorm and a linear head need
-// a row's squares and its products with M vectors, which no rotation of the channels changes. In the channels of a QR
-// decomposition the projection is a triangle, and the projected rows are never written.
-// Count: C (C + 1) / 2 + C (M + 1) multiply-adds a row, by the register tiles of attention.
+// Recovery by attention with the end of its module at half the projection (launch.h: RecoverRotatedArgs): LayerNorm and
+// a linear head need a row's squares and its products with M vectors, which no rotation of the channels changes. In the
+// channels of a QR decomposition the projection is a triangle. Neither attended nor projected rows are ever stored.
+// Count: C (C + 1) / 2 + C (M + 1) multiply-adds a row beside the attention, by the register tiles of that.
 #include "kernels.h"
+#include "product.h"
 #include "rotated.h"
 #include "worker.h"
 
@@ -12,36 +13,41 @@ namespace {
 
 constexpr int64_t kBlock = 4 * kTileRows;  // rows that meet a panel one after the other
 
-// products [kBlock][kRotatedPanel], sums [kBlock][sums_width].
-void run_block(const RecoverRotatedArgs& a, int64_t first, int64_t rows, float* products, float* sums) {
-  const float* const attended = static_cast<const float*>(a.attended) + first * a.C;
+// attended [rows][C] of sample b from query `first` on; products [kBlock][kRotatedPanel], sums [kBlock][sums_width].
+void run_block(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t rows, const float* attended,
+               float* products, float* sums) {
   const float* triangle = static_cast<const float*>(a.triangle);
-  const int64_t width = sums_width(a.M);
+  const int64_t C = a.attention.C, width = sums_width(a.M);
   memset(sums, 0, size_t(rows * width) * sizeof(float));
-  for (int64_t c = 0; c < a.C; c += kRotatedPanel) {
-    const int64_t depth = a.C - c;
-    product(rows, kRotatedVectors, depth, attended + c, a.C, 1, triangle, kRotatedPanel,
+  for (int64_t c = 0; c < C; c += kRotatedPanel) {
+    const int64_t depth = C - c;
+    product(rows, kRotatedVectors, depth, attended + c, C, 1, triangle, kRotatedPanel,
             WriteTo<float>{products, kRotatedPanel});
     triangle += depth * kRotatedPanel;
-    for (int64_t r = 0; r < rows; r++) add_channels(a, first + r, c, products + r * kRotatedPanel, sums + r * width);
+    for (int64_t r = 0; r < rows; r++) add_panel(a, first + r, c, products + r * kRotatedPanel, sums + r * width);
   }
-  for (int64_t r = 0; r < rows; r++) finish_row<float>(a, first + r, sums + r * width);
+  for (int64_t r = 0; r < rows; r++) finish_row<float>(a, b, first + r, sums + r * width);
+}
+
+Status rotate(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t count, const void* rows) {
+  const int64_t floats = kBlock * (kRotatedPanel + sums_width(a.M));
+  float* const products = static_cast<float*>(scratch(Slot::taker, floats * int64_t(sizeof(float))));
+  if (!products) return Status::out_of_memory;
+  const float* const attended = static_cast<const float*>(rows);
+  for (int64_t r = 0; r < count; r += kBlock) {
+    const int64_t here = count - r < kBlock ? count - r : kBlock;
+    run_block(a, b, first + r, here, attended + r * a.attention.C, products, products + kBlock * kRotatedPanel);
+  }
+  return Status::ok;
 }
 
 }  // namespace
 
 Status recover_rotated(const RecoverRotatedArgs& a, const Parallel& pool) {
-  const int64_t rows = a.R * a.F, floats = kBlock * (kRotatedPanel + sums_width(a.M));
-  Outcome outcome;
-  parallel_for(pool, (rows + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
-    float* const products = static_cast<float*>(scratch(Slot::own, floats * int64_t(sizeof(float))));
-    if (!products) return outcome.fail(Status::out_of_memory);
-    for (int64_t first = begin * kBlock; first < end * kBlock && first < rows; first += kBlock) {
-      const int64_t count = rows - first < kBlock ? rows - first : kBlock;
-      run_block(a, first, count, products, products + kBlock * kRotatedPanel);
-    }
-  });
-  return outcome.result();
+  const RowsTaker taker = taker_of<rotate>(a);
+  RecoverAttentionArgs attention = a.attention;
+  attention.taker = &taker;
+  return recover_attention(attention, pool);
 }
 
 }  // namespace H2OT_ISA

@@ -2,7 +2,7 @@
 // the head, summed panel by panel, each in the lanes of a vector.
 #pragma once
 
-#include "product.h"
+#include "vectors.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -12,15 +12,17 @@ constexpr int kRotatedVectors = kRotatedPanel / kLanes<float>;
 H2OT_INLINE int64_t rotated_width(int64_t C) { return (C + kRotatedPanel - 1) / kRotatedPanel * kRotatedPanel; }
 H2OT_INLINE int64_t sums_width(int64_t M) { return (1 + M) * kLanes<float>; }
 
-// Adds a panel of row `row`, from channel c on, token included.
-H2OT_INLINE void add_channels(const RecoverRotatedArgs& a, int64_t row, int64_t c, const float* product, float* sums) {
+// Adds kVectors vectors of products of a row of query `frame`, from rotated channel c on, token included.
+template <int kVectors>
+H2OT_INLINE void add_channels(const RecoverRotatedArgs& a, int64_t frame, int64_t c, const Floats (&product)[kVectors],
+                              float* sums) {
   constexpr int L = kLanes<float>;
-  const int64_t width = rotated_width(a.C);
-  const float* const token = a.token + row % a.F * width + c;
-  Floats z[kRotatedVectors], square = load(sums);
+  const int64_t width = rotated_width(a.attention.C);
+  const float* const token = a.token + frame * width + c;
+  Floats z[kVectors], square = load(sums);
 #pragma GCC unroll 8
-  for (int v = 0; v < kRotatedVectors; v++) {
-    z[v] = load(product + v * L) + load(token + v * L);
+  for (int v = 0; v < kVectors; v++) {
+    z[v] = product[v] + load(token + v * L);
     square += z[v] * z[v];
   }
   store(sums, square);
@@ -28,19 +30,36 @@ H2OT_INLINE void add_channels(const RecoverRotatedArgs& a, int64_t row, int64_t 
     const float* const head = a.head + m * width + c;
     Floats dot = load(sums + (1 + m) * L);
 #pragma GCC unroll 8
-    for (int v = 0; v < kRotatedVectors; v++) dot += z[v] * load(head + v * L);
+    for (int v = 0; v < kVectors; v++) dot += z[v] * load(head + v * L);
     store(sums + (1 + m) * L, dot);
   }
 }
+// A whole panel of them.
+H2OT_INLINE void add_panel(const RecoverRotatedArgs& a, int64_t frame, int64_t c, const float* products, float* sums) {
+  Floats product[kRotatedVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kRotatedVectors; v++) product[v] = load(products + v * kLanes<float>);
+  add_channels(a, frame, c, product, sums);
+}
 
 template <class T>
-H2OT_INLINE void finish_row(const RecoverRotatedArgs& a, int64_t row, const float* sums) {
+H2OT_INLINE void finish_row(const RecoverRotatedArgs& a, int64_t b, int64_t frame, const float* sums) {
   constexpr int L = kLanes<float>;
-  const float scale = 1 / float(__builtin_sqrt(double(sum_lanes<float>(load(sums))) / double(a.C) + a.eps));
-  T* const out = static_cast<T*>(a.out) + row * a.M;
+  const double square = sum_lanes<float>(load(sums));
+  const float scale = 1 / float(__builtin_sqrt(square / double(a.attention.C) + a.eps));
+  T* const out = static_cast<T*>(a.out) + (b * a.attention.F + frame) * a.M;
   for (int64_t m = 0; m < a.M; m++) {
     narrow(sum_lanes<float>(load(sums + (1 + m) * L)) * scale + a.bias[m], out[m]);
   }
+}
+
+// What gives attended rows to rotate(args, b, first, count, rows), a function like RowsTaker::take.
+template <Status (*rotate)(const RecoverRotatedArgs&, int64_t, int64_t, int64_t, const void*)>
+RowsTaker taker_of(const RecoverRotatedArgs& a) {
+  return {[](const void* context, int64_t b, int64_t first, int64_t count, const void* rows) {
+            return rotate(*static_cast<const RecoverRotatedArgs*>(context), b, first, count, rows);
+          },
+          &a};
 }
 
 }  // namespace H2OT_ISA

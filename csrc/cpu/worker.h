@@ -8,12 +8,12 @@ namespace h2ot {
 namespace H2OT_ISA {
 
 // A thread that calls a kernel may run a part of it too: `shared` is what it prepares for all threads, `own` what each
-// thread uses alone.
-enum class Slot { shared, own };
+// thread uses alone, `taker` what takes rows from the kernel does meanwhile (RowsTaker).
+enum class Slot { shared, own, taker };
 
 // At least `bytes` bytes, valid until the thread asks again for the same slot; null if there is no memory.
 H2OT_INLINE void* scratch(Slot slot, int64_t bytes) {
-  static thread_local Scratch slots[2];
+  static thread_local Scratch slots[3];
   return slots[int(slot)].reserve(bytes);
 }
 

@@ -199,10 +199,11 @@ class Driver:
         given = dense(token), dense(projected), *norm, dense(head_weight), dense(head_bias, dtype)
         return self.call("recover_tail", *given, DTYPES[dtype], R, F, C, M, eps, Out((R, F, M), dtype))[0]
 
-    def recover_rotated(self, token, attended, triangle, head, bias, eps):
-        (R, F, C), M = attended.shape, head.shape[0]
-        given = dense(token), dense(attended), dense(triangle), dense(head), dense(bias)
-        return self.call("recover_rotated", *given, R, F, C, M, eps, Out((R, F, M), torch.float32))[0]
+    def recover_rotated(self, query, key, value, num_heads, scale, token, triangle, head, bias, eps):
+        tensors = [x if x.stride(-1) == 1 else dense(x) for x in (query, key, value)]
+        given = *self._recover(*tensors, num_heads, scale, None), dense(token), dense(triangle), dense(head)
+        M, out = head.shape[0], Out((key.shape[0], query.shape[-2], head.shape[0]), torch.float32)
+        return self.call("recover_rotated", *given, dense(bias), M, eps, out)[0]
 
     def add_norm(self, x, y, weight, bias, eps, dtype):
         C = x.shape[-1]

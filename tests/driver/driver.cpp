@@ -224,10 +224,9 @@ Status run(std::string_view name, Arguments& a, const Parallel& pool) {
                                pool);
   }
   if (name == "recover_rotated") {
-    return kernel.recover_rotated(
-        {a.array<float>(), a.array<float>(), a.array<float>(), a.array<float>(), a.array<float>(), a.integer(),
-         a.integer(), a.integer(), a.integer(), a.real(), a.array<float>()},
-        pool);
+    return kernel.recover_rotated({recover_args(a), a.array<float>(), a.array<float>(), a.array<float>(),
+                                   a.array<float>(), a.integer(), a.real(), a.array<float>()},
+                                  pool);
   }
   if (name == "add_norm") {
     return kernel.add_norm({a.array(), a.array(), a.dtype(), a.dtype(), a.dtype(), a.integer(), a.integer(),

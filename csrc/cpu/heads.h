@@ -1,0 +1,93 @@
+// Attention head by head, in panels of queries: which thread attends which, and where the results go.
+#pragma once
+
+#include "worker.h"
+
+namespace h2ot {
+namespace H2OT_ISA {
+namespace {
+
+// Into how many parts, of at most `most`, B samples are cut each so that the threads have about equal shares: the
+// fewest that leave at most a twentieth more idle than any other number.
+H2OT_INLINE int64_t parts_of(int64_t B, int64_t most, int64_t threads) {
+  int64_t best = 1;
+  double busiest = 0;
+  for (int64_t parts = 1; parts <= most; parts++) {
+    const int64_t tasks = B * parts, rounds = (tasks + threads - 1) / threads;
+    const double busy = double(tasks) / double(rounds * threads);
+    if (busy <= busiest * 1.05) continue;
+    busiest = busy;
+    best = parts;
+  }
+  return best;
+}
+
+// Calls body(what a thread works in, room for `rows` results of all heads) where there is memory. Work is what one
+// thread works in; make(Carver&) gives it.
+template <class Work, class Make, class Body>
+H2OT_INLINE void with_work(const RecoverAttentionArgs& a, int64_t rows, const Make& make, Outcome& outcome,
+                           const Body& body) {
+  typedef typename Work::Element T;
+  Carver sizes(nullptr);
+  make(sizes);
+  sizes.take<T>(rows * a.C);
+  void* const memory = scratch(Slot::own, sizes.bytes());
+  if (!memory) return outcome.fail(Status::out_of_memory);
+  Carver carver(memory);
+  const Work work = make(carver);
+  body(work, carver.take<T>(rows * a.C));
+}
+
+// Every head of every sample by panels of `width` queries. Work has take_head(b, h), which packs the keys and values of
+// a head, ask_for_head(b, h, from, to), which asks for some of the next, and attend(b, h, panel, rows), which writes
+// the results of a panel into its rows, all heads of a query beside each other.
+template <class Work, class Make>
+Status attend_heads(const RecoverAttentionArgs& a, const Parallel& pool, int64_t width, int64_t grain,
+                    const Make& make) {
+  typedef typename Work::Element T;
+  const int64_t panels = (a.F + width - 1) / width, heads = a.B * a.H;
+  Outcome outcome;
+  // Panel `panel` of [first, end), which are taken one after the other.
+  const auto attend = [&](const Work& work, int64_t which, int64_t panel, int64_t first, int64_t end, T* rows) {
+    const int64_t next = which + 1, from = a.K * (panel - first) / (end - first);
+    if (next < heads) {
+      work.ask_for_head(next / a.H, next % a.H, from, a.K * (panel + 1 - first) / (end - first));
+    }
+    work.attend(which / a.H, which % a.H, panel, rows);
+  };
+  if (!a.taker) {
+    parallel_for(pool, heads * panels, grain, [&](int64_t begin, int64_t past) {
+      with_work<Work>(a, 0, make, outcome, [&](const Work& work, T*) {
+        for (int64_t task = begin; task < past; task++) {
+          const int64_t which = task / panels, panel = task % panels;
+          if (task == begin || panel == 0) work.take_head(which / a.H, which % a.H);
+          attend(work, which, panel, 0, panels, static_cast<T*>(a.out) + (which / a.H * a.F + panel * width) * a.C);
+        }
+      });
+    });
+    return outcome.result();
+  }
+  const int64_t parts = parts_of(a.B, panels, pool.threads), most = (panels + parts - 1) / parts * width;
+  parallel_for(pool, a.B * parts, 1, [&](int64_t begin, int64_t past) {
+    with_work<Work>(a, most, make, outcome, [&](const Work& work, T* rows) {
+      for (int64_t task = begin; task < past; task++) {
+        const int64_t b = task / parts, part = task % parts;
+        const int64_t first = panels * part / parts, end = panels * (part + 1) / parts;
+        for (int64_t h = 0; h < a.H; h++) {
+          work.take_head(b, h);
+          for (int64_t panel = first; panel < end; panel++) {
+            attend(work, b * a.H + h, panel, first, end, rows + (panel - first) * width * a.C);
+          }
+        }
+        const int64_t last = end * width < a.F ? end * width : a.F;
+        const Status status = a.taker->take(a.taker->context, b, first * width, last - first * width, rows);
+        if (status != Status::ok) return outcome.fail(status);
+      }
+    });
+  });
+  return outcome.result();
+}
+
+}  // namespace
+}  // namespace H2OT_ISA
+}  // namespace h2ot
