@@ -19,23 +19,22 @@ H2OT_INLINE Floats load_some(const float* x, int64_t count) {
 // Eight tiles of kSide rows of kDepth bytes. The thread has them while this lives.
 class TileRegisters {
  public:
-  TileRegisters() {
-    Shapes all;
-    for (int i = 0; i < 8; i++) {
-      all.row_bytes[i] = kDepth;
-      all.rows[i] = kSide;
-    }
-    _tile_loadconfig(&all);
-  }
+  TileRegisters() { configure(); }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
   ~TileRegisters() { _tile_release(); }
+  // The shapes are a constant: g++ 12 believes that the instruction reads 8 bytes, and leaves out what a function
+  // writes behind them.
+  static void configure() {
+    static constexpr Shapes kShapes;
+    _tile_loadconfig(&kShapes);
+  }
 
  private:
   struct alignas(64) Shapes {
     uint8_t palette = 1, start = 0, unused[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
+    uint16_t row_bytes[16] = {kDepth, kDepth, kDepth, kDepth, kDepth, kDepth, kDepth, kDepth};
+    uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide};
   };
 };
 #endif
