@@ -1,6 +1,7 @@
 """Scoring's search on the tile unit (AMX): its panels and tiles are exact, and no result depends on it."""
 
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 import h2ot_kernels as h2ot
 
-from .tiles import UNIT, alone, at, build, fails, guarded, needs_emulation, needs_unit
+from .tiles import UNIT, alone, at, between_bands, build, fails, guarded, needs_emulation, needs_unit
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 32638
@@ -31,8 +32,7 @@ class Emulated:
         inside, middle = alone(x), alone(centre)
         count, C = ctypes.c_int64(count), ctypes.c_int64(C)
         self.library.pack(at(inside), count, at(middle), ctypes.c_float(scale), C, at(panel))
-        assert (whole[: -size - 1024] == 7).all() and (whole[size + 1024 :] == 7).all()
-        return panel
+        return between_bands(whole, panel, (size,))
 
     def distances(self, a, b, C):
         out = [torch.full((PANEL, PANEL), 7.0) for _ in range(3)]
@@ -96,7 +96,7 @@ MISTAKES = {
     "the lower digits have no margin": (SOURCE, "(2 * (1 / kShare - 1) * kUp)", "(2 * kUp)"),
     "there are tokens past the last": (SOURCE, "+ of_low : __builtin_inf();", "+ of_low : 0;"),
     "nothing is past the last of the high digits": (SOURCE, " : -__builtin_inff();", " : 0;"),
-    "the right half is the left one": (SOURCE, "columns + (kHalves - 1) * HalfPanel::size(C)", "columns"),
+    "the right half is the left one": (SOURCE, "columns + (kHalves - 1) * half_panel_size(C)", "columns"),
 }
 
 
@@ -104,7 +104,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_are_seen(mistake, tmp_path):
     wrong = Emulated(tmp_path, MISTAKES[mistake])
-    assert any(fails(lambda C=C, n=n, m=m, step=step: check(wrong, C, (n, m), step)) for C, n, m in SIZES for step in (1e-2, 1))
+    given = [(wrong, C, counts, step) for C, *counts in SIZES for step in (1e-2, 1)]
+    assert any(fails(functools.partial(check, *one)) for one in given)
 
 
 def tokens(kind: str, N: int, C: int):
@@ -133,7 +134,8 @@ def tokens(kind: str, N: int, C: int):
 
 KINDS = ["random", "walk", "duplicates", "near duplicates", "offset", "small", "large", "outlier", "strided"]
 KINDS += ["bfloat16", "float16", "float64"]
-SHAPES = [(2, 128), (31, 100), (33, 33), (33, 96), (243, 64), (243, 129), (243, 512), (351, 1536), (600, 512), (1600, 128)]
+SHAPES = [(2, 128), (31, 100), (33, 33), (33, 96), (243, 64), (243, 129), (243, 512), (351, 1536), (600, 512)]
+SHAPES += [(1600, 128)]
 
 
 def results(kind: str) -> list[torch.Tensor]:

@@ -38,7 +38,8 @@ def main() -> int:
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
     amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-    jobs += [(ROOT / "csrc" / "amx" / file, amx) for file in ("attention.cpp", "linear_tiles.cpp", "linear_halves.cpp", "score_tiles.cpp")]
+    tiles = ("attention.cpp", "linear_tiles.cpp", "linear_halves.cpp", "score_tiles.cpp")
+    jobs += [(ROOT / "csrc" / "amx" / file, amx) for file in tiles]
     dots = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=bf16_dots", "-mavx512bf16"]
     halves = ("attention.cpp", "recover_rotated.cpp", "linear_halves.cpp")
     jobs += [(ROOT / "csrc" / "amx" / file, dots) for file in halves]

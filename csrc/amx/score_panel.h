@@ -6,7 +6,7 @@
 // step is filled with zeros.
 #pragma once
 
-#include <cstdint>
+#include "../cpu/simd.h"
 
 namespace h2ot {
 namespace amx {
@@ -20,12 +20,12 @@ struct alignas(64) HalfPanel {
   double norm[kTokens];   // of q
   int32_t high[kTokens];  // of the high digits
   float margin[kTokens];  // what the lower ones may bring a token nearer by, in squared distances; - infinity past it
-
-  // In floats, as panels are counted.
-  static constexpr int64_t size(int64_t C) {
-    return (int64_t(sizeof(HalfPanel)) + (C + kChannels - 1) / kChannels * 4 * kTokens * kChannels) / 4;
-  }
 };
+
+// In floats, as panels are counted.
+H2OT_INLINE constexpr int64_t half_panel_size(int64_t C) {
+  return (int64_t(sizeof(HalfPanel)) + (C + kChannels - 1) / kChannels * 4 * kTokens * kChannels) / 4;
+}
 
 // Tokens row[0 .. 2 kTokens), null past the last, as a panel of round((row - centre) * scale).
 void pack_digits(const float* const* row, const float* centre, float scale, int64_t C, float* panel);

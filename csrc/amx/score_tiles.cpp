@@ -180,7 +180,7 @@ H2OT_INLINE Doubles doubles(const int32_t* v) {
 template <int kHalves>
 void distances(const float* rows, const float* columns, int64_t C, float* out) {
   alignas(64) int32_t sums[3 * kPlane];
-  const float* const right = columns + (kHalves - 1) * HalfPanel::size(C);
+  const float* const right = columns + (kHalves - 1) * half_panel_size(C);
   multiply<kHalves>(tiles_of(rows), tiles_of(columns), tiles_of(right), groups_of(C, kDepth), sums);
   const double* const norm = half_at(rows)->norm;
   for (int64_t h = 0; h < kHalves; h++) {
@@ -200,7 +200,7 @@ void distances(const float* rows, const float* columns, int64_t C, float* out) {
 }  // namespace
 
 void pack_digits(const float* const* row, const float* centre, float scale, int64_t C, float* panel) {
-  for (int64_t h = 0; h < 2; h++, row += kTokens, panel += HalfPanel::size(C)) {
+  for (int64_t h = 0; h < 2; h++, row += kTokens, panel += half_panel_size(C)) {
     auto* const half = reinterpret_cast<HalfPanel*>(panel);
     int8_t* const tiles = reinterpret_cast<int8_t*>(panel) + sizeof(HalfPanel);
     const int64_t steps = groups_of(C, kDepth);
@@ -236,7 +236,7 @@ void digit_tile(const float* rows, const float* columns, int64_t halves, int64_t
 void high_digit_tile(const float* rows, const float* columns, int64_t C, float* out) {
   constexpr float kKept = float((1 - kShare) * 65536 / kUp);
   alignas(64) int32_t sums[2 * kPlane];
-  const float* const right = columns + HalfPanel::size(C);
+  const float* const right = columns + half_panel_size(C);
   multiply_high(tiles_of(rows), tiles_of(columns), tiles_of(right), groups_of(C, kDepth), sums);
   const HalfPanel* const half = half_at(rows);
   for (int64_t h = 0; h < 2; h++) {
@@ -252,7 +252,7 @@ void high_digit_tile(const float* rows, const float* columns, int64_t C, float* 
   }
 }
 
-void hold_tiles() { TileRegisters::configure(); }
+void hold_tiles() { hold_registers(); }
 void release_tiles() { _tile_release(); }
 
 }  // namespace H2OT_ISA

@@ -24,7 +24,7 @@ H2OT_INLINE bool fits_digits(int64_t C) { return C >= kDigitsChannels && C <= am
 
 // Floats that a panel of any form takes.
 H2OT_INLINE int64_t panel_room(int64_t C) {
-  return kTiles && fits_digits(C) ? larger(C * kPanel, 2 * amx::HalfPanel::size(C)) : C * kPanel;
+  return kTiles && fits_digits(C) ? larger(C * kPanel, 2 * amx::half_panel_size(C)) : C * kPanel;
 }
 
 // The tokens of one sample as rows of floats (doubles for float64): those of the caller where they already are that,
@@ -166,14 +166,14 @@ struct Form {
   bool quantised() const { return values != Values::floats; }
   bool in_digits() const { return kHasDigits<A> && values == Values::digits; }
   int64_t panel_size() const {
-    if (in_digits()) return 2 * amx::HalfPanel::size(rows.C);
+    if (in_digits()) return 2 * amx::half_panel_size(rows.C);
     return (quantised() ? kHeader + pairs_of(rows.C) : rows.C) * kPanel;
   }
   // Rows of a tile.
   int64_t height() const { return in_digits() ? amx::kTokens : kRows; }
   // Where token t of a panel stands, as the first row or column of a tile: whole heights, or whole vectors.
   const float* at(const float* panel, int64_t t) const {
-    return panel + (in_digits() ? t / amx::kTokens * amx::HalfPanel::size(rows.C) : t);
+    return panel + (in_digits() ? t / amx::kTokens * amx::half_panel_size(rows.C) : t);
   }
   // Squared distances of packed tokens are this much larger.
   double unit() const { return packing.scale * packing.scale; }
@@ -244,8 +244,8 @@ class TileHold {
   bool held_;
 };
 
-// Whether to look at the first channels of a tile before the others: in a clip most tiles are far from all that is
-// sought, and the first channels show it. Where few are, the next ones are not tried.
+// Whether to look at the lower bounds of a tile first: in a clip most tiles are far from all that is sought, and the
+// first channels, or the high digits, show it. Where few are, the next ones are not tried.
 struct EarlyStop {
   static constexpr int64_t kTried = 64, kUntried = 1024;
   bool enabled;
@@ -255,7 +255,7 @@ struct EarlyStop {
   explicit EarlyStop(const Form<A>& form)
       : enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C)) {}
 
-  // far(): computes the tile of first channels and says whether nothing in it can be near.
+  // far(): computes the tile of lower bounds and says whether nothing in it can be near.
   template <class F>
   bool operator()(const F& far) {
     if (!enabled) return false;

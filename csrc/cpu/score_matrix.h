@@ -1,8 +1,8 @@
 // The matrix of all tile distances of a sample, in blocks of a panel of tokens by another.
 //
-// Blocks whose tokens are far from each other by their first channels alone keep what those give: a lower bound. Where
-// the search form leaves many neighbours undecided (near-duplicates, quantised), the blocks that hold them are computed
-// again in the fine form. All values are in the unit of the search form.
+// Blocks whose tokens are far from each other by their lower bounds alone (first channels, high digits) keep those.
+// Where the search form leaves many neighbours undecided (near-duplicates, quantised), the blocks that hold them are
+// computed again in the fine form. All values are in the unit of the search form.
 #pragma once
 
 #include "score_state.h"
@@ -73,7 +73,7 @@ struct Matrix {
     }
   }
 
-  // Whether the first channels show that no neighbour is in block (p, q), p < q; it is then written.
+  // Whether the lower bounds show that no neighbour is in block (p, q), p < q; it is then written.
   bool leave_out(int64_t p, int64_t q) const {
     const Form<A>& form = state->sample.form;
     const int64_t size = form.panel_size(), height = form.height();
