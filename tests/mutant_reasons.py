@@ -220,9 +220,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "parallel_for(pool, a.rows, 1 + 65536 / (C + 2), [&](int64_t begin, int64_t end) {",
     ): "how many rows a thread takes at least",
     (
-        "csrc/cpu/pack.h",
-        ": enabled(prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C) {}",
-        ": enabled(prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 < form.rows.C) {}",
+        "csrc/cpu/form.h",
+        ": enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C)) {}",
+        ": enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 < form.rows.C)) {}",
     ): "whether the first channels are looked at first; the bound of a tile holds with them and without",
     (
         "csrc/cpu/balls.h",

@@ -38,7 +38,8 @@ def main() -> int:
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
     amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
-    halves, tiles = ("attention", "rotated_halves", "linear_halves"), ("linear_tiles", "rotated_tiles")
+    halves = ("attention", "rotated_halves", "linear_halves")
+    tiles = ("linear_tiles", "rotated_tiles", "score_tiles")
     jobs += [(ROOT / "csrc" / "amx" / f"{stem}.cpp", amx) for stem in halves + tiles]
     dots = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=bf16_dots", "-mavx512bf16"]
     jobs += [(ROOT / "csrc" / "amx" / f"{stem}.cpp", dots) for stem in halves]

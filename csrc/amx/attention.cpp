@@ -9,6 +9,7 @@
 // to 2^-9.
 #include "../cpu/heads.h"
 #include "half_products.h"
+#include "transpose.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -61,27 +62,6 @@ H2OT_INLINE Words pairs_of(const uint16_t* row, int64_t c, int64_t D) {
     memcpy(&words, row + c, size_t(left) * sizeof(uint16_t));
   }
   return words;
-}
-
-// Sixteen rows of words as sixteen columns.
-H2OT_INLINE void transpose(Words* x) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kSide; step *= 2) {
-    Words low, high;
-#pragma GCC unroll 16
-    for (unsigned lane = 0; lane < kSide; lane++) {
-      const bool second = lane & unsigned(step);
-      low[lane] = second ? kSide + lane - step : lane;
-      high[lane] = second ? kSide + lane : lane + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kSide; i++) {
-      if (i & step) continue;
-      const Words first = x[i], second = x[i + step];
-      x[i] = __builtin_shuffle(first, second, low);
-      x[i + step] = __builtin_shuffle(first, second, high);
-    }
-  }
 }
 
 // Rows of tokens, `count` of them, as tiles; zeros for the others of `tiles` tiles of kSide.

@@ -16,27 +16,24 @@ H2OT_INLINE Floats load_some(const float* x, int64_t count) {
 }
 
 #ifdef __AMX_TILE__
-// Eight tiles of kSide rows of kDepth bytes. The thread has them while this lives.
+// Eight tiles of kSide rows of kDepth bytes. A constant: g++ 12 believes that the instruction reads 8 bytes of it, and
+// leaves out what a function writes behind them.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, unused[14] = {};
+  uint16_t row_bytes[16] = {kDepth, kDepth, kDepth, kDepth, kDepth, kDepth, kDepth, kDepth};
+  uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide};
+};
+constexpr TileShapes kTileShapes;
+
+H2OT_INLINE void hold_registers() { _tile_loadconfig(&kTileShapes); }
+
+// The thread has the tiles while this lives.
 class TileRegisters {
  public:
-  TileRegisters() {
-    Shapes all;
-    for (int i = 0; i < 8; i++) {
-      all.row_bytes[i] = kDepth;
-      all.rows[i] = kSide;
-    }
-    _tile_loadconfig(&all);
-  }
+  TileRegisters() { hold_registers(); }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
   ~TileRegisters() { _tile_release(); }
-
- private:
-  struct alignas(64) Shapes {
-    uint8_t palette = 1, start = 0, unused[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
 };
 #endif
 

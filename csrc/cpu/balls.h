@@ -114,7 +114,9 @@ struct Places {
     constexpr int64_t kAsked = 4;
     constexpr double kNear = 1.0 / 32, kMany = 8192;  // kNear of the mean squared distance, from kMany tokens on
     const double share = smaller_of(1, double(sample->n) / kMany), wanted = kNear * share * share;
-    if (sample->n < kFewest) return false;
+    // The tile unit compares all pairs of so many tokens as fast.
+    const int64_t few = sample->form.in_digits() ? smaller(64 * sample->C, 2 * int64_t(kMany)) : kFewest;
+    if (sample->n < larger(few, kFewest)) return false;
     draw(pool);
     int64_t near = 0;
     for (int64_t asked = 0; asked < kAsked; asked++) {

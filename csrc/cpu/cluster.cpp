@@ -35,11 +35,11 @@ struct Assigner {
     centre = memory.take<int32_t>(args.K);
     position = memory.take<int32_t>(args.K);
     other = memory.take<int32_t>(args.x.N);
-    panels = memory.take<float>(ceil_div(args.K, kPanel) * kPanel * args.x.C);
+    panels = memory.take<float>(ceil_div(args.K, kPanel) * panel_room(args.x.C));
   }
 
   int64_t worker_bytes() const {
-    return (args.x.C * kPanel + kPanel * ceil_div(args.K, kPanel) * kPanel) * int64_t(sizeof(float));
+    return (panel_room(args.x.C) + kPanel * ceil_div(args.K, kPanel) * kPanel) * int64_t(sizeof(float));
   }
 
   // Labels a panel of tokens: tile distances to all centres, then float64 among those within reach of the least.
@@ -48,9 +48,10 @@ struct Assigner {
   void label(const int32_t* token, int64_t count, int64_t* labels, void* memory, EarlyStop& stops) {
     const Form<A>& form = sample.form;
     const int64_t C = args.x.C, stride = ceil_div(centres, kPanel) * kPanel, size = form.panel_size();
+    const int64_t height = form.height();
     float* rows = static_cast<float*>(memory);
-    float* distances = rows + C * kPanel;  // [kPanel][stride]
-    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    float* distances = rows + panel_room(C);  // [kPanel][stride]
+    float tile[kMostRows * kPanel] __attribute__((aligned(64)));
     float limit[kPanel];
     for (int64_t r = 0; r < kPanel; r++) limit[r] = r < count ? __builtin_inff() : -1;
     form.pack(token, count, rows);
@@ -60,14 +61,15 @@ struct Assigner {
     for (int64_t at = 0; at < stride; at += kPanel) {
       const int64_t q = (start + at) % stride;
       const float* columns = panels + q / kPanel * size;
-      for (int64_t r = 0; r < count; r += kRows) {
+      for (int64_t r = 0; r < count; r += height) {
+        const float* first = form.at(rows, r);
         const auto far = [&] {
-          form.prefix_tile(rows + r, columns, tile);
-          return !any_within(tile, limit + r);
+          form.lower_tile(first, columns, tile);
+          return !any_within(tile, height, limit + r);
         };
         const bool left_out = stops(far);
-        if (!left_out) form.template tile<2>(rows + r, columns, tile);
-        for (int64_t i = 0; i < kRows; i++) {
+        if (!left_out) form.template tile<2>(first, columns, tile);
+        for (int64_t i = 0; i < height; i++) {
           float* to = distances + (r + i) * stride + q;
           const Floats limits = fill(limit[r + i]);
           uint32_t near = 0;
@@ -150,6 +152,7 @@ struct Assigner {
         __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
         return;
       }
+      const TileHold registers(sample.form);
       EarlyStop stops(sample.form);
       for (int64_t p = begin; p < end; p++) {
         label(other + p * kPanel, smaller(kPanel, others - p * kPanel), labels, scratch, stops);

@@ -169,6 +169,22 @@ A scaled_distance(const A* row, const A* centre, A scale, int64_t C) {
   return sum_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// The largest |row - centre| of a channel.
+template <class A>
+A largest_difference(const A* row, const A* centre, int64_t C) {
+  Vector<A> most = {};
+  const auto add = [&](Vector<A> a, Vector<A> b) {
+    const Vector<A> d = a - b, size = d < 0 ? -d : d;
+    most = size > most ? size : most;
+  };
+  int64_t c = 0;
+  for (; c + kLanes<A> <= C; c += kLanes<A>) add(load_wide(row + c), load_wide(centre + c));
+  if (c < C) add(load_part(row + c, C - c), load_part(centre + c, C - c));
+  A largest = 0;
+  for (int lane = 0; lane < kLanes<A>; lane++) largest = most[lane] > largest ? most[lane] : largest;
+  return largest;
+}
+
 // The worst case of scaled_distance between two float tokens, as tile_bound, where no difference overflows.
 H2OT_INLINE Bound scaled_bound(int64_t C) {
   return {0.6 * 0x1p-24 * double(ceil_div(C, 4 * kFloats) + kFloats + 8), sqrt(double(C)) * 0x1p-62};
@@ -193,15 +209,15 @@ H2OT_INLINE uint32_t at_most(Floats a, Floats b) {
 #endif
 }
 
-// Whether a value of a tile is at most the limit of its row.
-H2OT_INLINE bool any_within(const float* tile, const float* limit) {
+// Whether a value of a tile of `rows` rows is at most the limit of its row.
+H2OT_INLINE bool any_within(const float* tile, int64_t rows, const float* limit) {
 #if defined(__aarch64__)
   uint32x4_t any = {};
-  for (int64_t at = 0; at < kRows * kPanel; at += kFloats) any |= vcleq_f32(load(tile + at), fill(limit[at / kPanel]));
+  for (int64_t at = 0; at < rows * kPanel; at += kFloats) any |= vcleq_f32(load(tile + at), fill(limit[at / kPanel]));
   return vmaxvq_u32(any) != 0;
 #else
   uint32_t any = 0;
-  for (int64_t at = 0; at < kRows * kPanel; at += kFloats) {
+  for (int64_t at = 0; at < rows * kPanel; at += kFloats) {
     any |= at_most(load(tile + at), fill(limit[at / kPanel]));
   }
   return any != 0;
@@ -209,12 +225,12 @@ H2OT_INLINE bool any_within(const float* tile, const float* limit) {
 }
 
 // Whether a value of a tile is at most the limit of its row or of its column.
-H2OT_INLINE bool any_within(const float* tile, const float* of_row, const float* of_column) {
+H2OT_INLINE bool any_within(const float* tile, int64_t rows, const float* of_row, const float* of_column) {
   uint32_t any = 0;
-  for (int64_t at = 0; at < kRows * kPanel; at += kFloats) {
+  for (int64_t at = 0; at < rows * kPanel; at += kFloats) {
     any |= at_most(load(tile + at), load(of_column + at % kPanel));
   }
-  return any != 0 || any_within(tile, of_row);
+  return any != 0 || any_within(tile, rows, of_row);
 }
 
 // Calls f(j) for ascending j < count with v[j] <= limit, until f says stop by returning false.

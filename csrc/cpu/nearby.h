@@ -87,8 +87,8 @@ struct NearbySearch {
     const int64_t tokens = columns.end(q) - columns.begin(q);
     float tile[kRows * kPanel] __attribute__((aligned(64)));
     const auto far = [&] {
-      form.prefix_tile(rows.at(r), columns.at(q), tile);
-      return !any_within(tile, lists.threshold + rows.begin(r));
+      form.lower_tile(rows.at(r), columns.at(q), tile);
+      return !any_within(tile, kRows, lists.threshold + rows.begin(r));
     };
     if (stops(far)) return;
     form.template tile<2>(rows.at(r), columns.at(q), tile);

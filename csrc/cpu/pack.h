@@ -1,23 +1,12 @@
-// Tokens as rows of floats (doubles for float64), which of them are valid, and their packing into panels.
+// Tokens as rows of floats (doubles for float64), which of them are valid, and the forms they are searched in.
 #pragma once
 
-#include "quantise.h"
+#include "form.h"
 #include "scratch.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
-
-// The tokens of one sample as rows of floats (doubles for float64): those of the caller where they already are that,
-// else pooled and widened into a copy.
-template <class A>
-struct Rows {
-  const A* data;
-  int64_t stride;
-  int64_t C;
-
-  const A* operator[](int64_t token) const { return data + token * stride; }
-};
 
 // Whether the tokens can be read in place.
 template <class T>
@@ -84,183 +73,6 @@ H2OT_INLINE double magnitude(const double* row, int64_t C) {
   return v;
 }
 
-// How rows become packed values, (row - origin) * scale: floats, or 16-bit integers. Float rows packed as floats keep
-// their values (origin null).
-template <class A>
-struct Packing {
-  const A* origin;
-  double scale;
-  bool quantised;
-};
-
-// Four words of four rows, turned.
-typedef float Quad __attribute__((vector_size(16)));
-typedef int32_t QuadIndex __attribute__((vector_size(16)));
-
-H2OT_INLINE void store_turned(const Quad (&in)[4], float* out) {
-  const Quad ab_low = __builtin_shuffle(in[0], in[1], QuadIndex{0, 4, 1, 5});
-  const Quad ab_high = __builtin_shuffle(in[0], in[1], QuadIndex{2, 6, 3, 7});
-  const Quad cd_low = __builtin_shuffle(in[2], in[3], QuadIndex{0, 4, 1, 5});
-  const Quad cd_high = __builtin_shuffle(in[2], in[3], QuadIndex{2, 6, 3, 7});
-  const Quad turned[4] = {__builtin_shuffle(ab_low, cd_low, QuadIndex{0, 1, 4, 5}),
-                          __builtin_shuffle(ab_low, cd_low, QuadIndex{2, 3, 6, 7}),
-                          __builtin_shuffle(ab_high, cd_high, QuadIndex{0, 1, 4, 5}),
-                          __builtin_shuffle(ab_high, cd_high, QuadIndex{2, 3, 6, 7})};
-  for (int u = 0; u < 4; u++) memcpy(out + u * kPanel, &turned[u], 16);
-}
-
-// panel[c][p] = packed channel c of token[p]; infinity for p >= count, which no comparison takes for a neighbour.
-H2OT_INLINE void pack_floats(const Rows<float>& rows, const Packing<float>& packing, const int32_t* token,
-                             int64_t count, float* panel) {
-  const int64_t C = rows.C;
-  const float scale = float(packing.scale);
-  for (int64_t p = 0; p < kPanel; p += 4) {
-    const float* row[4];
-    for (int t = 0; t < 4; t++) row[t] = p + t < count ? rows[token[p + t]] : nullptr;
-    int64_t c = 0;
-    for (; row[3] != nullptr && c + 4 <= C; c += 4) {
-      Quad in[4];
-      for (int t = 0; t < 4; t++) {
-        memcpy(&in[t], row[t] + c, 16);
-        in[t] *= scale;
-      }
-      store_turned(in, panel + c * kPanel + p);
-    }
-    for (; c < C; c++) {
-      for (int t = 0; t < 4; t++) panel[c * kPanel + p + t] = row[t] ? row[t][c] * scale : __builtin_inff();
-    }
-  }
-}
-H2OT_INLINE void pack_floats(const Rows<double>& rows, const Packing<double>& packing, const int32_t* token,
-                             int64_t count, float* panel) {
-  for (int64_t p = 0; p < kPanel; p++) {
-    const double* row = p < count ? rows[token[p]] : nullptr;
-    for (int64_t c = 0; c < rows.C; c++) {
-      panel[c * kPanel + p] = row ? float((row[c] - packing.origin[c]) * packing.scale) : __builtin_inff();
-    }
-  }
-}
-
-template <class A>
-void pack_integers(const Rows<A>& rows, const Packing<A>& packing, const int32_t* token, int64_t count, float* panel) {
-  constexpr int64_t kStep = 256;  // channels at a time
-  const int64_t prefix = prefix_of(rows.C);
-  int16_t q[4][kStep] __attribute__((aligned(64)));
-  for (int64_t p = 0; p < kPanel; p += 4) {
-    int32_t norm[4] = {}, of_prefix[4] = {};
-    for (int64_t begin = 0, width; begin < rows.C; begin += width) {
-      width = smaller(kStep, (begin < prefix ? prefix : rows.C) - begin);
-      const int64_t pairs = pairs_of(width);
-      for (int t = 0; t < 4; t++) {
-        if (p + t < count) {
-          norm[t] += quantise(rows[token[p + t]] + begin, packing.origin + begin, A(packing.scale), width, q[t]);
-        } else {
-          memset(q[t], 0, sizeof q[t]);
-        }
-        if (begin + width == prefix) of_prefix[t] = norm[t];
-      }
-      float* out = panel + (kHeader + begin / 2) * kPanel + p;
-      int64_t c = 0;
-      for (; c + 4 <= pairs; c += 4) {
-        Quad in[4];
-        for (int t = 0; t < 4; t++) memcpy(&in[t], q[t] + 2 * c, 16);
-        store_turned(in, out + c * kPanel);
-      }
-      for (; c < pairs; c++) {
-        for (int t = 0; t < 4; t++) memcpy(out + c * kPanel + t, q[t] + 2 * c, 4);
-      }
-    }
-    memcpy(panel + p, norm, sizeof norm);
-    memcpy(panel + kPanel + p, of_prefix, sizeof of_prefix);
-    for (int t = 0; t < 4; t++) panel[(kHeader - 1) * kPanel + p + t] = p + t < count ? 0 : __builtin_inff();
-  }
-}
-
-// The power of two that brings `most` into [1/2, 1), as far as A can hold it: what is left of extreme magnitudes after
-// 2^100 (float) stays inside the range of squares, or inside `eta`.
-template <class A>
-H2OT_INLINE double unit_scale(double most) {
-  constexpr int kLargest = sizeof(A) == 4 ? 100 : 400;
-  if (!(most > 0)) return 1;
-  int exponent;
-  frexp(most, &exponent);
-  return ldexp(1.0, int(larger(-kLargest, smaller(kLargest, -exponent))));
-}
-
-// Tokens as a search packs them, and what its tile distances are worth.
-template <class A>
-struct Form {
-  Rows<A> rows;
-  Packing<A> packing;
-  Bound bound;
-  bool vnni;
-
-  int64_t panel_size() const { return (packing.quantised ? kHeader + pairs_of(rows.C) : rows.C) * kPanel; }
-  // Squared distances of packed tokens are this much larger.
-  double unit() const { return packing.scale * packing.scale; }
-  // Packs `count` tokens, at most kPanel.
-  void pack(const int32_t* tokens, int64_t count, float* panel) const {
-    if (packing.quantised) {
-      pack_integers(rows, packing, tokens, count, panel);
-    } else {
-      pack_floats(rows, packing, tokens, count, panel);
-    }
-  }
-  // Squared distances of kRows tokens from `a` on to kVectors vectors of tokens from `b` on.
-  template <int kVectors>
-  void tile(const float* a, const float* b, float* out) const {
-    if (kQuantises && packing.quantised) {
-      quantised<kVectors>(a, b, pairs_of(rows.C), 0, out);
-    } else {
-      distance_tile<kVectors>(a, b, rows.C, out);
-    }
-  }
-  // The same over the first channels only: never more than `tile` gives, rounding included.
-  void prefix_tile(const float* a, const float* b, float* out) const {
-    if (kQuantises && packing.quantised) {
-      quantised<2>(a, b, prefix_of(rows.C) / 2, 1, out);
-    } else {
-      distance_tile<2>(a, b, prefix_of(rows.C), out);
-    }
-  }
-  template <int kVectors>
-  void quantised(const float* a, const float* b, int64_t pairs, int64_t norms, float* out) const {
-    if (vnni) {
-      quantised_tile<kVectors, true>(a, b, pairs, norms, out);
-    } else {
-      quantised_tile<kVectors, false>(a, b, pairs, norms, out);
-    }
-  }
-  // The bound of this form's distances once they are multiplied to the unit of `other`.
-  Bound bound_in(const Form& other) const { return {bound.beta + 0x1p-22, bound.eta * sqrt(other.unit() / unit())}; }
-};
-
-// Whether to look at the first channels of a tile before the others: in a clip most tiles are far from all that is
-// sought, and the first channels show it. Where few are, the next ones are not tried.
-struct EarlyStop {
-  static constexpr int64_t kTried = 64, kUntried = 1024;
-  bool enabled;
-  int64_t credit = kTried;
-
-  template <class A>
-  explicit EarlyStop(const Form<A>& form)
-      : enabled(prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C) {}
-
-  // far(): computes the tile of first channels and says whether nothing in it can be near.
-  template <class F>
-  bool operator()(const F& far) {
-    if (!enabled) return false;
-    if (credit <= 0) {
-      if (++credit > 0) credit = kTried;
-      return false;
-    }
-    const bool is_far = far();
-    credit = is_far ? smaller(credit + 1, kTried) : credit - 1;
-    if (credit == 0) credit = -kUntried;
-    return is_far;
-  }
-};
-
 // One sample: its valid tokens in ascending order, as slots 0 .. n - 1 of `token`, and the forms they are searched in.
 template <class A>
 struct Sample {
@@ -294,7 +106,7 @@ struct Sample {
   }
 
   void use_floats() {
-    fine = {rows, {n ? row(0) : nullptr, unit_scale<A>(most), false}, tile_bound(C, sizeof(A) == 8 ? 1 : 0), false};
+    fine = {rows, {n ? row(0) : nullptr, unit_scale<A>(most)}, tile_bound(C, sizeof(A) == 8 ? 1 : 0), Values::floats};
     form = fine;
   }
   // Quantises around a centre of some tokens: any centre is right, one in the middle makes the steps small.
@@ -306,15 +118,20 @@ struct Sample {
       const A* from = row(t * n / count);
       for (int64_t c = 0; c < C; c++) centre[c] += from[c] / A(count);
     }
+    const bool digits = kHasDigits<A> && fits_digits(C) && tiles_run();
     const A scale = A(fine.packing.scale);
     parallel_for(pool, n, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) size[i] = scaled_distance(row(i), centre, scale, C);
+      for (int64_t i = begin; i < end; i++) {
+        size[i] = digits ? largest_difference(row(i), centre, C) : scaled_distance(row(i), centre, scale, C);
+      }
     });
     double radius = 0;
     for (int64_t i = 0; i < n; i++) radius = double(size[i]) > radius ? double(size[i]) : radius;
-    const double wanted = fine.packing.scale * ((kRadius - sqrt(double(C))) / sqrt(radius));
+    const double wanted =
+        digits ? amx::kLargestDigits / radius : fine.packing.scale * ((kRadius - sqrt(double(C))) / sqrt(radius));
     if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;
-    form = {rows, {centre, double(A(wanted)), true}, quantised_bound(C), has_vnni()};
+    const Values values = digits ? Values::digits : has_vnni() ? Values::vnni_words : Values::words;
+    form = {rows, {centre, double(A(wanted))}, quantised_bound(C), values};
   }
 };
 

@@ -112,7 +112,8 @@ __attribute__((noinline)) void quantised_tile(const float* a, const float* b, in
   }
 }
 
-// |sqrt(s) - sqrt(v)|: both tokens moved; v was rounded to float once.
+// |sqrt(s) - sqrt(v)|: both tokens moved; v was rounded to float once. kRounding: half a step, and two roundings to
+// float of a value of at most 2^15 before it.
 H2OT_INLINE Bound quantised_bound(int64_t C) { return {0x1p-23, 2 * kRounding * sqrt(double(C))}; }
 
 // q of channels [begin, begin + count) into out, which holds an even number; returns their squared norm.

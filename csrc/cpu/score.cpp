@@ -57,7 +57,7 @@ struct Scorer {
     const int64_t N = args.x.N, C = args.x.C;
     state.sample.carve(memory, N, C, readable_in_place<T>(args.x));
     const int64_t list = stored ? smaller(k, kKept) : smaller(N, listed ? k + kSpare : kKept);
-    state.carve(memory, N, stored ? C : Nearby<A>::channels(C), list);
+    state.carve(memory, N, stored ? panel_room(C) : Nearby<A>::room(C), list);
     of_row = nullptr;
     sums = gaussian ? memory.take<int64_t>(ceil_div(N, kPanel) * kPanel) : nullptr;
     matrix.state = &state;
@@ -140,7 +140,7 @@ struct Scorer {
 
   void find_nearest() {
     const Sample<A>& sample = state.sample;
-    const bool refines = sample.form.packing.quantised;
+    const bool refines = sample.form.quantised();
     if (!listed) {
       for_rows([&](int64_t i, const RowRoom& room) {
         streamed.open[i] = true;

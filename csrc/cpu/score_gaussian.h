@@ -25,14 +25,16 @@ struct Gaussian {
     const Sample<A>& sample = state.sample;
     const Form<A>& form = sample.form;
     const int64_t n = sample.n, size = form.panel_size(), first = p * kPanel, rows = smaller(kPanel, n - first);
+    const int64_t height = form.height();
+    const TileHold registers(form);
     const Floats limit = fill(form.bound.reach(kReach * width * form.unit()));
     int64_t of_row[kPanel] = {};
-    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    float tile[kMostRows * kPanel] __attribute__((aligned(64)));
     for (int64_t column = first; column < n; column += kPanel) {
       int64_t of_column[kPanel] = {};
-      for (int64_t r = 0; r < rows; r += kRows) {
-        form.template tile<2>(state.panels + p * size + r, state.panels + column / kPanel * size, tile);
-        for (int64_t i = r; i < smaller(r + kRows, rows); i++) {
+      for (int64_t r = 0; r < rows; r += height) {
+        form.template tile<2>(form.at(state.panels + p * size, r), state.panels + column / kPanel * size, tile);
+        for (int64_t i = r; i < smaller(r + height, rows); i++) {
           for (int64_t v = 0; v < kPanel; v += kFloats) {
             for (uint32_t bits = at_most(load(tile + (i - r) * kPanel + v), limit); bits; bits &= bits - 1) {
               const int64_t at = v + __builtin_ctz(bits), j = column + at;

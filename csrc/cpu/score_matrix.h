@@ -1,8 +1,8 @@
 // The matrix of all tile distances of a sample, in blocks of a panel of tokens by another.
 //
-// Blocks whose tokens are far from each other by their first channels alone keep what those give: a lower bound. Where
-// the search form leaves many neighbours undecided (near-duplicates, quantised), the blocks that hold them are computed
-// again in the fine form. All values are in the unit of the search form.
+// Blocks whose tokens are far from each other by their lower bounds alone (first channels, high digits) keep those.
+// Where the search form leaves many neighbours undecided (near-duplicates, quantised), the blocks that hold them are
+// computed again in the fine form. All values are in the unit of the search form.
 #pragma once
 
 #include "score_state.h"
@@ -41,49 +41,49 @@ struct Matrix {
   }
   const float* row(int64_t i) const { return values + i * stride; }
 
-  // Writes rows r .. r + kRows of block (p, q), p <= q, from column `from` on, on both sides of the diagonal.
-  void write(const float* tile, int64_t p, int64_t q, int64_t r, int64_t from) const {
+  // Writes `rows` rows from r on of block (p, q), p <= q, from column `from` on, on both sides of the diagonal.
+  void write(const float* tile, int64_t rows, int64_t p, int64_t q, int64_t r, int64_t from) const {
     const int64_t row = p * kPanel + r, column = q * kPanel;
-    for (int64_t i = 0; i < kRows; i++) {
+    for (int64_t i = 0; i < rows; i++) {
       memcpy(values + (row + i) * stride + column + from, tile + i * kPanel + from,
              size_t(kPanel - from) * sizeof(float));
     }
     const int64_t mirrored = p == q ? (r < kFloats ? kFloats : kPanel) : 0;
     for (int64_t j = mirrored; j < kPanel; j++) {
-      for (int64_t i = 0; i < kRows; i++) values[(column + j) * stride + row + i] = tile[i * kPanel + j];
+      for (int64_t i = 0; i < rows; i++) values[(column + j) * stride + row + i] = tile[i * kPanel + j];
     }
   }
 
   // Tile distances between panels p <= q in `form`, times `unit`.
   void fill_block(const Form<A>& form, float unit, int64_t p, int64_t q) const {
-    const int64_t size = form.panel_size();
-    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    const int64_t size = form.panel_size(), height = form.height();
+    float tile[kMostRows * kPanel] __attribute__((aligned(64)));
     const float* b = state->panels + q * size;
-    for (int64_t r = 0; r < kPanel; r += kRows) {
-      const float* a = state->panels + p * size + r;
+    for (int64_t r = 0; r < kPanel; r += height) {
+      const float* a = form.at(state->panels + p * size, r);
       // Rows of the lower half of a diagonal block need its right half only: the other is above them, mirrored.
       const int64_t from = p == q && r >= kFloats ? kFloats : 0;
       if (from) {
-        form.template tile<1>(a, b + from, tile + from);
+        form.template tile<1>(a, form.at(b, from), tile + from);
       } else {
         form.template tile<2>(a, b, tile);
       }
-      for (int64_t at = 0; unit != 1 && at < kRows * kPanel; at++) tile[at] *= unit;
-      write(tile, p, q, r, from);
+      for (int64_t at = 0; unit != 1 && at < height * kPanel; at++) tile[at] *= unit;
+      write(tile, height, p, q, r, from);
     }
   }
 
-  // Whether the first channels show that no neighbour is in block (p, q), p < q; it is then written.
+  // Whether the lower bounds show that no neighbour is in block (p, q), p < q; it is then written.
   bool leave_out(int64_t p, int64_t q) const {
     const Form<A>& form = state->sample.form;
-    const int64_t size = form.panel_size();
+    const int64_t size = form.panel_size(), height = form.height();
     float tiles[kPanel * kPanel] __attribute__((aligned(64)));
-    for (int64_t r = 0; r < kPanel; r += kRows) {
+    for (int64_t r = 0; r < kPanel; r += height) {
       float* tile = tiles + r * kPanel;
-      form.prefix_tile(state->panels + p * size + r, state->panels + q * size, tile);
-      if (any_within(tile, limit + p * kPanel + r, limit + q * kPanel)) return false;
+      form.lower_tile(form.at(state->panels + p * size, r), state->panels + q * size, tile);
+      if (any_within(tile, height, limit + p * kPanel + r, limit + q * kPanel)) return false;
     }
-    for (int64_t r = 0; r < kPanel; r += kRows) write(tiles + r * kPanel, p, q, r, 0);
+    write(tiles, kPanel, p, q, 0, 0);
     far[p * panels + q] = far[q * panels + p] = true;
     return true;
   }
@@ -94,6 +94,7 @@ struct Matrix {
     const int64_t n = state->sample.n, count = ceil_div(n, kPanel);
     const int64_t grain = larger(1, 200000 / (state->sample.C * kPanel * kPanel / kFloats));
     parallel_for(pool, count * (count + 1) / 2, grain, [&](int64_t begin, int64_t end) {
+      const TileHold registers(form);
       F wants = wanted;
       int64_t q = 0;  // block t is (p, q) with p <= q and t = q (q + 1) / 2 + p
       while ((q + 1) * (q + 2) / 2 <= begin) q++;

@@ -28,8 +28,8 @@ struct Nearby {
   double* of_ball;       // [balls]
   double far_apart;      // a large distance, squared
 
-  // Channels for which panels have room for the places, too.
-  static int64_t channels(int64_t C) { return larger(C, kPanel); }
+  // Floats of a panel, which has room for the places, too.
+  static int64_t room(int64_t C) { return larger(panel_room(C), kPanel * kPanel); }
 
   void carve(Carver& memory, int64_t N, int64_t C) {
     const int64_t most = ceil_div(N, kPanel);

@@ -36,10 +36,10 @@ struct State {
   int32_t* parent;      // [n], -1: no denser token
   Neighbour* near;      // [n][kept], the nearest ones in order
   int32_t* near_count;  // [n] how many of them are proven to be the nearest
-  float* panels;        // [ceil(n / kPanel)][C][kPanel]
+  float* panels;        // [ceil(n / kPanel)] of any form
   double largest;       // squared, over all valid pairs; only when asked for
 
-  void carve(Carver& memory, int64_t N, int64_t C, int64_t list) {
+  void carve(Carver& memory, int64_t N, int64_t room, int64_t list) {
     kept = list;
     m = memory.take<double>(N);
     key = memory.take<double>(ceil_div(N, kDoubles) * kDoubles);
@@ -47,7 +47,7 @@ struct State {
     parent = memory.take<int32_t>(N);
     near = memory.take<Neighbour>(N * kept);
     near_count = memory.take<int32_t>(N);
-    panels = memory.take<float>(ceil_div(N, kPanel) * kPanel * C);
+    panels = memory.take<float>(ceil_div(N, kPanel) * room);
   }
   bool denser(int64_t j, int64_t i) const { return key[j] < key[i] || (!strict && key[j] == key[i] && j < i); }
 
@@ -86,7 +86,7 @@ struct State {
   // Brings the `wanted` nearest to slot i (one at least) of the candidates list[0 .. count) to the front, in order,
   // with their distances.
   void resolve(int64_t i, Neighbour* list, int64_t count, int64_t wanted) const {
-    const bool pays = sizeof(A) == 4 && sample.form.packing.quantised && sample.C >= kSifted;
+    const bool pays = sizeof(A) == 4 && sample.form.quantised() && sample.C >= kSifted;
     // Below that no difference overflows.
     if (pays && count > 2 * wanted - (wanted == 1) && sample.most < 0x1p126) count = sift(i, list, count, wanted);
     const bool many = wanted > 2 * kKept;

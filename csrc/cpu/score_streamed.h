@@ -18,9 +18,9 @@ struct Streamed {
   float* furthest;  // [n] the largest tile distance seen from the row side, or null
   bool* open;       // [n] rows whose list proves too little
 
-  // Offers every pair of a tile (kRows slots from `row`, a panel of slots from `column`) to both its slots.
-  void offer_tile(const float* tile, int64_t row, int64_t column) {
-    const int64_t n = state->sample.n, rows = smaller(kRows, n - row);
+  // Offers every pair of a tile (`height` slots from `row`, a panel of slots from `column`) to both its slots.
+  void offer_tile(const float* tile, int64_t height, int64_t row, int64_t column) {
+    const int64_t n = state->sample.n, rows = smaller(height, n - row);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t i = row + r;
       for (int64_t p = 0; p < kPanel; p += kFloats) {
@@ -62,22 +62,23 @@ struct Streamed {
   // Neighbours in time come first: they fill the lists, and what is farther is soon left out.
   void search(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
     const Form<A>& form = state->sample.form;
-    const int64_t n = state->sample.n, size = form.panel_size();
+    const int64_t n = state->sample.n, size = form.panel_size(), height = form.height();
     const bool same = row_begin == column_begin;
+    const TileHold registers(form);
     EarlyStop stops(form);
     stops.enabled &= furthest == nullptr;
-    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    float tile[kMostRows * kPanel] __attribute__((aligned(64)));
     const auto search_panels = [&](int64_t p, int64_t q) {
       const float* b = state->panels + q * size;
-      for (int64_t r = 0; r < kPanel && p * kPanel + r < n; r += kRows) {
-        const float* a = state->panels + p * size + r;
+      for (int64_t r = 0; r < kPanel && p * kPanel + r < n; r += height) {
+        const float* a = form.at(state->panels + p * size, r);
         const auto far = [&] {
-          form.prefix_tile(a, b, tile);
-          return !any_within(tile, lists.threshold + p * kPanel + r, lists.threshold + q * kPanel);
+          form.lower_tile(a, b, tile);
+          return !any_within(tile, height, lists.threshold + p * kPanel + r, lists.threshold + q * kPanel);
         };
         if (q > p + 1 && stops(far)) continue;
         form.template tile<2>(a, b, tile);
-        offer_tile(tile, p * kPanel + r, q * kPanel);
+        offer_tile(tile, height, p * kPanel + r, q * kPanel);
       }
     };
     for (int64_t q = row_begin; same && q < row_end; q++) {
@@ -165,8 +166,8 @@ struct RowSearch {
     Lists lists;
 
     void carve(Carver& memory, int64_t C, int64_t list) {
-      rows = memory.take<float>(kBlock * kPanel * C);
-      columns = memory.take<float>(kPanel * C);
+      rows = memory.take<float>(kBlock * panel_room(C));
+      columns = memory.take<float>(panel_room(C));
       lists.carve(memory, kBlock * kPanel, list);
     }
     static int64_t bytes(int64_t C, int64_t list) {
@@ -185,23 +186,24 @@ struct RowSearch {
 
   // Rows [begin, end), at most kBlock panels of them: row i is row i - begin of memory.lists.
   void search(int64_t begin, int64_t end, Memory& memory) const {
-    const int64_t size = form.panel_size();
+    const int64_t size = form.panel_size(), height = form.height();
     Lists& lists = memory.lists;
     lists.clear(end - begin);
     for (int64_t first = begin; first < end; first += kPanel) {
       pack(row + first, smaller(kPanel, end - first), memory.rows + (first - begin) / kPanel * size);
     }
+    const TileHold registers(form);
     EarlyStop stops(form);
-    float tile[kRows * kPanel] __attribute__((aligned(64)));
+    float tile[kMostRows * kPanel] __attribute__((aligned(64)));
     for (int64_t at = 0; at < columns_of(end - 1); at += kPanel) {
       pack(column + at, smaller(kPanel, sample.n - at), memory.columns);
-      for (int64_t r = begin; r < end; r += kRows) {
-        const int64_t last = smaller(r + kRows, end), panel = (r - begin) / kPanel;
+      for (int64_t r = begin; r < end; r += height) {
+        const int64_t last = smaller(r + height, end), panel = (r - begin) / kPanel;
         if (columns_of(last - 1) <= at) continue;
-        const float* a = memory.rows + panel * size + (r - begin) % kPanel;
+        const float* a = form.at(memory.rows + panel * size, (r - begin) % kPanel);
         const auto far = [&] {
-          form.prefix_tile(a, memory.columns, tile);
-          return !any_within(tile, lists.threshold + r - begin);
+          form.lower_tile(a, memory.columns, tile);
+          return !any_within(tile, height, lists.threshold + r - begin);
         };
         if (stops(far)) continue;
         form.template tile<2>(a, memory.columns, tile);
