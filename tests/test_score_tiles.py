@@ -134,8 +134,8 @@ def tokens(kind: str, N: int, C: int):
 
 KINDS = ["random", "walk", "duplicates", "near duplicates", "offset", "small", "large", "outlier", "strided"]
 KINDS += ["bfloat16", "float16", "float64"]
-SHAPES = [(2, 128), (31, 100), (33, 33), (33, 96), (243, 64), (243, 129), (243, 512), (351, 1536), (600, 512)]
-SHAPES += [(1600, 128)]
+SHAPES = [(2, 256), (31, 192), (33, 33), (33, 192), (243, 129), (243, 193), (243, 512), (351, 1536), (600, 512)]
+SHAPES += [(1600, 200)]
 
 
 def results(kind: str) -> list[torch.Tensor]:
