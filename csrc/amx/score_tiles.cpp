@@ -1,7 +1,7 @@
 // Squared distances between tokens on the tile unit (AMX), for the search of scoring and of labels: four products of
 // digits, added in 32 bits, exact.
+#include "../score_panel.h"
 #include "digits.h"
-#include "score_panel.h"
 #include "transpose.h"
 
 namespace h2ot {

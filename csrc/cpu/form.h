@@ -1,7 +1,7 @@
 // How tokens are packed into panels for a search, and what the tile distances of packed tokens are worth.
 #pragma once
 
-#include "../amx/score_panel.h"
+#include "../score_panel.h"
 #include "quantise.h"
 
 namespace h2ot {

@@ -6,7 +6,7 @@
 // step is filled with zeros.
 #pragma once
 
-#include "../cpu/simd.h"
+#include "cpu/simd.h"
 
 namespace h2ot {
 namespace amx {
