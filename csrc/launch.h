@@ -162,7 +162,6 @@ struct Rows {
   int64_t stride_b, stride_n;
 };
 
-// out[b, f] = softmax(scale q_f k^T) v per head, heads side by side on C. Accumulated in float32 (float64 for f64).
 // Takes attended rows in place of memory as soon as they are made, on the thread that made them: [count, C] contiguous,
 // of queries first .. first + count - 1 of sample b.
 struct RowsTaker {
@@ -170,6 +169,7 @@ struct RowsTaker {
   const void* context;
 };
 
+// out[b, f] = softmax(scale q_f k^T) v per head, heads side by side on C. Accumulated in float32 (float64 for f64).
 struct RecoverAttentionArgs {
   const void *query, *key, *value;  // [query_rows, F, C], [B, K, C], [B, K, C]; query_rows 1 or B
   Dtype dtype;
@@ -209,8 +209,8 @@ struct RecoverRotatedArgs {
   const float* token;              // [F, W]
   // For each panel of rotated channels c .. c + kRotatedPanel - 1: the weights of channels c .. C - 1 of attended,
   // which are all that it depends on, [C - c][kRotatedPanel]. bf16: in tiles of kRotatedTile, [channels / 32][2][16
-  // pairs of channels][16][2]. Bytes: what is above the
-  // diagonal, as pack_tiles() packs it, then float32: the diagonal [W], and the spread (recover_rotated.py), 32 times.
+  // pairs of channels][16][2]. Bytes: what is above the diagonal, as pack_tiles() packs it, then float32: the diagonal
+  // [W], and the spread (recover_rotated.py), 32 times.
   const void* triangle;
   const float *head, *bias;  // [M, W]; [M]
   int64_t M;

@@ -169,8 +169,9 @@ def with_rotated(tail):
 
     def pose(token: Tensor, query: Tensor, key: Tensor, value: Tensor, num_heads, scale, proj, *rest) -> Tensor | None:
         *vectors, _ = rest
-        if takes((token, query, key, value), proj, *vectors):
-            return recover_rotated(token, query, key, value, num_heads, scale, proj, *rest)
+        if not takes((token, query, key, value), proj, *vectors):
+            return None
+        return recover_rotated(token, query, key, value, num_heads, scale, proj, *rest)
 
     tail.pose = pose
     return tail

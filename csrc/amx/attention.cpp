@@ -208,6 +208,7 @@ H2OT_INLINE const uint16_t* head_of(const void* x, const Rows& at, int64_t b, in
 // What a thread does.
 struct Forward {
   typedef BFloat16 Element;
+  typedef ProductRegisters Registers;
   const RecoverAttentionArgs& a;
   const Head& head;
   Arrays at;
@@ -228,7 +229,6 @@ struct Forward {
     const int64_t first = panel * kPanel, count = a.F - first < kPanel ? a.F - first : kPanel;
     const uint16_t* const query = head_of(a.query, a.query_at, a.query_rows == 1 ? 0 : b, h * head.D);
     pack_rows(query + first * a.query_at.stride_n, a.query_at.stride_n, count, 2, head, true, at.queries);
-    [[maybe_unused]] const ProductRegisters registers = {};
     multiply_keys(head, at);
     Floats sums[2];
     for (int64_t half = 0; half < 2; half++) {

@@ -62,10 +62,7 @@ Status rotate(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t cou
 }  // namespace
 
 Status rotated_halves(const RecoverRotatedArgs& a, const Parallel& pool) {
-  const RowsTaker taker = taker_of<rotate>(a);
-  RecoverAttentionArgs attention = a.attention;
-  attention.taker = &taker;
-  return h2ot::attend(attention, pool);
+  return rotate_attended<rotate>(a, pool, h2ot::attend);
 }
 
 }  // namespace H2OT_ISA

@@ -92,12 +92,7 @@ void put_token(const float* x, const float* centre, float scale, int64_t C, int6
 // left and right is in an even and in an odd one. Registers 6 and 7: rows and columns.
 template <int kHalves>
 H2OT_INLINE void multiply(const int8_t* rows, const int8_t* left, const int8_t* right, int64_t steps, int32_t* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
+  zero_sums();
   left += 2 * kTile;
   right += 2 * kTile;
   for (int64_t s = 0; s < steps; s++, rows += kStep, left += kStep, right += kStep) {

@@ -70,12 +70,7 @@ H2OT_INLINE void step(const int8_t* rows, const int8_t* weights, Beside beside) 
 template <int kHalves, class Beside>
 __attribute__((noinline)) static void multiply(const int8_t* rows, const int8_t* weights, int64_t steps, int32_t* sums,
                                                Beside beside) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
+  zero_sums();
   for (int64_t s = 0; s < steps; s++, rows += kRowStep, weights += kWeightStep) {
     step<kHalves>(rows, weights, beside);
   }

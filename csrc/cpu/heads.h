@@ -7,8 +7,8 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-// Into how many parts, of at most `most`, B samples are cut each so that the threads have about equal shares: the
-// fewest that leave at most a twentieth more idle than any other number.
+// Into how many parts, at most `most`, each of B samples is cut so that the threads have about equal shares: no other
+// number keeps them busier by more than a twentieth.
 H2OT_INLINE int64_t parts_of(int64_t B, int64_t most, int64_t threads) {
   int64_t best = 1;
   double busiest = 0;
@@ -39,8 +39,9 @@ H2OT_INLINE void with_work(const RecoverAttentionArgs& a, int64_t rows, const Ma
 }
 
 // Every head of every sample by panels of `width` queries. Work has take_head(b, h), which packs the keys and values of
-// a head, ask_for_head(b, h, from, to), which asks for some of the next, and attend(b, h, panel, rows), which writes
-// the results of a panel into its rows, all heads of a query beside each other.
+// a head, ask_for_head(b, h, from, to), which asks for some of the next, attend(b, h, panel, rows), which writes the
+// results of a panel into its rows, all heads of a query beside each other, and Registers, which attend() has (50 ns to
+// set up on the tile unit, where a panel takes 2 us and more); a taker sets up its own.
 template <class Work, class Make>
 Status attend_heads(const RecoverAttentionArgs& a, const Parallel& pool, int64_t width, int64_t grain,
                     const Make& make) {
@@ -58,6 +59,7 @@ Status attend_heads(const RecoverAttentionArgs& a, const Parallel& pool, int64_t
   if (!a.taker) {
     parallel_for(pool, heads * panels, grain, [&](int64_t begin, int64_t past) {
       with_work<Work>(a, 0, make, outcome, [&](const Work& work, T*) {
+        [[maybe_unused]] const typename Work::Registers registers = {};
         for (int64_t task = begin; task < past; task++) {
           const int64_t which = task / panels, panel = task % panels;
           if (task == begin || panel == 0) work.take_head(which / a.H, which % a.H);
@@ -73,10 +75,13 @@ Status attend_heads(const RecoverAttentionArgs& a, const Parallel& pool, int64_t
       for (int64_t task = begin; task < past; task++) {
         const int64_t b = task / parts, part = task % parts;
         const int64_t first = panels * part / parts, end = panels * (part + 1) / parts;
-        for (int64_t h = 0; h < a.H; h++) {
-          work.take_head(b, h);
-          for (int64_t panel = first; panel < end; panel++) {
-            attend(work, b * a.H + h, panel, first, end, rows + (panel - first) * width * a.C);
+        {
+          [[maybe_unused]] const typename Work::Registers registers = {};
+          for (int64_t h = 0; h < a.H; h++) {
+            work.take_head(b, h);
+            for (int64_t panel = first; panel < end; panel++) {
+              attend(work, b * a.H + h, panel, first, end, rows + (panel - first) * width * a.C);
+            }
           }
         }
         const int64_t last = end * width < a.F ? end * width : a.F;

@@ -78,6 +78,7 @@ void pack_shared_queries(const RecoverAttentionArgs& a, const Layout<E>& at, E* 
 template <class T, class E>
 struct Forward {
   typedef T Element;
+  struct Registers {};  // nothing to be set up
   const RecoverAttentionArgs& a;
   const Layout<E>& at;
   const E* shared_panels;  // null: each sample has queries of its own

@@ -44,10 +44,7 @@ Status rotate(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t cou
 }  // namespace
 
 Status recover_rotated(const RecoverRotatedArgs& a, const Parallel& pool) {
-  const RowsTaker taker = taker_of<rotate>(a);
-  RecoverAttentionArgs attention = a.attention;
-  attention.taker = &taker;
-  return recover_attention(attention, pool);
+  return rotate_attended<rotate>(a, pool, recover_attention);
 }
 
 }  // namespace H2OT_ISA

@@ -53,13 +53,17 @@ H2OT_INLINE void finish_row(const RecoverRotatedArgs& a, int64_t b, int64_t fram
   }
 }
 
-// What gives attended rows to rotate(args, b, first, count, rows), a function like RowsTaker::take.
+// Attention whose rows go to rotate(args, b, first, count, rows), a function like RowsTaker::take.
 template <Status (*rotate)(const RecoverRotatedArgs&, int64_t, int64_t, int64_t, const void*)>
-RowsTaker taker_of(const RecoverRotatedArgs& a) {
-  return {[](const void* context, int64_t b, int64_t first, int64_t count, const void* rows) {
-            return rotate(*static_cast<const RecoverRotatedArgs*>(context), b, first, count, rows);
-          },
-          &a};
+Status rotate_attended(const RecoverRotatedArgs& a, const Parallel& pool,
+                       Status (*attend)(const RecoverAttentionArgs&, const Parallel&)) {
+  const RowsTaker taker = {[](const void* context, int64_t b, int64_t first, int64_t count, const void* rows) {
+                             return rotate(*static_cast<const RecoverRotatedArgs*>(context), b, first, count, rows);
+                           },
+                           &a};
+  RecoverAttentionArgs attention = a.attention;
+  attention.taker = &taker;
+  return attend(attention, pool);
 }
 
 }  // namespace H2OT_ISA
