@@ -7,24 +7,18 @@ namespace h2ot {
 namespace H2OT_ISA {
 
 // Sixteen rows of words as sixteen columns.
+template <int kStep = 1>
 H2OT_INLINE void transpose(Words* x) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kSide; step *= 2) {
-    Words low, high;
+  constexpr Words kLow = lanes_of<Words>([](int lane) { return lane & kStep ? kSide + lane - kStep : lane; });
+  constexpr Words kHigh = lanes_of<Words>([](int lane) { return lane & kStep ? kSide + lane : lane + kStep; });
 #pragma GCC unroll 16
-    for (unsigned lane = 0; lane < kSide; lane++) {
-      const bool second = lane & unsigned(step);
-      low[lane] = second ? kSide + lane - step : lane;
-      high[lane] = second ? kSide + lane : lane + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kSide; i++) {
-      if (i & step) continue;
-      const Words first = x[i], second = x[i + step];
-      x[i] = __builtin_shuffle(first, second, low);
-      x[i + step] = __builtin_shuffle(first, second, high);
-    }
+  for (int i = 0; i < kSide; i++) {
+    if (i & kStep) continue;
+    const Words first = x[i], second = x[i + kStep];
+    x[i] = __builtin_shuffle(first, second, kLow);
+    x[i + kStep] = __builtin_shuffle(first, second, kHigh);
   }
+  if constexpr (2 * kStep < kSide) transpose<2 * kStep>(x);
 }
 
 }  // namespace H2OT_ISA

@@ -28,9 +28,7 @@ H2OT_INLINE void by_vectors(int64_t C, const F& f) {
 template <class T>
 H2OT_INLINE Vector<T> between(Vector<T> v, int first, int end) {
   if (first == 0 && end == kLanes<T>) return v;
-  typename VectorOf<T>::bits lane = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; i++) lane[i] = unsigned(i);
+  constexpr auto lane = lanes_of<typename VectorOf<T>::bits>([](int i) { return i; });
   return (lane >= unsigned(first)) & (lane < unsigned(end)) ? v : Vector<T>{};
 }
 

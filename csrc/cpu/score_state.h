@@ -58,8 +58,7 @@ struct State {
     const Doubles limit = key[i] - Doubles{};
     const int64_t before = strict ? 0 : i;
     Integers least = Integers{} + kNoBits;
-    LongIntegers slot;
-    for (int p = 0; p < kDoubles; p++) slot[p] = p;
+    LongIntegers slot = lanes_of<LongIntegers>([](int lane) { return lane; });
     for (int64_t j = 0; j < sample.n; j += kDoubles, slot += kDoubles) {
       const Doubles keys = load(key + j);
       const LongIntegers denser = (keys < limit) | ((keys == limit) & (slot < before));

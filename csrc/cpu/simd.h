@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../launch.h"
 
@@ -36,6 +37,16 @@ constexpr int kFloats = kVectorBytes / 4;
 constexpr int kDoubles = kVectorBytes / 8;
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+
+// f(0), f(1), ... as the lanes of a constant. What a loop writes lane by lane g++ 12 puts together anew at every use.
+template <class V, class F, int... lane>
+H2OT_INLINE constexpr V lanes_of(F f, std::integer_sequence<int, lane...>) {
+  return V{decltype(V{}[0] + 0)(f(lane))...};
+}
+template <class V, class F>
+H2OT_INLINE constexpr V lanes_of(F f) {
+  return lanes_of<V>(f, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>());
+}
 
 H2OT_INLINE Floats load(const float* p) {
   Floats v;

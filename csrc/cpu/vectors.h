@@ -132,16 +132,14 @@ H2OT_INLINE void store_part(T* p, Vector<T> v, int64_t count) {
 }
 
 // The sum over the lanes, halves added to halves.
-template <class T>
+template <class T, int kStep = kLanes<T> / 2>
 H2OT_INLINE Accumulator<T> sum_lanes(Vector<T> v) {
-#pragma GCC unroll 4
-  for (int step = kLanes<T> / 2; step > 0; step /= 2) {
-    typename VectorOf<T>::bits swapped = {};
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes<T>; lane++) swapped[lane] = unsigned(lane ^ step);
-    v += __builtin_shuffle(v, swapped);
+  if constexpr (kStep == 0) {
+    return v[0];
+  } else {
+    constexpr auto kSwapped = lanes_of<typename VectorOf<T>::bits>([](int lane) { return lane ^ kStep; });
+    return sum_lanes<T, kStep / 2>(v + __builtin_shuffle(v, kSwapped));
   }
-  return v[0];
 }
 
 }  // namespace H2OT_ISA
