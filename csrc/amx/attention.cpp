@@ -8,8 +8,8 @@
 // vectors of weights of about 13 instructions. Sums in float32; a weight is off by 8e-5 of itself before it is rounded
 // to 2^-9.
 #include "../cpu/heads.h"
+#include "../cpu/transpose.h"
 #include "half_products.h"
-#include "transpose.h"
 
 namespace h2ot {
 namespace H2OT_ISA {

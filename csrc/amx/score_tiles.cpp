@@ -1,8 +1,8 @@
 // Squared distances between tokens on the tile unit (AMX), for the search of scoring and of labels: four products of
 // digits, added in 32 bits, exact.
+#include "../cpu/transpose.h"
 #include "../score_panel.h"
 #include "digits.h"
-#include "transpose.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -24,16 +24,17 @@ H2OT_INLINE Words whole(const float* x, const float* centre, int64_t count, floa
   return reinterpret_cast<Words>(_mm512_maskz_cvtps_epi32(kAll, reinterpret_cast<__m512>(scaled)));
 }
 
-// Numbers of 16 bits, two in each word, and their sums of products.
-H2OT_INLINE Words rounded_up(Words q) {
+// Numbers of 16 bits, two in each word: with their high digit, rounded, in the upper byte; with the low one there; the
+// upper byte as a number; sums of products.
+H2OT_INLINE Words high_up(Words q) {
   const Words half = Words{} + 0x00800080u;
   return reinterpret_cast<Words>(_mm512_add_epi16(reinterpret_cast<__m512i>(q), reinterpret_cast<__m512i>(half)));
 }
-H2OT_INLINE Words high_digits(Words q) {
-  return reinterpret_cast<Words>(_mm512_srai_epi16(reinterpret_cast<__m512i>(rounded_up(q)), 8));
+H2OT_INLINE Words low_up(Words q) {
+  return reinterpret_cast<Words>(_mm512_slli_epi16(reinterpret_cast<__m512i>(q), 8));
 }
-H2OT_INLINE Words low_digits(Words q) {
-  return reinterpret_cast<Words>(_mm512_srai_epi16(_mm512_slli_epi16(reinterpret_cast<__m512i>(q), 8), 8));
+H2OT_INLINE Words upper_byte(Words q) {
+  return reinterpret_cast<Words>(_mm512_srai_epi16(reinterpret_cast<__m512i>(q), 8));
 }
 H2OT_INLINE Words products(Words a, Words b) {
   return reinterpret_cast<Words>(
@@ -74,12 +75,12 @@ void put_token(const float* x, const float* centre, float scale, int64_t C, int6
       v[i] = whole(x + at, centre + at, C - at, scale);
     }
     const Words even = odd_words(v[0], v[2] << 16), odd = odd_words(v[1], v[3] << 16);
-    const Words high = high_digits(even), high_odd = high_digits(odd);
-    const Words low = low_digits(even), low_odd = low_digits(odd);
+    const Words high = upper_byte(high_up(even)), high_odd = upper_byte(high_up(odd));
+    const Words low = upper_byte(low_up(even)), low_odd = upper_byte(low_up(odd));
     high_squares += products(high, high) + products(high_odd, high_odd);
     mixed += products(high, low) + products(high_odd, low_odd);
     low_squares += products(low, low) + products(low_odd, low_odd);
-    const Words digits[2] = {odd_bytes(high, high_odd << 8), odd_bytes(low, low_odd << 8)};
+    const Words digits[2] = {odd_bytes(high, high_up(odd)), odd_bytes(low, low_up(odd))};
     memcpy(row, &digits[0], sizeof digits[0]);
     memcpy(row + kTile, &digits[1], sizeof digits[1]);
   }

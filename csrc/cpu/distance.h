@@ -172,17 +172,23 @@ A scaled_distance(const A* row, const A* centre, A scale, int64_t C) {
 // The largest |row - centre| of a channel.
 template <class A>
 A largest_difference(const A* row, const A* centre, int64_t C) {
-  Vector<A> most = {};
-  const auto add = [&](Vector<A> a, Vector<A> b) {
-    const Vector<A> d = a - b, size = d < 0 ? -d : d;
-    most = size > most ? size : most;
+  const auto larger_one = [](Vector<A> a, Vector<A> b) __attribute__((always_inline)) { return a > b ? a : b; };
+  Vector<A> most[2] = {};
+  const auto add = [&](Vector<A>& to, Vector<A> a, Vector<A> b) __attribute__((always_inline)) {
+    const Vector<A> d = a - b;
+    to = larger_one(to, larger_one(d, -d));
   };
   int64_t c = 0;
-  for (; c + kLanes<A> <= C; c += kLanes<A>) add(load_wide(row + c), load_wide(centre + c));
-  if (c < C) add(load_part(row + c, C - c), load_part(centre + c, C - c));
-  A largest = 0;
-  for (int lane = 0; lane < kLanes<A>; lane++) largest = most[lane] > largest ? most[lane] : largest;
-  return largest;
+  for (; c + 2 * kLanes<A> <= C; c += 2 * kLanes<A>) {
+    add(most[0], load_wide(row + c), load_wide(centre + c));
+    add(most[1], load_wide(row + c + kLanes<A>), load_wide(centre + c + kLanes<A>));
+  }
+  if (c + kLanes<A> <= C) {
+    add(most[0], load_wide(row + c), load_wide(centre + c));
+    c += kLanes<A>;
+  }
+  if (c < C) add(most[1], load_part(row + c, C - c), load_part(centre + c, C - c));
+  return fold_lanes<A>(larger_one(most[0], most[1]), larger_one);
 }
 
 // The worst case of scaled_distance between two float tokens, as tile_bound, where no difference overflows.
@@ -247,18 +253,21 @@ H2OT_INLINE void for_each_within(const float* v, int64_t count, float limit, con
 
 // The least of v[0 .. count); v is readable in whole vectors and holds nothing less past count.
 inline float least_of(const float* v, int64_t count) {
-  Floats least = load(v);
-  for (int64_t j = kFloats; j < count; j += kFloats) {
-    const Floats next = load(v + j);
+  const auto lesser = [](Floats a, Floats b) __attribute__((always_inline)) {
 #if defined(__aarch64__)
-    least = vminnmq_f32(least, next);  // half the latency of a comparison and a selection
+    return vminnmq_f32(a, b);  // half the latency of a comparison and a selection
 #else
-    least = next < least ? next : least;
+    return b < a ? b : a;
 #endif
+  };
+  Floats least[2] = {load(v), load(v)};
+  int64_t j = kFloats;
+  for (; j + kFloats < count; j += 2 * kFloats) {
+    least[0] = lesser(least[0], load(v + j));
+    least[1] = lesser(least[1], load(v + j + kFloats));
   }
-  float result = least[0];
-  for (int p = 1; p < kFloats; p++) result = least[p] < result ? least[p] : result;
-  return result;
+  if (j < count) least[0] = lesser(least[0], load(v + j));
+  return fold_lanes<float>(lesser(least[0], least[1]), lesser);
 }
 
 // The rank-th smallest of v[0 .. count) (rank from 1), for values that are not negative; v is readable in whole vectors

@@ -249,11 +249,12 @@ class TileHold {
 struct EarlyStop {
   static constexpr int64_t kTried = 64, kUntried = 1024;
   bool enabled;
-  int64_t credit = kTried;
+  int64_t credit;
 
   template <class A>
-  explicit EarlyStop(const Form<A>& form)
-      : enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C)) {}
+  explicit EarlyStop(const Form<A>& form, int64_t tried = kTried)
+      : enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C)),
+        credit(tried) {}
 
   // far(): computes the tile of lower bounds and says whether nothing in it can be near.
   template <class F>

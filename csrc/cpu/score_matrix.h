@@ -6,11 +6,13 @@
 #pragma once
 
 #include "score_state.h"
+#include "transpose.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
+constexpr int64_t kTriedBlocks = 8;  // so many that are not left out, and the next ones are not tried
 constexpr int64_t kLongToken = 512;  // channels from which on leaving blocks out saves more than deciding costs
 
 template <class A>
@@ -41,49 +43,56 @@ struct Matrix {
   }
   const float* row(int64_t i) const { return values + i * stride; }
 
-  // Writes `rows` rows from r on of block (p, q), p <= q, from column `from` on, on both sides of the diagonal.
-  void write(const float* tile, int64_t rows, int64_t p, int64_t q, int64_t r, int64_t from) const {
-    const int64_t row = p * kPanel + r, column = q * kPanel;
-    for (int64_t i = 0; i < rows; i++) {
-      memcpy(values + (row + i) * stride + column + from, tile + i * kPanel + from,
-             size_t(kPanel - from) * sizeof(float));
-    }
-    const int64_t mirrored = p == q ? (r < kFloats ? kFloats : kPanel) : 0;
-    for (int64_t j = mirrored; j < kPanel; j++) {
-      for (int64_t i = 0; i < rows; i++) values[(column + j) * stride + row + i] = tile[i * kPanel + j];
+  // Writes block (p, q), p <= q, times `unit`, on both sides of the diagonal; of a diagonal block's quarters all but the
+  // lower left one.
+  void write(const float* block, float unit, int64_t p, int64_t q) const {
+    for (int64_t r = 0; r < kPanel; r += kFloats) {
+      for (int64_t c = p == q ? r : 0; c < kPanel; c += kFloats) {
+        const int64_t row = p * kPanel + r, column = q * kPanel + c;
+        Floats x[kFloats];
+#pragma GCC unroll 16
+        for (int i = 0; i < kFloats; i++) {
+          x[i] = load(block + (r + i) * kPanel + c) * unit;
+          store(values + (row + i) * stride + column, x[i]);
+        }
+        if (row == column) continue;
+        transpose(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < kFloats; i++) store(values + (column + i) * stride + row, x[i]);
+      }
     }
   }
 
   // Tile distances between panels p <= q in `form`, times `unit`.
   void fill_block(const Form<A>& form, float unit, int64_t p, int64_t q) const {
     const int64_t size = form.panel_size(), height = form.height();
-    float tile[kMostRows * kPanel] __attribute__((aligned(64)));
+    float block[kPanel * kPanel] __attribute__((aligned(64)));
     const float* b = state->panels + q * size;
     for (int64_t r = 0; r < kPanel; r += height) {
       const float* a = form.at(state->panels + p * size, r);
       // Rows of the lower half of a diagonal block need its right half only: the other is above them, mirrored.
       const int64_t from = p == q && r >= kFloats ? kFloats : 0;
+      float* const tile = block + r * kPanel;
       if (from) {
         form.template tile<1>(a, form.at(b, from), tile + from);
       } else {
         form.template tile<2>(a, b, tile);
       }
-      for (int64_t at = 0; unit != 1 && at < height * kPanel; at++) tile[at] *= unit;
-      write(tile, height, p, q, r, from);
     }
+    write(block, unit, p, q);
   }
 
   // Whether the lower bounds show that no neighbour is in block (p, q), p < q; it is then written.
   bool leave_out(int64_t p, int64_t q) const {
     const Form<A>& form = state->sample.form;
     const int64_t size = form.panel_size(), height = form.height();
-    float tiles[kPanel * kPanel] __attribute__((aligned(64)));
+    float block[kPanel * kPanel] __attribute__((aligned(64)));
     for (int64_t r = 0; r < kPanel; r += height) {
-      float* tile = tiles + r * kPanel;
+      float* const tile = block + r * kPanel;
       form.lower_tile(form.at(state->panels + p * size, r), state->panels + q * size, tile);
       if (any_within(tile, height, limit + p * kPanel + r, limit + q * kPanel)) return false;
     }
-    write(tiles, kPanel, p, q, 0, 0);
+    write(block, 1, p, q);
     far[p * panels + q] = far[q * panels + p] = true;
     return true;
   }
@@ -124,7 +133,7 @@ struct Matrix {
     for (int64_t at = 0; at < panels * panels; at++) undecided[at] = sought[at] = far[at] = 0;
     for (int64_t p = 0; p < panels; p++) refined[p] = cut[p] = false;
     pack_panels(form, state->sample.token, n, pool, state->panels);
-    EarlyStop stops(form);
+    EarlyStop stops(form, kTriedBlocks);
     if (whole || state->wanted != 1 || n <= 4 * kPanel || state->sample.C < kLongToken || !stops.enabled) {
       return fill(form, 1, pool, [](int64_t, int64_t) { return true; });
     }

@@ -131,15 +131,19 @@ H2OT_INLINE void store_part(T* p, Vector<T> v, int64_t count) {
   memcpy(p, lanes, size_t(count) * sizeof(T));
 }
 
-// The sum over the lanes, halves added to halves.
-template <class T, int kStep = kLanes<T> / 2>
-H2OT_INLINE Accumulator<T> sum_lanes(Vector<T> v) {
+// All lanes as one: f puts halves together.
+template <class T, int kStep = kLanes<T> / 2, class F>
+H2OT_INLINE Accumulator<T> fold_lanes(Vector<T> v, const F& f) {
   if constexpr (kStep == 0) {
     return v[0];
   } else {
     constexpr auto kSwapped = lanes_of<typename VectorOf<T>::bits>([](int lane) { return lane ^ kStep; });
-    return sum_lanes<T, kStep / 2>(v + __builtin_shuffle(v, kSwapped));
+    return fold_lanes<T, kStep / 2>(f(v, __builtin_shuffle(v, kSwapped)), f);
   }
+}
+template <class T>
+H2OT_INLINE Accumulator<T> sum_lanes(Vector<T> v) {
+  return fold_lanes<T>(v, [](Vector<T> a, Vector<T> b) __attribute__((always_inline)) { return a + b; });
 }
 
 }  // namespace H2OT_ISA
