@@ -11,12 +11,15 @@ from ..linear import Linear
 from .clusters import select_and_assign
 
 
-def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cluster_dpc_knn(
+    x: Tensor, cluster_num: int, k: int, token_mask: Tensor | None = None, *, masked_label: int = -1
+) -> tuple[Tensor, Tensor]:
     """(index_down [B, K], in descending score order; idx_cluster [B, N], positions in index_down) of x [B, N, C].
 
     x: a dtype of float32, float64, bfloat16 or float16; results int64. token_mask: [B, N], > 0 is valid; masked tokens
-    belong to no cluster (-1). The noise is drawn as the official code draws it: a seed gives the selection of that code
-    in float64. Raises TypeError or ValueError that name the argument.
+    belong to no cluster (-1; masked_label=0: to the first, as in official code). The noise is drawn as the official
+    code draws it: a seed gives the selection of that code in float64, where each sample has k valid tokens. A token as
+    far from two selected ones goes to the first of them in x. Raises TypeError or ValueError that name the argument.
     Cost: that of `score_tokens` and `assign_clusters`. Source: HoT section 3.2.
 
     >>> import torch
@@ -25,11 +28,11 @@ def cluster_dpc_knn(x: Tensor, cluster_num: int, k: int, token_mask: Tensor | No
     >>> index_down.shape, idx_cluster.shape
     (torch.Size([1, 2]), torch.Size([1, 4]))
     """
-    return select_and_assign(x, cluster_num, k, token_mask)
+    return select_and_assign(x, cluster_num, k, token_mask, masked_label=masked_label)
 
 
 def cluster_dpc_knn_center(
-    x: Tensor, cluster_num: int, k: int, center: int, token_mask: Tensor | None = None
+    x: Tensor, cluster_num: int, k: int, center: int, token_mask: Tensor | None = None, *, masked_label: int = -1
 ) -> tuple[Tensor, Tensor]:
     """As `cluster_dpc_knn`, without the frame `center`, which the caller appends (TPC).
 
@@ -42,7 +45,7 @@ def cluster_dpc_knn_center(
     >>> sorted(index_down[0].tolist())
     [0, 2, 3]
     """
-    return select_and_assign(x, cluster_num, k, token_mask, without=center)
+    return select_and_assign(x, cluster_num, k, token_mask, without=center, masked_label=masked_label)
 
 
 def index_points(points: Tensor, idx: Tensor) -> Tensor:

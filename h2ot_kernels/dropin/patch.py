@@ -46,7 +46,7 @@ def patch(target, **kernels: bool) -> "Patch":
     Functions are replaced under every name, in every loaded module, that holds the same function object: for a model,
     those that the modules defining its classes and their bases hold. A model's submodules get a subclass of their own
     class; parameters, hooks, mode, dtype and state_dict stay as they are. Of a module object, the instances that its
-    classes make from now on are treated so. Each replacement was first tried beside the original, in float64 on small
+    classes make from now on are treated as such models. Each replacement was first tried beside the original, in float64 on small
     random inputs; what gives another result, or is not known, is left as it is: see `report()`. Several patches of one
     thing are undone in any order: it is fast until the last of them is.
     In training and where autograd records, the differentiable forms run (first order); a patched model pickles as
@@ -111,6 +111,9 @@ class Patch:
         self._modules: list[tuple[weakref.ref, type]] = []
         self._constructors: list[tuple[type, FunctionType]] = []
         self._found: dict[tuple, type | str] = {}
+        self._noted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # where in entries
+        self._searched: set[ModuleType] = set()  # for functions
+        self._classes: list[str] = []  # of which new instances are patched
         try:
             with _LOCK:
                 for one in targets:
@@ -126,10 +129,13 @@ class Patch:
             self._patch_functions([target])
             self._patch_constructors(target)
         else:
-            classes = (cls for module in target.modules() for cls in type(module).__mro__)
-            names = dict.fromkeys(cls.__module__ for cls in classes)
-            self._patch_functions([sys.modules[name] for name in names if name in sys.modules])
-            self._patch_modules(target)
+            self._patch_model(target)
+
+    def _patch_model(self, model: nn.Module) -> None:
+        classes = (cls for module in model.modules() for cls in type(module).__mro__)
+        names = dict.fromkeys(cls.__module__ for cls in classes)
+        self._patch_functions([sys.modules[name] for name in names if name in sys.modules])
+        self._patch_modules(model)
 
     def report(self) -> str:
         """What was replaced, by kernel, and what was left as it is, with the reason; one line each."""
@@ -142,6 +148,8 @@ class Patch:
         for kernel, reason in left:
             where = [entry.where for entry in self.entries if (entry.kernel, entry.reason) == (kernel, reason)]
             lines.append(f"left {kernel} {_abbreviated(where)}: {reason}")
+        if self._classes:
+            lines.append(f"new instances of {_abbreviated(self._classes)}")
         return "\n".join(lines) or "nothing was looked at"
 
     __str__ = report
@@ -193,13 +201,20 @@ class Patch:
     def __exit__(self, *exception) -> None:
         self.unpatch()
 
-    def _note(self, kernel: str, where: str, reason: str = "") -> None:
-        entry = Entry(kernel, where, reason)
-        if entry not in self.entries:
+    def _note(self, entry: Entry, module: nn.Module | None = None) -> None:
+        """module: has one entry, the last, with the path from the outermost module that was built of it."""
+        at = self._noted.get(module) if module is not None else None
+        if at is not None:
+            self.entries[at] = entry
+        elif module is not None or entry not in self.entries:
             self.entries.append(entry)
+            if module is not None:
+                self._noted[module] = len(self.entries) - 1
 
     def _patch_functions(self, holders: list[ModuleType]) -> None:
         functions = {}
+        holders = [holder for holder in holders if holder not in self._searched]
+        self._searched.update(holders)
         for holder in holders:
             if holder.__name__.split(".")[0] not in (_OURS, "torch"):
                 originals = (_original(holder, name) for name in tuple(vars(holder)))
@@ -210,19 +225,19 @@ class Patch:
                 continue
             where = f"{function.__module__}.{function.__name__}"
             if function.__module__.split(".")[0] == _OURS:
-                self._note(kernel, where, "it is this package's already")
+                self._note(Entry(kernel, where, "it is this package's already"))
                 continue
             replacement = next((swap.replacement for swap in _SWAPS.values() if swap.original is function), None)
             try:
                 replacement = replacement or function_for(function)
             except NotRecognised as reason:
-                self._note(kernel, where, str(reason))
+                self._note(Entry(kernel, where, str(reason)))
                 continue
-            for module in list(sys.modules.values()):
+            for module in (*sys.modules.values(), *(holder for holder in holders if not _is_loaded(holder))):
                 for name in tuple(getattr(module, "__dict__", ())):
                     if isinstance(module, ModuleType) and _original(module, name) is function:
                         self._swap(module, name, function, replacement)
-                        self._note(kernel, f"{module.__name__}.{name}")
+                        self._note(Entry(kernel, f"{module.__name__}.{name}", ""))
 
     def _swap(self, module: ModuleType, name: str, function: FunctionType, replacement: FunctionType) -> None:
         if module.__dict__[name] is function:
@@ -247,12 +262,12 @@ class Patch:
             try:
                 module.__class__ = fast = self._fast_class(module, find)
             except (NotRecognised, TypeError) as reason:  # TypeError: a class whose instances cannot change it
-                self._note(kernel, where, str(reason))
+                self._note(Entry(kernel, where, str(reason)), module)
                 continue
             if self not in _PATCHES.setdefault(module, set()):
                 _PATCHES[module].add(self)
                 self._modules.append((weakref.ref(module), fast))
-            self._note(kernel, where)
+            self._note(Entry(kernel, where, ""), module)
 
     def _fast_class(self, module: nn.Module, find) -> type:
         """What `find` says, once for all modules of one class, shapes and settings."""
@@ -278,6 +293,7 @@ class Patch:
             if self not in constructor.patches:
                 constructor.patches.append(self)
                 self._constructors.append((cls, constructor))
+                self._classes.append(f"{holder.__name__}.{cls.__name__}")
 
 
 def _constructor(cls: type) -> FunctionType:
@@ -288,8 +304,9 @@ def _constructor(cls: type) -> FunctionType:
     def constructor(module, *args, **kwargs):
         initialise(module, *args, **kwargs)
         if type(module) is cls:
-            for patch in tuple(patches):
-                patch._patch_modules(module)
+            with _LOCK:
+                for patch in tuple(patches):
+                    patch._patch_model(module)
 
     constructor.patches = patches = []
     constructor.original = cls.__dict__.get("__init__")
@@ -300,6 +317,10 @@ def _original(module: ModuleType, name: str):
     """What the module of code holds under name, or held before a patch."""
     value, swap = module.__dict__.get(name), _SWAPS.get((id(module), name))
     return swap.original if swap and value is swap.replacement else value
+
+
+def _is_loaded(module: ModuleType) -> bool:
+    return sys.modules.get(module.__name__) is module
 
 
 def _is_known(value) -> bool:

@@ -13,12 +13,13 @@ def cluster_dpc_knn(
     token_mask: Tensor | None = None,
     *,
     noise_dtype: torch.dtype | None = torch.float32,
+    masked_label: int = -1,
 ) -> tuple[Tensor, int]:
     """(idx_cluster [B, N] in 0 .. cluster_num - 1, -1 for masked tokens; cluster_num) of x [B, N, C].
 
     Clusters are numbered by descending score. The noise is float32, as there, whatever x is; noise_dtype=None for code
-    that draws it in x's dtype. Raises TypeError or ValueError that name the argument. Dtypes, cost and everything else:
-    `dropin.hot.cluster_dpc_knn`. Source: PruneVid's function of that name.
+    that draws it in x's dtype. Raises TypeError or ValueError that name the argument. Dtypes, cost, masked_label and
+    everything else: `dropin.hot.cluster_dpc_knn`. Source: PruneVid's function of that name.
 
     >>> import torch
     >>> from h2ot_kernels.dropin import prunevid
@@ -26,4 +27,5 @@ def cluster_dpc_knn(
     >>> (idx[0, 0] == idx[0, 1]).item(), (idx[0, 0] == idx[0, 2]).item(), K
     (True, False, 2)
     """
-    return select_and_assign(x, cluster_num, k, token_mask, noise_dtype=noise_dtype)[1], cluster_num
+    beside = {"noise_dtype": noise_dtype, "masked_label": masked_label}
+    return select_and_assign(x, cluster_num, k, token_mask, **beside)[1], cluster_num

@@ -75,6 +75,10 @@ def attention_class(module: nn.Module) -> type:
     return _that_agrees(module, of_rows, of_frames)
 
 
+def of_two_inputs(module: nn.Module) -> type:
+    raise NotRecognised("its queries (q) and its keys and values (kv) may come from different tokens")
+
+
 def block_class(module: nn.Module) -> type:
     if not fast.is_fusible(module):
         raise NotRecognised("its attention or its MLP is not fast, or of layers without packed weights")
@@ -110,6 +114,8 @@ def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
     has = module._modules.keys().__contains__
     if has("qkv") and has("proj"):
         return "attention", attention_class
+    if has("q") and has("kv") and has("proj"):
+        return "attention", of_two_inputs
     if fast.projections(module) and has("proj"):
         return "cross_attention", cross_attention_class
     if has("fc1") and has("act") and has("fc2"):
@@ -261,31 +267,51 @@ def _merge_arguments(generator: torch.Generator, **beside) -> tuple:
     return _token_dict(generator) | beside, labels, 5, weight
 
 
+def _mask(generator: torch.Generator) -> Tensor:
+    return torch.rand(2, 12, generator=generator, dtype=torch.float64).argsort() < torch.tensor([[12], [8]])
+
+
+def _clusters(tokens: Callable, *rest: int) -> tuple[Callable, Callable]:
+    """Arguments of clustering, without and with a mask."""
+    return lambda g: (tokens(g), *rest), lambda g: (tokens(g), *rest, _mask(g))
+
+
 def _points(generator: torch.Generator) -> tuple:
     return _tokens(generator), torch.tensor([[3, 1, 1, 7], [0, 11, 5, 2]])
 
 
-# name in public code -> the switch, and its forms: what replaces it, and arguments that tell whether it may.
+# Masked tokens have the labels of official code, for consumers that are not this package's.
+_hot, _center, _prunevid, _tcformer = (
+    functools.partial(form, masked_label=0)
+    for form in (
+        hot.cluster_dpc_knn,
+        hot.cluster_dpc_knn_center,
+        prunevid.cluster_dpc_knn,
+        tcformer.cluster_dpc_knn,
+    )
+)
+# name in public code -> the switch, and its forms: what replaces it, and arguments that tell whether it may, the last
+# ones only of functions with a token_mask.
 FUNCTIONS = {
     "cluster_dpc_knn": (
         "cluster",
         (
-            (hot.cluster_dpc_knn, lambda g: (_tokens(g), 5, 2)),
-            (prunevid.cluster_dpc_knn, lambda g: (_tokens(g), 5, 3)),
-            (functools.partial(prunevid.cluster_dpc_knn, noise_dtype=None), lambda g: (_tokens(g), 5, 3)),
-            (tcformer.cluster_dpc_knn, lambda g: (_token_dict(g), 5, 3)),
-            (functools.partial(tcformer.cluster_dpc_knn, noise_dtype=torch.float32), lambda g: (_token_dict(g), 5, 3)),
+            (_hot, _clusters(_tokens, 5, 2)),
+            (_prunevid, _clusters(_tokens, 5, 3)),
+            (functools.partial(_prunevid, noise_dtype=None), _clusters(_tokens, 5, 3)),
+            (_tcformer, _clusters(_token_dict, 5, 3)),
+            (functools.partial(_tcformer, noise_dtype=torch.float32), _clusters(_token_dict, 5, 3)),
         ),
     ),
-    "cluster_dpc_knn_center": ("cluster", ((hot.cluster_dpc_knn_center, lambda g: (_tokens(g), 5, 2, 6)),)),
+    "cluster_dpc_knn_center": ("cluster", ((_center, _clusters(_tokens, 5, 2, 6)),)),
     "merge_tokens": (
         "merge",
         (
-            (tcformer.merge_tokens, lambda g: _merge_arguments(g, map_size=[3, 4], init_grid_size=[3, 4])),
-            (tcformer.merge_tokens, lambda g: _merge_arguments(g, mask=None)),
+            (tcformer.merge_tokens, (lambda g: _merge_arguments(g, map_size=[3, 4], init_grid_size=[3, 4]),)),
+            (tcformer.merge_tokens, (lambda g: _merge_arguments(g, mask=None),)),
         ),
     ),
-    "index_points": ("gather", ((hot.index_points, _points),)),
+    "index_points": ("gather", ((hot.index_points, (_points,)),)),
 }
 
 
@@ -294,23 +320,29 @@ def function_for(function: Callable) -> Callable:
     numbers; raises NotRecognised.
     """
     reasons = []
+    takes_mask = "token_mask" in inspect.signature(function).parameters
     for form, arguments in FUNCTIONS[function.__name__][1]:
-        results = []
         try:
             replacement = _with_the_parameters_of(function, form)
             with _trial():
-                for candidate in (function, replacement):
-                    torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
-                    given = arguments(torch.Generator().manual_seed(0))
-                    results.append(_tried(lambda: candidate(*given)))
-                    results.append(torch.get_rng_state())
+                agree = all(_agree_on(given, function, replacement) for given in arguments[: 1 + takes_mask])
         except NotRecognised as reason:
             reasons.append(str(reason))
             continue
-        if _agree(results[:2], results[2:]):
+        if agree:
             return replacement
         reasons.append("it returns something else than the official form")
     raise NotRecognised("; ".join(dict.fromkeys(reasons)))
+
+
+def _agree_on(arguments: Callable, *candidates: Callable) -> bool:
+    """Whether two functions give the same, from as many random numbers."""
+    results = []
+    for candidate in candidates:
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
+        given = arguments(torch.Generator().manual_seed(0))
+        results.append([_tried(lambda: candidate(*given)), torch.get_rng_state()])
+    return _agree(*results)
 
 
 def _with_the_parameters_of(function: Callable, form: Callable) -> Callable:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import cluster
-from .clusters import select_and_assign
+from . import prunevid
 from .hot import index_points
 
 # What stands beside the tokens and is handed on unchanged, and what a merge makes None: no merged token is padding.
@@ -18,10 +18,12 @@ def cluster_dpc_knn(
     token_mask: Tensor | None = None,
     *,
     noise_dtype: torch.dtype | None = None,
+    masked_label: int = -1,
 ) -> tuple[Tensor, int]:
     """(idx_cluster [B, N], cluster_num) of token_dict["x"] [B, N, C]; see `dropin.prunevid.cluster_dpc_knn`.
 
-    noise_dtype: x's by default, as in TCFormer; torch.float32 as in Chat-UniVi.
+    noise_dtype: x's by default, as in TCFormer; torch.float32 as in Chat-UniVi. masked_label: as in
+    `dropin.hot.cluster_dpc_knn`.
     Raises TypeError or ValueError that name the argument. Cost: that of `score_tokens` and `assign_clusters`.
     Source: TCFormer section 3.
 
@@ -33,7 +35,9 @@ def cluster_dpc_knn(
     >>> [round(x, 3) for x in sorted(merged["x"].flatten().tolist())], merged["token_num"]
     ([0.1, 5.1], 2)
     """
-    return select_and_assign(token_dict["x"], cluster_num, k, token_mask, noise_dtype=noise_dtype)[1], cluster_num
+    return prunevid.cluster_dpc_knn(
+        token_dict["x"], cluster_num, k, token_mask, noise_dtype=noise_dtype, masked_label=masked_label
+    )
 
 
 def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None) -> dict:
@@ -68,14 +72,14 @@ def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_
     merged = (merged * (total / (total + 1e-6))[..., None]).to(x.dtype)
 
     out = {"x": merged, "token_num": cluster_num} | {name: token_dict[name] for name in KEPT if name in token_dict}
-    if "mask" in token_dict:
-        out["mask"] = None
     idx_token = token_dict.get("idx_token")
     if idx_token is not None:
         here, at = idx_token >= 0, idx_token.clamp(min=0)
         out["idx_token"] = torch.where(here, labels.gather(1, at), -1)
         if token_dict.get("agg_weight") is not None:
-            share = (counted / (total + 1e-6).gather(1, member)).to(x.dtype)
+            share = (counted / (total + 1e-6).gather(1, member)).to((x if token_weight is None else token_weight).dtype)
             followed = torch.where(here[..., None], index_points(share[..., None], at), 0.0)
             out["agg_weight"] = token_dict["agg_weight"] * followed
+    if "mask" in token_dict:
+        out["mask"] = None
     return out
