@@ -69,10 +69,10 @@ inline ScalarType precision_of(const Tensor& x) {
 }
 
 // x, new; a large one on the CPU in huge pages where the system has them for the asking, as NumPy's arrays are: faults
-// of 4 KB each take longer than the kernels that write there. Below 32 MB malloc gives memory that was in use before.
+// of 4 KB each take longer than the kernels that write there. Smaller ones malloc often has from the call before.
 inline Tensor in_huge_pages(Tensor x) {
 #if defined(__linux__)
-  constexpr size_t kLarge = 4 << 20, kPage = 2 << 20;
+  constexpr size_t kLarge = 10 << 20, kPage = 2 << 20;
   const size_t bytes = size_t(x.numel()) * x.element_size();
   if (bytes >= kLarge && x.is_cpu()) {
     char* const data = static_cast<char*>(x.mutable_data_ptr());

@@ -113,10 +113,11 @@ struct Sample {
   void use_integers(const Parallel& pool, int64_t grain) {
     constexpr int64_t kCentred = 16;
     const int64_t count = smaller(n, kCentred);
+    const A share = A(1) / A(count);
     for (int64_t c = 0; c < C; c++) centre[c] = 0;
     for (int64_t t = 0; t < count; t++) {
       const A* from = row(t * n / count);
-      for (int64_t c = 0; c < C; c++) centre[c] += from[c] / A(count);
+      for (int64_t c = 0; c < C; c++) centre[c] += from[c] * share;
     }
     const bool digits = kHasDigits<A> && fits_digits(C) && tiles_run();
     const A scale = A(fine.packing.scale);

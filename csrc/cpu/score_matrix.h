@@ -13,7 +13,9 @@ namespace H2OT_ISA {
 namespace {
 
 constexpr int64_t kTriedBlocks = 8;  // so many that are not left out, and the next ones are not tried
-constexpr int64_t kLongToken = 512;  // channels from which on leaving blocks out saves more than deciding costs
+// Leaving blocks out saves more than deciding costs from so many channels on, and for more panels than this; blocks of
+// digits are soon computed.
+constexpr int64_t kLongToken = 512, kFewPanels = 4, kFewPanelsOfDigits = 8;
 
 template <class A>
 struct Matrix {
@@ -134,7 +136,8 @@ struct Matrix {
     for (int64_t p = 0; p < panels; p++) refined[p] = cut[p] = false;
     pack_panels(form, state->sample.token, n, pool, state->panels);
     EarlyStop stops(form, kTriedBlocks);
-    if (whole || state->wanted != 1 || n <= 4 * kPanel || state->sample.C < kLongToken || !stops.enabled) {
+    const bool few = n <= kPanel * (form.in_digits() ? kFewPanelsOfDigits : kFewPanels);
+    if (whole || few || state->wanted != 1 || state->sample.C < kLongToken || !stops.enabled) {
       return fill(form, 1, pool, [](int64_t, int64_t) { return true; });
     }
     fill(form, 1, pool, [](int64_t p, int64_t q) { return q <= p + 1; });
