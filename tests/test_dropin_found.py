@@ -140,3 +140,31 @@ def test_weights_wider_than_tokens_stay_as_wide():
     assert ours["agg_weight"].dtype == theirs["agg_weight"].dtype == torch.float32
     assert ours["x"].dtype == theirs["x"].dtype == torch.bfloat16
     torch.testing.assert_close(ours["agg_weight"], theirs["agg_weight"])
+
+
+class Halves(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("mlp.act", nn.ReLU()),
+        ("mlp.act", nn.GELU("tanh")),
+        ("mlp.drop", Halves()),
+        ("attn.attn_drop", Halves()),
+        ("attn.proj_drop", Halves()),
+        ("mlp.fc2", nn.Linear(2 * C, C).double()),
+    ],
+)
+@pytest.mark.parametrize("which", ["block", "parts"])
+def test_parts_that_are_exchanged_later_are_followed(path, part, which):
+    block, x = mixste.Block(C, H, 2.0).double().eval(), torch.randn(2, 6, C).double()
+    with torch.no_grad(), dropin.patch(block, block=which == "block"):
+        before = block(x)
+        block.set_submodule(path, part.eval())
+        after = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(after, block(x), rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(after, before)

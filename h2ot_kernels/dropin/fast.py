@@ -20,6 +20,7 @@ from ..recover_attention import has_plain_tail, norm_and_head
 from .hot import is_transformed, shared_rows
 
 PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))
+PASSIVE = (nn.Identity, nn.Dropout, nn.Softmax)  # what a fast forward leaves out: it does nothing there, or the softmax
 LARGEST_HEAD = 8  # outputs, four of which share a pass over a row: with more the product by itself is as fast
 
 
@@ -81,10 +82,20 @@ class FastMlp(Fast):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         others = [module for name, module in self._modules.items() if name != "fc2"]
-        records = self.training or torch.is_grad_enabled()
-        if records or not (self._is_usual(args, kwargs) and isinstance(self.fc1, Linear) and is_silent(*others)):
+        if self.training or torch.is_grad_enabled() or not (self._is_usual(args, kwargs) and is_plain_mlp(self)):
             return super().forward(x, *args, **kwargs)
-        return mlp(x, self.fc1, self.fc2)
+        return mlp(x, self.fc1, self.fc2) if is_silent(*others) else super().forward(x, *args, **kwargs)
+
+
+def is_plain_mlp(module: nn.Module) -> bool:
+    """Whether its parts, which may have been exchanged, are packed layers and an exact GELU, and others do nothing."""
+    parts, act = module._modules, module._modules.get("act")
+    exact = type(act) is nn.GELU and act.approximate == "none"
+    return exact and isinstance(module.fc1, Linear) and are_passive(parts, "fc1", "act", "fc2")
+
+
+def are_passive(modules: dict[str, nn.Module | None], *but: str) -> bool:
+    return all(child is None or name in but or isinstance(child, PASSIVE) for name, child in modules.items())
 
 
 class FastHead(Fast):
@@ -234,7 +245,8 @@ def is_fusible(block: nn.Module) -> bool:
     attention, feed = block.attn, block.mlp
     if not (isinstance(attention, FastAttention) and isinstance(feed, FastMlp)):
         return False
-    return all(isinstance(layer, Linear) for layer in (attention.qkv, attention.proj, feed.fc1, feed.fc2))
+    packed = all(isinstance(layer, Linear) for layer in (attention.qkv, attention.proj, feed.fc2))
+    return packed and is_plain_mlp(feed) and are_passive(attention._modules, "qkv", "proj")
 
 
 def projections(module: nn.Module) -> tuple[str, str, str] | None:
@@ -248,9 +260,9 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
 def stores_nothing(attention: Fast, *inputs: Tensor, project: tuple[str, ...] = ("qkv",)) -> bool:
     """Whether there is something to attend to, and what the fast path leaves out would do nothing."""
     called = (*project, "proj", "proj_drop")
-    skipped = [module for name, module in attention._modules.items() if name not in called]
-    same = type(attention).trains or not attention.training
-    return same and all(x.numel() for x in inputs) and is_silent(*skipped)
+    skipped = {name: module for name, module in attention._modules.items() if name not in called}
+    same = (type(attention).trains or not attention.training) and are_passive(skipped)
+    return same and all(x.numel() for x in inputs) and is_silent(*skipped.values())
 
 
 def attend(attention: Fast, qkv: Tensor, frame_dim: int = -2, residual: Tensor | None = None) -> Tensor:

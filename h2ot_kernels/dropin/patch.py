@@ -46,12 +46,15 @@ def patch(target, **kernels: bool) -> "Patch":
     Functions are replaced under every name, in every loaded module, that holds the same function object: for a model,
     those that the modules defining its classes and their bases hold. A model's submodules get a subclass of their own
     class; parameters, hooks, mode, dtype and state_dict stay as they are. Of a module object, the instances that its
-    classes make from now on are treated as such models. Each replacement was first tried beside the original, in float64 on small
-    random inputs; what gives another result, or is not known, is left as it is: see `report()`. Several patches of one
-    thing are undone in any order: it is fast until the last of them is.
-    In training and where autograd records, the differentiable forms run (first order); a patched model pickles as
-    the unpatched one, and a copy stays fast until it is patched and unpatched itself. torch.compile sees a later patch
-    and its end; before torch 2.12 a graph compiled earlier keeps its numbers and its speed until torch._dynamo.reset().
+    classes make from now on are treated as such models (of a subclass from elsewhere: its parts). Each replacement was
+    first tried beside the original, in float64 on small random inputs; what gives another result, or is not known, is
+    left as it is: see `report()`. Several patches of one thing are undone in any order: it is fast until the last of
+    them is.
+    In training and where autograd records, the differentiable forms run (first order); a patched model pickles as the
+    unpatched one, and a copy stays fast until it is patched and unpatched itself. Weights, settings of attention and
+    parts that are exchanged later are followed; what a forward is (its code, MotionBERT's `mode`) is that of the patch.
+    torch.compile sees a later patch and its end; before torch 2.12 a graph compiled earlier keeps its numbers and its
+    speed until torch._dynamo.reset().
 
     Raises TypeError for another target or an unknown switch, ValueError (with the reasons) where nothing at all could
     be replaced. The patch itself changes no random state.

@@ -19,9 +19,6 @@ from ..linear import HOOKS, Linear
 from . import fast, hot, prunevid, tcformer
 
 SMALLEST = 16  # features of a linear layer below which packing gains nothing
-PASSIVE = (nn.Identity, nn.Dropout, nn.Softmax)
-
-
 CONTAINERS = (list, dict, set, deque)
 
 
@@ -142,7 +139,7 @@ def _wants_heads(module: nn.Module) -> None:
 
 def _wants_passive(module: nn.Module, *names: str) -> None:
     for name, child in module._modules.items():
-        if name not in names and child is not None and not isinstance(child, PASSIVE):
+        if name not in names and child is not None and not isinstance(child, fast.PASSIVE):
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
 
 
