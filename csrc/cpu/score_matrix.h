@@ -45,7 +45,7 @@ struct Matrix {
   }
   const float* row(int64_t i) const { return values + i * stride; }
 
-  // Writes block (p, q), p <= q, times `unit`, on both sides of the diagonal; of a block there not its lower left
+  // Writes block (p, q), p <= q, times `unit`, on both sides of the diagonal; of a diagonal one not its lower left
   // quarter.
   void write(const float* block, float unit, int64_t p, int64_t q) const {
     for (int64_t r = 0; r < kPanel; r += kFloats) {
