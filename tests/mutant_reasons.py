@@ -221,8 +221,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "how many rows a thread takes at least",
     (
         "csrc/cpu/form.h",
-        ": enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C)) {}",
-        ": enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 < form.rows.C)) {}",
+        ": enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 <= form.rows.C)),",
+        ": enabled(form.in_digits() || (prefix_of(form.rows.C) > 0 && prefix_of(form.rows.C) * 4 < form.rows.C)),",
     ): "whether the first channels are looked at first; the bound of a tile holds with them and without",
     (
         "csrc/cpu/balls.h",
