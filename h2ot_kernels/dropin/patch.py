@@ -51,10 +51,10 @@ def patch(target, **kernels: bool) -> "Patch":
     left as it is: see `report()`. Several patches of one thing are undone in any order: it is fast until the last of
     them is.
     In training and where autograd records, the differentiable forms run (first order); a patched model pickles as the
-    unpatched one, and a copy stays fast until it is patched and unpatched itself. Weights, settings of attention and
-    parts that are exchanged later are followed; what a forward is (its code, MotionBERT's `mode`) is that of the patch.
-    torch.compile sees a later patch and its end; before torch 2.12 a graph compiled earlier keeps its numbers and its
-    speed until torch._dynamo.reset().
+    unpatched one, and a copy stays fast until it is patched and unpatched itself. Weights, `num_heads`, `scale` and the
+    parts of attention and MLP that are exchanged later are followed; what a forward is (its code, MotionBERT's `mode`,
+    a drop path that does nothing in inference) is that of the patch. torch.compile sees a later patch and its end;
+    before torch 2.12 a graph compiled earlier keeps its numbers and its speed until torch._dynamo.reset().
 
     Raises TypeError for another target or an unknown switch, ValueError (with the reasons) where nothing at all could
     be replaced. The patch itself changes no random state.
