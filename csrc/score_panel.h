@@ -27,11 +27,18 @@ H2OT_INLINE constexpr int64_t half_panel_size(int64_t C) {
   return (int64_t(sizeof(HalfPanel)) + (C + kChannels - 1) / kChannels * 4 * kTokens * kChannels) / 4;
 }
 
-// Tokens row[0 .. 2 kTokens), null past the last, as a panel of round((row - centre) * scale).
-void pack_digits(const float* const* row, const float* centre, float scale, int64_t C, float* panel);
+// Tokens row[0 .. 2 kTokens), null past the last, as a panel of round((row - centre) * scale). Returns the largest
+// magnitude of those before rounding, NaN for any: above kLargestDigits, or NaN, the panel is not to be used.
+float pack_digits(const float* const* row, const float* centre, float scale, int64_t C, float* panel);
+// A block of 2 kTokens rows of as many floats, or null, that is written later: its lines are asked for.
+struct LaterBlock {
+  const float* data;
+  int64_t stride;
+};
 // out[r][p], 2 kTokens apart: |q_r - q_p|^2 of the tokens of half a panel and of `halves` adjacent halves, exact, then
 // rounded to float once.
-void digit_tile(const float* rows, const float* columns, int64_t halves, int64_t C, float* out);
+void digit_tile(const float* rows, const float* columns, int64_t halves, int64_t C, const LaterBlock& later,
+                float* out);
 // The same of two halves from the high digits alone, at a quarter of the products: never more than digit_tile gives.
 // With h and l for the differences of the digits, |256 h + l|^2 >= (1 - e) |256 h|^2 - (1 / e - 1) |l|^2 for any e, and
 // |l|^2 is at most twice the sum of both tokens'.

@@ -16,8 +16,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "with nothing left over no lane is counted",
     (
         "csrc/cpu/pack.h",
-        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
-        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 || wanted < 0x1p100)) return;",
+        "if (!(scale > 0x1p-100 && scale < 0x1p100)) return false;",
+        "if (!(scale > 0x1p-100 || scale < 0x1p100)) return false;",
     ): "the limits only choose between two searches with the same result",
     (
         "csrc/cpu/cluster.cpp",
@@ -26,8 +26,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "the first panel once more: the same distances in the same places",
     (
         "csrc/cpu/pack.h",
-        "if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
-        "if (!(radius >= 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;",
+        "if (!(radius > 0x1p-80)) return;",
+        "if (!(radius >= 0x1p-80)) return;",
     ): "the limits only choose between two searches with the same result",
     (
         "csrc/cpu/recover_interpolation.cpp",

@@ -25,14 +25,15 @@ class Emulated:
     def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
         self.library = build(folder, "score_tiles.cpp", *replaced, target=UNIT)
         self.library.panel_size.restype = ctypes.c_int64
+        self.library.pack.restype = ctypes.c_float
 
     def pack(self, x, centre, scale):
         (count, C), size = x.shape, self.library.panel_size(ctypes.c_int64(x.shape[1]))
         whole, panel = guarded(size, torch.float32)
         inside, middle = alone(x), alone(centre)
         count, C = ctypes.c_int64(count), ctypes.c_int64(C)
-        self.library.pack(at(inside), count, at(middle), ctypes.c_float(scale), C, at(panel))
-        return between_bands(whole, panel, (size,))
+        largest = self.library.pack(at(inside), count, at(middle), ctypes.c_float(scale), C, at(panel))
+        return between_bands(whole, panel, (size,)), largest
 
     def distances(self, a, b, C):
         out = [torch.full((PANEL, PANEL), 7.0) for _ in range(3)]
@@ -63,7 +64,8 @@ def check(kernel, C, counts=(PANEL, PANEL), step=1e-3):
     q, r = (((tokens - centre) * scale).round().long() for tokens in (x, y))
     expected = torch.full((PANEL, PANEL), torch.inf)
     expected[: len(x), : len(y)] = (q[:, None] - r[None]).square().sum(-1).double().float()
-    packed = (kernel.pack(tokens, centre, scale.item()) for tokens in (x, y))
+    packed, largest = zip(*(kernel.pack(tokens, centre, scale.item()) for tokens in (x, y)), strict=True)
+    assert largest == tuple(((tokens - centre) * scale).abs().max().item() for tokens in (x, y))
     out, lower, right = kernel.distances(*packed, C)
     assert torch.equal(out, expected)
     assert torch.equal(right[:, 16:], expected[:, 16:])
@@ -84,8 +86,19 @@ def test_distances_of_digits_are_exact(emulated, C, rows, columns, step):
     check(emulated, C, (rows, columns), step)
 
 
+@needs_emulation
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("place", [(0, 0), (16, 64), (20, 99)])
+def test_no_number_out_of_range_goes_unnoticed(emulated, value, place):
+    x = torch.randn(21, 100, generator=torch.Generator().manual_seed(0))
+    x[place] = value
+    _, largest = emulated.pack(x, torch.zeros(100), LARGEST / 8)
+    assert not largest <= LARGEST
+
+
 SOURCE = "score_tiles.cpp"
 MISTAKES = {
+    "numbers past the range go unnoticed": (SOURCE, "magnitude > most ? magnitude : most", "most"),
     "digits do not carry": (SOURCE, "0x00800080u", "0x00800000u"),
     "a product is taken with the other digit": (
         SOURCE,
@@ -125,6 +138,16 @@ def tokens(kind: str, N: int, C: int):
         x = 1e30 * x
     elif kind == "outlier":
         x[0, N // 3, C // 2] = 1e6
+    elif kind == "late outlier":  # behind what the scale is taken from
+        x[0, -1, C - 1] = -50
+    elif kind == "not finite":
+        x[0, N // 2, C // 2], x[1, -1, C - 1] = torch.nan, torch.inf
+    elif kind == "nearly still":
+        x = x[:, :1].repeat(1, N, 1)
+        x[0, N // 2] += 1
+    elif kind in ("pooled", "pooled outlier"):
+        x = torch.stack([x, 0.5 * x.flip(1), x.roll(1, 1)], 2)
+        x[0, N // 3, 2, 0] += 1000 if kind == "pooled outlier" else 0
     elif kind == "strided":
         x = x.repeat_interleave(2, 2)[..., ::2]
     elif kind in ("bfloat16", "float16", "float64"):
@@ -133,7 +156,7 @@ def tokens(kind: str, N: int, C: int):
 
 
 KINDS = ["random", "walk", "duplicates", "near duplicates", "offset", "small", "large", "outlier", "strided"]
-KINDS += ["bfloat16", "float16", "float64"]
+KINDS += ["late outlier", "not finite", "nearly still", "pooled", "pooled outlier", "bfloat16", "float16", "float64"]
 SHAPES = [(2, 256), (31, 192), (33, 33), (33, 192), (243, 129), (243, 193), (243, 512), (351, 1536), (600, 512)]
 SHAPES += [(1600, 200)]
 

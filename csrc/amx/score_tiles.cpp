@@ -19,8 +19,11 @@ constexpr double kShare = 1.0 / 32, kUp = 1 + 0x1p-20;
 const HalfPanel* half_at(const float* half) { return reinterpret_cast<const HalfPanel*>(half); }
 const int8_t* tiles_of(const float* half) { return reinterpret_cast<const int8_t*>(half) + sizeof(HalfPanel); }
 
-H2OT_INLINE Words whole(const float* x, const float* centre, int64_t count, float scale) {
+// As whole numbers; `most`: the largest magnitudes so far, as bits, in whose order NaN is above infinity.
+H2OT_INLINE Words whole(const float* x, const float* centre, int64_t count, float scale, Words& most) {
   const Floats scaled = (load_some(x, count) - load_some(centre, count)) * scale;
+  const Words magnitude = as_words(scaled) & 0x7fffffffu;
+  most = magnitude > most ? magnitude : most;
   return reinterpret_cast<Words>(_mm512_maskz_cvtps_epi32(kAll, reinterpret_cast<__m512>(scaled)));
 }
 
@@ -65,14 +68,15 @@ struct Norms {
 };
 
 // Row t of all tiles of rows. Byte 4 i + v of a row is channel 16 v + i of its step.
-void put_token(const float* x, const float* centre, float scale, int64_t C, int64_t t, Norms& norms, int8_t* row) {
+void put_token(const float* x, const float* centre, float scale, int64_t C, int64_t t, Norms& norms, Words& most,
+               int8_t* row) {
   Words high_squares = {}, mixed = {}, low_squares = {};
   for (int64_t c = 0; c < C; c += kDepth, row += kStep) {
     Words v[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const int64_t at = c + i * kFloats;
-      v[i] = whole(x + at, centre + at, C - at, scale);
+      v[i] = whole(x + at, centre + at, C - at, scale, most);
     }
     const Words even = odd_words(v[0], v[2] << 16), odd = odd_words(v[1], v[3] << 16);
     const Words high = upper_byte(high_up(even)), high_odd = upper_byte(high_up(odd));
@@ -89,14 +93,25 @@ void put_token(const float* x, const float* centre, float scale, int64_t C, int6
   norms.low[t] = low_squares;
 }
 
+// Share s of `shares` of the block's lines: between products they come in time, all at once they would be waited for.
+H2OT_INLINE void ask_for_lines(const LaterBlock& block, int64_t s, int64_t shares) {
+  constexpr int64_t kLines = kAcross / kFloats;  // a row
+  const int64_t share = groups_of(kAcross * kLines, shares), end = (s + 1) * share;
+  for (int64_t line = s * share; line < (end < kAcross * kLines ? end : kAcross * kLines); line++) {
+    __builtin_prefetch(block.data + line / kLines * block.stride + line % kLines * kFloats, 1, 2);
+  }
+}
+
 // The sums of `steps` steps in registers 0 - 5, a plane of 32 bits for each power of 256, highest first: what stands
 // left and right is in an even and in an odd one. Registers 6 and 7: rows and columns.
 template <int kHalves>
-H2OT_INLINE void multiply(const int8_t* rows, const int8_t* left, const int8_t* right, int64_t steps, int32_t* sums) {
+H2OT_INLINE void multiply(const int8_t* rows, const int8_t* left, const int8_t* right, int64_t steps,
+                          const LaterBlock& later, int32_t* sums) {
   zero_sums();
   left += 2 * kTile;
   right += 2 * kTile;
   for (int64_t s = 0; s < steps; s++, rows += kStep, left += kStep, right += kStep) {
+    if (later.data) ask_for_lines(later, s, steps);
     _tile_loadd(6, rows, kDepth);
     _tile_loadd(7, left, kDepth);
     _tile_dpbssd(0, 6, 7);
@@ -174,10 +189,10 @@ H2OT_INLINE Doubles doubles(const int32_t* v) {
 }
 
 template <int kHalves>
-void distances(const float* rows, const float* columns, int64_t C, float* out) {
+void distances(const float* rows, const float* columns, int64_t C, const LaterBlock& later, float* out) {
   alignas(64) int32_t sums[3 * kPlane];
   const float* const right = columns + (kHalves - 1) * half_panel_size(C);
-  multiply<kHalves>(tiles_of(rows), tiles_of(columns), tiles_of(right), groups_of(C, kDepth), sums);
+  multiply<kHalves>(tiles_of(rows), tiles_of(columns), tiles_of(right), groups_of(C, kDepth), later, sums);
   const double* const norm = half_at(rows)->norm;
   for (int64_t h = 0; h < kHalves; h++) {
     const double* const other = half_at(h ? right : columns)->norm;
@@ -195,7 +210,8 @@ void distances(const float* rows, const float* columns, int64_t C, float* out) {
 
 }  // namespace
 
-void pack_digits(const float* const* row, const float* centre, float scale, int64_t C, float* panel) {
+float pack_digits(const float* const* row, const float* centre, float scale, int64_t C, float* panel) {
+  Words most = {};
   for (int64_t h = 0; h < 2; h++, row += kTokens, panel += half_panel_size(C)) {
     auto* const half = reinterpret_cast<HalfPanel*>(panel);
     int8_t* const tiles = reinterpret_cast<int8_t*>(panel) + sizeof(HalfPanel);
@@ -203,7 +219,7 @@ void pack_digits(const float* const* row, const float* centre, float scale, int6
     Norms norms;
     for (int64_t t = 0; t < kTokens; t++) {
       if (row[t]) {
-        put_token(row[t], centre, scale, C, t, norms, tiles + t * kDepth);
+        put_token(row[t], centre, scale, C, t, norms, most, tiles + t * kDepth);
         continue;
       }
       for (int64_t tile = 0; tile < 2 * steps; tile++) {
@@ -219,13 +235,17 @@ void pack_digits(const float* const* row, const float* centre, float scale, int6
       memcpy(rows + 2 * kTile, words, sizeof words);
     }
   }
+  return fold_lanes<float>(as_floats(most), [](Floats a, Floats b) __attribute__((always_inline)) {
+    return as_words(a) > as_words(b) ? a : b;
+  });
 }
 
-void digit_tile(const float* rows, const float* columns, int64_t halves, int64_t C, float* out) {
+void digit_tile(const float* rows, const float* columns, int64_t halves, int64_t C, const LaterBlock& later,
+                float* out) {
   if (halves == 2) {
-    distances<2>(rows, columns, C, out);
+    distances<2>(rows, columns, C, later, out);
   } else {
-    distances<1>(rows, columns, C, out);
+    distances<1>(rows, columns, C, later, out);
   }
 }
 

@@ -129,15 +129,17 @@ void pack_integers(const Rows<A>& rows, const Packing<A>& packing, const int32_t
   }
 }
 
+// Returns whether all numbers fit their digits.
 template <class A>
-void pack_into_digits([[maybe_unused]] const Rows<A>& rows, [[maybe_unused]] const Packing<A>& packing,
+bool pack_into_digits([[maybe_unused]] const Rows<A>& rows, [[maybe_unused]] const Packing<A>& packing,
                       [[maybe_unused]] const int32_t* token, [[maybe_unused]] int64_t count,
                       [[maybe_unused]] float* panel) {
   if constexpr (kHasDigits<A>) {
     const float* row[kPanel];
     for (int64_t p = 0; p < kPanel; p++) row[p] = p < count ? rows[token[p]] : nullptr;
-    amx::pack_digits(row, packing.origin, float(packing.scale), rows.C, panel);
+    return amx::pack_digits(row, packing.origin, float(packing.scale), rows.C, panel) <= amx::kLargestDigits;
   }
+  return false;
 }
 
 // The power of two that brings `most` into [1/2, 1), as far as A can hold it: what is left of extreme magnitudes after
@@ -187,11 +189,12 @@ struct Form {
       pack_floats(rows, packing, tokens, count, panel);
     }
   }
-  // Squared distances of height() tokens from `a` on to kVectors vectors of tokens from `b` on.
+  // Squared distances of height() tokens from `a` on to kVectors vectors of tokens from `b` on; of digits, the lines of
+  // `later` are asked for beside the products.
   template <int kVectors>
-  void tile(const float* a, const float* b, float* out) const {
+  void tile(const float* a, const float* b, float* out, const amx::LaterBlock& later = {}) const {
     if constexpr (kHasDigits<A>) {
-      if (in_digits()) return amx::digit_tile(a, b, kVectors, rows.C, out);
+      if (in_digits()) return amx::digit_tile(a, b, kVectors, rows.C, later, out);
     }
     if (kQuantises && quantised()) {
       quantised_tile_of<kVectors>(a, b, pairs_of(rows.C), 0, out);

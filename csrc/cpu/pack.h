@@ -8,6 +8,8 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
+constexpr int64_t kFewPanelsOfDigits = 8;  // so few are soon computed: no block of distances is left out
+
 // Whether the tokens can be read in place.
 template <class T>
 H2OT_INLINE bool readable_in_place(const Tokens& x) {
@@ -76,6 +78,7 @@ H2OT_INLINE double magnitude(const double* row, int64_t C) {
 // One sample: its valid tokens in ascending order, as slots 0 .. n - 1 of `token`, and the forms they are searched in.
 template <class A>
 struct Sample {
+  static constexpr int64_t kSome = 16;  // tokens that the centre is taken from
   int64_t N, C, n;
   Rows<A> rows;
   Form<A> form, fine;  // for all pairs: integers where they pay, else floats; for near-duplicates: floats
@@ -109,16 +112,30 @@ struct Sample {
     fine = {rows, {n ? row(0) : nullptr, unit_scale<A>(most)}, tile_bound(C, sizeof(A) == 8 ? 1 : 0), Values::floats};
     form = fine;
   }
-  // Quantises around a centre of some tokens: any centre is right, one in the middle makes the steps small.
-  void use_integers(const Parallel& pool, int64_t grain) {
-    constexpr int64_t kCentred = 16;
-    const int64_t count = smaller(n, kCentred);
-    const A share = A(1) / A(count);
+  // f(slot) for some slots spread over all.
+  template <class F>
+  void for_some(const F& f) const {
+    const int64_t count = smaller(n, kSome);
+    for (int64_t t = 0; t < count; t++) f(t * n / count);
+  }
+  // The mean of some tokens: any centre is right, one in the middle makes the steps small.
+  void set_centre() {
+    const A share = A(1) / A(smaller(n, kSome));
     for (int64_t c = 0; c < C; c++) centre[c] = 0;
-    for (int64_t t = 0; t < count; t++) {
-      const A* from = row(t * n / count);
+    for_some([&](int64_t slot) {
+      const A* from = row(slot);
       for (int64_t c = 0; c < C; c++) centre[c] += from[c] * share;
-    }
+    });
+  }
+  // Integers (row - centre) * scale; false where that is no scale for floats.
+  bool use_integers(double scale, Values values) {
+    if (!(scale > 0x1p-100 && scale < 0x1p100)) return false;
+    form = {rows, {centre, double(A(scale))}, quantised_bound(C), values};
+    return true;
+  }
+  // The same, with a scale and values that all tokens fit.
+  void use_integers(const Parallel& pool, int64_t grain) {
+    set_centre();
     const bool digits = kHasDigits<A> && fits_digits(C) && tiles_run();
     const A scale = A(fine.packing.scale);
     parallel_for(pool, n, grain, [&](int64_t begin, int64_t end) {
@@ -128,23 +145,73 @@ struct Sample {
     });
     double radius = 0;
     for (int64_t i = 0; i < n; i++) radius = double(size[i]) > radius ? double(size[i]) : radius;
-    const double wanted =
-        digits ? amx::kLargestDigits / radius : fine.packing.scale * ((kRadius - sqrt(double(C))) / sqrt(radius));
-    if (!(radius > 0x1p-80 && wanted > 0x1p-100 && wanted < 0x1p100)) return;
-    const Values values = digits ? Values::digits : has_vnni() ? Values::vnni_words : Values::words;
-    form = {rows, {centre, double(A(wanted))}, quantised_bound(C), values};
+    if (!(radius > 0x1p-80)) return;
+    if (digits) {
+      use_integers(amx::kLargestDigits / radius, Values::digits);
+    } else {
+      use_integers(fine.packing.scale * ((kRadius - sqrt(double(C))) / sqrt(radius)),
+                   has_vnni() ? Values::vnni_words : Values::words);
+    }
   }
 };
 
-// Fills `sample` (carved) with sample b of x.
+// All tokens of `sample` read and packed in one pass, in digits whose scale some of them suggest; false, and no panel
+// is to be used, where not all are valid and fit.
 template <class T>
-void read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& pool, Sample<Accumulator<T>>& sample) {
+bool pack_as_read(const Tokens& x, const T* base, const Parallel& pool, Sample<Accumulator<T>>& sample, float* panels) {
+  typedef Accumulator<T> A;
+  constexpr A kMargin = 2;  // how much farther from the centre others may be
+  sample.n = x.N;
+  for (int64_t t = 0; t < x.N; t++) {
+    sample.token[t] = int32_t(t);
+    sample.valid[t] = false;  // not read yet
+  }
+  const auto read = [&](int64_t t) {
+    if (sample.copy && !sample.valid[t]) pool_token(x, base + t * x.stride_n, sample.copy + t * x.C);
+    sample.valid[t] = true;
+  };
+  sample.for_some(read);
+  sample.set_centre();
+  A most = 0;
+  sample.for_some([&](int64_t t) {
+    const A apart = largest_difference(sample.row(t), sample.centre, x.C);
+    most = apart > most ? apart : most;
+  });
+  most *= kMargin;
+  sample.most = double(magnitude(sample.centre, x.C)) + double(most);  // at least that
+  sample.use_floats();
+  if (!(most > A(0x1p-80) && sample.use_integers(amx::kLargestDigits / double(most), Values::digits))) return false;
+  const Form<A>& form = sample.form;
+  const int64_t size = form.panel_size();
+  bool fit = true;
+  parallel_for(pool, ceil_div(x.N, kPanel), larger(1, 65536 / (size * x.J)), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      const int64_t first = p * kPanel, count = smaller(kPanel, x.N - first);
+      for (int64_t t = first; t < first + count; t++) read(t);
+      if (pack_into_digits(form.rows, form.packing, sample.token + first, count, panels + p * size)) continue;
+      __atomic_store_n(&fit, false, __ATOMIC_RELAXED);
+    }
+  });
+  return fit;
+}
+
+// Fills `sample` (carved) with sample b of x. Few tokens without a mask are also packed, in digits, where `panels` has
+// room for them: whether they are.
+template <class T>
+bool read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& pool, Sample<Accumulator<T>>& sample,
+                 float* panels = nullptr) {
   typedef Accumulator<T> A;
   const T* base = static_cast<const T*>(x.data) + b * x.stride_b;
   if (sample.copy) {
     sample.rows = {sample.copy, x.C, x.C};
   } else {
     sample.rows = {reinterpret_cast<const A*>(base), x.stride_n, x.C};
+  }
+  if constexpr (kHasDigits<A>) {
+    const bool few = x.N > kPanel && x.N <= kFewPanelsOfDigits * kPanel;
+    if (panels && few && !mask && fits_digits(x.C) && tiles_run() && pack_as_read(x, base, pool, sample, panels)) {
+      return true;
+    }
   }
   const int64_t grain = larger(1, 65536 / larger(1, x.C * x.J));
   parallel_for(pool, x.N, grain, [&](int64_t begin, int64_t end) {
@@ -180,6 +247,7 @@ void read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& p
   }
   sample.use_floats();
   if (kQuantises && sample.n > kPanel && x.C >= kQuantisedChannels) sample.use_integers(pool, grain);
+  return false;
 }
 
 // Packs `count` tokens into ceil(count / kPanel) panels, those that `wanted` names.

@@ -36,7 +36,7 @@ struct Scorer {
   double* of_row;
   int64_t* sums;  // of a Gaussian density
   int64_t k;      // neighbours that a density needs, the token itself included
-  bool gaussian, stored, listed, need_largest;
+  bool gaussian, stored, listed, need_largest, packed;
   bool gathered = false;  // the tokens are: `nearby` instead of `streamed`
   bool failed = false;    // out of memory
 
@@ -147,7 +147,7 @@ struct Scorer {
         state.set_nearest_exactly(i, room.list);
       });
     } else if (stored) {
-      matrix.search(pool, need_largest);
+      matrix.search(pool, packed, need_largest);
       for_rows_twice(
           [&](int64_t i, const RowRoom& room, bool may_wait) { matrix.set_nearest(i, room, may_wait && refines); },
           [&] { matrix.refine(pool); });
@@ -282,7 +282,7 @@ struct Scorer {
     if (memory == nullptr) return Status::out_of_memory;
     Carver carver(memory);
     carve(carver);
-    read_sample<T>(args.x, b, args.mask, pool, state.sample);
+    packed = read_sample<T>(args.x, b, args.mask, pool, state.sample, stored ? state.panels : nullptr);
     const int64_t n = state.sample.n;
     state.wanted = smaller(k, n) - 1;
     state.averaged = larger(1, state.wanted + !args.exclude_self);

@@ -13,9 +13,8 @@ namespace H2OT_ISA {
 namespace {
 
 constexpr int64_t kTriedBlocks = 8;  // so many that are not left out, and the next ones are not tried
-// Leaving blocks out saves more than deciding costs from so many channels on, and for more panels than this; blocks of
-// digits are soon computed.
-constexpr int64_t kLongToken = 512, kFewPanels = 4, kFewPanelsOfDigits = 8;
+// Leaving blocks out saves more than deciding costs from so many channels on, and for more panels than this.
+constexpr int64_t kLongToken = 512, kFewPanels = 4;
 
 template <class A>
 struct Matrix {
@@ -70,6 +69,8 @@ struct Matrix {
     const int64_t size = form.panel_size(), height = form.height();
     float block[kPanel * kPanel] __attribute__((aligned(64)));
     const float* b = state->panels + q * size;
+    const amx::LaterBlock above = {values + p * kPanel * stride + q * kPanel, stride},
+                          below = {values + q * kPanel * stride + p * kPanel, stride};
     for (int64_t r = 0; r < kPanel; r += height) {
       const float* a = form.at(state->panels + p * size, r);
       // Rows of the lower half of a diagonal block need its right half only: the other is above them, mirrored.
@@ -78,7 +79,7 @@ struct Matrix {
       if (from) {
         form.template tile<1>(a, form.at(b, from), tile + from);
       } else {
-        form.template tile<2>(a, b, tile);
+        form.template tile<2>(a, b, tile, r == 0 ? above : below);
       }
     }
     write(block, unit, p, q);
@@ -126,15 +127,15 @@ struct Matrix {
     return any;
   }
 
-  // whole: no block may be left out.
-  void search(const Parallel& pool, bool whole) {
+  // packed: the panels are. whole: no block may be left out.
+  void search(const Parallel& pool, bool packed, bool whole) {
     const Form<A>& form = state->sample.form;
     const int64_t n = state->sample.n;
     bound = fine = form.bound;
     any_refined = false;
     for (int64_t at = 0; at < panels * panels; at++) undecided[at] = sought[at] = far[at] = 0;
     for (int64_t p = 0; p < panels; p++) refined[p] = cut[p] = false;
-    pack_panels(form, state->sample.token, n, pool, state->panels);
+    if (!packed) pack_panels(form, state->sample.token, n, pool, state->panels);
     EarlyStop stops(form, kTriedBlocks);
     const bool few = n <= kPanel * (form.in_digits() ? kFewPanelsOfDigits : kFewPanels);
     if (whole || few || state->wanted != 1 || state->sample.C < kLongToken || !stops.enabled) {
