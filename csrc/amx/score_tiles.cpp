@@ -93,12 +93,11 @@ void put_token(const float* x, const float* centre, float scale, int64_t C, int6
   norms.low[t] = low_squares;
 }
 
-// Share s of `shares` of the block's lines: between products they come in time, all at once they would be waited for.
-H2OT_INLINE void ask_for_lines(const LaterBlock& block, int64_t s, int64_t shares) {
-  constexpr int64_t kLines = kAcross / kFloats;  // a row
-  const int64_t share = groups_of(kAcross * kLines, shares), end = (s + 1) * share;
-  for (int64_t line = s * share; line < (end < kAcross * kLines ? end : kAcross * kLines); line++) {
-    __builtin_prefetch(block.data + line / kLines * block.stride + line % kLines * kFloats, 1, 2);
+// Asks for lines [begin, end) of a block: a share of them with each step, since all at once they would be waited for.
+constexpr int64_t kRowLines = kAcross / kFloats, kBlockLines = kAcross * kRowLines;
+H2OT_INLINE void ask_for_lines(const LaterBlock& block, int64_t begin, int64_t end) {
+  for (int64_t line = begin; line < (end < kBlockLines ? end : kBlockLines); line++) {
+    __builtin_prefetch(block.data + line / kRowLines * block.stride + line % kRowLines * kFloats, 1, 2);
   }
 }
 
@@ -107,11 +106,12 @@ H2OT_INLINE void ask_for_lines(const LaterBlock& block, int64_t s, int64_t share
 template <int kHalves>
 H2OT_INLINE void multiply(const int8_t* rows, const int8_t* left, const int8_t* right, int64_t steps,
                           const LaterBlock& later, int32_t* sums) {
+  const int64_t share = groups_of(kBlockLines, steps);
   zero_sums();
   left += 2 * kTile;
   right += 2 * kTile;
   for (int64_t s = 0; s < steps; s++, rows += kStep, left += kStep, right += kStep) {
-    if (later.data) ask_for_lines(later, s, steps);
+    if (later.data) ask_for_lines(later, s * share, (s + 1) * share);
     _tile_loadd(6, rows, kDepth);
     _tile_loadd(7, left, kDepth);
     _tile_dpbssd(0, 6, 7);

@@ -8,8 +8,6 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int64_t kFewPanelsOfDigits = 8;  // so few are soon computed: no block of distances is left out
-
 // Whether the tokens can be read in place.
 template <class T>
 H2OT_INLINE bool readable_in_place(const Tokens& x) {
@@ -160,7 +158,7 @@ struct Sample {
 template <class T>
 bool pack_as_read(const Tokens& x, const T* base, const Parallel& pool, Sample<Accumulator<T>>& sample, float* panels) {
   typedef Accumulator<T> A;
-  constexpr A kMargin = 2;  // how much farther from the centre others may be
+  constexpr A kMargin = 1.5;  // how much farther from the centre others may be; twice would make the steps too large
   sample.n = x.N;
   for (int64_t t = 0; t < x.N; t++) {
     sample.token[t] = int32_t(t);
@@ -195,8 +193,8 @@ bool pack_as_read(const Tokens& x, const T* base, const Parallel& pool, Sample<A
   return fit;
 }
 
-// Fills `sample` (carved) with sample b of x. Few tokens without a mask are also packed, in digits, where `panels` has
-// room for them: whether they are.
+// Fills `sample` (carved) with sample b of x. Where `panels` has room for them, tokens without a mask may also be
+// packed, in digits: whether they are.
 template <class T>
 bool read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& pool, Sample<Accumulator<T>>& sample,
                  float* panels = nullptr) {
@@ -208,10 +206,8 @@ bool read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& p
     sample.rows = {reinterpret_cast<const A*>(base), x.stride_n, x.C};
   }
   if constexpr (kHasDigits<A>) {
-    const bool few = x.N > kPanel && x.N <= kFewPanelsOfDigits * kPanel;
-    if (panels && few && !mask && fits_digits(x.C) && tiles_run() && pack_as_read(x, base, pool, sample, panels)) {
-      return true;
-    }
+    const bool may = panels && !mask && x.N > kPanel && fits_digits(x.C) && tiles_run();
+    if (may && pack_as_read(x, base, pool, sample, panels)) return true;
   }
   const int64_t grain = larger(1, 65536 / larger(1, x.C * x.J));
   parallel_for(pool, x.N, grain, [&](int64_t begin, int64_t end) {

@@ -13,8 +13,9 @@ namespace H2OT_ISA {
 namespace {
 
 constexpr int64_t kTriedBlocks = 8;  // so many that are not left out, and the next ones are not tried
-// Leaving blocks out saves more than deciding costs from so many channels on, and for more panels than this.
-constexpr int64_t kLongToken = 512, kFewPanels = 4;
+// Leaving blocks out saves more than deciding costs from so many channels on, and for more panels than this; blocks of
+// digits are soon computed.
+constexpr int64_t kLongToken = 512, kFewPanels = 4, kFewPanelsOfDigits = 8;
 
 template <class A>
 struct Matrix {
