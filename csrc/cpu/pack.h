@@ -153,38 +153,30 @@ struct Sample {
   }
 };
 
-// All tokens of `sample` read and packed in one pass, in digits whose scale some of them suggest; false, and no panel
-// is to be used, where not all are valid and fit.
-template <class T>
-bool pack_as_read(const Tokens& x, const T* base, const Parallel& pool, Sample<Accumulator<T>>& sample, float* panels) {
-  typedef Accumulator<T> A;
+// Packs all tokens of `sample` in digits whose scale some of them suggest, as they are read: false, and no panel is to
+// be used, where not all are valid and fit. read(t) is to come before a look at token t.
+template <class A, class Read>
+bool pack_as_read(const Parallel& pool, const Read& read, Sample<A>& sample, float* panels) {
   constexpr A kMargin = 1.5;  // how much farther from the centre others may be; twice would make the steps too large
-  sample.n = x.N;
-  for (int64_t t = 0; t < x.N; t++) {
-    sample.token[t] = int32_t(t);
-    sample.valid[t] = false;  // not read yet
-  }
-  const auto read = [&](int64_t t) {
-    if (sample.copy && !sample.valid[t]) pool_token(x, base + t * x.stride_n, sample.copy + t * x.C);
-    sample.valid[t] = true;
-  };
+  sample.n = sample.N;
+  for (int64_t t = 0; t < sample.N; t++) sample.token[t] = int32_t(t);
   sample.for_some(read);
   sample.set_centre();
   A most = 0;
   sample.for_some([&](int64_t t) {
-    const A apart = largest_difference(sample.row(t), sample.centre, x.C);
+    const A apart = largest_difference(sample.row(t), sample.centre, sample.C);
     most = apart > most ? apart : most;
   });
   most *= kMargin;
-  sample.most = double(magnitude(sample.centre, x.C)) + double(most);  // at least that
+  sample.most = double(magnitude(sample.centre, sample.C)) + double(most);  // at least that
   sample.use_floats();
   if (!(most > A(0x1p-80) && sample.use_integers(amx::kLargestDigits / double(most), Values::digits))) return false;
   const Form<A>& form = sample.form;
   const int64_t size = form.panel_size();
   bool fit = true;
-  parallel_for(pool, ceil_div(x.N, kPanel), larger(1, 65536 / (size * x.J)), [&](int64_t begin, int64_t end) {
+  parallel_for(pool, ceil_div(sample.N, kPanel), larger(1, 65536 / size), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
-      const int64_t first = p * kPanel, count = smaller(kPanel, x.N - first);
+      const int64_t first = p * kPanel, count = smaller(kPanel, sample.N - first);
       for (int64_t t = first; t < first + count; t++) read(t);
       if (pack_into_digits(form.rows, form.packing, sample.token + first, count, panels + p * size)) continue;
       __atomic_store_n(&fit, false, __ATOMIC_RELAXED);
@@ -205,16 +197,26 @@ bool read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& p
   } else {
     sample.rows = {reinterpret_cast<const A*>(base), x.stride_n, x.C};
   }
-  if constexpr (kHasDigits<A>) {
-    const bool may = panels && !mask && x.N > kPanel && fits_digits(x.C) && tiles_run();
-    if (may && pack_as_read(x, base, pool, sample, panels)) return true;
-  }
+  for (int64_t t = 0; t < x.N; t++) sample.valid[t] = false;  // not read yet
+  const auto read = [&](int64_t t) {
+    if (sample.copy && !sample.valid[t]) pool_token(x, base + t * x.stride_n, sample.copy + t * x.C);
+    sample.valid[t] = true;
+  };
   const int64_t grain = larger(1, 65536 / larger(1, x.C * x.J));
+  if constexpr (kHasDigits<A>) {
+    if (panels && !mask && x.N > kPanel && fits_digits(x.C) && tiles_run()) {
+      if (x.J > 1) {  // whose memory is best read in one go
+        parallel_for(pool, x.N, grain, [&](int64_t begin, int64_t end) {
+          for (int64_t t = begin; t < end; t++) read(t);
+        });
+      }
+      if (pack_as_read(pool, read, sample, panels)) return true;
+    }
+  }
   parallel_for(pool, x.N, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
-      sample.valid[t] = mask == nullptr || mask[b * x.N + t];
-      if (!sample.valid[t]) continue;
-      if (sample.copy) pool_token(x, base + t * x.stride_n, sample.copy + t * x.C);
+      if (mask && !mask[b * x.N + t]) continue;
+      read(t);
       sample.size[t] = magnitude(sample.rows[t], x.C);
       sample.valid[t] = sample.size[t] < A(__builtin_inf());
     }
