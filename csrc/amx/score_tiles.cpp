@@ -94,6 +94,7 @@ void put_token(const float* x, const float* centre, float scale, int64_t C, int6
 }
 
 // Asks for lines [begin, end) of a block: a share of them with each step, since all at once they would be waited for.
+// Pays where a matrix is larger than the second-level cache (1500 tokens: 0.9 of the time); below nothing is seen.
 constexpr int64_t kRowLines = kAcross / kFloats, kBlockLines = kAcross * kRowLines;
 H2OT_INLINE void ask_for_lines(const LaterBlock& block, int64_t begin, int64_t end) {
   for (int64_t line = begin; line < (end < kBlockLines ? end : kBlockLines); line++) {

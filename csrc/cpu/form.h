@@ -179,15 +179,16 @@ struct Form {
   }
   // Squared distances of packed tokens are this much larger.
   double unit() const { return packing.scale * packing.scale; }
-  // Packs `count` tokens, at most kPanel.
-  void pack(const int32_t* tokens, int64_t count, float* panel) const {
-    if (in_digits()) {
-      pack_into_digits(rows, packing, tokens, count, panel);
-    } else if (quantised()) {
+  // Packs `count` tokens, at most kPanel. False where one does not fit the digits, the panel then being of no use: not
+  // to be asked where the scale was taken from all of them.
+  bool pack(const int32_t* tokens, int64_t count, float* panel) const {
+    if (in_digits()) return pack_into_digits(rows, packing, tokens, count, panel);
+    if (quantised()) {
       pack_integers(rows, packing, tokens, count, panel);
     } else {
       pack_floats(rows, packing, tokens, count, panel);
     }
+    return true;
   }
   // Squared distances of height() tokens from `a` on to kVectors vectors of tokens from `b` on; of digits, the lines of
   // `later` are asked for beside the products.

@@ -55,7 +55,7 @@ H2OT_INLINE void copy_strided(char* out, const char* x, int64_t count, int64_t s
 }
 
 // Asks for the lines that the next row is read from (rows lie apart, so the machine does not foresee them; null: none)
-// and written to: stores that have to wait for their lines write 17 GB/s, these 28. Long rows are memcpy's own matter.
+// and written to, which a store would wait for (a Xeon: 17 -> 28 GB/s). Long rows are memcpy's own matter.
 H2OT_INLINE void ask_for_row(const char* x, char* out, int64_t bytes) {
   if (bytes < 256) return;
   for (int64_t at = 0; at < bytes && at < 2048; at += 64) {

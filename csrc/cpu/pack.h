@@ -76,7 +76,7 @@ H2OT_INLINE double magnitude(const double* row, int64_t C) {
 // One sample: its valid tokens in ascending order, as slots 0 .. n - 1 of `token`, and the forms they are searched in.
 template <class A>
 struct Sample {
-  static constexpr int64_t kSome = 16;  // tokens that the centre is taken from
+  static constexpr int64_t kSome = 16;  // tokens that the centre, and in pack_as_read the scale, are taken from
   int64_t N, C, n;
   Rows<A> rows;
   Form<A> form, fine;  // for all pairs: integers where they pay, else floats; for near-duplicates: floats
@@ -110,6 +110,7 @@ struct Sample {
     fine = {rows, {n ? row(0) : nullptr, unit_scale<A>(most)}, tile_bound(C, sizeof(A) == 8 ? 1 : 0), Values::floats};
     form = fine;
   }
+  bool takes_digits() const { return kHasDigits<A> && fits_digits(C) && tiles_run(); }
   // f(slot) for some slots spread over all.
   template <class F>
   void for_some(const F& f) const {
@@ -134,7 +135,7 @@ struct Sample {
   // The same, with a scale and values that all tokens fit.
   void use_integers(const Parallel& pool, int64_t grain) {
     set_centre();
-    const bool digits = kHasDigits<A> && fits_digits(C) && tiles_run();
+    const bool digits = takes_digits();
     const A scale = A(fine.packing.scale);
     parallel_for(pool, n, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
@@ -153,11 +154,32 @@ struct Sample {
   }
 };
 
+// Packs `count` tokens into ceil(count / kPanel) panels, those that `wanted`, asked before a look at their tokens,
+// names. False, and no panel is to be used: a token does not fit the digits.
+template <class A, class F>
+bool pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels,
+                 const F& wanted) {
+  const int64_t size = form.panel_size();
+  bool fit = true;
+  parallel_for(pool, ceil_div(count, kPanel), larger(1, 65536 / size), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      if (!wanted(p)) continue;
+      const bool fits = form.pack(token + p * kPanel, smaller(kPanel, count - p * kPanel), panels + p * size);
+      if (!fits) __atomic_store_n(&fit, false, __ATOMIC_RELAXED);
+    }
+  });
+  return fit;
+}
+template <class A>
+void pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels) {
+  pack_panels(form, token, count, pool, panels, [](int64_t) { return true; });
+}
+
 // Packs all tokens of `sample` in digits whose scale some of them suggest, as they are read: false, and no panel is to
 // be used, where not all are valid and fit. read(t) is to come before a look at token t.
 template <class A, class Read>
 bool pack_as_read(const Parallel& pool, const Read& read, Sample<A>& sample, float* panels) {
-  constexpr A kMargin = 1.5;  // how much farther from the centre others may be; twice would make the steps too large
+  constexpr A kMargin = 1.5;  // how much farther from the centre others may be; with 2 the larger steps prove less
   sample.n = sample.N;
   for (int64_t t = 0; t < sample.N; t++) sample.token[t] = int32_t(t);
   sample.for_some(read);
@@ -171,18 +193,10 @@ bool pack_as_read(const Parallel& pool, const Read& read, Sample<A>& sample, flo
   sample.most = double(magnitude(sample.centre, sample.C)) + double(most);  // at least that
   sample.use_floats();
   if (!(most > A(0x1p-80) && sample.use_integers(amx::kLargestDigits / double(most), Values::digits))) return false;
-  const Form<A>& form = sample.form;
-  const int64_t size = form.panel_size();
-  bool fit = true;
-  parallel_for(pool, ceil_div(sample.N, kPanel), larger(1, 65536 / size), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      const int64_t first = p * kPanel, count = smaller(kPanel, sample.N - first);
-      for (int64_t t = first; t < first + count; t++) read(t);
-      if (pack_into_digits(form.rows, form.packing, sample.token + first, count, panels + p * size)) continue;
-      __atomic_store_n(&fit, false, __ATOMIC_RELAXED);
-    }
+  return pack_panels(sample.form, sample.token, sample.N, pool, panels, [&](int64_t p) {
+    for (int64_t t = p * kPanel; t < smaller(sample.N, (p + 1) * kPanel); t++) read(t);
+    return true;
   });
-  return fit;
 }
 
 // Fills `sample` (carved) with sample b of x. Where `panels` has room for them, tokens without a mask may also be
@@ -204,7 +218,7 @@ bool read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& p
   };
   const int64_t grain = larger(1, 65536 / larger(1, x.C * x.J));
   if constexpr (kHasDigits<A>) {
-    if (panels && !mask && x.N > kPanel && fits_digits(x.C) && tiles_run()) {
+    if (panels && !mask && x.N > kPanel && sample.takes_digits()) {
       if (x.J > 1) {  // whose memory is best read in one go
         parallel_for(pool, x.N, grain, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; t++) read(t);
@@ -246,22 +260,6 @@ bool read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& p
   sample.use_floats();
   if (kQuantises && sample.n > kPanel && x.C >= kQuantisedChannels) sample.use_integers(pool, grain);
   return false;
-}
-
-// Packs `count` tokens into ceil(count / kPanel) panels, those that `wanted` names.
-template <class A, class F>
-void pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels,
-                 const F& wanted) {
-  const int64_t size = form.panel_size();
-  parallel_for(pool, ceil_div(count, kPanel), larger(1, 65536 / size), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      if (wanted(p)) form.pack(token + p * kPanel, smaller(kPanel, count - p * kPanel), panels + p * size);
-    }
-  });
-}
-template <class A>
-void pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const Parallel& pool, float* panels) {
-  pack_panels(form, token, count, pool, panels, [](int64_t) { return true; });
 }
 
 }  // namespace

@@ -137,7 +137,7 @@ H2OT_INLINE V blend_or_keep(V x0, V x1, V rest, V weight) {
 }
 
 // `count` channels of one frame, at least a vector of them: the last vector overlaps the one before. `next` is what is
-// written after these: its lines are asked for, since stores that have to wait for theirs write 17 GB/s, these 28.
+// written after these: its lines are asked for, or a store would wait for them (a Xeon: 17 -> 28 GB/s).
 template <class T>
 H2OT_INLINE void blend_row(const T* x0, const T* x1, int64_t count, Accumulator<T> later, T* out, T* next) {
   if (later == 0 || later == 1) {
