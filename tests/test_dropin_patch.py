@@ -358,7 +358,7 @@ def test_refuses_functions_of_another_kind(monkeypatch):
     def index_points(points, idx):
         return points[:, idx[0]]
 
-    def cluster_dpc_knn(x, cluster_num, neighbours):
+    def cluster_dpc_knn(x, cluster_num):
         return x
 
     monkeypatch.setattr(mixste, "index_points", index_points)
@@ -368,7 +368,7 @@ def test_refuses_functions_of_another_kind(monkeypatch):
     assert mixste.cluster_dpc_knn is cluster_dpc_knn
     handle.unpatch()
     assert "something else" in handle.report()
-    assert "its arguments are (x, cluster_num, neighbours)" in handle.report()
+    assert "its arguments are (x, cluster_num), not (x, cluster_num, k, token_mask)" in handle.report()
 
 
 def test_further_optional_arguments_go_to_the_original():

@@ -1,8 +1,6 @@
 """dropin.patch on the variants that public code has, and under what users do to a patched model."""
 
 import copy
-import sys
-import types
 
 import pytest
 import torch
@@ -73,57 +71,6 @@ class CrossAttentionOfAsMany(mixste.Cross_Attention):
 def test_cross_attention_of_as_many_keys():
     streams = torch.randn(3, 2, F, C).double()
     assert "cross_attention" in replaced(agrees(CrossAttentionOfAsMany(C, H).double(), *streams))
-
-
-def code(function, monkeypatch):
-    """function as `cluster_dpc_knn` in a module of code of its own."""
-    module, name = types.ModuleType("some_code"), "cluster_dpc_knn"
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    module.cluster_dpc_knn = types.FunctionType(function.__code__, globals(), name, function.__defaults__)
-    module.cluster_dpc_knn.__module__ = module.__name__
-    return module
-
-
-def prunevid(x, cluster_num, k=5, token_mask=None):
-    return clustering.cluster_dpc_knn(x.float(), cluster_num, k, token_mask)[1], cluster_num
-
-
-def tensor_form(x, cluster_num, k=2, token_mask=None):
-    return clustering.cluster_dpc_knn(x, cluster_num, k, token_mask)[1], cluster_num
-
-
-def without_mask(x, cluster_num, k=3):
-    return clustering.cluster_dpc_knn(x, cluster_num, k)[1], cluster_num
-
-
-def hot_with_default(x, cluster_num, k=2, token_mask=None):
-    return clustering.cluster_dpc_knn(x, cluster_num, k, token_mask)
-
-
-def chat_univi(token_dict, cluster_num, k=2, token_mask=None):
-    return prunevid(token_dict["x"], cluster_num, k, token_mask)
-
-
-def token_dicts(token_dict, cluster_num, k=2, token_mask=None):
-    return tensor_form(token_dict["x"], cluster_num, k, token_mask)
-
-
-@pytest.mark.parametrize("form", [prunevid, tensor_form, without_mask, hot_with_default, chat_univi, token_dicts])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_noise_and_the_defaults_of_each_form(form, dtype, monkeypatch):
-    module, x = code(form, monkeypatch), torch.randn(3, 20, 8)
-    given = {"x": x.to(dtype)} if form in (chat_univi, token_dicts) else x.to(dtype)
-
-    def call():
-        torch.manual_seed(5)
-        labels = module.cluster_dpc_knn(given, 6)
-        return *(y for y in labels if isinstance(y, torch.Tensor)), torch.get_rng_state()
-
-    before = call()
-    with dropin.patch(module), Recorder() as called:
-        after = call()
-    assert "h2ot_kernels::cluster_tokens" in called.names
-    assert all(map(torch.equal, after, before))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -9,7 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import h2ot_kernels as h2ot
-import python_ref
 from h2ot_kernels import _C
 
 BEYOND = 2**31 + 2**20  # elements

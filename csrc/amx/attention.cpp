@@ -201,6 +201,13 @@ H2OT_INLINE void ask_for(const uint16_t* x, int64_t stride, int64_t D, int64_t f
   }
 }
 
+// The same of the D results of `count` rows, which are written.
+H2OT_INLINE void ask_for_results(const BFloat16* out, int64_t stride, int64_t D, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    for (int64_t d = 0; d < D; d += kStepChannels) __builtin_prefetch(out + i * stride + d, 1);
+  }
+}
+
 H2OT_INLINE const uint16_t* head_of(const void* x, const Rows& at, int64_t b, int64_t channel) {
   return static_cast<const uint16_t*>(x) + b * at.stride_b + channel;
 }
@@ -229,6 +236,7 @@ struct Forward {
     const int64_t first = panel * kPanel, count = a.F - first < kPanel ? a.F - first : kPanel;
     const uint16_t* const query = head_of(a.query, a.query_at, a.query_rows == 1 ? 0 : b, h * head.D);
     pack_rows(query + first * a.query_at.stride_n, a.query_at.stride_n, count, 2, head, true, at.queries);
+    ask_for_results(rows + h * head.D, a.C, head.D, count);
     multiply_keys(head, at);
     Floats sums[2];
     for (int64_t half = 0; half < 2; half++) {

@@ -85,6 +85,10 @@ void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, 
     const bool is_there = row < rows.count;
     x[r] = is_there ? rows.x + row * rows.stride : nullptr;
     Extent extent = {};
+    if (is_there) {  // the machine foresees lines of a page of memory only
+      const float* const later = x[r] + 2 * rows.stride;
+      for (int64_t c = 0; c < a.C; c += kFloats) __builtin_prefetch(later + c, 0, 2);
+    }
     if (is_there && a.has_norm) {
       extent = norm_row(x[r], a.C, a.norm_weight, a.norm_bias, a.eps, normed + r * a.C);
       x[r] = normed + r * a.C;

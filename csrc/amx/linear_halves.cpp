@@ -14,11 +14,9 @@ namespace {
 #ifdef __AMX_BF16__
 constexpr int kTiles = 2;  // of rows in a product
 constexpr int64_t kGroups = 6, kMostSteps = 16;
-constexpr bool kAsks = false;  // for the lines of results: nothing is won
 #else
 constexpr int kTiles = 1;
 constexpr int64_t kGroups = 4, kMostSteps = INT64_MAX;  // all at once (half_products.h)
-constexpr bool kAsks = true;
 #endif
 constexpr int64_t kRows = kTiles * kSide;    // of a product, which takes up to kMostSteps steps of channels at once
 constexpr int64_t kBlock = kGroups * kRows;  // rows that meet a panel one group after the other
@@ -99,6 +97,7 @@ struct Outside {
 
   int64_t at(const HalvesPlace& place, int64_t row) const { return place.of_row(a, row); }
   static bool is_whole(const HalvesPlace& place) { return place.count == kLinearPanel; }
+  void ask_for_lines(const Product& of) const { H2OT_ISA::ask_for_lines<O>(a, of.place, of.first, of.count); }
 };
 struct Inside {
   typedef BFloat16 Result;
@@ -109,6 +108,7 @@ struct Inside {
     return ((row / kSide * steps + step) * kSide + row % kSide) * kStepHalves;
   }
   static bool is_whole(const HalvesPlace&) { return true; }
+  void ask_for_lines(const Product&) const {}  // they are in the cache
 };
 
 // Rows [begin, end) of it, as far as it has them, become results.
@@ -164,9 +164,7 @@ void run_block(const LinearHalvesArgs& a, const uint16_t* tiles, int64_t first, 
         const int64_t slot = steps == most ? turn % 2 : panel % 2 * kGroups + row / kRows;
         float* const sums = all_sums + slot * kRows * kLinearPanel;
         const Product now = {place, first + row, count - row < kRows ? count - row : kRows, sums};
-        if constexpr (kAsks) {
-          ask_for_lines<typename To::Result>(a, place, now.first, now.count);
-        }
+        to.ask_for_lines(now);
         int64_t done = 0;
         multiply<kTiles, true>(tiles + (row * steps + step * kSide) * kStepHalves, steps * kTileHalves, weights,
                                kTileHalves, 2 * kTileHalves, taken, sums, step > 0, [&] {

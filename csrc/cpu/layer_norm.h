@@ -108,6 +108,7 @@ H2OT_INLINE void norm_block(const T* x, int64_t apart, int64_t count, int64_t C,
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       at[r] = x + (row + r) * apart;
+      for (int64_t c = 0; c < C; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(at[r] + R * apart + c, 0, 2);
       mean[r] = add_row<T, T>(at[r], nullptr, C, nullptr) / E(C);
     }
     norm_rows<R>(at, mean, C, eps, weight, bias, out + row * C);

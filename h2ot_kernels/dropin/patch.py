@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .fast import Fast
-from .recognise import FUNCTIONS, NotRecognised, function_for, kind_of
+from .functions import FUNCTIONS, function_for
+from .recognise import kind_of
+from .trial import NotRecognised
 
 KERNELS = ("cluster", "merge", "gather", "cross_attention", "attention", "linear", "mlp", "block", "head")
 PLAIN = (bool, int, float, str, tuple, type(None))
@@ -36,20 +38,22 @@ def patch(target, **kernels: bool) -> "Patch":
     """Replace what is recognised in target by the operations of this package; the handle undoes it.
 
     target: a model (instance of nn.Module), a module object (`import model.mixste as m; patch(m)`), or a list of such.
-    kernels: switches, all True: cluster (`cluster_dpc_knn`, `cluster_dpc_knn_center`), merge (`merge_tokens`), gather
-    (`index_points`), cross_attention, attention (no N x N weights are stored), linear (packed weights in CPU inference,
-    followed when they change), mlp (the GELU in the same pass), block (norms and residuals of a pre-norm block of fast
-    `attn` and `mlp` in the same passes, in inference where nothing inside is hooked), head (an nn.Sequential of a
-    LayerNorm and a Linear to at most 8 outputs in one pass, in CPU inference; the residual before it stands in the
-    parent's forward, which no module shows, and stays there).
+    kernels: switches, all True: cluster (`cluster_dpc_knn`, `cluster_dpc_knn_center`, of tensors or token dictionaries,
+    their values returned in any order), merge (`merge_tokens`), gather (`index_points`), cross_attention, attention (no
+    N x N weights are stored), linear (packed weights in CPU inference, followed when they change), mlp (the GELU in the
+    same pass), block (norms and residuals of a pre-norm block of fast `attn` and `mlp` in the same passes, in inference
+    where nothing inside is hooked), head (an nn.Sequential of a LayerNorm and a Linear to at most 8 outputs in one
+    pass, in CPU inference; the residual before it stands in the parent's forward, which no module shows, and stays
+    there).
 
     Functions are replaced under every name, in every loaded module, that holds the same function object: for a model,
-    those that the modules defining its classes and their bases hold. A model's submodules get a subclass of their own
-    class; parameters, hooks, mode, dtype and state_dict stay as they are. Of a module object, the instances that its
-    classes make from now on are treated as such models (of a subclass from elsewhere: its parts). Each replacement was
-    first tried beside the original, in float64 on small random inputs; what gives another result, or is not known, is
-    left as it is: see `report()`. Several patches of one thing are undone in any order: it is fast until the last of
-    them is.
+    those that the modules defining its classes and their bases hold. Methods of these names are replaced in their
+    class, if they need no attributes of an instance; where a subclass or an instance has exchanged what one calls, the
+    original runs. A model's submodules get a subclass of their own class; parameters, hooks, mode, dtype and state_dict
+    stay as they are. Of a module object, the instances that its classes make from now on are treated as such models (of
+    a subclass from elsewhere: its parts). Each replacement was first tried beside the original, in float64 on small
+    random inputs; what gives another result, or is not known, is left as it is: see `report()`. Several patches of one
+    thing are undone in any order: it is fast until the last of them is.
     In training and where autograd records, the differentiable forms run (first order); a patched model pickles as the
     unpatched one, and a copy stays fast until it is patched and unpatched itself. Weights, `num_heads`, `scale` and the
     parts of attention and MLP that are exchanged later are followed; what a forward is (its code, MotionBERT's `mode`,
@@ -72,21 +76,26 @@ def patch(target, **kernels: bool) -> "Patch":
 
 @dataclass(eq=False)
 class Swap:
-    """A name in a module of code that holds a replacement, for as long as a patch wants it."""
+    """A name in a module of code, or in a class, that holds a replacement, for as long as a patch wants it."""
 
-    module: ModuleType
+    holder: ModuleType | type
     name: str
     original: FunctionType
     replacement: FunctionType
     patches: set = field(default_factory=set)
 
+    @property
+    def owner(self) -> type | None:
+        """Of a method."""
+        return self.holder if isinstance(self.holder, type) else None
+
     def put_back(self) -> bool:
         """False where somebody else has replaced it since."""
-        if _SWAPS.get((id(self.module), self.name)) is self:
-            del _SWAPS[id(self.module), self.name]
-        is_ours = self.module.__dict__.get(self.name) is self.replacement
+        if _SWAPS.get((id(self.holder), self.name)) is self:
+            del _SWAPS[id(self.holder), self.name]
+        is_ours = self.holder.__dict__.get(self.name) is self.replacement
         if is_ours:
-            setattr(self.module, self.name, self.original)
+            setattr(self.holder, self.name, self.original)
         return is_ours
 
 
@@ -115,7 +124,7 @@ class Patch:
         self._constructors: list[tuple[type, FunctionType]] = []
         self._found: dict[tuple, type | str] = {}
         self._noted: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # where in entries
-        self._searched: set[ModuleType] = set()  # for functions
+        self._searched: set[ModuleType | type] = set()  # for functions
         self._classes: list[str] = []  # of which new instances are patched
         try:
             with _LOCK:
@@ -129,15 +138,18 @@ class Patch:
 
     def _patch(self, target: nn.Module | ModuleType) -> None:
         if isinstance(target, ModuleType):
-            self._patch_functions([target])
-            self._patch_constructors(target)
+            classes = [
+                cls for cls in vars(target).values() if isinstance(cls, type) and cls.__module__ == target.__name__
+            ]
+            self._patch_functions([target, *dict.fromkeys(classes)])
+            self._patch_constructors(classes)
         else:
             self._patch_model(target)
 
     def _patch_model(self, model: nn.Module) -> None:
-        classes = (cls for module in model.modules() for cls in type(module).__mro__)
+        classes = list(dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__))
         names = dict.fromkeys(cls.__module__ for cls in classes)
-        self._patch_functions([sys.modules[name] for name in names if name in sys.modules])
+        self._patch_functions([*(sys.modules[name] for name in names if name in sys.modules), *classes])
         self._patch_modules(model)
 
     def report(self) -> str:
@@ -172,7 +184,7 @@ class Patch:
         for swap in self._functions:
             swap.patches.discard(self)
             if not swap.patches and not swap.put_back():
-                taken.append(f"{swap.module.__name__}.{swap.name}")
+                taken.append(f"{_path(swap.holder)}.{swap.name}")
         for cls, constructor in self._constructors:
             constructor.patches.remove(self)
             if constructor.patches:
@@ -214,39 +226,44 @@ class Patch:
             if module is not None:
                 self._noted[module] = len(self.entries) - 1
 
-    def _patch_functions(self, holders: list[ModuleType]) -> None:
+    def _patch_functions(self, holders: list[ModuleType | type]) -> None:
+        """Of modules of code: under every name, in every loaded module; of classes: their own methods."""
         functions = {}
         holders = [holder for holder in holders if holder not in self._searched]
         self._searched.update(holders)
         for holder in holders:
-            if holder.__name__.split(".")[0] not in (_OURS, "torch"):
+            if _path(holder).split(".")[0] not in (_OURS, "torch"):
                 originals = (_original(holder, name) for name in tuple(vars(holder)))
-                functions |= {id(f): f for f in originals if _is_known(f)}
-        for function in functions.values():
+                owner = holder if isinstance(holder, type) else None
+                functions |= {(id(f), owner): f for f in originals if _is_known(f)}
+        for (_, owner), function in functions.items():
             kernel = FUNCTIONS[function.__name__][0]
             if kernel not in self.kernels:
                 continue
-            where = f"{function.__module__}.{function.__name__}"
+            where = f"{_path(owner) if owner else function.__module__}.{function.__name__}"
             if function.__module__.split(".")[0] == _OURS:
                 self._note(Entry(kernel, where, "it is this package's already"))
                 continue
-            replacement = next((swap.replacement for swap in _SWAPS.values() if swap.original is function), None)
+            replacement = next(
+                (s.replacement for s in _SWAPS.values() if s.original is function and s.owner is owner), None
+            )
             try:
-                replacement = replacement or function_for(function)
+                replacement = replacement or function_for(function, owner)
             except NotRecognised as reason:
                 self._note(Entry(kernel, where, str(reason)))
                 continue
-            for module in (*sys.modules.values(), *(holder for holder in holders if not _is_loaded(holder))):
-                for name in tuple(getattr(module, "__dict__", ())):
-                    if isinstance(module, ModuleType) and _original(module, name) is function:
-                        self._swap(module, name, function, replacement)
-                        self._note(Entry(kernel, f"{module.__name__}.{name}", ""))
+            everywhere = (*sys.modules.values(), *(holder for holder in holders if not _is_loaded(holder)))
+            for holder in (owner,) if owner else everywhere:
+                for name in tuple(vars(holder)) if isinstance(holder, type if owner else ModuleType) else ():
+                    if _original(holder, name) is function:
+                        self._swap(holder, name, function, replacement)
+                        self._note(Entry(kernel, f"{_path(holder)}.{name}", ""))
 
-    def _swap(self, module: ModuleType, name: str, function: FunctionType, replacement: FunctionType) -> None:
-        if module.__dict__[name] is function:
-            setattr(module, name, replacement)
-            _SWAPS[id(module), name] = Swap(module, name, function, replacement)
-        swap = _SWAPS[id(module), name]
+    def _swap(self, holder: ModuleType | type, name: str, function: FunctionType, replacement: FunctionType) -> None:
+        if holder.__dict__[name] is function:
+            setattr(holder, name, replacement)
+            _SWAPS[id(holder), name] = Swap(holder, name, function, replacement)
+        swap = _SWAPS[id(holder), name]
         if self not in swap.patches:
             swap.patches.add(self)
             self._functions.append(swap)
@@ -286,9 +303,9 @@ class Patch:
             raise NotRecognised(self._found[key])
         return self._found[key]
 
-    def _patch_constructors(self, holder: ModuleType) -> None:
-        for cls in list(vars(holder).values()):
-            if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == holder.__name__):
+    def _patch_constructors(self, classes: list[type]) -> None:
+        for cls in classes:
+            if not issubclass(cls, nn.Module):
                 continue
             constructor = cls.__dict__.get("__init__")
             if not hasattr(constructor, "patches"):
@@ -296,7 +313,7 @@ class Patch:
             if self not in constructor.patches:
                 constructor.patches.append(self)
                 self._constructors.append((cls, constructor))
-                self._classes.append(f"{holder.__name__}.{cls.__name__}")
+                self._classes.append(_path(cls))
 
 
 def _constructor(cls: type) -> FunctionType:
@@ -316,14 +333,18 @@ def _constructor(cls: type) -> FunctionType:
     return constructor
 
 
-def _original(module: ModuleType, name: str):
-    """What the module of code holds under name, or held before a patch."""
-    value, swap = module.__dict__.get(name), _SWAPS.get((id(module), name))
+def _path(holder: ModuleType | type) -> str:
+    return holder.__name__ if isinstance(holder, ModuleType) else f"{holder.__module__}.{holder.__qualname__}"
+
+
+def _original(holder: ModuleType | type, name: str):
+    """What the holder has under name, or had before a patch."""
+    value, swap = holder.__dict__.get(name), _SWAPS.get((id(holder), name))
     return swap.original if swap and value is swap.replacement else value
 
 
-def _is_loaded(module: ModuleType) -> bool:
-    return sys.modules.get(module.__name__) is module
+def _is_loaded(holder: ModuleType | type) -> bool:
+    return sys.modules.get(holder.__name__) is holder
 
 
 def _is_known(value) -> bool:

@@ -1,33 +1,23 @@
-"""What can be replaced: by structure first, then by trying it, in float64 on small random weights and inputs.
+"""Which modules can be replaced: by structure first, then by trying it, in float64 on small random weights and inputs.
 
 The trial runs on a bare twin of the module (no hooks, random weights, on the CPU): it says whether the fast forward
 computes what this module's own forward computes, whatever else stands in that forward.
 """
 
 import copy
-import functools
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FunctionType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..linear import HOOKS, Linear
-from . import fast, hot, prunevid, tcformer
+from . import fast
+from .trial import NotRecognised, NotTried, agree, trial, tried
 
 SMALLEST = 16  # features of a linear layer below which packing gains nothing
 CONTAINERS = (list, dict, set, deque)
-
-
-class NotRecognised(Exception):
-    """Why something is left as it is."""
-
-
-class NotTried(NotRecognised):
-    """The same, of what raised with the inputs that it was given."""
 
 
 def linear_class(module: nn.Module) -> type:
@@ -169,20 +159,13 @@ def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Mod
     return twin
 
 
-@contextmanager
-def _trial() -> Iterator[None]:
-    """On the CPU, without gradients and autocast, and the random state as before at the end."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        yield
-
-
 def _that_agrees(module: nn.Module, *attempts: tuple[list[tuple], tuple[type, ...]], **extra) -> type:
     """The first fast class whose forward gives what the module's own forward gives; raises NotRecognised.
 
     attempts: (sizes of the inputs, the candidates). The first attempt whose sizes the own forward takes decides.
     """
     reasons = []
-    with _trial():
+    with trial():
         for sizes, mixins in attempts:
             generator = torch.Generator().manual_seed(1)
             inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
@@ -194,9 +177,9 @@ def _that_agrees(module: nn.Module, *attempts: tuple[list[tuple], tuple[type, ..
 
 
 def _the_same(module: nn.Module, mixins: tuple[type, ...], call: Callable[[nn.Module], object]) -> type:
-    twin = _tried(lambda: _bare(module))
+    twin = tried(lambda: _bare(module))
     before = {name: _contents(value) for name, value in twin.__dict__.items()}
-    expected = _tried(lambda: call(twin))
+    expected = tried(lambda: call(twin))
     stored = [name for name, value in twin.__dict__.items() if before.get(name) != _contents(value)]
     if stored:
         raise NotRecognised(f"its forward stores {', '.join(stored)}")
@@ -204,7 +187,7 @@ def _the_same(module: nn.Module, mixins: tuple[type, ...], call: Callable[[nn.Mo
     for mixin in mixins:
         cls = fast.fast_class(mixin, type(module), trains)
         twin.__class__ = cls
-        if _agree(expected, _tried(lambda: call(twin))):
+        if agree(expected, tried(lambda: call(twin))):
             return cls
     raise NotRecognised("its forward computes something else than its structure says")
 
@@ -222,148 +205,6 @@ def _trains(twin: nn.Module, call: Callable[[nn.Module], object], expected) -> b
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     try:
-        return _agree(expected, _tried(lambda: call(twin)))
+        return agree(expected, tried(lambda: call(twin)))
     except NotTried:
         return False
-
-
-def _tried(call: Callable):
-    """What the call returns; whatever code that is not ours raises is a reason to leave it as it is."""
-    try:
-        return call()
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise NotTried(f"it could not be tried: {type(error).__name__}: {first_line:.100}") from error
-
-
-def _agree(expected, got) -> bool:
-    if isinstance(expected, Tensor):
-        if not isinstance(got, Tensor) or expected.shape != got.shape or expected.dtype != got.dtype:
-            return False
-        return torch.equal(expected, got) if not expected.is_floating_point() else torch.allclose(expected, got, 1e-9)
-    if isinstance(expected, dict):
-        return isinstance(got, dict) and expected.keys() == got.keys() and all(_agree(expected[n], got[n]) for n in got)
-    if isinstance(expected, (tuple, list)):
-        return len(expected) == len(got) and all(map(_agree, expected, got))
-    return type(expected) is type(got) and expected == got
-
-
-def _tokens(generator: torch.Generator) -> Tensor:
-    """Small: below 25 tokens `torch.cdist` is exact in official code."""
-    return torch.randn(2, 12, 4, generator=generator, dtype=torch.float64)
-
-
-def _token_dict(generator: torch.Generator) -> dict:
-    x = _tokens(generator)
-    return {"x": x, "token_num": 12, "idx_token": torch.arange(12).repeat(2, 1), "agg_weight": x.new_ones(2, 12, 1)}
-
-
-def _merge_arguments(generator: torch.Generator, **beside) -> tuple:
-    labels = torch.arange(12).remainder(5).repeat(2, 1)
-    weight = torch.rand(2, 12, 1, generator=generator, dtype=torch.float64)
-    return _token_dict(generator) | beside, labels, 5, weight
-
-
-def _mask(generator: torch.Generator) -> Tensor:
-    return torch.rand(2, 12, generator=generator, dtype=torch.float64).argsort() < torch.tensor([[12], [8]])
-
-
-def _clusters(tokens: Callable, *rest: int) -> tuple[Callable, Callable]:
-    """Arguments of clustering, without and with a mask."""
-    return lambda g: (tokens(g), *rest), lambda g: (tokens(g), *rest, _mask(g))
-
-
-def _points(generator: torch.Generator) -> tuple:
-    return _tokens(generator), torch.tensor([[3, 1, 1, 7], [0, 11, 5, 2]])
-
-
-# Masked tokens have the labels of official code, for consumers that are not this package's.
-_hot, _center, _prunevid, _tcformer = (
-    functools.partial(form, masked_label=0)
-    for form in (
-        hot.cluster_dpc_knn,
-        hot.cluster_dpc_knn_center,
-        prunevid.cluster_dpc_knn,
-        tcformer.cluster_dpc_knn,
-    )
-)
-# name in public code -> the switch, and its forms: what replaces it, and arguments that tell whether it may, the last
-# ones only of functions with a token_mask.
-FUNCTIONS = {
-    "cluster_dpc_knn": (
-        "cluster",
-        (
-            (_hot, _clusters(_tokens, 5, 2)),
-            (_prunevid, _clusters(_tokens, 5, 3)),
-            (functools.partial(_prunevid, noise_dtype=None), _clusters(_tokens, 5, 3)),
-            (_tcformer, _clusters(_token_dict, 5, 3)),
-            (functools.partial(_tcformer, noise_dtype=torch.float32), _clusters(_token_dict, 5, 3)),
-        ),
-    ),
-    "cluster_dpc_knn_center": ("cluster", ((_center, _clusters(_tokens, 5, 2, 6)),)),
-    "merge_tokens": (
-        "merge",
-        (
-            (tcformer.merge_tokens, (lambda g: _merge_arguments(g, map_size=[3, 4], init_grid_size=[3, 4]),)),
-            (tcformer.merge_tokens, (lambda g: _merge_arguments(g, mask=None),)),
-        ),
-    ),
-    "index_points": ("gather", ((hot.index_points, (_points,)),)),
-}
-
-
-def function_for(function: Callable) -> Callable:
-    """What replaces a function of FUNCTIONS: the form that gives the same on a small input, from as many random
-    numbers; raises NotRecognised.
-    """
-    reasons = []
-    takes_mask = "token_mask" in inspect.signature(function).parameters
-    for form, arguments in FUNCTIONS[function.__name__][1]:
-        try:
-            replacement = _with_the_parameters_of(function, form)
-            with _trial():
-                agree = all(_agree_on(given, function, replacement) for given in arguments[: 1 + takes_mask])
-        except NotRecognised as reason:
-            reasons.append(str(reason))
-            continue
-        if agree:
-            return replacement
-        reasons.append("it returns something else than the official form")
-    raise NotRecognised("; ".join(dict.fromkeys(reasons)))
-
-
-def _agree_on(arguments: Callable, *candidates: Callable) -> bool:
-    """Whether two functions give the same, from as many random numbers."""
-    results = []
-    for candidate in candidates:
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs, too
-        given = arguments(torch.Generator().manual_seed(0))
-        results.append([_tried(lambda: candidate(*given)), torch.get_rng_state()])
-    return _agree(*results)
-
-
-def _with_the_parameters_of(function: Callable, form: Callable) -> Callable:
-    """form with function's defaults; calls that use further, optional arguments of function stay function's."""
-    theirs, ours = (list(inspect.signature(f).parameters.values()) for f in (function, form))
-    ours = [p for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
-    names = [p.name for p, own in zip(theirs, ours, strict=False) if p.name == own.name]
-    shared, further = theirs[: len(names)], theirs[len(names) :]
-    if (
-        [p.name for p in shared] != names
-        or len(names) < min(3, len(ours))
-        or any(p.default is p.empty for p in further)
-    ):
-        wanted = ", ".join(p.name for p in ours)
-        raise NotRecognised(f"its arguments are {inspect.signature(function)}, not ({wanted})")
-    if type(form) is FunctionType and [(p.name, p.default) for p in theirs] == [(p.name, p.default) for p in ours]:
-        return form
-
-    @functools.wraps(function)
-    def with_its_defaults(*args, **kwargs):
-        if len(args) > len(names) or not kwargs.keys() <= set(names):
-            return function(*args, **kwargs)
-        absent = {p.name: p.default for p in shared[len(args) :] if p.default is not p.empty}
-        return form(*args, **absent | kwargs)
-
-    with_its_defaults.__module__ = __name__  # this package's, not to be replaced again
-    return with_its_defaults
