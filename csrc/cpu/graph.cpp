@@ -188,9 +188,19 @@ struct Line {
     }
   }
 
+  // Asks for what node n reads alone, and for the lines of its result: nodes may stand far apart.
+  __attribute__((always_inline)) void ask_for(int64_t n) const {
+    for (int64_t c = 0; c < a.C; c += 64 / int64_t(sizeof(T))) {
+      __builtin_prefetch(row(a.u, n) + c);
+      __builtin_prefetch(row(a.residual, n) + c);
+      __builtin_prefetch(row(a.out, n) + c, 1);
+    }
+  }
+
   __attribute__((always_inline)) void update_all(const Neighbours<E>& by, const E* normed) const {
     constexpr int64_t L = kLanes<T>;
     for (int64_t n = 0; n < a.T; n++) {
+      ask_for(n + 2);
       int64_t c = 0;
       for (; c + 4 * L <= a.C; c += 4 * L) update<4>(by, normed, n, c, 0);
       for (; c + L <= a.C; c += L) update<1>(by, normed, n, c, 0);

@@ -1,10 +1,13 @@
 """MixSTE and its hourglasses (HoT, TPC, H2OT), with the official parameter names."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..gather import gather_tokens
 from ..hourglass import Kept
+from ..linear import normed
 from .blocks import Block, drop_rates
 from .host import Host
 
@@ -52,15 +55,19 @@ class MixSTE(Host):
 
     def lift(self, x: Tensor, signals: dict) -> tuple[Tensor, Kept]:
         x = self.Spatial_patch_to_embedding(x) + self.Spatial_pos_embed
+        norms = self.Spatial_norm, self.Temporal_norm
+        if x.is_cpu:  # elsewhere it would only be one call more
+            norms = (partial(normed, norm, dtype=x.dtype) for norm in norms)
+        after_spatial, after_temporal = norms
         kept, signals = (), {**signals, "pos_embed": self.pos_embed_token}
         for i, (spatial, temporal) in enumerate(zip(self.STEblocks, self.TTEblocks, strict=True)):
             x, kept = self.hourglass.prune(i, x, kept, **signals)
-            x = self.Spatial_norm(spatial(x, dim=2)[0])
+            x = after_spatial(spatial(x, dim=2)[0])
             if i == 0:
                 x = x + self._temporal_embedding(kept)
             x, query_key = temporal(x, dim=1, with_query_key=self.prunes_by_attention(i + 1))
             signals["query"], signals["key"] = query_key or (None, None)
-            x = self.Temporal_norm(x)
+            x = after_temporal(x)
         tail = {"x_token": self.x_token, "cross_attention": self.cross_attention}
         return self.hourglass.recover(x, kept, self.head, **tail), kept
 
