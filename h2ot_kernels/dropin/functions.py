@@ -45,8 +45,8 @@ def function_for(function: FunctionType, owner: type | None = None) -> Callable:
             shared = _shared(function, form.compute, owner)
             with trial():
                 compute = _arranged(form, own) if form.is_arranged else form.compute
-                is_it = not (form.is_arranged or owner) and _takes_the_same(function, compute)
-                replacement = compute if is_it else _with_the_parameters_of(function, compute, shared, owner)
+                as_it_is = not (form.is_arranged or owner) and _takes_the_same(function, compute)
+                replacement = compute if as_it_is else _with_the_parameters_of(function, compute, shared, owner)
                 called = replacement if owner is None else functools.partial(replacement, _blank(owner))
                 if all(agree(_result(own, given), _result(called, given)) for given in arguments):
                     return replacement
@@ -160,7 +160,9 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 def _is_exchanged(instance: object, owner: type, name: str) -> bool:
     cls = type(instance)
-    return name in instance.__dict__ or (cls is not owner and getattr(cls, name) is not getattr(owner, name))
+    if name in getattr(instance, "__dict__", ()):
+        return True
+    return cls is not owner and getattr(cls, name) is not getattr(owner, name)
 
 
 def _clusters(
