@@ -107,7 +107,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_noise_defaults_and_order_of_each_form(form, dtype, monkeypatch):
     module, x = code(form, monkeypatch), torch.randn(3, 20, 8)
-    first = form.__code__.co_varnames[0]
+    first, named = form.__code__.co_varnames[:2]
     given = {"x": x.to(dtype)} if first == "token_dict" else x.to(dtype)
 
     def calls():
@@ -115,7 +115,6 @@ def test_noise_defaults_and_order_of_each_form(form, dtype, monkeypatch):
         both = module.cluster_dpc_knn(given, 6), module.cluster_dpc_knn(**{first: given}, **{named: 6})
         return *both, torch.get_rng_state()
 
-    named = form.__code__.co_varnames[1]
     before = calls()
     with dropin.patch(module), Recorder() as called:
         after = calls()

@@ -288,7 +288,7 @@ def test_a_block_costs_a_gpu_no_more_calls_than_the_official_one(name, monkeypat
     """Where kernels are short, the calls are the time."""
     monkeypatch.setattr(blocks, "takes_one_product", lambda x, dim: True)
     monkeypatch.setattr(blocks.Linear, "forward", blocks.Linear._plain)
-    monkeypatch.setattr(mixste, "partial", lambda normed, norm, dtype: norm)
+    monkeypatch.setattr(mixste, "partial", lambda normed, norm, dtype: norm)  # as there
     ours, counts = small(name).eval(), {}
     for whose, model in (("official", official(name, ours)), ("ours", ours)):
         x, calls = torch.randn(1, F, J, 2, dtype=torch.float64), []

@@ -194,17 +194,11 @@ H2OT_INLINE void put_tile(const float* sums, Floats share, int64_t queries, int6
   }
 }
 
-// Asks for rows [first, last) of the D channels at x.
-H2OT_INLINE void ask_for(const uint16_t* x, int64_t stride, int64_t D, int64_t first, int64_t last) {
+// Asks for rows [first, last) of the D channels at x, which are read later, or written soon.
+template <bool kWritten = false, class T>
+H2OT_INLINE void ask_for(const T* x, int64_t stride, int64_t D, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
-    for (int64_t d = 0; d < D; d += kStepChannels) __builtin_prefetch(x + i * stride + d, 0, 2);
-  }
-}
-
-// The same of the D results of `count` rows, which are written.
-H2OT_INLINE void ask_for_results(const BFloat16* out, int64_t stride, int64_t D, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    for (int64_t d = 0; d < D; d += kStepChannels) __builtin_prefetch(out + i * stride + d, 1);
+    for (int64_t d = 0; d < D; d += kStepChannels) __builtin_prefetch(x + i * stride + d, kWritten, kWritten ? 3 : 2);
   }
 }
 
@@ -236,7 +230,7 @@ struct Forward {
     const int64_t first = panel * kPanel, count = a.F - first < kPanel ? a.F - first : kPanel;
     const uint16_t* const query = head_of(a.query, a.query_at, a.query_rows == 1 ? 0 : b, h * head.D);
     pack_rows(query + first * a.query_at.stride_n, a.query_at.stride_n, count, 2, head, true, at.queries);
-    ask_for_results(rows + h * head.D, a.C, head.D, count);
+    ask_for<true>(rows + h * head.D, a.C, head.D, 0, count);
     multiply_keys(head, at);
     Floats sums[2];
     for (int64_t half = 0; half < 2; half++) {

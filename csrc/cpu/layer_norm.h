@@ -97,7 +97,7 @@ H2OT_INLINE void norm_rows(const T* const* x, const E* mean, int64_t C, double e
 }
 
 // LayerNorm of `count` rows `apart` from each other, into rows one behind the other, C at least a vector; weight and
-// bias in whole vectors.
+// bias in whole vectors. The next rows are asked for.
 template <int R = kNormRows, class T, class N, class E>
 H2OT_INLINE void norm_block(const T* x, int64_t apart, int64_t count, int64_t C, double eps, const E* weight,
                             const E* bias, N* out) {

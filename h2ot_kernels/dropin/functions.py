@@ -111,7 +111,7 @@ def _shared(function: FunctionType, form: Callable, owner: type | None) -> dict[
 
 
 def _parameters(function: Callable, owner: type | None = None) -> list[inspect.Parameter]:
-    """All but a method's own instance and what can be given by name only."""
+    """All but a method's own instance and optional ones that can be given by name only."""
     found = list(inspect.signature(function).parameters.values())
     return [p for p in found[owner is not None :] if p.kind is not p.KEYWORD_ONLY or p.default is p.empty]
 
