@@ -209,8 +209,8 @@ struct RecoverRotatedArgs {
   const float* token;              // [F, W]
   // For each panel of rotated channels c .. c + kRotatedPanel - 1: the weights of channels c .. C - 1 of attended,
   // which are all that it depends on, [C - c][kRotatedPanel]. bf16: in tiles of kRotatedTile, [channels / 32][2][16
-  // pairs of channels][16][2]. Bytes: what is above the diagonal, as pack_tiles() packs it, then float32: the diagonal
-  // [W], and the spread (recover_rotated.py), 32 times.
+  // pairs of channels][16][2]. Bytes: what is above the diagonal, as pack_tiles() packs it, with a spread of its own
+  // (recover_rotated.py), then the diagonal in float32 [W].
   const void* triangle;
   const float *head, *bias;  // [M, W]; [M]
   int64_t M;

@@ -35,7 +35,7 @@ bool fits(const Tensor& triangle, Form form, int64_t C) {
 #ifdef H2OT_AMX
   if (form == Form::tiles) {
     const int64_t above = amx::packed_tiles_size({nullptr, 1, C, C, nullptr});
-    return has_size(triangle, {above + (panels + 1) * kRotatedPanel * int64_t(sizeof(float))});
+    return has_size(triangle, {above + panels * kRotatedPanel * int64_t(sizeof(float))});
   }
 #endif
   return has_size(triangle, {panels * C - kRotatedPanel * panels * (panels - 1) / 2, kRotatedPanel});

@@ -38,7 +38,15 @@ class Tiles(Packed):
 
 def _fake_pack(weight, chunks):
     panels, steps = -(-(weight.shape[0] // chunks) // 16), -(-weight.shape[1] // 64)
-    return weight.new_empty(chunks * panels * (steps * 3 * 1024 + 16 * 4) + 16 * 4, dtype=torch.int8)
+    return weight.new_empty(chunks * panels * (steps * 3 * 1024 + 16 * 4) + (16 + steps * 64) * 4, dtype=torch.int8)
+
+
+def spread_and_channels(packed: Tensor, C: int) -> tuple[Tensor, Tensor]:
+    """Views of what `pack_tiles` made of C channels: their spread [], and the channels' scales [C], the first of them
+    negative where there are none (csrc/amx/packed_tiles.h).
+    """
+    behind = packed[-(16 + -(-C // 64) * 64) * 4 :].view(torch.float32)
+    return behind[0], behind[16 : 16 + C]
 
 
 pack_tiles = declare_for_inference("pack_tiles", "(Tensor weight, int chunks) -> Tensor", _fake_pack)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from .add_norm import HALVES
 from .inference import declare_for_inference, dots_run, is_unseen, tiles_run
 from .linear import Linear, is_silent, is_widened
-from .linear_tiles import Tiles, pack_tiles
+from .linear_tiles import Tiles, pack_tiles, spread_and_channels
 
 PANEL, TILE = 32, 1024  # csrc/launch.h: kRotatedPanel, kRotatedTile
 
@@ -98,13 +98,24 @@ def _rotation(weight: Tensor, dtype: torch.dtype, tiles: bool) -> tuple[Tensor, 
 def _as_bytes(above: Tensor, diagonal: Tensor) -> Tensor:
     """R for the tile unit: what is above its diagonal in bytes, the diagonal, whose numbers are far larger, in float32.
 
-    The last number: C times C sum(largest of a row ^ 2) / |R|^2, which says how much the lowest products matter
-    (csrc/amx/digits.h).
+    Channels whose weights in R differ in size are scaled before `pack_tiles` looks at them, which would take a last row
+    of small weights, that has no others, for a large one. With r^2 / C of a row, the spread says how much the lowest
+    products matter (csrc/amx/digits.h), here beside the diagonal's share of a result: C times C sum(largest of a row ^
+    2) / |R|^2.
     """
-    C, diagonal = len(diagonal), functional.pad(diagonal, (0, -len(diagonal) % PANEL)).float()
-    squares = above.square().sum() + diagonal.square().sum()
-    spread = C * C * above.abs().amax(1).square().sum() / squares if squares > 0 else squares
-    return torch.cat([pack_tiles(above, 1), torch.cat([diagonal, spread.expand(PANEL)]).view(torch.int8)])
+    C = len(diagonal)
+    norm = (above.double().square().sum(0) + diagonal.square()).sqrt()
+    scale = torch.where((norm == 0) | (norm > norm.max() / 2), 1, norm / norm.max()).clamp(min=2.0**-60).float()
+    packed = pack_tiles(above / scale, 1)
+    spread, channels = spread_and_channels(packed, C)
+    scale = scale * channels if channels[0] >= 0 else scale
+    if (scale != 1).any():
+        channels.copy_(scale)
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    scaled = above * inverse
+    squares = scaled.square().sum() + (diagonal * inverse).square().sum()
+    spread.copy_(C * C * scaled.abs().amax(1).square().sum() / squares if squares > 0 else squares)
+    return torch.cat([packed, functional.pad(diagonal, (0, -C % PANEL)).float().view(torch.int8)])
 
 
 def _rotated(rotation, token, proj_bias, norm_weight, norm_bias, head_weight, head_bias) -> tuple[Tensor, ...]:

@@ -69,6 +69,16 @@ def test_weights_that_lose_channels_keep_the_unit():
     assert form_of(tail) == torch.int8
 
 
+@pytest.mark.parametrize("apart", [1e2, 1e6])
+def test_channels_of_different_scales(apart):
+    """As near to float64 as float32: values are large where the projection's weights are small."""
+    tail, token, attended = Tail(128), torch.randn(40, 128), torch.randn(3, 40, 128)
+    scale = apart ** torch.linspace(-0.5, 0.5, 128)[torch.randperm(128)]
+    tail.proj.weight.div_(scale)
+    assert_right(tail, token, attended * scale)
+    assert form_of(tail) == torch.int8
+
+
 def test_another_instruction_set_has_a_triangle_of_its_own():
     tail, token, attended = Tail(64), torch.randn(9, 64), torch.randn(2, 9, 64)
     for capability, form in ((None, torch.int8), ("avx2", F32), ("avx512", torch.int8)):

@@ -74,9 +74,11 @@ H2OT_INLINE Floats joined(const Rows& rows, int64_t row, const int32_t* sums, bo
 
 // The digits of group g as tiles; zeros for rows that are not there or have none. normed: room for its rows, where
 // there is a norm.
-void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, float* normed) {
+void split_group(const LinearTilesArgs& a, const Packed& p, int64_t g, Rows& rows, float* normed) {
   const float* x[kGroup];
   float to_whole[kGroup];
+  const float* const channels = p.channel_scales();
+  const float spread = p.spread();
   const int64_t steps = groups_of(a.C, kDepth);
   rows.has_low[g] = false;
   const int64_t height = rows.height(g);
@@ -92,9 +94,8 @@ void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, 
     if (is_there && a.has_norm) {
       extent = norm_row(x[r], a.C, a.norm_weight, a.norm_bias, a.eps, normed + r * a.C);
       x[r] = normed + r * a.C;
-    } else if (is_there) {
-      extent = extent_of(x[r], a.C);
     }
+    if (is_there && (channels || !a.has_norm)) extent = extent_of(x[r], channels, a.C);
     const bool has_digits = extent.has_digits();
     rows.has_plain |= !has_digits;
     to_whole[r] = has_digits && extent.largest != 0 ? kWhole / extent.largest : 0;
@@ -108,7 +109,7 @@ void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, 
     for (int64_t r = 0; r < height; r++) {
       int8_t* const to = tiles + r * kDepth;
       if (to_whole[r] != 0) {
-        put_digits(x[r], a.C, c, to_whole[r], rows.has_low[g], to, 2 * kTile);
+        put_digits(x[r], channels, a.C, c, to_whole[r], rows.has_low[g], to, 2 * kTile);
       } else {
         for (int d = 0; d < kRowDigits; d++) memset(to + d * 2 * kTile, 0, kDepth);
       }
@@ -116,20 +117,21 @@ void split_group(const LinearTilesArgs& a, int64_t g, float spread, Rows& rows, 
   }
 }
 
-// Rows of C numbers, `stride` apart, as a layer takes them.
-void split(const LinearTilesArgs& a, float spread, const float* x, int64_t stride, int64_t count, Rows& rows,
+// Rows of C numbers, `stride` apart, as a layer of these weights takes them.
+void split(const LinearTilesArgs& a, const Packed& p, const float* x, int64_t stride, int64_t count, Rows& rows,
            float* normed) {
   rows.x = x;
   rows.stride = stride;
   rows.count = count;
   rows.halves = groups_of(count, kSide);
   rows.has_plain = false;
-  for (int64_t g = 0; g < rows.groups(); g++) split_group(a, g, spread, rows, normed);
+  for (int64_t g = 0; g < rows.groups(); g++) split_group(a, p, g, rows, normed);
 }
 
 // The product of a row without digits with the kSide outputs of a panel, by multiply-adds in the order of the channels.
 H2OT_INLINE Floats plain_product(const Packed& p, const float* x, int64_t C, int64_t panel) {
   const int8_t* const weights = p.panel(panel);
+  const float* const channels = p.channel_scales();
   const Floats scale = load(p.scales + panel * kSide) * (256 / kScale);
   Floats sum = {};
   for (int64_t c = 0; c < C; c++) {
@@ -138,7 +140,7 @@ H2OT_INLINE Floats plain_product(const Packed& p, const float* x, int64_t C, int
       const int8_t* const digits = weights + Packed::place(lane, c);
       weight[lane] = float((digits[0] * 256 + digits[kTile]) * 256 + digits[2 * kTile]);
     }
-    sum += x[c] * (weight * scale);
+    sum += x[c] * (channels ? weight * scale * channels[c] : weight * scale);
   }
   return sum;
 }

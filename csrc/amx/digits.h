@@ -57,22 +57,27 @@ class Measure {
   Words most_ = {};
   Floats squares_ = {};
 };
-H2OT_INLINE Extent extent_of(const float* x, int64_t C) {
+// Channels from c on of x[C], times their scales (packed_tiles.h) where there are some.
+H2OT_INLINE Floats scaled(const float* x, const float* channels, int64_t C, int64_t c) {
+  const Floats v = load_some(x + c, C - c);
+  return channels ? v * load(channels + c) : v;
+}
+H2OT_INLINE Extent extent_of(const float* x, const float* channels, int64_t C) {
   Measure measure;
-  for (int64_t c = 0; c < C; c += kFloats) measure.add(load_some(x + c, C - c));
+  for (int64_t c = 0; c < C; c += kFloats) measure.add(scaled(x, channels, C, c));
   return measure.extent();
 }
 
-// Channels [c, c + kDepth) of x[C] times `to_whole`, as row `to` of tiles `stride` apart, one of each digit: byte 4 i +
-// v is channel c + 16 v + i. The last of kRowDigits digits is written where `has_last`.
-H2OT_INLINE void put_digits(const float* x, int64_t C, int64_t c, float to_whole, bool has_last, int8_t* to,
-                            int64_t stride) {
+// Channels [c, c + kDepth) of x[C], scaled, times `to_whole`, as row `to` of tiles `stride` apart, one of each digit:
+// byte 4 i + v is channel c + 16 v + i. The last of kRowDigits digits is written where `has_last`.
+H2OT_INLINE void put_digits(const float* x, const float* channels, int64_t C, int64_t c, float to_whole, bool has_last,
+                            int8_t* to, int64_t stride) {
   constexpr uint32_t kHalf = 0x80808080;  // digits between 0 and 255, of those between -128 and 127
   Words v[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    const Floats scaled = load_some(x + c + i * kFloats, C - c - i * kFloats) * to_whole;
-    v[i] = reinterpret_cast<Words>(_mm512_maskz_cvtps_epi32(kAll, reinterpret_cast<__m512>(scaled))) + kHalf;
+    const Floats whole = scaled(x, channels, C, c + i * kFloats) * to_whole;
+    v[i] = reinterpret_cast<Words>(_mm512_maskz_cvtps_epi32(kAll, reinterpret_cast<__m512>(whole))) + kHalf;
   }
   const Words high = odd_words(v[0] >> 16, v[2]), high_odd = odd_words(v[1] >> 16, v[3]);
   const Words low = odd_words(v[0], v[2] << 16), low_odd = odd_words(v[1], v[3] << 16);

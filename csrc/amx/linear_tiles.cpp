@@ -55,11 +55,12 @@ void plain_rows(const LinearTilesArgs& a, const Packed& p, const Rows& rows, flo
                 int64_t column, int64_t width, const Results& to) {
   for (int64_t r = 0; rows.has_plain && r < rows.count; r++) {
     const float* x = rows.x + r * rows.stride;
-    const Extent extent = a.has_norm ? norm_row(x, a.C, a.norm_weight, a.norm_bias, a.eps, normed) : extent_of(x, a.C);
-    if (extent.has_digits()) continue;
+    if (a.has_norm) norm_row(x, a.C, a.norm_weight, a.norm_bias, a.eps, normed);
+    if (a.has_norm) x = normed;
+    if (extent_of(x, p.channel_scales(), a.C).has_digits()) continue;
     for (int64_t at = 0; at < width; at += kSide) {
       const int64_t panel = chunk * p.panels + (column + at) / kSide;
-      const Floats sum = plain_product(p, a.has_norm ? normed : x, a.C, panel) + bias_of(a, chunk, column + at);
+      const Floats sum = plain_product(p, x, a.C, panel) + bias_of(a, chunk, column + at);
       store(to.at + r * to.stride + at, kGelu ? gelu(sum) : sum);
     }
   }
@@ -205,21 +206,21 @@ Packed packed_of(const LinearTilesArgs& a) { return Packed(a.packed, a.chunks, a
 
 int64_t packed_tiles_size(const PackTilesArgs& a) { return Packed(nullptr, a.chunks, a.M, a.C).bytes(); }
 
-void pack_tiles(const PackTilesArgs& a) {
-  const Packed p(a.packed, a.chunks, a.M, a.C);
-  memset(a.packed, 0, size_t(p.bytes()));
-  float* const scales = reinterpret_cast<float*>(a.packed + p.digit_bytes());
+namespace {
+
+// Packs the weights, times `channels` where there are some; returns their spread.
+float pack_weights(const PackTilesArgs& a, const Packed& p, const float* channels, float* scales) {
   double spreads = 0;
   int64_t counted = 0;
   for (int64_t row = 0; row < a.chunks * a.M; row++) {
     const int64_t panel = row / a.M * p.panels + row % a.M / kSide, m = row % a.M % kSide;
     const float* const w = a.weight + row * a.C;
-    const Extent extent = extent_of(w, a.C);
+    const Extent extent = extent_of(w, channels, a.C);
     if (extent.largest == 0) continue;
     const float to_whole = kWhole / extent.largest;
     for (int64_t c = 0; c < a.C; c += kDepth) {
       alignas(64) int8_t step[kWeightDigits * kTile];
-      put_digits(w, a.C, c, to_whole, false, step, kTile);
+      put_digits(w, channels, a.C, c, to_whole, false, step, kTile);
       for (int64_t d = 0; d < kWeightDigits; d++) {
         for (int64_t i = 0; i < kSide; i++) {
           memcpy(a.packed + panel * p.steps * kWeightStep + d * kTile + Packed::place(m, c + i),
@@ -232,13 +233,67 @@ void pack_tiles(const PackTilesArgs& a) {
     counted++;
   }
   // r^2 s^2 of a token is its own spread() times this.
-  scales[a.chunks * p.panels * kSide] = counted ? float(spreads / double(counted) * double(a.C * a.C)) : 0;
+  return counted ? float(spreads / double(counted) * double(a.C * a.C)) : 0;
+}
+
+// The inverse of each number that is not 0.
+void invert(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i++) x[i] = x[i] != 0 ? 1 / x[i] : 0;
+}
+
+// The channels' scales into channels[C]; whether they are needed. Twice, for outputs that large channels made look
+// small. sizes: room for a number of each output.
+bool scale_channels(const PackTilesArgs& a, float* channels, float* sizes) {
+  const int64_t outputs = a.chunks * a.M;
+  float most = 0;
+  for (int turn = 0; turn < 2; turn++) {
+    invert(channels, a.C);
+    for (int64_t row = 0; row < outputs; row++) {
+      sizes[row] = std::sqrt(extent_of(a.weight + row * a.C, turn ? channels : nullptr, a.C).squares);
+    }
+    memset(channels, 0, size_t(a.C) * sizeof(float));
+    for (int64_t row = 0; row < outputs; row++) {
+      const float* const w = a.weight + row * a.C;
+      const float inverse = sizes[row] != 0 ? 1 / sizes[row] : 0;
+      for (int64_t c = 0; c < a.C; c++) {
+        const float size = __builtin_fabsf(w[c]) * inverse, share = size > kSmallestChannel ? size : kSmallestChannel;
+        channels[c] += w[c] != 0 ? share * share : 0;
+      }
+    }
+    for (int64_t c = 0; c < a.C; c++) channels[c] = std::sqrt(channels[c]);
+    most = extent_of(channels, nullptr, a.C).largest;
+    for (int64_t c = 0; c < a.C; c++) channels[c] = most != 0 ? channels[c] / most : 0;
+  }
+  bool is_needed = false;
+  for (int64_t c = 0; c < a.C; c++) {
+    if (channels[c] > kNearChannel) channels[c] = 1;
+    is_needed |= channels[c] != 1;
+  }
+  return is_needed && most != 0;
+}
+
+}  // namespace
+
+void pack_tiles(const PackTilesArgs& a) {
+  const Packed p(a.packed, a.chunks, a.M, a.C);
+  memset(a.packed, 0, size_t(p.bytes()));
+  float* const scales = reinterpret_cast<float*>(a.packed + p.digit_bytes());
+  float* const channels = scales + (p.channels - p.scales);
+  const bool has_channels = scale_channels(a, channels, scales);
+  memset(scales, 0, size_t(a.chunks * p.panels * kSide) * sizeof(float));
+  if (has_channels) invert(channels, a.C);
+  scales[a.chunks * p.panels * kSide] = pack_weights(a, p, has_channels ? channels : nullptr, scales);
+  if (has_channels) {
+    invert(channels, a.C);
+  } else {
+    channels[0] = -1;
+  }
 }
 
 Status linear_tiles(const LinearTilesArgs& a, const Parallel& pool) {
   const Packed p = packed_of(a);
   const auto run = [&](int64_t first, int64_t count, int64_t panel, int64_t end, Arrays& at) {
-    split(a, p.spread(), a.x + first * x_row(a), x_row(a), count, at.rows, at.normed);
+    split(a, p, a.x + first * x_row(a), x_row(a), count, at.rows, at.normed);
     run_block(a, p, at.rows, at.normed, first, panel, end, at.results, at.sums);
   };
   const int64_t panels = a.chunks * p.panels;
@@ -261,9 +316,9 @@ Status mlp_tiles(const MlpTilesArgs& a, const Parallel& pool) {
     return status == Status::ok ? linear_tiles(layers.second, pool) : status;
   }
   return by_blocks(pool, a.first, H, a.second.M, [&](int64_t first, int64_t count, Arrays& at) {
-    split(a.first, p.spread(), a.first.x + first * x_row(a.first), x_row(a.first), count, at.rows, at.normed);
+    split(a.first, p, a.first.x + first * x_row(a.first), x_row(a.first), count, at.rows, at.normed);
     multiply_block<true>(a.first, p, at.rows, at.normed, 0, 0, H, at.hidden, at.sums);
-    split(a.second, q.spread(), at.hidden.at, at.hidden.stride, count, at.hidden_rows, nullptr);
+    split(a.second, q, at.hidden.at, at.hidden.stride, count, at.hidden_rows, nullptr);
     run_block(a.second, q, at.hidden_rows, nullptr, first, 0, q.panels, at.results, at.sums);
   });
 }

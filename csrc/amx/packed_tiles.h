@@ -10,19 +10,30 @@ namespace {
 constexpr float kScale = 0x1p16f;  // of a row: a sum of order 2 counts its square
 constexpr int64_t kSpread = 16;    // floats behind the scales: the weights' spread, and room
 
-// What pack_tiles() makes: digits [chunks][panels][steps][kWeightStep], scales [chunks][panels][kSide], the spread.
+// Of a channel's scale; of one weight beside its output's root of squares.
+constexpr float kNearChannel = 0.5f, kSmallestChannel = 0x1p-60f;
+
+// What pack_tiles() makes: digits [chunks][panels][steps][kWeightStep], scales [chunks][panels][kSide], the spread, and
+// the channels' scales [steps][kDepth]. A channel's is the root of the squares of its weights, each beside its
+// output's, over that of the largest channel, or 1 above kNearChannel; weights stand divided by it, and rows are
+// multiplied by it, so that a channel of large numbers and small weights takes no digits from the others. The first is
+// negative where all are 1.
 struct Packed {
   const int8_t* digits;
   int64_t chunks, steps, panels;
-  const float* scales;
+  const float *scales, *channels;
 
   Packed(const int8_t* packed, int64_t chunks_, int64_t M, int64_t C)
       : digits(packed), chunks(chunks_), steps(groups_of(C, kDepth)), panels(groups_of(M, kSide)) {
     scales = reinterpret_cast<const float*>(packed + digit_bytes());
+    channels = scales + chunks * panels * kSide + kSpread;
   }
   int64_t digit_bytes() const { return chunks * panels * steps * kWeightStep; }
-  int64_t bytes() const { return digit_bytes() + (chunks * panels * kSide + kSpread) * int64_t(sizeof(float)); }
+  int64_t bytes() const {
+    return digit_bytes() + (chunks * panels * kSide + kSpread + steps * kDepth) * int64_t(sizeof(float));
+  }
   float spread() const { return scales[chunks * panels * kSide]; }
+  const float* channel_scales() const { return channels[0] < 0 ? nullptr : channels; }
   const int8_t* panel(int64_t panel) const { return digits + panel * steps * kWeightStep; }
   // Of output m of a panel at channel c; the digits are kTile apart.
   static int64_t place(int64_t m, int64_t c) {

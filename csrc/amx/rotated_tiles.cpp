@@ -11,11 +11,10 @@ namespace {
 
 struct Triangle {
   Packed above;
-  const float *diagonal, *spread;
+  const float* diagonal;
 
   Triangle(const void* packed, int64_t C) : above(static_cast<const int8_t*>(packed), 1, C, C) {
     diagonal = reinterpret_cast<const float*>(above.digits + above.bytes());
-    spread = diagonal + rotated_width(C);
   }
 };
 
@@ -67,7 +66,7 @@ struct Block {
     const int64_t C = a.attention.C;
     for (int64_t r = 0; at.rows.has_plain && r < at.rows.count; r++) {
       const float* const x = at.rows.x + r * at.rows.stride;
-      if (extent_of(x, C).has_digits()) continue;
+      if (extent_of(x, triangle.above.channel_scales(), C).has_digits()) continue;
       memset(sums_of(r), 0, size_t(sums_width(a.M)) * sizeof(float));
       for (int64_t panel = 0; panel < triangle.above.panels; panel++) {
         add(r, panel, plain_product(triangle.above, x, C, panel));
@@ -109,7 +108,7 @@ Status rotate(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t cou
   const TileRegisters registers;
   for (int64_t r = 0; r < count; r += size * kSide) {
     const int64_t here = count - r < size * kSide ? count - r : size * kSide;
-    split(layer, *triangle.spread, static_cast<const float*>(attended) + r * C, C, here, at.rows, nullptr);
+    split(layer, triangle.above, static_cast<const float*>(attended) + r * C, C, here, at.rows, nullptr);
     Block{a, triangle, at, b, first + r}.run();
   }
   return Status::ok;
