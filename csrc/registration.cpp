@@ -1,4 +1,5 @@
-// The torch-facing file: the CPU implementations of the operators, through PyTorch's stable ABI only.
+// The CPU implementations of the operators, through PyTorch's stable ABI only. Those that only hosts use stand in the
+// other *_registration.cpp: products, norms, graph layers, recovery in rotated channels.
 //
 // Schemas, fakes, gradients and argument checks stand in the Python stems (h2ot_kernels/<stem>.py). What only the
 // data can tell (an index out of range) is found by the kernels and raised here as std::out_of_range: the one
@@ -55,10 +56,15 @@ SelectArgs select_args(const Tensor& score, int64_t K, const MaybeTensor& keep, 
           write<int64_t>(index)};
 }
 
+// What is wrong with keep is wrong for select_tokens, whoever calls it: backends that take its steps say so, too.
+void check_selected(Status status, const char* op) {
+  check(status, status == Status::out_of_memory ? op : "select_tokens", "keep");
+}
+
 Tensor select(const Tensor& score, int64_t K, const MaybeTensor& keep, const bool* mask, const char* op) {
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
   const Tensor index = make(score, {score.size(0), K}, ScalarType::Long);
-  check(kernels().select(select_args(score, K, dense_keep, mask, index), pool()), op);
+  check_selected(kernels().select(select_args(score, K, dense_keep, mask, index), pool()), op);
   return index;
 }
 
@@ -98,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_t
   const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
   const ClusterArgs args = {tokens.args, select_args(tokens.score, num_tokens, dense_keep, tokens.args.valid, index),
                             write<int64_t>(labels)};
-  check(kernels().cluster(args, pool()), "cluster_tokens");
+  check_selected(kernels().cluster(args, pool()), "cluster_tokens");
   return {index, labels, tokens.score};
 }
 
@@ -205,7 +211,7 @@ Tensor assign(const Tensor& x, const Tensor& index, const MaybeTensor& parent, c
                            read<bool>(dense_mask),
                            write<int64_t>(labels),
                            read<int64_t>(dense_parent)};
-  check(kernels().assign(args, pool()), parent ? "assign_clusters: parent or" : "assign_clusters");
+  check(kernels().assign(args, pool()), "assign_clusters");
   return labels;
 }
 
@@ -236,7 +242,7 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, i
                           read<void>(dense_weight),
                           merged.mutable_data_ptr(),
                           total.mutable_data_ptr()};
-  check(kernels().merge(args, pool()), "merge_tokens");
+  check(kernels().merge(args, pool()), "merge_tokens", "labels");
   return {merged, total};
 }
 

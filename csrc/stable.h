@@ -142,19 +142,22 @@ T* write(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-inline void check(Status status, const char* op) {
-  const std::string name = op;
+// index: what the operator calls the argument that holds indices.
+inline void check(Status status, const char* op, const char* index = "index") {
+  const std::string name = std::string(op) + ": ";
   switch (status) {
     case Status::ok:
       return;
     case Status::index_out_of_range:
-      throw std::out_of_range(name + ": index holds a value outside its range");
+      throw std::out_of_range(name + index + " holds a value outside its range");
     case Status::index_not_ascending:
-      throw std::out_of_range(name + ": index is not strictly ascending in every row");
+      throw std::out_of_range(name + index + " is not strictly ascending in every row");
     case Status::too_many_kept:
-      throw std::out_of_range(name + ": keep names more tokens than num_tokens");
+      throw std::out_of_range(name + index + " names more tokens than num_tokens");
     case Status::out_of_memory:
-      throw std::runtime_error(name + ": no memory for the kernel's scratch");
+      throw std::runtime_error(name + "no memory for the kernel's scratch");
+    case Status::parent_out_of_range:
+      throw std::out_of_range(name + "parent holds a value outside its range");
   }
 }
 
