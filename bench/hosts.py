@@ -42,11 +42,6 @@ def num_frames(name: str) -> int:
     return inspect.signature(hosts.HOSTS[name][0]).parameters["num_frames"].default
 
 
-def pruned_names() -> list[str]:
-    """The hosts that prune, in the order of hosts.HOSTS."""
-    return [name for name in LIFTING if hosts.HOSTS[name][1].get("stages")]
-
-
 def keypoints(model: nn.Module, batch: int, *, noise: float = 0.01) -> Tensor:
     """[B, F, J, in_channels] float32: a made-up walk, another stretch of it per sample, confidence 1.
 

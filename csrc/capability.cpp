@@ -75,11 +75,7 @@ const Runnable& runnable() {
 }
 
 std::atomic<const Kernels*>& active() {
-  static std::atomic<const Kernels*> table([] {
-    const char* name = getenv("H2OT_KERNELS_CAPABILITY");
-    const Kernels* wanted = name ? runnable().find(name) : nullptr;
-    return wanted ? wanted : runnable().tables[0];
-  }());
+  static std::atomic<const Kernels*> table(runnable().tables[0]);
   return table;
 }
 

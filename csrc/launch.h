@@ -1,4 +1,4 @@
-// Contracts between the torch-facing file (registration.cpp) and the kernels: shapes, units, sizes. No torch here.
+// Contracts between the torch-facing files (*registration.cpp) and the kernels: shapes, units, sizes. No torch here.
 //
 // Every kernel reads its arguments through one struct, trusts it (the Python stem has checked shapes and dtypes),
 // allocates nothing but per-thread scratch, and returns a Status. A kernel that meets a wrong index value writes
@@ -17,7 +17,8 @@ enum class Status : int32_t {
   index_out_of_range,   // an index, label or keep value outside its range: IndexError
   index_not_ascending,  // an index row that is not strictly ascending: IndexError
   too_many_kept,        // more distinct keep values than tokens to select: IndexError
-  out_of_memory         // no memory for scratch: RuntimeError
+  out_of_memory,        // no memory for scratch: RuntimeError
+  parent_out_of_range   // where there is an index, too: a parent outside its range: IndexError
 };
 
 // Runs body(context, begin, end) over [0, tasks) on the caller's thread pool, chunks of at least `grain` tasks.
@@ -326,8 +327,8 @@ struct Kernels {
   Status (*interpolate_backward)(const InterpolateBackwardArgs&, const Parallel&);
 };
 
-// The table in use. The environment variable H2OT_KERNELS_CAPABILITY (portable, avx2, avx512, neon) overrides the
-// choice at load; set_capability overrides it later and returns false for a name that this machine cannot run.
+// The table in use: the best that this machine can run, unless set_capability chose another (portable, avx2, avx512,
+// neon); it returns false for a name that this machine cannot run.
 const Kernels& kernels();
 bool set_capability(const char* name);
 // The names that this machine can run, best first, comma-separated; "" ends the choice.

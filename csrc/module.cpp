@@ -107,11 +107,14 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       pybind11::arg("name"), "Choose the instruction set for the whole process (for tests and comparisons).");
-  m.def("tiles_run", &h2ot::tiles_run,
-        "Whether linear layers run on the tile unit (AMX): found, and the kernels in use are 'avx512'.");
+  m.def(
+      "tiles_run", &h2ot::tiles_run,
+      "Whether kernels run on the tile unit (AMX): the search of scoring and labels, linear layers, attention in "
+      "bfloat16 and recovery in rotated channels. So where one was found, H2OT_KERNELS_TILES is not 0 and the kernels "
+      "in use are 'avx512'.");
   m.def("dots_run", &h2ot::dots_run,
-        "Whether attention in bfloat16 runs by products of pairs (AVX512-BF16): found, and the kernels in use are "
-        "'avx512'.");
+        "Whether linear layers, attention and recovery in bfloat16 may run by products of pairs (AVX512-BF16): those "
+        "were found, and the kernels in use are 'avx512'. Where tiles_run, too, the tile unit does the work.");
   pybind11::class_<h2ot::Samples>(m, "Samples", "Copies of parts of arrays, to see whether those have changed.")
       .def(pybind11::init([](const std::vector<std::array<int64_t, 4>>& arrays) {
              std::vector<h2ot::Sampled> sampled;

@@ -1,4 +1,5 @@
-// The torch-facing file: the CPU implementations of the operators, through PyTorch's stable ABI only.
+// The CPU implementations of the operators, through PyTorch's stable ABI only. Those that only hosts use stand in the
+// other *_registration.cpp: products, norms, graph layers, recovery in rotated channels.
 //
 // Schemas, fakes, gradients and argument checks stand in the Python stems (h2ot_kernels/<stem>.py). What only the
 // data can tell (an index out of range) is found by the kernels and raised here as std::out_of_range: the one
@@ -17,6 +18,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_variant(const Tensor& x, int64_t k, const MaybeTensor& mask,
                                                          const MaybeTensor& noise, double scale, bool exclude_self,
                                                          double cutoff) {
+  check_token_limit(x);
   const std::vector<int64_t> size = {x.size(0), x.size(1)};
   const Tensor density = make(x, size, ScalarType::Double), distance = make(x, size, ScalarType::Double);
   const Tensor score = make(x, size, ScalarType::Double), parent = make(x, size, ScalarType::Long);
@@ -55,10 +57,15 @@ SelectArgs select_args(const Tensor& score, int64_t K, const MaybeTensor& keep, 
           write<int64_t>(index)};
 }
 
+// What is wrong with keep is wrong for select_tokens, whoever calls it: backends that take its steps say so, too.
+void check_selected(Status status, const char* op) {
+  check(status, status == Status::out_of_memory ? op : "select_tokens", "keep");
+}
+
 Tensor select(const Tensor& score, int64_t K, const MaybeTensor& keep, const bool* mask, const char* op) {
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
   const Tensor index = make(score, {score.size(0), K}, ScalarType::Long);
-  check(kernels().select(select_args(score, K, dense_keep, mask, index), pool()), op);
+  check_selected(kernels().select(select_args(score, K, dense_keep, mask, index), pool()), op);
   return index;
 }
 
@@ -84,6 +91,7 @@ struct Selectable {
 
 Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
                      const MaybeTensor& noise) {
+  check_token_limit(x);
   const Selectable tokens(x, k, mask, noise);
   check(kernels().score(tokens.args, pool()), "prune_cluster");
   return select(tokens.score, num_tokens, keep, tokens.args.valid, "prune_cluster");
@@ -92,13 +100,14 @@ Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const Maybe
 std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_tokens, int64_t k,
                                                   const MaybeTensor& keep, const MaybeTensor& mask,
                                                   const MaybeTensor& noise) {
+  check_token_limit(x);
   const Selectable tokens(x, k, mask, noise);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
   const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);
   const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
   const ClusterArgs args = {tokens.args, select_args(tokens.score, num_tokens, dense_keep, tokens.args.valid, index),
                             write<int64_t>(labels)};
-  check(kernels().cluster(args, pool()), "cluster_tokens");
+  check_selected(kernels().cluster(args, pool()), "cluster_tokens");
   return {index, labels, tokens.score};
 }
 
@@ -195,6 +204,7 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
 }
 
 Tensor assign(const Tensor& x, const Tensor& index, const MaybeTensor& parent, const MaybeTensor& mask) {
+  check_token_limit(x);
   const Tensor dense_index = dense(index);
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_parent = dense(parent, ScalarType::Long);
   const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
@@ -205,7 +215,7 @@ Tensor assign(const Tensor& x, const Tensor& index, const MaybeTensor& parent, c
                            read<bool>(dense_mask),
                            write<int64_t>(labels),
                            read<int64_t>(dense_parent)};
-  check(kernels().assign(args, pool()), parent ? "assign_clusters: parent or" : "assign_clusters");
+  check(kernels().assign(args, pool()), "assign_clusters");
   return labels;
 }
 
@@ -219,6 +229,7 @@ Tensor assign_by_parent(const Tensor& x, const Tensor& index, const Tensor& pare
 
 std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, int64_t num_clusters,
                                         const MaybeTensor& weight) {
+  check_token_limit(x);
   const Tensor dense_labels = dense(labels);
   const MaybeTensor dense_weight = dense(weight, precision_of(x));
   const Tensor merged = make(x, {x.size(0), num_clusters, x.size(2)});
@@ -236,7 +247,7 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, i
                           read<void>(dense_weight),
                           merged.mutable_data_ptr(),
                           total.mutable_data_ptr()};
-  check(kernels().merge(args, pool()), "merge_tokens");
+  check(kernels().merge(args, pool()), "merge_tokens", "labels");
   return {merged, total};
 }
 

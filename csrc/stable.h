@@ -49,6 +49,16 @@ inline Dtype dtype_of(const Tensor& x) {
   }
 }
 
+// Kernels number the tokens of a sample, x [B, N, ...], in 32 bits. Public functions have asked (checks.token_limit),
+// exported programs have not: before anything is allocated.
+inline void check_token_limit(const Tensor& x) {
+  constexpr int64_t kMostTokens = INT32_MAX;
+  if (x.size(1) > kMostTokens) {
+    throw std::invalid_argument("x: got " + std::to_string(x.size(1)) + " tokens a sample, wanted at most " +
+                                std::to_string(kMostTokens));
+  }
+}
+
 inline Tokens tokens_of(const Tensor& x) {
   const bool pooled = x.dim() == 4;
   return {x.const_data_ptr(),
@@ -142,19 +152,22 @@ T* write(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-inline void check(Status status, const char* op) {
-  const std::string name = op;
+// index: what the operator calls the argument that holds indices.
+inline void check(Status status, const char* op, const char* index = "index") {
+  const std::string name = std::string(op) + ": ";
   switch (status) {
     case Status::ok:
       return;
     case Status::index_out_of_range:
-      throw std::out_of_range(name + ": index holds a value outside its range");
+      throw std::out_of_range(name + index + " holds a value outside its range");
     case Status::index_not_ascending:
-      throw std::out_of_range(name + ": index is not strictly ascending in every row");
+      throw std::out_of_range(name + index + " is not strictly ascending in every row");
     case Status::too_many_kept:
-      throw std::out_of_range(name + ": keep names more tokens than num_tokens");
+      throw std::out_of_range(name + index + " names more tokens than num_tokens");
     case Status::out_of_memory:
-      throw std::runtime_error(name + ": no memory for the kernel's scratch");
+      throw std::runtime_error(name + "no memory for the kernel's scratch");
+    case Status::parent_out_of_range:
+      throw std::out_of_range(name + "parent holds a value outside its range");
   }
 }
 

@@ -2,6 +2,12 @@
 
 Every stem registers its implementations here with `implement(op, backend, function)`; all functions of one operation
 take the same arguments. A public function calls `dispatch(op, tensor, backend)(...)`.
+
+What is read from the environment when the package is imported; a name that is not one of these raises ValueError:
+H2OT_KERNELS_BACKEND: the backend of calls that name none.
+H2OT_KERNELS_CAPABILITY: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "neon"), one that this
+machine can run; without it the best of them.
+And H2OT_KERNELS_TILES, read at the first kernel that could use a tile unit (AMX): "0" leaves the unit alone.
 """
 
 import contextlib
@@ -53,7 +59,10 @@ def load_library(stem: str) -> str | None:
 @functools.cache
 def why_no_cpp() -> str | None:
     """None when the C++ library is loaded, else the reason."""
-    return load_library("h2ot_kernels_cpu")
+    reason = load_library("h2ot_kernels_cpu")
+    if reason is None:
+        _choose_capability()
+    return reason
 
 
 @functools.cache
@@ -293,6 +302,19 @@ def _check_environment() -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"H2OT_KERNELS_BACKEND: got {name!r}, wanted one of {', '.join(BACKENDS)}")
     return name
+
+
+def _choose_capability() -> None:
+    """Let the CPU kernels that H2OT_KERNELS_CAPABILITY names run."""
+    name = os.environ.get("H2OT_KERNELS_CAPABILITY")
+    if not name:
+        return
+    from . import _C
+
+    runnable = _C.runnable_capabilities().split(",")
+    if name not in runnable:
+        raise ValueError(f"H2OT_KERNELS_CAPABILITY: got {name!r}, wanted one of {', '.join(runnable)}")
+    _C.set_capability(name)
 
 
 _from_environment = _check_environment()

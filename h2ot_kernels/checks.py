@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MOST_TOKENS = 2**31 - 1  # of a sample: kernels number them in 32 bits
 
 
 def shape(x: Tensor) -> str:
@@ -79,11 +80,21 @@ def choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")
 
 
+def token_limit(name: str, x: Tensor) -> None:
+    """x [B, N, ...] has no more tokens a sample than kernels can number.
+
+    Of what is exported, where N stays free, the operator itself asks (`csrc/stable.h`).
+    """
+    if not torch.compiler.is_exporting() and x.shape[1] > MOST_TOKENS:
+        raise ValueError(f"{name}: got {x.shape[1]} tokens a sample, wanted at most {MOST_TOKENS}")
+
+
 def tokens(x: Tensor) -> None:
-    """x is [B, N, C] or [B, F, J, C] with at least one token, joint and channel."""
+    """x is [B, N, C] or [B, F, J, C] with at least one token, joint and channel, and not too many tokens."""
     tensor("x", x, (3, 4), "[B, N, C] or [B, F, J, C]")
     if 0 in x.shape[1:]:
         raise ValueError(f"x: got shape {shape(x)}, wanted at least one token, joint and channel")
+    token_limit("x", x)
 
 
 def index(name: str, value: Tensor, x: Tensor) -> None:

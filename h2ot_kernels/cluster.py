@@ -121,6 +121,7 @@ def merge_tokens(
              [7.]]])
     """
     checks.tensor("x", x, (3,), "[B, N, C]")
+    checks.token_limit("x", x)
     B, N = x.shape[:2]
     checks.tensor("labels", labels, (2,), "[B, N]", (torch.int64,))
     checks.has_shape("labels", labels, (B, N), "[B, N]")
@@ -227,7 +228,7 @@ def _reference_by_parent(x, index, parent, mask):
 
 def _reference_merge(x, labels, num_clusters, weight):
     if not torch.compiler.is_compiling() and ((labels < -1) | (labels >= num_clusters)).any():
-        raise IndexError("merge_tokens: labels hold a value outside their range")
+        raise IndexError("merge_tokens: labels holds a value outside its range")
     return python_ref.merge_tokens(x, labels, num_clusters, weight)
 
 

@@ -150,7 +150,7 @@ def _reference(x, index, pos_embed, dim, out_dim):
 
 _ops = torch.ops.h2ot_kernels
 _gather = declare("gather_tokens", **GATHER, backward=gather_backward(lambda *args: _ops.scatter_tokens(*args)))
-_gather_out = declare("gather_tokens_out", **into_out(**GATHER))
+_gather_out = declare("gather_tokens_out", **into_out(GATHER))
 declare("scatter_tokens", **SCATTER, backward=scatter_backward(lambda *args: _ops.gather_tokens(*args)))
 for _backend in ("cpp", "cuda"):
     implement("gather_tokens", _backend, _gather)

@@ -52,10 +52,13 @@ def declare_custom(
     return _direct(_counted(name, flops), function, backward, setup_context)
 
 
-def into_out(schema: str, fake: Callable, flops: Callable | None = None, **gradient) -> dict:
-    """What declares the form of an operator that writes its result into a last argument `out`: without gradient."""
-    schema = schema.replace(") -> Tensor", ", Tensor(a!) out) -> ()")
-    return {"schema": schema, "fake": lambda *arguments: None, "flops": flops}
+def into_out(returning: dict) -> dict:
+    """From what declares an operator: what declares the one that writes its result into a last argument `out`.
+
+    It has no gradient.
+    """
+    schema = returning["schema"].replace(") -> Tensor", ", Tensor(a!) out) -> ()")
+    return {"schema": schema, "fake": lambda *arguments: None, "flops": returning.get("flops")}
 
 
 def allocating(make: Callable, write: Callable) -> Callable:

@@ -227,7 +227,7 @@ def mlp(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """residual + scale * fc2(gelu(fc1(norm(x)))), as two calls of them give it; in one pass where both are of MLPS."""
+    """residual + scale * fc2(gelu(fc1(norm(x)))), as two calls of them give it; in one pass where an operator can."""
     fused = None
     if x.is_cpu and not torch.compiler.is_compiling():
         dtype = _product_dtype(x)

@@ -98,7 +98,15 @@ class TokenPruningSampler(TokenPruning):
 
 
 class TokenPruningMotion(TokenPruning):
-    """TPMo: the frames that moved most in the 2D pose (`prune_motion`)."""
+    """TPMo: the frames that moved most in the 2D pose (`prune_motion`).
+
+    >>> import torch
+    >>> from h2ot_kernels.nn import TokenPruningMotion
+    >>> pose = torch.tensor([0.0, 0.0, 3.0, 3.0, 4.0]).reshape(1, 5, 1, 1)
+    >>> tokens, index = TokenPruningMotion(2)(torch.zeros(1, 5, 8), pose=pose)
+    >>> index, tokens.shape
+    (tensor([[2, 4]]), torch.Size([1, 2, 8]))
+    """
 
     needed = ("pose",)
 
@@ -108,7 +116,15 @@ class TokenPruningMotion(TokenPruning):
 
 
 class TokenPruningAttention(TokenPruning):
-    """TPA: the frames that received most attention in the block before the cut (`prune_attention`)."""
+    """TPA: the frames that received most attention in the block before the cut (`prune_attention`).
+
+    >>> import torch
+    >>> from h2ot_kernels.nn import TokenPruningAttention
+    >>> query, key = torch.ones(1, 1, 3, 1), torch.tensor([0.0, 2.0, 1.0]).reshape(1, 1, 3, 1)
+    >>> tokens, index = TokenPruningAttention(2)(torch.zeros(1, 3, 8), query=query, key=key)
+    >>> index, tokens.shape
+    (tensor([[1, 2]]), torch.Size([1, 2, 8]))
+    """
 
     needed = ("query", "key")
 
@@ -120,7 +136,14 @@ class TokenPruningAttention(TokenPruning):
 
 
 class TokenPruningScores(TokenPruning):
-    """The frames with the largest of a caller's own scores (`select_tokens`)."""
+    """The frames with the largest of a caller's own scores (`select_tokens`).
+
+    >>> import torch
+    >>> from h2ot_kernels.nn import TokenPruningScores
+    >>> tokens, index = TokenPruningScores(2)(torch.zeros(1, 4, 8), scores=torch.tensor([[0.1, 0.9, 0.5, 0.2]]))
+    >>> index, tokens.shape
+    (tensor([[1, 2]]), torch.Size([1, 2, 8]))
+    """
 
     needed = ("scores",)
     optional = ("mask",)

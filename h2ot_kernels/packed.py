@@ -80,7 +80,10 @@ class Packed:
         return (y,) if self.chunks == 1 else y.unbind()
 
     def write(self, x: Tensor, residual: Tensor, out: Tensor) -> bool:
-        """residual + product of x into out, both of x's dtype with rows as far apart; False: not by this operator."""
+        """residual + product of x into out, which are alike: of one dtype, x's or another, with rows as far apart.
+
+        Returns False, with nothing written, where that is not for this operator.
+        """
         fits = x.dtype in self.adds and residual.dtype in self.adds and residual.dtype == out.dtype
         fits = fits and residual.stride() == out.stride()
         if (
@@ -128,7 +131,7 @@ def declare_layers(end: str, dtype: torch.dtype) -> Operators:
 
     def written(name: str, schema: str, flops: Callable) -> Callable:
         bare = re.sub(r"=[^,)]+", "", schema)  # nothing may be left out before `out`
-        return declare(f"{name}_{end}_out", **into_out(bare, fake, flops))
+        return declare(f"{name}_{end}_out", **into_out({"schema": bare, "flops": flops}))
 
     return Operators(
         declare_for_inference(f"linear_{end}", LAYER, fake, flops=count_flops),

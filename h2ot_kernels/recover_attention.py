@@ -374,7 +374,7 @@ implement(
 )
 declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
-implement("recover_attention_out", "cpp", declare("recover_attention_out", **into_out(**FORWARD)))
+implement("recover_attention_out", "cpp", declare("recover_attention_out", **into_out(FORWARD)))
 implement("recover_attention_out", "reference", copying(_reference))
 _plain_tail = with_rotated(project_first(declare("recover_tail", **TAIL)))
 implement("recover_tail", "cpp", _plain_tail)

@@ -116,5 +116,5 @@ implement(
 )
 declare("recover_interpolate_backward", **BACKWARD, backward=transposed(lambda *args: _ops.recover_interpolate(*args)))
 implement("recover_interpolate", "reference", _reference)
-implement("recover_interpolate_out", "cpp", declare("recover_interpolate_out", **into_out(**FORWARD)))
+implement("recover_interpolate_out", "cpp", declare("recover_interpolate_out", **into_out(FORWARD)))
 implement("recover_interpolate_out", "reference", copying(_reference))

@@ -21,8 +21,9 @@ RESULT = ROOT / "bench" / "results" / "reliability" / "last.json"
 PYTEST = ["-m", "pytest", "-p", "no:xdist"]
 SIMULATED = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_cuda_simt*.py"))
 PROOFS = {
-    "promises": [*PYTEST, "tests/test_bad_input.py", "tests/test_determinism.py", "tests/test_concurrency.py",
-                 "tests/test_size.py", "tests/test_checkpoint.py", "tests/test_keypoints.py"],
+    "promises": [*PYTEST, "tests/test_bad_input.py", "tests/test_bad_index.py", "tests/test_determinism.py",
+                 "tests/test_concurrency.py", "tests/test_size.py", "tests/test_checkpoint.py",
+                 "tests/test_keypoints.py"],
     "kernels": [*PYTEST, "--all", "tests/test_score.py", "tests/test_triton_score.py", "tests/test_select.py",
                 "tests/test_gather.py", "tests/test_cluster.py", "tests/test_recover_attention.py",
                 "tests/test_recover_interpolation.py", "tests/test_official_ops.py"],

@@ -1,5 +1,6 @@
 """The choice of a backend: a pure predicate with reasons, named backends that raise, no silent fallback."""
 
+import os
 import subprocess
 import sys
 
@@ -53,12 +54,29 @@ def test_environment_variable(name, outcome):
     code = "from h2ot_kernels import backend; print(backend.chosen_backend('select_tokens', 'cpu'))"
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={**__import__("os").environ, "H2OT_KERNELS_BACKEND": name},
+        env={**os.environ, "H2OT_KERNELS_BACKEND": name},
         capture_output=True,
         text=True,
         check=False,
     )
     assert outcome in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", ["", "avx51", *_C.runnable_capabilities().split(",")])
+def test_capability_of_the_environment(name):
+    run = subprocess.run(
+        [sys.executable, "-c", "from h2ot_kernels import _C; print(_C.capability())"],
+        env=os.environ | {"H2OT_KERNELS_CAPABILITY": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    runnable = _C.runnable_capabilities().split(",")
+    if name == "avx51":
+        assert f"H2OT_KERNELS_CAPABILITY: got 'avx51', wanted one of {', '.join(runnable)}" in run.stderr
+        assert run.returncode == 1
+    else:
+        assert run.stdout.split() == [name or runnable[0]]
 
 
 def test_explain_and_report(monkeypatch):

@@ -19,6 +19,9 @@ X = torch.randn(2, 9, 4)
 INDEX = torch.tensor([[0, 4, 8]])
 KEPT = torch.randn(2, 3, 4)
 LEAF = torch.randn(2, 3, 4, requires_grad=True)
+POSE, HEADS = torch.randn(2, 9, 3, 2), torch.randn(2, 1, 9, 4)
+KEEP, PARENT = torch.tensor([0, 9]), torch.full((2, 9), 9)
+LONG = torch.zeros(1, 1, 1).expand(1, 2**31, 1)  # one number in memory
 LINEAR, NORM, HEAD = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
 WIDE, DOUBLE, ELSEWHERE = nn.Linear(4, 8), nn.Linear(4, 4).double(), nn.Linear(4, 4, device="meta")
 
@@ -35,6 +38,9 @@ BAD = {
     "score dtype": (lambda: h2ot.score_tokens(X.long()), TypeError, "x: got dtype int64, wanted float32"),
     "no tokens": (lambda: h2ot.score_tokens(X[:, :0]), ValueError, "x: got shape .* at least one token"),
     "no channels": (lambda: h2ot.score_tokens(X[..., :0]), ValueError, "x: got shape .* channel"),
+    "too many tokens": (lambda: h2ot.score_tokens(LONG), ValueError, "x: got 2147483648 .* wanted at most 2147483647"),
+    "too many to label": (lambda: h2ot.assign_clusters(LONG, INDEX[:, :1]), ValueError, "x: got 2147483648 tokens"),
+    "too many to merge": (lambda: h2ot.merge_tokens(LONG, INDEX, 1), ValueError, "x: got 2147483648 tokens"),
     "k 0": (lambda: h2ot.score_tokens(X, 0), ValueError, "k: got 0, wanted 1 to 9"),
     "k above N": (lambda: h2ot.score_tokens(X, 10), ValueError, "k: got 10, wanted 1 to 9"),
     "k type": (lambda: h2ot.score_tokens(X, 2.0), TypeError, "k: got float, wanted an integer"),
@@ -70,9 +76,9 @@ BAD = {
     "clusters K": (lambda: h2ot.cluster_tokens(X, 10), ValueError, "num_tokens: got 10, wanted 1 to 9"),
     "clusters keep": (lambda: h2ot.cluster_tokens(X, 3, keep=9), IndexError, "keep: got 9, wanted 0 to 8"),
     "clusters keep tensor": (
-        lambda: h2ot.cluster_tokens(X, 3, keep=torch.tensor([0, 9])),
+        lambda: h2ot.cluster_tokens(X, 3, keep=KEEP),
         IndexError,
-        "cluster_tokens: index holds|keep holds",
+        "select_tokens: keep holds a value outside its range",
     ),
     "label metric": (lambda: h2ot.assign_clusters(X, INDEX, metric=2), ValueError, "metric: got 2"),
     "parent shape": (
@@ -82,9 +88,14 @@ BAD = {
     ),
     "parent dtype": (lambda: h2ot.assign_clusters(X, INDEX, parent=torch.zeros(2, 9)), TypeError, "parent: got dtype"),
     "parent outside": (
-        lambda: h2ot.assign_clusters(X, INDEX, parent=torch.full((2, 9), 9)),
+        lambda: h2ot.assign_clusters(X, INDEX, parent=PARENT),
         IndexError,
-        "assign_clusters: parent",
+        "assign_clusters: parent holds a value outside its range",
+    ),
+    "index outside, parent": (
+        lambda: h2ot.assign_clusters(X, INDEX + 1, parent=PARENT),
+        IndexError,
+        "assign_clusters: index holds a value outside its range",
     ),
     "variant elsewhere": (
         lambda: h2ot.score_tokens(X, exclude_self=True, backend="cuda"),
@@ -100,14 +111,21 @@ BAD = {
     "keep negative": (lambda: h2ot.select_tokens(X[..., 0], 3, keep=[-1]), IndexError, "keep: got -1"),
     "keep too many": (lambda: h2ot.select_tokens(X[..., 0], 2, keep=[1, 2, 3]), ValueError, "keep: got 3 tokens"),
     "keep tensor outside": (
-        lambda: h2ot.select_tokens(X[..., 0], 3, keep=torch.tensor([0, 9])),
+        lambda: h2ot.select_tokens(X[..., 0], 3, keep=KEEP),
         IndexError,
-        "select_tokens: index holds|keep holds",
+        "select_tokens: keep holds a value outside its range",
     ),
     "keep tensor too many": (
         lambda: h2ot.select_tokens(X[..., 0], 1, keep=torch.tensor([0, 1])),
         IndexError,
-        "keep names more",
+        "select_tokens: keep names more tokens than num_tokens",
+    ),
+    "cluster keep": (lambda: h2ot.prune_cluster(X, 3, keep=KEEP), IndexError, "select_tokens: keep holds"),
+    "motion keep": (lambda: h2ot.prune_motion(POSE, 3, keep=KEEP), IndexError, "select_tokens: keep holds"),
+    "attention keep": (
+        lambda: h2ot.prune_attention(HEADS, HEADS, 3, keep=KEEP),
+        IndexError,
+        "select_tokens: keep holds",
     ),
     "keep type": (lambda: h2ot.select_tokens(X[..., 0], 3, keep="centre"), TypeError, "keep: got str"),
     "score of rank 3": (lambda: h2ot.select_tokens(X, 3), ValueError, "score: got shape"),
@@ -134,7 +152,7 @@ BAD = {
     "label outside": (
         lambda: h2ot.merge_tokens(X, torch.full((2, 9), 3), 3),
         IndexError,
-        "merge_tokens: index holds a value outside|labels hold",
+        "merge_tokens: labels holds a value outside its range",
     ),
     "clusters 0": (lambda: h2ot.merge_tokens(X, torch.zeros(2, 9).long(), 0), ValueError, "num_clusters: got 0"),
     "weight shape": (
@@ -244,6 +262,7 @@ BAD |= {f"FTP-Pose: {name}": row for name, row in FTP_POSE.items()}
 CONTENTS = {
     *("clusters keep tensor", "parent outside", "keep tensor outside", "keep tensor too many", "index outside"),
     *("label outside", "frame outside", "not ascending", "out, index outside", "points", "tcformer label"),
+    *("index outside, parent", "cluster keep", "motion keep", "attention keep"),
     *("hourglass: index range", "hourglass: index of a pruned frame"),
 }
 

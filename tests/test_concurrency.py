@@ -161,6 +161,16 @@ def test_memory_is_flat_over_10_000_calls():
 
 
 @asks_malloc
+def test_all_threads_give_large_scratch_back():
+    """Scratch of labels: 64 bytes a centre in each thread, of which none may stay."""
+    N, others = 5 * 2**18, 32
+    x, index = torch.zeros(1, N, 1), torch.arange(N - others)[None]
+    with threads(2):
+        assert growth(lambda: h2ot.assign_clusters(x, index), 1) < 80e6
+        assert growth(lambda: h2ot.assign_clusters(x.expand(2, -1, -1), index), 1) < 80e6
+
+
+@asks_malloc
 def test_the_measure_of_memory_sees_a_leak():
     """Negative control: 40 bytes a call."""
     kept = []

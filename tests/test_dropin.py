@@ -1,5 +1,7 @@
 """The official signatures: the float64 official formulation's results with the same seed, on padded input too."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from h2ot_kernels import dropin
 from python_ref import official
 
 from .cases import generator
-from .official_code import clustering, tcformer
+from .official_code import clustering, mixste, tcformer
 
 B, N, C, K = 3, 40, 16, 12
 
@@ -122,6 +124,12 @@ def test_index_points_outside_of_points_is_an_error(wrong):
         clustering.index_points(points, idx)
     with pytest.raises(IndexError):
         dropin.hot.index_points(points, idx)
+
+
+def test_cross_attention_has_the_official_name_and_arguments():
+    theirs = inspect.signature(mixste.Cross_Attention)
+    assert inspect.signature(dropin.hot.Cross_Attention).parameters.keys() == theirs.parameters.keys()
+    assert dropin.hot.Cross_Attention is dropin.hot.CrossAttention
 
 
 @pytest.mark.parametrize("repeated", [True, False])

@@ -114,3 +114,30 @@ def test_a_large_output_asks_for_huge_pages():
     """In a process of its own: memory that malloc gives out again keeps what was asked for it before."""
     done = subprocess.run([sys.executable, "-c", PAGES_OF_RESULTS], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_number_of_tokens_stays_free_in_an_exported_program():
+    class Clusters(torch.nn.Module):
+        def forward(self, x):
+            index, labels, _ = h2ot.cluster_tokens(x, 3)
+            return index, h2ot.merge_tokens(x, labels, 3)
+
+    N = torch.export.Dim("N", min=4)
+    program = torch.export.export(Clusters(), (torch.randn(2, 9, 8),), dynamic_shapes=({1: N},)).module()
+    x = torch.randn(2, 30, 8)
+    assert all(map(torch.equal, program(x), Clusters()(x)))
+
+
+def test_operators_refuse_more_tokens_than_they_can_number():
+    """What only an exported program, or a call of the operator itself, brings there."""
+    x = torch.zeros(1, 1, 1).expand(1, 2**31, 1)
+    ops, index = torch.ops.h2ot_kernels, torch.zeros(1, 1, dtype=torch.int64)
+    for call in (
+        lambda: ops.score_tokens(x, 1, None, None),
+        lambda: ops.prune_cluster(x, 1, 1, None, None, None),
+        lambda: ops.cluster_tokens(x, 1, 1, None, None, None),
+        lambda: ops.assign_clusters(x, index, None),
+        lambda: ops.merge_tokens(x, index, 1, None),
+    ):
+        with pytest.raises(ValueError, match="x: got 2147483648 tokens a sample, wanted at most 2147483647"):
+            call()

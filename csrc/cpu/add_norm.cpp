@@ -17,7 +17,7 @@ struct Arrays {
 
   const T* x(int64_t row) const { return static_cast<const T*>(a.x) + row * a.x_stride; }
   const Y* y(int64_t row) const { return a.y ? static_cast<const Y*>(a.y) + row * a.y_stride : nullptr; }
-  T* sum(int64_t row) const { return static_cast<T*>(a.sum) + row * a.C; }
+  T* sum(int64_t row) const { return a.y ? static_cast<T*>(a.sum) + row * a.C : nullptr; }
   N* out(int64_t row) const { return static_cast<N*>(a.out) + row * a.C; }
 
   template <int R>

@@ -1,20 +1,11 @@
 // Labels and merging (launch.h: AssignArgs, MergeArgs).
+#include "each_sample.h"
 #include "kernels.h"
 #include "pack.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
-
-thread_local Scratch sample_scratch, worker_scratch;
-
-constexpr int64_t kKeptBytes = int64_t(64) << 20;
-
-bool in_range(const int64_t* values, int64_t count, int64_t from, int64_t to) {
-  bool ok = true;
-  for (int64_t i = 0; i < count; i++) ok &= values[i] >= from && values[i] < to;
-  return ok;
-}
 
 // Labels of one sample.
 template <class T>
@@ -164,20 +155,8 @@ struct Assigner {
 
 template <class T>
 Status assign_samples(const AssignArgs& args, const Parallel& pool) {
-  const Parallel serial = {pool.run, 1};
-  const int64_t aside = pool.threads > 1 ? args.x.B / pool.threads * pool.threads : 0;
-  int32_t worst = int32_t(Status::ok);
-  const auto run = [&](int64_t b, const Parallel& inner) {
-    const Status status = Assigner<T>(args, inner).run(b);
-    if (status != Status::ok) __atomic_store_n(&worst, int32_t(status), __ATOMIC_RELAXED);
-  };
-  parallel_for(pool, aside, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++) run(b, serial);
-    sample_scratch.trim(kKeptBytes);
-  });
-  for (int64_t b = aside; b < args.x.B; b++) run(b, pool);
-  sample_scratch.trim(kKeptBytes);
-  return Status(worst);
+  return for_each_sample(args.x.B, pool,
+                         [&](int64_t b, const Parallel& inner) { return Assigner<T>(args, inner).run(b); });
 }
 
 // The tokens of each cluster of a sample, ascending: cluster k has token[start[k]] to token[start[k + 1] - 1].
@@ -275,7 +254,7 @@ Status merge_samples(const MergeArgs& args, const Parallel& pool) {
       static_cast<Accumulator<T>*>(args.total)[task] = mean.total;
     }
   });
-  sample_scratch.trim(kKeptBytes);
+  give_back(pool);
   return Status::ok;
 }
 
@@ -283,7 +262,7 @@ Status merge_samples(const MergeArgs& args, const Parallel& pool) {
 
 Status assign(const AssignArgs& args, const Parallel& pool) {
   if (!in_range(args.index, args.index_rows * args.K, -1, args.x.N)) return Status::index_out_of_range;
-  if (args.parent && !in_range(args.parent, args.x.B * args.x.N, -1, args.x.N)) return Status::index_out_of_range;
+  if (args.parent && !in_range(args.parent, args.x.B * args.x.N, -1, args.x.N)) return Status::parent_out_of_range;
   Status status = Status::ok;
   for_dtype(args.x.dtype, [&](auto element) { status = assign_samples<decltype(element)>(args, pool); });
   return status;

@@ -38,8 +38,8 @@ struct Rows {
   const A* operator[](int64_t token) const { return data + token * stride; }
 };
 
-// How rows become packed values, (row - origin) * scale: floats, or integers. Float rows packed as floats keep their
-// values (origin null).
+// How rows become packed values, (row - origin) * scale: floats, or integers. Float32 rows packed as floats take no
+// origin off: row * scale.
 template <class A>
 struct Packing {
   const A* origin;

@@ -146,12 +146,6 @@ void move_rows_embedded(const Walk& w, const T* embed, const Parallel& pool) {
 
 H2OT_INLINE int64_t item_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-bool in_range(const int64_t* index, int64_t count, int64_t from, int64_t to) {
-  bool ok = true;
-  for (int64_t i = 0; i < count; i++) ok &= index[i] >= from && index[i] < to;
-  return ok;
-}
-
 }  // namespace
 
 Status gather(const GatherArgs& a, const Parallel& pool) {

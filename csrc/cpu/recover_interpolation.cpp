@@ -28,10 +28,9 @@ struct Plan {
 };
 
 Status check_index(const int64_t* index, int64_t K, int64_t F) {
-  bool in_range = true, ascending = true;
-  for (int64_t i = 0; i < K; i++) in_range &= uint64_t(index[i]) < uint64_t(F);
+  if (!in_range(index, K, 0, F)) return Status::index_out_of_range;
+  bool ascending = true;
   for (int64_t i = 1; i < K; i++) ascending &= index[i - 1] < index[i];
-  if (!in_range) return Status::index_out_of_range;
   return ascending ? Status::ok : Status::index_not_ascending;
 }
 

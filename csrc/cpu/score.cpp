@@ -3,6 +3,7 @@
 // Float32 tiles find which tokens can be the nearest; float64 direct differences of those few decide. A decision that
 // the tile bound cannot prove is taken over all tokens in float64. So results do not depend on the tile shape, the
 // instruction set's vector width, the number of threads or the place in the batch.
+#include "each_sample.h"
 #include "kernels.h"
 #include "score_gaussian.h"
 #include "score_nearby.h"
@@ -12,10 +13,6 @@
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
-
-thread_local Scratch sample_scratch, worker_scratch;
-
-constexpr int64_t kKeptBytes = int64_t(64) << 20;  // scratch above this goes back after the call
 
 constexpr int64_t kRowGrain = 32;
 
@@ -351,22 +348,8 @@ struct Scorer {
 
 template <class T>
 Status score_samples(const ScoreArgs& args, const Parallel& pool, const ClusterArgs* clusters) {
-  const Parallel serial = {pool.run, 1};
-  // Whole rounds of samples side by side, one per thread; the rest with all threads on each.
-  const int64_t aside = pool.threads > 1 ? args.x.B / pool.threads * pool.threads : 0;
-  int32_t worst = int32_t(Status::ok);
-  const auto run = [&](int64_t b, const Parallel& inner) {
-    const Status status = Scorer<T>(args, inner, clusters).run(b);
-    if (status != Status::ok) __atomic_store_n(&worst, int32_t(status), __ATOMIC_RELAXED);
-  };
-  parallel_for(pool, aside, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++) run(b, serial);
-    worker_scratch.trim(kKeptBytes);
-    sample_scratch.trim(kKeptBytes);
-  });
-  for (int64_t b = aside; b < args.x.B; b++) run(b, pool);
-  sample_scratch.trim(kKeptBytes);
-  return Status(worst);
+  return for_each_sample(args.x.B, pool,
+                         [&](int64_t b, const Parallel& inner) { return Scorer<T>(args, inner, clusters).run(b); });
 }
 
 }  // namespace
@@ -374,7 +357,8 @@ Status score_samples(const ScoreArgs& args, const Parallel& pool, const ClusterA
 ScorePlan plan_score(const ScoreArgs& args) {
   ScorePlan plan = {};
   for_dtype(args.x.dtype, [&](auto element) {
-    Scorer<decltype(element)> scorer(args, {nullptr, 1});
+    const Parallel serial = {nullptr, 1};
+    Scorer<decltype(element)> scorer(args, serial);
     Carver count(nullptr);
     scorer.carve(count);
     plan = {scorer.search_kind(), count.bytes()};

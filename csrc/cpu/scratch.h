@@ -40,9 +40,10 @@ class Scratch {
     }
     return data_;
   }
+  bool exceeds(int64_t limit) const { return size_ > limit; }
   // Gives memory above `limit` bytes back.
   void trim(int64_t limit) {
-    if (size_ <= limit) return;
+    if (!exceeds(limit)) return;
     free(data_);
     data_ = nullptr;
     size_ = 0;

@@ -1,4 +1,5 @@
-// What a kernel needs beside arithmetic: scratch that stays with its thread, and a status that several threads may set.
+// What a kernel needs beside arithmetic: scratch that stays with its thread, a status that several threads may set, and
+// a look at indices.
 #pragma once
 
 #include "scratch.h"
@@ -28,6 +29,13 @@ class Outcome {
  private:
   uint32_t failed_ = 0;
 };
+
+// Whether from <= value < to for all of them.
+H2OT_INLINE bool in_range(const int64_t* values, int64_t count, int64_t from, int64_t to) {
+  bool ok = true;
+  for (int64_t i = 0; i < count; i++) ok &= values[i] >= from && values[i] < to;
+  return ok;
+}
 
 }  // namespace H2OT_ISA
 }  // namespace h2ot

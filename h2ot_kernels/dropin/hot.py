@@ -73,6 +73,8 @@ def index_points(points: Tensor, idx: Tensor) -> Tensor:
 class CrossAttention(nn.Module):
     """HoT's recovering attention, with the official arguments and parameter names, for code that builds its own.
 
+    It is there as `hot.Cross_Attention`, too: the class is called that in HoT's code.
+
     >>> import torch
     >>> from h2ot_kernels.dropin import hot
     >>> token, kept = torch.zeros(1, 27, 16).expand(34, -1, -1), torch.randn(34, 9, 16)
@@ -106,7 +108,7 @@ class CrossAttention(nn.Module):
         return self.proj_drop(self.proj(attend_rows(query, key, value, self.num_heads, self.scale)))
 
 
-Cross_Attention = CrossAttention
+Cross_Attention = CrossAttention  # the official name
 
 
 def is_transformed() -> bool:

@@ -196,5 +196,5 @@ implement("gather_tokens", "triton", _gather)
 implement(
     "gather_tokens_out",
     "triton",
-    declare_custom("gather_tokens_out_triton", function=gather_tokens_out, **into_out(**GATHER)),
+    declare_custom("gather_tokens_out_triton", function=gather_tokens_out, **into_out(GATHER)),
 )

@@ -228,10 +228,10 @@ def sum_kernel(partial, out, size, count, BLOCK: tl.constexpr):
     tl.store(out + at, narrow(total, out.dtype.element_ty), at < size)
 
 
-def attention_tile(F: int, K: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+def attention_tile(K: int, D: int, dtype: torch.dtype) -> dict[str, int]:
     """Queries, keys and channels of one program, channels per step of the logits where D is more than that.
 
-    >>> attention_tile(243, 81, 64, torch.float32)
+    >>> attention_tile(81, 64, torch.float32)
     {'FRAMES': 64, 'KEYS': 32, 'BLOCK': 64, 'STEP': 32, 'WHOLE': True, 'ONCE': False, 'num_warps': 4, 'num_stages': 2}
     """
     double, half = dtype == torch.float64, dtype not in (torch.float32, torch.float64)
@@ -249,10 +249,10 @@ def attention_tile(F: int, K: int, D: int, dtype: torch.dtype) -> dict[str, int]
     }
 
 
-def gradient_tile(F: int, K: int, D: int, double: bool) -> dict[str, int]:
+def gradient_tile(K: int, D: int, double: bool) -> dict[str, int]:
     """The same of the gradients, whose programs hold two sums.
 
-    >>> gradient_tile(243, 81, 64, False)
+    >>> gradient_tile(81, 64, False)
     {'FRAMES': 32, 'KEYS': 64, 'BLOCK': 64, 'STEP': 32, 'num_warps': 8, 'num_stages': 2}
     """
     block = 16 if double or D <= 16 else 64
@@ -275,7 +275,7 @@ def query_strides(query: Tensor) -> tuple[int, int, int]:
 def recover_attention_out(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float, out: Tensor) -> None:
     B, K, C = key.shape
     F, D = query.shape[-2], C // num_heads
-    config = attention_tile(F, K, D, value.dtype)
+    config = attention_tile(K, D, value.dtype)
     launch(
         attention_kernel,
         (B * num_heads * triton.cdiv(F, config["FRAMES"]) * triton.cdiv(D, config["BLOCK"]),),
@@ -295,7 +295,7 @@ def recover_attention_backward(
     precise = wide(value.dtype)
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     level, delta = (value.new_empty((B, H, F), dtype=precise) for _ in range(2))
-    config = gradient_tile(F, K, D, value.dtype == torch.float64)
+    config = gradient_tile(K, D, value.dtype == torch.float64)
     sizes = (F, K, H, D, *query_strides(query), *key.stride(), *value.stride(), *grad.stride(), scale)
     both = {**config, "KEYS": min(config["KEYS"], 32)}  # two sums in registers
     frames, keys = triton.cdiv(F, config["FRAMES"]), triton.cdiv(K, both["KEYS"])
@@ -336,6 +336,6 @@ implement(
 implement(
     "recover_attention_out",
     "triton",
-    declare_custom("recover_attention_out_triton", function=recover_attention_out, **into_out(**FORWARD)),
+    declare_custom("recover_attention_out_triton", function=recover_attention_out, **into_out(FORWARD)),
 )
 declare_custom("recover_attention_backward_triton", function=recover_attention_backward, **BACKWARD)

@@ -187,7 +187,7 @@ implement(
 implement(
     "recover_interpolate_out",
     "triton",
-    declare_custom("recover_interpolate_out_triton", function=recover_interpolate_out, **into_out(**FORWARD)),
+    declare_custom("recover_interpolate_out_triton", function=recover_interpolate_out, **into_out(FORWARD)),
 )
 declare_custom(
     "recover_interpolate_backward_triton",

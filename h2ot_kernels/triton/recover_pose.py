@@ -96,14 +96,14 @@ def attention_pairs_kernel(
         )  # fmt: skip
 
 
-def pose_tile(F: int, K: int, D: int) -> dict[str, int]:
+def pose_tile(K: int, D: int) -> dict[str, int]:
     """As attention_tile; BLOCK holds whole steps of the products of pairs.
 
-    >>> pose_tile(243, 81, 16)
+    >>> pose_tile(81, 16)
     {'FRAMES': 64, 'KEYS': 32, 'BLOCK': 32, 'STEP': 32, 'WHOLE': True, 'ONCE': False, 'num_warps': 4, 'num_stages': 2}
     """
     block = 32 if D <= 32 or D % 16 else 64  # single elements: their addresses leave registers for small tiles only
-    return {**attention_tile(F, K, D, torch.float32), "BLOCK": block, "STEP": 32, "WHOLE": block >= D}
+    return {**attention_tile(K, D, torch.float32), "BLOCK": block, "STEP": 32, "WHOLE": block >= D}
 
 
 def recover_pose(
@@ -124,7 +124,7 @@ def recover_pose(
     """token [F, C], query as recover_attention takes it, key and value [R, K, C], float32 -> [R, F, M]."""
     R, K, C = key.shape
     F, D = query.shape[-2], C // num_heads
-    config = pose_tile(F, K, D)
+    config = pose_tile(K, D)
     parts = triton.cdiv(D, config["BLOCK"])
     rows, blocks = R * F, num_heads * parts
     pairs = value.new_empty((2, rows + C, blocks * config["BLOCK"]), dtype=torch.float16)

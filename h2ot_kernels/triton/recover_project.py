@@ -57,12 +57,12 @@ def project_kernel(
         tl.store(both + at, _bias(value_bias, value_step, column - C, C, total), inside)
 
 
-def project_tile(rows: int, F: int, C: int) -> dict[str, int]:
+def project_tile(rows: int, C: int) -> dict[str, int]:
     """Rows and channels of one program's tile, channels of a step of its product: small where few tiles are to be had.
 
-    >>> project_tile(68 * 81, 243, 512)
+    >>> project_tile(68 * 81, 512)
     {'ROWS': 128, 'COLUMNS': 64, 'STEP': 32, 'num_warps': 8, 'num_stages': 4}
-    >>> project_tile(17 * 81, 243, 512)
+    >>> project_tile(17 * 81, 512)
     {'ROWS': 64, 'COLUMNS': 64, 'STEP': 32, 'num_warps': 4, 'num_stages': 4}
     """
     many = triton.cdiv(rows, 128) * triton.cdiv(2 * C, 64) >= 2 * PROGRAMS
@@ -84,7 +84,7 @@ def recover_project(
     (rows, C), F = x.shape, token.shape[0]
     query, both = x.new_empty((F, C)), x.new_empty((rows, 2 * C))
     pairs, unit = pairs_of(x, token, key_weight, value_weight, query_weight)
-    config = project_tile(rows, F, C)
+    config = project_tile(rows, C)
     tiles = triton.cdiv(rows, config["ROWS"]) * triton.cdiv(2 * C, config["COLUMNS"])
     tiles += triton.cdiv(F, config["ROWS"]) * triton.cdiv(C, config["COLUMNS"])
     steps = (0 if bias is None else bias.stride(0) for bias in (query_bias, key_bias, value_bias))

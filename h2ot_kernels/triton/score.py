@@ -241,10 +241,10 @@ def delta_kernel(
             write_selected(keys + b * N, key, N, K, index_out + b * K, WIDTH, CHUNK)
 
 
-def pool_tile(N: int, C: int, J: int) -> dict[str, int]:
+def pool_tile(C: int) -> dict[str, int]:
     """Tokens and channels that a program of pool_kernel pools at a time.
 
-    >>> pool_tile(243, 512, 17)
+    >>> pool_tile(512)
     {'ROWS': 4, 'BLOCK': 256, 'num_warps': 4}
     """
     block = 256 if C > 64 else 64
@@ -260,7 +260,7 @@ def pool(x: Tensor, mask: Tensor | None, counters: Tensor | None, counters_per_s
     C = x.shape[-1]
     pooled = x.new_empty((B, N, C), dtype=wide(x.dtype)) if x.dim() == 4 else None
     valid = x.new_empty((B, N), dtype=torch.bool)
-    config = pool_tile(N, C, J)
+    config = pool_tile(C)
     strides = (x.stride(0), x.stride(1), x.stride(2) if x.dim() == 4 else 0, x.stride(-1))
     launch(
         pool_kernel,
@@ -273,7 +273,7 @@ def pool(x: Tensor, mask: Tensor | None, counters: Tensor | None, counters_per_s
     return (x if pooled is None else pooled), valid
 
 
-def gram_tile(N: int, C: int, k: int, double: bool) -> dict[str, int]:
+def gram_tile(N: int, k: int, double: bool) -> dict[str, int]:
     """Tile of distances, channels per step, and the rows, width and slots of the density phase of gram_kernel."""
     return {
         "TILE": 16 if double else 32,
@@ -307,7 +307,7 @@ def _run(x, k, mask, noise, keep, num_tokens: int, scores: bool, by: Definition 
     k = 1 if by.gaussian else k
     if N > SMALL:
         return score_large(pool, x, k, mask, noise, keep, num_tokens, scores, by)
-    config = gram_tile(N, C, k, x.dtype == torch.float64)
+    config = gram_tile(N, k, x.dtype == torch.float64)
     per_sample = triton.cdiv(N, config["TILE"]) + 1
     counters = x.new_empty((B, per_sample), dtype=torch.int32)
     tokens, valid = pool(x, mask, counters, per_sample)

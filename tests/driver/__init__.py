@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME_BYTES = 32
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ERRORS = {
-    1: IndexError("index, labels, keep or parent hold a value outside their range"),
+    1: IndexError("index, labels or keep hold a value outside their range"),
     2: IndexError("index is not strictly ascending in every row"),
     3: IndexError("keep names more tokens than num_tokens"),
     4: RuntimeError("no memory for the kernel's scratch"),
+    5: IndexError("parent holds a value outside its range"),
     100: AssertionError("one thread and two differ"),
     101: AssertionError("a guard band is damaged"),
 }
