@@ -25,6 +25,7 @@ from . import acceptance
 
 SECONDS = 540  # of the whole command, the build included
 LEAST = 5  # seconds that a stage needs to be worth a start
+BUILD_LOG = Path(__file__).parents[1] / "build" / "log"  # of ./dev
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,23 @@ def stages(out: Path) -> list[Stage]:
         sanitizer("racecheck"),
         sanitizer("initcheck"),
     ]
+
+
+def cuda_library(logs: Path, build_log: Path = BUILD_LOG) -> Outcome:
+    """Whether the stages run the CUDA library. Without it they pass over it, so that no other outcome would say so."""
+    from h2ot_kernels import backend
+
+    stage, reason = Stage("CUDA library", 0, (), "nvcc"), backend.why_no_cuda()
+    if reason is None:
+        return Outcome(stage, "passed", 0.0, "loaded")
+    if shutil.which(stage.needs) is None:
+        return Outcome(stage, "not run", 0.0, f"{reason}; {stage.needs} is not on the PATH")
+    if not build_log.exists():
+        return Outcome(stage, "failed", 0.0, f"{reason}; {build_log} is not there")
+    shutil.copy(build_log, logs / "build.log")
+    lines = build_log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines[:-20] if "error" in line.lower()]
+    return Outcome(stage, "failed", 0.0, "\n".join([reason, "", *errors[:20], *lines[-20:]]))
 
 
 def share(stage: Stage, later: list[Stage], left: float) -> float:
@@ -168,8 +186,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     given.out.mkdir(parents=True, exist_ok=True)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    environment, outcomes = {**env_report(), "date": date}, []
+    environment = {**env_report(), "date": date}
     with tempfile.TemporaryDirectory() as folder:
+        outcomes = [cuda_library(Path(folder))]
+        print(f"{outcomes[0].stage.name}: {outcomes[0].state}", flush=True)
         chosen = [known[name] for name in given.stage or known]
         for i, stage in enumerate(chosen):
             outcomes.append(run(stage, Path(folder), share(stage, chosen[i + 1 :], end - time.monotonic())))

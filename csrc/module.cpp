@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -145,15 +146,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan_score",
       [](int64_t B, int64_t N, int64_t J, int64_t C, int64_t k, const std::string& dtype, bool in_place, int32_t major,
-         int32_t minor, int32_t multiprocessors, int64_t centres) {
+         int32_t minor, int32_t multiprocessors, int64_t centres, std::optional<int32_t> code) {
         const h2ot::cuda::Problem problem = {B, N, J, C, k, dtype_named(dtype), in_place, centres};
-        return described(plan_score(problem, {major, minor, multiprocessors}));
+        h2ot::cuda::Machine machine = {major, minor, multiprocessors};
+        if (code) machine.code = *code;
+        return described(plan_score(problem, machine));
       },
       "What the CUDA kernels would do for x [B, N, J, C] on a device: search, tiles, samples per pass, workspace. "
-      "centres: so many kept tokens label all, 0: no labels.",
+      "centres: so many kept tokens label all, 0: no labels. code: the compute capability that its code was compiled "
+      "for (90 for 9.0), None: the device's own.",
       pybind11::arg("B"), pybind11::arg("N"), pybind11::arg("J"), pybind11::arg("C"), pybind11::arg("k"),
       pybind11::arg("dtype"), pybind11::arg("in_place") = false, pybind11::arg("major") = 9, pybind11::arg("minor") = 0,
-      pybind11::arg("multiprocessors") = 132, pybind11::arg("centres") = 0);
+      pybind11::arg("multiprocessors") = 132, pybind11::arg("centres") = 0, pybind11::arg("code") = pybind11::none());
   m.def(
       "plan_assign",
       [](int64_t B, int64_t N, int64_t J, int64_t C, int64_t centres, const std::string& dtype, bool in_place,

@@ -124,14 +124,15 @@ def _direct(op: Callable, function: Callable, backward: Callable | None, setup_c
     """The kernel of a custom operator, called without the operator where nobody can see the difference.
 
     The way through torch.library.custom_op takes longer than the kernel. The operator itself is for compiled code,
-    tracing, functorch's transforms, modes, the profiler, tensor subclasses, and gradients of what has none.
+    tracing, functorch's transforms, modes, the profiler, tensor subclasses, gradients of what has none, and tensors
+    whose memory holds their negative (`x.conj().imag`): the dispatcher hands over their values.
     """
     recorded = backward and _recording(function, backward, setup_context)
 
     def call(*args):
         if torch.compiler.is_compiling() or _is_watched():
             return op(*args)
-        needs_grad = _needs_grad(args)
+        needs_grad = _needs_grad(args, reads_memory=True)
         if needs_grad and torch.is_grad_enabled():
             return recorded.apply(*args) if recorded else op(*args)
         return op(*args) if needs_grad is None else function(*args)
@@ -139,12 +140,17 @@ def _direct(op: Callable, function: Callable, backward: Callable | None, setup_c
     return call
 
 
-def _needs_grad(args: tuple) -> bool | None:
-    """Whether a tensor among args requires a gradient; None where one is of a subclass, which wants the operator."""
+def _needs_grad(args: tuple, reads_memory: bool = False) -> bool | None:
+    """Whether a tensor among args requires a gradient; None where one is of a subclass, which wants the operator.
+
+    reads_memory: what would run instead of the operator does, so None, too, where memory holds a tensor's negative.
+    """
     needs_grad = False
     for x in args:
         kind = type(x)
         if kind in _PLAIN:
+            if reads_memory and x.is_neg():
+                return None
             needs_grad = needs_grad or x.requires_grad
         elif kind not in _SCALARS and isinstance(x, torch.Tensor):
             return None

@@ -13,6 +13,8 @@ import pytest
 
 import h2ot_kernels
 
+from . import cuda_gate
+
 ROOT = Path(__file__).resolve().parents[1]
 # onnx: in test_onnx.py, which is skipped where its packages are missing.
 WITH_EXAMPLES = [
@@ -75,3 +77,18 @@ def test_import_needs_little_and_under_a_second_beyond_torch():
     assert float(seconds) < 1
     assert "h2ot_kernels" in modules
     assert not {"matplotlib", "rich", "sympy", "scipy", "torch._dynamo", "h2ot_kernels.demo"} & set(modules)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+@pytest.mark.parametrize(
+    "code",
+    ["__global__ void k() { int unused; }\n", "bool f(int a, unsigned b) { return a < b; }\n"],
+    ids=["by nvcc", "by the host's compiler"],
+)
+def test_warnings_of_cuda_code_are_errors_in_the_gate_only(tmp_path, code):
+    """A user's nvcc or g++ may have more of them than those that CI runs."""
+    source = tmp_path / "warned.cu"
+    source.write_text(code)
+    there = os.path.relpath(source, ROOT / "csrc" / "cuda")
+    assert "nvcc failed" in cuda_gate.compile_file(80, there, "-c", tmp_path, None).faults[0]
+    assert "-Werror" not in (ROOT / "CMakeLists.txt").read_text()

@@ -227,6 +227,12 @@ def test_blocks_of_a_call_overlap_from_9_0_on():
         assert plan(major=major, minor=minor)["overlaps"] == (major >= 9)
 
 
+def test_blocks_of_older_code_do_not_overlap():
+    """Which has no instruction to wait: PTX of 8.0, compiled by the driver for a newer device."""
+    for code, waits in ((80, False), (89, False), (90, True), (100, True)):
+        assert plan(major=10, minor=0, code=code)["overlaps"] == waits
+
+
 def test_two_warps_pool_a_token_of_many_channels():
     assert [plan(C=C)["pool_warps"] for C in (1, 255, 256, 5120)] == [1, 1, 2, 2]
 

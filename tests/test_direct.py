@@ -89,6 +89,33 @@ def test_gradients_are_those_of_the_operator(name, operators_called):
     assert f"h2ot_kernels::{name}_triton" not in operators_called
 
 
+def negated(x):
+    """x, whose memory holds -x: `conj().imag` of complex numbers gives such tensors."""
+    return torch._neg_view(x.neg()) if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_memory_that_holds_the_negative(name):
+    direct, _, arguments = parts(name)
+    lazily = [negated(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+    assert lazily[0].is_neg()
+    assert torch.equal(first_of(direct(*lazily)), first_of(direct(*arguments)))
+    if name not in DIFFERENTIABLE:
+        return
+    grads = []
+    for first, *rest in (arguments, lazily):
+        first = first.detach().requires_grad_()
+        out = first_of(direct(first, *rest))
+        grads += torch.autograd.grad(out, first, negated(torch.ones_like(out)))
+    assert torch.equal(*grads)
+
+
+def test_out_whose_memory_holds_the_negative_is_refused():
+    """Not filled with the negative of the result."""
+    with pytest.raises((RuntimeError, ValueError)):
+        h2ot.gather_tokens(rand(2, 9, 4), INDEX, out=negated(rand(2, 3, 4)), backend="triton")
+
+
 def test_second_order_gradients():
     x, weight = rand(2, 9, 4, grad=True), rand(2, 3, 4, grad=True)
 

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import h2ot_kernels
 from bench import bench_dropin, bench_hosts, gpu, run
+from h2ot_kernels import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,6 +151,34 @@ def test_a_failing_stage_does_not_stop_the_others(tmp_path):
         assert "logs/works.log" in archive.getnames()
 
 
+@pytest.mark.parametrize(
+    ("reason", "nvcc", "state", "code"),
+    [
+        (None, True, "passed", 0),
+        ("libh2ot_kernels_cuda.so is not built", True, "failed", 1),
+        ("torch 2.13 has no CUDA", False, "not run", 0),
+    ],
+)
+def test_says_where_the_cuda_library_is_missing(tmp_path, monkeypatch, reason, nvcc, state, code):
+    """The other stages pass over it."""
+    log = tmp_path / "log"
+    log.write_text("score.cu(3): error: no\n" + "ninja\n" * 30 + "it stopped\n")
+    monkeypatch.setattr(gpu.cuda_library, "__defaults__", (log,))
+    monkeypatch.setattr(backend, "why_no_cuda", lambda: reason)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(h2ot_kernels, "env_report", lambda: {"device": "a GPU"})
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if nvcc else None)
+    works = gpu.Stage("works", 20, (sys.executable, "-c", "print('fine')"))
+    monkeypatch.setattr(gpu, "stages", lambda out: [works])
+    assert gpu.main(["--out", str(tmp_path)]) == code
+    summary = (tmp_path / "summary.md").read_text()
+    assert f"| CUDA library | {state} |" in summary
+    assert "| works | passed |" in summary
+    assert (reason or "loaded") in summary
+    for line in ("score.cu(3): error: no", "it stopped"):
+        assert (line in summary) == (state == "failed")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here: ./dev gpu would run")
 def test_refuses_without_a_gpu(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 2
@@ -164,29 +194,56 @@ case "$*" in
   *get_device_capability*) echo 90 ;;
   *setup.py*)
     echo "build $H2OT_KERNELS_CUDA $H2OT_KERNELS_CUDA_ARCHITECTURES" >>calls
-    [ "$H2OT_KERNELS_CUDA" = {builds} ] ;;
+    echo "said of $H2OT_KERNELS_CUDA"
+    [ "$H2OT_KERNELS_CUDA" = {builds} ] || exit 1
+    [ "$H2OT_KERNELS_CUDA" = 0 ] || echo new >h2ot_kernels/libh2ot_kernels_cuda.so ;;
   *bench.gpu*) echo "$*" >>calls ;;
   *) echo 3.12 2.11 ;;
 esac
 """
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="./dev is a bash script")
-@pytest.mark.parametrize(("builds", "built"), [(1, ["build 1 90"]), (0, ["build 1 90", "build 0 90"])])
-def test_dev_builds_for_the_device_and_goes_on_without_the_cuda_library(tmp_path, builds, built):
+@pytest.fixture
+def dev_gpu(tmp_path):
+    """./dev gpu --stage memcheck in a tree of its own, after a build of the CUDA library; its Python is made up."""
     for name in ("dev", "CMakeLists.txt", "setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc/a.h", "csrc/cpu/a.cpp", "h2ot_kernels/_C.so"):
+    for name in ("csrc/a.h", "csrc/cpu/a.cpp", "h2ot_kernels/_C.so", "h2ot_kernels/libh2ot_kernels_cuda.so"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    for name, text in (("python3", PYTHON.format(builds=builds)), ("nvcc", "#!/bin/sh\n"), ("c++", "#!/bin/sh\n")):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(tmp_path / "python3")}
-    command = ["bash", tmp_path / "dev", "gpu", "--stage", "memcheck"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    *builds_made, last = (tmp_path / "calls").read_text().splitlines()
+
+    def run_it(builds):
+        """(its builds and what it then ran, stderr). builds: what H2OT_KERNELS_CUDA must be for a build to succeed."""
+        for name, text in (("python3", PYTHON.format(builds=builds)), ("nvcc", "#!/bin/sh\n"), ("c++", "#!/bin/sh\n")):
+            (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o755)
+        (tmp_path / "calls").unlink(missing_ok=True)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(tmp_path / "python3")}
+        command = ["bash", tmp_path / "dev", "gpu", "--stage", "memcheck"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "calls").read_text().splitlines(), done.stderr
+
+    return run_it
+
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="./dev is a bash script")
+
+
+@needs_bash
+@pytest.mark.parametrize(("builds", "built"), [(1, ["build 1 90"]), (0, ["build 1 90", "build 0 90"])])
+def test_dev_builds_for_the_device_and_goes_on_without_the_cuda_library(tmp_path, dev_gpu, builds, built):
+    (*builds_made, last), said = dev_gpu(builds)
     assert builds_made == built
     assert re.fullmatch(r"-m bench.gpu --spent \d+ --stage memcheck", last)
-    assert ("going on without it" in done.stderr) == (builds == 0)
+    assert ("going on without it" in said) == (builds == 0)
+    assert (tmp_path / "build" / "log").read_text() == "said of 1\n"  # what bench.gpu shows of it
+    left = [path.read_text() for path in tmp_path.glob("h2ot_kernels/libh2ot_kernels_cuda.so")]
+    assert left == (["new\n"] if builds else [])  # not that of an earlier build
+
+
+@needs_bash
+def test_dev_builds_again_only_where_the_cuda_library_is_gone(tmp_path, dev_gpu):
+    assert [len(dev_gpu(builds=1)[0]) for _ in range(2)] == [2, 1]
+    (tmp_path / "h2ot_kernels" / "libh2ot_kernels_cuda.so").unlink()
+    assert len(dev_gpu(builds=1)[0]) == 2

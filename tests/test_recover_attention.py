@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -295,3 +297,31 @@ def test_projects_in_one_launch_only_what_fits_together(monkeypatch, change, cal
     assert made == [((5, 8), (6, 8))] * calls
     for layer, given, result in zip(layers, (token, x, x), results, strict=True):
         torch.testing.assert_close(result, layer(given))
+
+
+FITS_TOGETHER = """
+import torch
+from h2ot_kernels.recover_attention import _fits_together
+{}
+layers = [torch.nn.Linear(8, 8).requires_grad_(False) for _ in range(3)]
+with torch.no_grad():
+    print(_fits_together(torch.randn(1, 5, 8), torch.randn(2, 3, 8), layers))
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "fits"),
+    [
+        ("torch.set_float32_matmul_precision('high')", False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", False),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", False),
+        ("torch.backends.fp32_precision = 'tf32'", False),
+        ("torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'", True),
+        ("torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cuda.matmul.fp32_precision = 'ieee'", True),
+    ],
+)
+def test_products_of_tf32_are_left_to_pytorch(setting, fits):
+    """Said by either of torch's two ways; in a process of its own, for what was said stays."""
+    command = [sys.executable, "-c", FITS_TOGETHER.format(setting)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{fits}\n", done.stderr

@@ -150,7 +150,7 @@ constexpr int64_t kSharedUnasked = 48 << 10, kSharedMost = 99 << 10;
 
 // First in every kernel that is launched with `overlaps`: waits until the kernel before has ended and all that it wrote
 // is visible, and lets the next one's blocks come as soon as all of this one's have. Nothing may be read or written
-// before.
+// before. Code for older devices does not wait: see can_overlap.
 H2OT_DEVICE void follow_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -159,7 +159,7 @@ H2OT_DEVICE void follow_previous() {
 }
 
 // Launches kernel(job) and returns the cudaError_t: 0 for success. overlaps: its blocks may be brought to the
-// multiprocessors while the kernel before still runs (compute capability 9.0 on).
+// multiprocessors while the kernel before still runs (can_overlap).
 template <class Job>
 int32_t launch(void (*kernel)(Job), int64_t grid_x, int64_t grid_y, int32_t threads, int64_t shared_bytes, void* stream,
                const Job& job, bool overlaps = false) {

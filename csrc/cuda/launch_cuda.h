@@ -39,8 +39,10 @@ int32_t launch_select(const SelectArgs& args, uint64_t* keys, void* stream);
 int32_t launch_gather(const GatherArgs& args, void* stream, bool overlaps = false);
 int32_t launch_scatter(const ScatterArgs& args, void* stream, bool overlaps = false);
 
-// Facts of a device that plans need. Returns 0, or a cudaError_t.
+// Facts of a device that plans need, which must be the current one. Returns 0, or a cudaError_t: what is missing where
+// the library holds no code for it.
 int32_t read_machine(int32_t device, Machine* machine);
+int32_t read_code(int32_t* code);  // of the current device, as in a Machine
 const char* error_name(int32_t error);
 
 }  // namespace cuda

@@ -12,6 +12,7 @@ int32_t read_machine(int32_t device, Machine* machine) {
   };
   if (const int32_t error = read(cudaDevAttrComputeCapabilityMajor, &machine->major)) return error;
   if (const int32_t error = read(cudaDevAttrComputeCapabilityMinor, &machine->minor)) return error;
+  if (const int32_t error = read_code(&machine->code)) return error;
   return read(cudaDevAttrMultiProcessorCount, &machine->multiprocessors);
 }
 

@@ -16,13 +16,17 @@
 namespace h2ot {
 namespace cuda {
 
-// What a plan depends on, of a device: compute capability and the number of multiprocessors.
+// What a plan depends on, of a device: compute capability and the number of multiprocessors; and the capability (90 for
+// 9.0) that the code it runs was compiled for: an older one, where the driver makes it from PTX.
 struct Machine {
   int32_t major, minor, multiprocessors;
+  int32_t code = 10 * major + minor;
 };
 
+constexpr int32_t kWaitingCode = 90;  // from here on follow_previous() waits
+
 // Whether a kernel's blocks may come before the kernel before it has ended.
-constexpr bool can_overlap(const Machine& machine) { return machine.major >= 9; }
+constexpr bool can_overlap(const Machine& machine) { return machine.code >= kWaitingCode; }
 
 // How approximate distances come about (float64 always decides in the end).
 enum class Distance : int32_t {

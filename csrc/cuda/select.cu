@@ -28,6 +28,20 @@ __global__ void __launch_bounds__(kMostWarps* kLanes) select_kernel(SelectJob jo
 
 }  // namespace
 
+#if defined(__CUDACC__)
+// Of any kernel: all are compiled for the same devices.
+int32_t read_code(int32_t* code) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, select_kernel);
+  if (error) {
+    cudaGetLastError();  // which forgets it
+    return static_cast<int32_t>(error);
+  }
+  *code = attributes.ptxVersion;
+  return 0;
+}
+#endif
+
 int32_t launch_select(const SelectArgs& args, uint64_t* keys, void* stream) {
   if (args.K == 0) return 0;
   const int64_t most = kMostWarps * kLanes, threads = args.N < most ? ceil_div(args.N, kLanes) * kLanes : most;
