@@ -8,6 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
+from . import constants
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -104,7 +106,11 @@ def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | N
         same_device("mask", mask, "x", x)
     if lengths is None:
         return mask
-    lengths = torch.as_tensor(lengths, device=x.device) if not isinstance(lengths, Tensor) else lengths
+    if isinstance(lengths, Sequence) and not isinstance(lengths, str):
+        for value in lengths:
+            if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+                raise TypeError(f"lengths: got a list with {type(value).__name__}, wanted integers")
+        lengths = constants.integers(lengths, x.device)
     tensor("lengths", lengths, (1,), "[B]", (torch.int64, torch.int32))
     has_shape("lengths", lengths, (B,), "[B]")
     same_device("lengths", lengths, "x", x)
@@ -113,7 +119,7 @@ def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | N
 
 
 def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
-    """`keep` (None, an int, a list, [M] or [B, M]) as an int64 tensor [1, M] or [B, M].
+    """`keep` (None, an int, a list, [M] or [B, M]) as an int64 tensor [1, M] or [B, M], which is not written to.
 
     Values given as Python integers are checked here; those in a tensor by the kernel, which knows them.
     """
@@ -127,7 +133,15 @@ def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
         if keep.device != device:
             raise ValueError(f"keep: got device {keep.device}, wanted {device}")
         return keep if keep.shape[1] else None
-    values = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else [keep]
+    values = kept_values(keep, N, K)
+    return constants.shared(values, device) if values else None
+
+
+def kept_values(keep, N: int, K: int) -> tuple[int, ...]:
+    """`keep` (None, an int or a sequence of them) as integers in 0 .. N - 1, at most K different ones."""
+    if keep is None:
+        return ()
+    values = tuple(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else (keep,)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"keep: got {type(value).__name__}, wanted integers or an int64 tensor")
@@ -135,9 +149,7 @@ def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
             raise IndexError(f"keep: got {value}, wanted 0 to {N - 1}")
     if len(set(values)) > K:
         raise ValueError(f"keep: got {len(set(values))} tokens to keep, wanted at most num_tokens = {K}")
-    if len(values) == 1:  # full: no copy from the host, safe under CUDA-graph capture
-        return torch.full((1, 1), values[0], dtype=torch.int64, device=device)
-    return torch.tensor([values], dtype=torch.int64, device=device) if values else None
+    return values
 
 
 def _memory(x: Tensor) -> tuple[int, int]:

@@ -196,7 +196,7 @@ class Hourglass(nn.Module):
         if self._sampled_keep is not None:
             signals["keep"] = self._sampled_keep[stage] or None
         elif self.keep:
-            signals["keep"] = find_frames(kept[-1], *self.keep) if kept else list(self.keep)
+            signals["keep"] = find_frames(kept[-1], *self.keep) if kept else self.keep
         return pruner.select(x, **signals)
 
     def _stage_index(self, index: Tensor | Kept, stage: int) -> Tensor:
