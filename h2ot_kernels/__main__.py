@@ -132,6 +132,8 @@ def _explain(options: argparse.Namespace) -> int:
 
     from . import explain
 
+    if options.device == "cuda" and torch.cuda.is_available():
+        torch.cuda.init()  # then it is known which GPUs there are
     try:
         with FakeTensorMode():  # a tensor on a GPU that need not be there
             print(explain(options.op, torch.empty(0, device=options.device)))

@@ -1,6 +1,7 @@
 """Argument checks of the public functions. Every message names the argument, what came and what was wanted."""
 
 import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,12 @@ def shape(x: Tensor) -> str:
     return f"[{', '.join(map(str, x.shape))}]"
 
 
+def size_of(x: Tensor, axis: int) -> int:
+    """x.shape[axis] as a number under torch.jit.trace, too, where shapes are made of tensors."""
+    size = x.shape[axis]
+    return operator.index(size) if isinstance(size, Tensor) else size
+
+
 def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     """x is a tensor of one of these ranks and dtypes; `wanted` describes its shape in the message."""
     if not isinstance(x, Tensor):
@@ -26,6 +33,11 @@ def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Seque
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: got dtype {str(x.dtype).removeprefix('torch.')}, wanted {names}")
+
+
+def has_values(*tensors: Tensor | None) -> bool:
+    """Whether what tensors hold can be looked at: not while a graph is compiled, nor where only shapes are known."""
+    return not torch.compiler.is_compiling() and not any(x is not None and (x.is_meta or is_fake(x)) for x in tensors)
 
 
 def has_shape(name: str, x: Tensor, size: Sequence[int], wanted: str) -> None:
@@ -56,9 +68,10 @@ def positive(name: str, value: float) -> float:
     """value as a float; it is a number above 0 whose square is finite and above 0, too."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a positive number")
+    value = float(value)
     if not 1e-150 <= value <= 1e150:
         raise ValueError(f"{name}: got {value}, wanted a positive number (1e-150 to 1e150)")
-    return float(value)
+    return value
 
 
 def token_counts(num_tokens, B: int, N: int) -> int | list[int]:
@@ -106,6 +119,8 @@ def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | N
         same_device("mask", mask, "x", x)
     if lengths is None:
         return mask
+    if not isinstance(lengths, Tensor) and hasattr(lengths, "tolist"):  # an array of numpy
+        lengths = lengths.tolist()
     if isinstance(lengths, Sequence) and not isinstance(lengths, str):
         for value in lengths:
             if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):

@@ -112,7 +112,7 @@ def prune_cluster(
 def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) -> Tensor:
     """TPS: num_tokens = K evenly spaced frames of num_frames = F: index[i] = i (F - 1) // (K - 1); K = 1: (F - 1) // 2.
 
-    keep: an int or a sequence of frames that are always kept; one that is not sampled replaces the nearest sampled
+    keep: an int or a list of frames that are always kept; one that is not sampled replaces the nearest sampled
     frame that is not kept itself, the lower on a tie. device: where the index is made.
     Returns ascending int64 [1, K], which every sample shares. Raises TypeError, ValueError or IndexError that name the
     argument. Cost: O(K), once per (F, K, keep, device), which is resolved in every call. Source: H2OT section 3;
@@ -220,10 +220,10 @@ ATTENTION = {
 
 
 def _check_kept(keep, N, K):
-    if keep is not None and not torch.compiler.is_compiling():
+    if keep is not None and checks.has_values(keep):
         if ((keep < 0) | (keep >= N)).any():
             raise IndexError("select_tokens: keep holds a value outside its range")
-        if max(row.unique().numel() for row in keep) > K:
+        if max((row.unique().numel() for row in keep), default=0) > K:
             raise IndexError("select_tokens: keep names more tokens than num_tokens")
 
 
