@@ -90,6 +90,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _refuse("--device cuda: this torch sees no GPU")
     seq2frame = {"pipeline": "seq2frame"} if options.model.startswith("tpc") else {}
     try:
+        hosts.require_lifting("--model", options.model)
         check_named(options.device)
         if options.batch < 1:
             raise ValueError(f"--batch: got {options.batch}, wanted 1 or more")
@@ -131,6 +132,8 @@ def _explain(options: argparse.Namespace) -> int:
 
     from . import explain
 
+    if options.device == "cuda" and torch.cuda.is_available():
+        torch.cuda.init()  # then it is known which GPUs there are
     try:
         with FakeTensorMode():  # a tensor on a GPU that need not be there
             print(explain(options.op, torch.empty(0, device=options.device)))

@@ -14,6 +14,8 @@ import contextlib
 import functools
 import importlib
 import os
+import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +35,8 @@ _implementations: dict[str, dict[str, Callable]] = {}
 # (op, device, named backend) -> what runs
 _resolved: dict[tuple[str, str, str | None], Callable] = {}
 _override: str | None = None  # a plain global: torch.compile guards it, and does not see thread-local values
+_entered: list["_Entry"] = []  # the blocks of use_backend that are open, in any thread, the last one entered last
+_entering = threading.Lock()
 
 
 def implement(op: str, backend: str, function: Callable) -> None:
@@ -73,6 +77,37 @@ def why_no_cuda() -> str | None:
     return load_library("h2ot_kernels_cuda")
 
 
+def why_no_code(architectures: str, capability: tuple[int, int]) -> str | None:
+    """None when a library for these architectures ("80 90a 120") runs on a device of this capability, else why not.
+
+    Code for 80 runs on 8.0 and later minors, 90a on 9.0 only; the highest is there as PTX, too, for all that is newer.
+    What CMake makes out itself ("native", "all") is not looked into.
+    """
+    built = [re.fullmatch(r"(\d+)(\d)([af]?)(?:-virtual)?", name) for name in architectures.split()]
+    if not built or None in built:
+        return None
+    codes = sorted((int(code[1]), int(code[2]), code[3]) for code in built)
+    for major, minor, kind in codes:
+        if capability == (major, minor) or (kind != "a" and capability[0] == major and capability[1] > minor):
+            return None
+    *newest, kind = codes[-1]
+    if not kind and capability >= tuple(newest):
+        return None
+    return f"the CUDA library has no code for sm_{capability[0]}{capability[1]}, only for {architectures}"
+
+
+def _why_no_code() -> str | None:
+    """The same of every GPU that torch has begun to use: what runs is chosen by the type of the device."""
+    if why_no_cpp() is not None or not torch.cuda.is_initialized():
+        return None
+    from . import _C
+
+    architectures = _C.build_info()["cuda_architectures"]
+    devices = range(torch.cuda.device_count())
+    reasons = (why_no_code(architectures, torch.cuda.get_device_capability(device)) for device in devices)
+    return next((reason for reason in reasons if reason), None)
+
+
 @functools.cache
 def why_no_triton() -> str | None:
     """None when the Triton kernels are imported, else the reason."""
@@ -103,7 +138,7 @@ def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, st
     >>> can_run("gather_tokens", "cuda", "cpu")
     (False, 'tensors are on cpu, not cuda')
     """
-    device = torch.device(device).type
+    op, device = _RUNS_AS.get(op, op), torch.device(device).type
     if op not in _implementations:
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(sorted(_implementations))}")
     if backend not in BACKENDS:
@@ -113,7 +148,7 @@ def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, st
     if backend == "cpp":
         wanted, missing = "cpu", why_no_cpp
     elif backend == "cuda":
-        wanted, missing = "cuda", why_no_cuda
+        wanted, missing = "cuda", lambda: why_no_cuda() or _why_no_code()
     else:
         wanted, missing = triton_device(), why_no_triton
     if device != wanted:
@@ -195,7 +230,17 @@ def copying(function: Callable) -> Callable:
 
 
 def resolve_all() -> None:
-    """Fill the table of choices for the devices of this torch, so that no call, compilation or capture pays for it."""
+    """Fill the table of choices for the devices of this torch, so that no call, compilation or capture pays for it.
+
+    Once more when torch has begun to use its GPUs: not before is it known which they are.
+    """
+    _fill()
+    if torch.version.cuda:
+        torch.cuda._lazy_call(_fill)
+
+
+def _fill() -> None:
+    _resolved.clear()
     for op in _implementations:
         for device in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
             for named in (None, *BACKENDS):
@@ -207,6 +252,7 @@ def resolve_all() -> None:
 def use_backend(backend: str) -> Iterator[None]:
     """Within the block every call that names no backend uses this one, in the whole process.
 
+    Of blocks that overlap in several threads the last one entered counts, as long as it is open.
     Raises ValueError for an unknown name; the call raises RuntimeError where the backend cannot run.
 
     >>> import torch, h2ot_kernels as h2ot
@@ -216,12 +262,27 @@ def use_backend(backend: str) -> Iterator[None]:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
-    global _override
-    before, _override = _override, backend
+    entry = _Entry(backend)
+    _change(_entered.append, entry)
     try:
         yield
     finally:
-        _override = before
+        _change(_entered.remove, entry)
+
+
+class _Entry:
+    """One block of use_backend; equal to itself only."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+
+
+def _change(how: Callable[[_Entry], None], entry: _Entry) -> None:
+    """Enter or leave: the last block that is still open counts, whichever thread leaves first."""
+    global _override
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _entering:  # a graph knows no locks
+        how(entry)
+        _override = _entered[-1].backend if _entered else None
 
 
 def explain(op: str, *tensors: Tensor) -> str:
@@ -234,10 +295,9 @@ def explain(op: str, *tensors: Tensor) -> str:
     gather_tokens on cpu: cpp
     """
     device = tensors[0].device if tensors else torch.device("cpu")
-    kernel = _RUNS_AS.get(op, op)
-    lines = [f"{op} on {device.type}: {chosen_backend(kernel, device)}"]
+    lines = [f"{op} on {device.type}: {chosen_backend(_RUNS_AS.get(op, op), device)}"]
     for backend in BACKENDS:
-        ok, reason = can_run(kernel, backend, device)
+        ok, reason = can_run(op, backend, device)
         lines.append(f"  {backend:9} {'can run' if ok else 'cannot run'}: {reason}")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Argument checks of the public functions. Every message names the argument, what came and what was wanted."""
 
 import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -8,12 +9,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
+from . import constants
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MOST_TOKENS = 2**31 - 1  # of a sample: kernels number them in 32 bits
 
 
 def shape(x: Tensor) -> str:
     return f"[{', '.join(map(str, x.shape))}]"
+
+
+def size_of(x: Tensor, axis: int) -> int:
+    """x.shape[axis] as a number under torch.jit.trace, too, where shapes are made of tensors."""
+    size = x.shape[axis]
+    return operator.index(size) if isinstance(size, Tensor) else size
 
 
 def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
@@ -25,6 +34,11 @@ def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Seque
     if x.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: got dtype {str(x.dtype).removeprefix('torch.')}, wanted {names}")
+
+
+def has_values(*tensors: Tensor | None) -> bool:
+    """Whether what tensors hold can be looked at: not while a graph is compiled, nor where only shapes are known."""
+    return not torch.compiler.is_compiling() and not any(x is not None and (x.is_meta or is_fake(x)) for x in tensors)
 
 
 def has_shape(name: str, x: Tensor, size: Sequence[int], wanted: str) -> None:
@@ -55,9 +69,10 @@ def positive(name: str, value: float) -> float:
     """value as a float; it is a number above 0 whose square is finite and above 0, too."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a positive number")
+    value = float(value)
     if not 1e-150 <= value <= 1e150:
         raise ValueError(f"{name}: got {value}, wanted a positive number (1e-150 to 1e150)")
-    return float(value)
+    return value
 
 
 def token_counts(num_tokens, B: int, N: int) -> int | list[int]:
@@ -115,7 +130,13 @@ def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | N
         same_device("mask", mask, "x", x)
     if lengths is None:
         return mask
-    lengths = torch.as_tensor(lengths, device=x.device) if not isinstance(lengths, Tensor) else lengths
+    if not isinstance(lengths, Tensor) and hasattr(lengths, "tolist"):  # an array of numpy
+        lengths = lengths.tolist()
+    if isinstance(lengths, Sequence) and not isinstance(lengths, str):
+        for value in lengths:
+            if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+                raise TypeError(f"lengths: got a list with {type(value).__name__}, wanted integers")
+        lengths = constants.integers(lengths, x.device)
     tensor("lengths", lengths, (1,), "[B]", (torch.int64, torch.int32))
     has_shape("lengths", lengths, (B,), "[B]")
     same_device("lengths", lengths, "x", x)
@@ -124,7 +145,7 @@ def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | N
 
 
 def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
-    """`keep` (None, an int, a list, [M] or [B, M]) as an int64 tensor [1, M] or [B, M].
+    """`keep` (None, an int, a list, [M] or [B, M]) as an int64 tensor [1, M] or [B, M], which is not written to.
 
     Values given as Python integers are checked here; those in a tensor by the kernel, which knows them.
     """
@@ -138,7 +159,15 @@ def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
         if keep.device != device:
             raise ValueError(f"keep: got device {keep.device}, wanted {device}")
         return keep if keep.shape[1] else None
-    values = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else [keep]
+    values = kept_values(keep, N, K)
+    return constants.shared(values, device) if values else None
+
+
+def kept_values(keep, N: int, K: int) -> tuple[int, ...]:
+    """`keep` (None, an int or a sequence of them) as integers in 0 .. N - 1, at most K different ones."""
+    if keep is None:
+        return ()
+    values = tuple(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else (keep,)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"keep: got {type(value).__name__}, wanted integers or an int64 tensor")
@@ -146,9 +175,7 @@ def kept(keep, B: int, N: int, K: int, device: torch.device) -> Tensor | None:
             raise IndexError(f"keep: got {value}, wanted 0 to {N - 1}")
     if len(set(values)) > K:
         raise ValueError(f"keep: got {len(set(values))} tokens to keep, wanted at most num_tokens = {K}")
-    if len(values) == 1:  # full: no copy from the host, safe under CUDA-graph capture
-        return torch.full((1, 1), values[0], dtype=torch.int64, device=device)
-    return torch.tensor([values], dtype=torch.int64, device=device) if values else None
+    return values
 
 
 def _memory(x: Tensor) -> tuple[int, int]:

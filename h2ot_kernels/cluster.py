@@ -36,7 +36,8 @@ def cluster_tokens(
 ) -> TokenClusters:
     """DPC-kNN in one call: the num_tokens = K tokens with the largest scores, and which of them each token belongs to.
 
-    Arguments as in `prune_cluster`. Returns (index int64 [B, K], labels int64 [B, N], score float64 [B, N]): those of
+    x, k, keep, mask, lengths, noise, metric: as in `prune_cluster`, whose other options it has not; num_tokens: one int
+    for all samples. Returns (index int64 [B, K], labels int64 [B, N], score float64 [B, N]): those of
     `prune_cluster`, `assign_clusters` of its index, and `score_tokens`. Raises as they do.
     Cost: on a CPU, for up to 1536 tokens (CUDA C++: 2048), that of `prune_cluster` alone, as labels are read off the
     distances that scoring has made; else that of both. Source: HoT section 3.2, TCFormer section 3:
@@ -216,8 +217,7 @@ def _in_steps(backend, x, num_tokens, k, keep, mask, noise):
 
 def _reference_assign(x, index, mask, parent=None):
     for name, value in (("index", index), ("parent", parent)):
-        outside = value is not None and not torch.compiler.is_compiling()
-        if outside and ((value < -1) | (value >= x.shape[1])).any():
+        if value is not None and checks.has_values(value) and ((value < -1) | (value >= x.shape[1])).any():
             raise IndexError(f"assign_clusters: {name} holds a value outside its range")
     return python_ref.assign_clusters(x, index, mask=mask, parent=parent)
 
@@ -227,7 +227,7 @@ def _reference_by_parent(x, index, parent, mask):
 
 
 def _reference_merge(x, labels, num_clusters, weight):
-    if not torch.compiler.is_compiling() and ((labels < -1) | (labels >= num_clusters)).any():
+    if checks.has_values(labels) and ((labels < -1) | (labels >= num_clusters)).any():
         raise IndexError("merge_tokens: labels holds a value outside its range")
     return python_ref.merge_tokens(x, labels, num_clusters, weight)
 

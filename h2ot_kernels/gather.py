@@ -143,7 +143,7 @@ SCATTER = {
 
 def _reference(x, index, pos_embed, dim, out_dim):
     least = -1 if pos_embed is None else 0
-    if index.numel() and not torch.compiler.is_compiling() and (index.min() < least or index.max() >= x.shape[dim]):
+    if index.numel() and checks.has_values(index) and (index.min() < least or index.max() >= x.shape[dim]):
         raise IndexError("gather_tokens: index holds a value outside its range")
     return python_ref.gather_tokens(x, index, pos_embed, dim=dim, out_dim=out_dim)
 

@@ -106,7 +106,7 @@ class Hourglass(nn.Module):
         """x as it comes to 0-based `block` -> (x as it enters the block, kept); unchanged where no stage stands.
 
         index: frames to keep instead of choosing: the `kept` of an earlier call (test-time flip), or of one stage the
-            tensor alone. pos_embed: [1, K, C], added to the kept tokens.
+            tensor alone; [1, K] or one row a sample. pos_embed: [1, K, C], added to the kept tokens.
         The rest is what a pruner reads; what it does not read is not looked at, so a model can pass all that it has:
         pose [B, F, J, 2] (motion); query and key [B, J, H, N, D] of the block before (attention); scores [B, F]
         (scores); mask [B, F] (cluster, scores); noise [B, F] or a generator (cluster). F may be the input frames or
@@ -127,7 +127,7 @@ class Hourglass(nn.Module):
             position = self._select(stage, x, kept, given)
             frames = _take(kept[-1], position) if kept else position
         else:
-            frames = self._stage_index(index, stage)
+            frames = self._stage_index(index, stage, x.shape[0])
             position = find_frames(kept[-1], frames) if kept else frames
         return gather_tokens(x, position, pos_embed, dim=self.frame_dim), (*kept, frames)
 
@@ -196,10 +196,10 @@ class Hourglass(nn.Module):
         if self._sampled_keep is not None:
             signals["keep"] = self._sampled_keep[stage] or None
         elif self.keep:
-            signals["keep"] = find_frames(kept[-1], *self.keep) if kept else list(self.keep)
+            signals["keep"] = find_frames(kept[-1], *self.keep) if kept else self.keep
         return pruner.select(x, **signals)
 
-    def _stage_index(self, index: Tensor | Kept, stage: int) -> Tensor:
+    def _stage_index(self, index: Tensor | Kept, stage: int, rows: int) -> Tensor:
         by_stage = (index,) if isinstance(index, Tensor) else tuple(index)
         if len(by_stage) != len(self.stages):
             raise ValueError(f"index: got {len(by_stage)} tensors, wanted one for each of {len(self.stages)} stages")
@@ -207,6 +207,11 @@ class Hourglass(nn.Module):
         checks.tensor("index", frames, (2,), f"[B, {tokens}] or [1, {tokens}]", (torch.int64,))
         if frames.shape[1] != tokens:
             raise ValueError(f"index: got shape {checks.shape(frames)}, wanted [B, {tokens}] or [1, {tokens}]")
+        samples = rows if self.num_joints is None else rows // self.num_joints
+        if frames.shape[0] not in (1, samples, rows):
+            raise ValueError(
+                f"index: got shape {checks.shape(frames)}, wanted [1, {tokens}] or a row for each of {samples} samples"
+            )
         return frames
 
     def _checked_keep(self, keep: int | Sequence[int] | str | None) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ class TokenPruningSampler(TokenPruning):
     """
 
     def select(self, x: Tensor, *, keep=None) -> Tensor:
-        return prune_sample(x.shape[self.frame_dim], self.num_tokens, keep=keep, device=x.device)
+        return prune_sample(checks.size_of(x, self.frame_dim), self.num_tokens, keep=keep, device=x.device)
 
 
 class TokenPruningMotion(TokenPruning):

@@ -17,6 +17,7 @@ from python_ref.recover_interpolation import blend
 from python_ref.score import GAUSSIAN_STEPS, rank_tokens
 
 from .backend import use_backend
+from .modes import in_eval_mode
 
 CHUNK = 32  # channels whose differences are held at once: [B, N, N, CHUNK] float64
 
@@ -41,13 +42,10 @@ def export(model: torch.nn.Module, inputs: tuple[Tensor, ...], path: str | os.Pa
     for position, x in enumerate(inputs):
         if x.dim() == 0 or x.shape[0] < 2:
             raise ValueError(f"inputs: got shape {list(x.shape)} as number {position}, wanted a batch of 2 or more")
-    training, batch = model.training, torch.export.Dim("batch")
-    try:
-        with torch.no_grad(), use_backend("cpp"):
-            dynamic = tuple({0: batch} for _ in inputs)
-            program = torch.export.export(model.eval(), inputs, dynamic_shapes=dynamic)
-    finally:
-        model.train(training)
+    batch = torch.export.Dim("batch")
+    with in_eval_mode(model), torch.no_grad(), use_backend("cpp"):
+        dynamic = tuple({0: batch} for _ in inputs)
+        program = torch.export.export(model, inputs, dynamic_shapes=dynamic)
     program = program.run_decompositions(decompositions())
     torch.onnx.export(
         program,

@@ -122,6 +122,7 @@ def recover_pose(
     if not is_reference(backend):
         checks.no_tangent("recover_pose", *given)
     checks.integer("num_joints", num_joints, 1)
+    checks.tensor("key", key, (3,), "[B * J, K, C]")
     if key.shape[0] % num_joints:
         raise ValueError(f"num_joints: got {num_joints}, wanted a divisor of key's first axis, {key.shape[0]}")
     arguments = _checked(query, key, value, num_heads, None, None, backend)

@@ -97,7 +97,7 @@ BACKWARD = {
 
 
 def _reference(x, index, num_frames, nearest):
-    if index is not None and not torch.compiler.is_compiling():
+    if index is not None and checks.has_values(index):
         if (index < 0).any() or (index >= num_frames).any():
             raise IndexError("recover_interpolate: index holds a value outside its range")
         if (index.diff(dim=1) <= 0).any():

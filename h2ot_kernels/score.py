@@ -87,7 +87,9 @@ class Variant(NamedTuple):
         if self.scale is not None:
             checks.positive("scale", self.scale)
         if self.density == "gaussian":
-            checks.positive("cutoff", self.cutoff)
+            cutoff = checks.positive("cutoff", self.cutoff)
+            if self.scale is not None:
+                checks.positive("scale * cutoff", self.scale * cutoff)
         elif self.cutoff is not None:
             raise ValueError(f"cutoff: got {self.cutoff}, wanted None with density='knn', which has no cut-off")
 

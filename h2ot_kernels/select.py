@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import python_ref
 
-from . import checks
+from . import checks, constants
 from .backend import dispatch, implement
 from .library import declare
 from .score import Variant, check_scoring, pair_flops, score_checked, valid_of
@@ -63,7 +63,7 @@ def _select(score: Tensor, num_tokens: int | list[int], keep, mask, backend: str
         return select(score, num_tokens, keep, mask)
     index = score.new_full((score.shape[0], max(num_tokens, default=0)), -1, dtype=torch.int64)
     for count in sorted(set(num_tokens) - {0}):
-        rows = torch.tensor([b for b, own in enumerate(num_tokens) if own == count], device=score.device)
+        rows = constants.integers([b for b, own in enumerate(num_tokens) if own == count], score.device)
         kept = keep if keep is None or keep.shape[0] == 1 else keep[rows]
         index[rows, :count] = select(score[rows], count, kept, None if mask is None else mask[rows])
     return index
@@ -112,10 +112,10 @@ def prune_cluster(
 def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) -> Tensor:
     """TPS: num_tokens = K evenly spaced frames of num_frames = F: index[i] = i (F - 1) // (K - 1); K = 1: (F - 1) // 2.
 
-    keep: an int or a list of frames that are always kept; one that is not sampled replaces the nearest sampled frame
-    that is not kept itself, the lower on a tie. device: where the index is made.
+    keep: an int or a list of frames that are always kept; one that is not sampled replaces the nearest sampled
+    frame that is not kept itself, the lower on a tie. device: where the index is made.
     Returns ascending int64 [1, K], which every sample shares. Raises TypeError, ValueError or IndexError that name the
-    argument. Cost: O(K), once per (F, K, keep, device). Source: H2OT section 3;
+    argument. Cost: O(K), once per (F, K, keep, device), which is resolved in every call. Source: H2OT section 3;
     `python_ref.select`.
 
     >>> import h2ot_kernels as h2ot
@@ -124,18 +124,15 @@ def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) ->
     """
     checks.integer("num_frames", num_frames, 1)
     checks.integer("num_tokens", num_tokens, 1, num_frames, "num_frames")
-    if isinstance(keep, Tensor):
-        keep = keep.tolist()
-    checks.kept(keep, 1, num_frames, num_tokens, torch.device("cpu"))
-    frames = () if keep is None else (keep,) if not isinstance(keep, (list, tuple)) else tuple(keep)
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a tensor of a tracer must not be cached
-        return python_ref.prune_sample(num_frames, num_tokens, keep=frames, device=device)
-    return _sampled(num_frames, num_tokens, frames, device).clone()
+    kept = checks.kept_values(keep.tolist() if isinstance(keep, Tensor) else keep, num_frames, num_tokens)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a constant of the graph
+        return python_ref.prune_sample(num_frames, num_tokens, keep=kept, device=device)
+    return constants.shared(_sampled(num_frames, num_tokens, kept), constants.resolved(device)).clone()
 
 
 @functools.lru_cache(maxsize=256)
-def _sampled(num_frames, num_tokens, keep, device):
-    return python_ref.prune_sample(num_frames, num_tokens, keep=keep, device=device)
+def _sampled(num_frames: int, num_tokens: int, kept: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(python_ref.select.sampled_frames(num_frames, num_tokens, kept))
 
 
 def prune_motion(pose: Tensor, num_tokens: int, *, keep=None, backend: str | None = None) -> Tensor:
@@ -223,10 +220,10 @@ ATTENTION = {
 
 
 def _check_kept(keep, N, K):
-    if keep is not None and not torch.compiler.is_compiling():
+    if keep is not None and checks.has_values(keep):
         if ((keep < 0) | (keep >= N)).any():
             raise IndexError("select_tokens: keep holds a value outside its range")
-        if max(row.unique().numel() for row in keep) > K:
+        if max((row.unique().numel() for row in keep), default=0) > K:
             raise IndexError("select_tokens: keep names more tokens than num_tokens")
 
 

@@ -27,9 +27,9 @@ def wrap(
     recover, pipeline and options (frame_dim, keep, k, num_joints, channels, num_heads): see `Hourglass`.
     query_key: for pruner="attention", (block, its input) -> its temporal attention's query and key [B, ..., H, F, D];
     known for nn.TransformerEncoderLayer and for blocks with `norm1` and `attn.qkv`.
-    Raises ValueError for a stage that no block follows, for blocks behind the first stage whose parameters depend on
-    the number of frames (a position embedding, a norm over frames; channels=num_frames says that such an axis holds
-    channels), and TypeError for other blocks.
+    Raises ValueError for a stage that no block follows, recover="attention" without channels, for blocks behind the
+    first stage whose parameters depend on the number of frames (a position embedding, a norm over frames;
+    channels=num_frames says that such an axis holds channels), and TypeError for other blocks.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> layers = [torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True) for _ in range(4)]
@@ -50,6 +50,10 @@ class WrappedBlocks(nn.Module):
         self.blocks, self.hourglass = blocks, hourglass
         self.query_key = _query_key if query_key is None else query_key
         layers, stages = self.layers(), hourglass.stages
+        if hourglass.recovery == "attention" and hourglass.cross_attention is None:
+            raise ValueError(
+                "channels: got None, wanted those of x: recover='attention' needs an x_token of that width"
+            )
         if stages and max(stages) >= len(layers):
             raise ValueError(f"stages: got a stage before block {max(stages)}, wanted blocks 0 to {len(layers) - 1}")
         for i, layer in enumerate(layers):

@@ -12,7 +12,7 @@ def gather_tokens(
     Each row of the index serves x.shape[0] / index.shape[0] consecutive rows of x. Frames named -1 (padding) are zeros.
     """
     out_dim = dim if out_dim is None else out_dim
-    index = index.repeat_interleave(x.shape[0] // index.shape[0], 0)
+    index = index.repeat_interleave(x.shape[0] // max(index.shape[0], 1), 0)
     frames_first = x.movedim(dim, 1)
     position = index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *frames_first.shape[2:])
     kept = frames_first.gather(1, position.clamp(min=0)).masked_fill(position < 0, 0.0)

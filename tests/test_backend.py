@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ def test_predicate_gives_reasons():
     assert h2ot.can_run("score_variant", "cpp", "cpu")[0]
     assert h2ot.can_run("score_variant", "triton", DEVICE) == h2ot.can_run("score_tokens", "triton", DEVICE)
     assert h2ot.can_run("assign_by_parent", "triton", DEVICE) == (False, "assign_by_parent has no triton kernel")
+    assert h2ot.can_run("recover_pose", "cpp", "cpu") == h2ot.can_run("recover_tail", "cpp", "cpu")
     with pytest.raises(ValueError, match="op: got 'nothing'"):
         h2ot.can_run("nothing", "cpp", "cpu")
 
@@ -47,6 +49,104 @@ def test_override_order():
     assert backend.chosen_backend("gather_tokens", "cpu") == "cpp"
     with pytest.raises(ValueError, match="backend"), h2ot.use_backend("fast"):
         pass
+
+
+def test_blocks_that_overlap_leave_nothing():
+    """A enters, B enters, A leaves, B leaves: the last one entered counts as long as it is open."""
+    entered, left, seen = threading.Event(), threading.Event(), []
+
+    def first():
+        with h2ot.use_backend("reference"):
+            entered.wait()
+        left.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    while backend._override != "reference":
+        pass
+    with h2ot.use_backend("cpp"), h2ot.use_backend("reference"), h2ot.use_backend("cpp"):
+        entered.set()
+        left.wait()
+        seen.append(backend.chosen_backend("gather_tokens", "cpu"))
+    thread.join()
+    assert seen == ["cpp"]
+    assert backend._override is None
+    assert not backend._entered
+    one, other = h2ot.use_backend("reference"), h2ot.use_backend("cpp")
+    one.__enter__()
+    other.__enter__()
+    other.__exit__(None, None, None)
+    assert backend._override == "reference"
+    one.__exit__(None, None, None)
+    assert backend._override is None
+
+
+def test_a_graph_may_enter_a_block():
+    def run(x):
+        with h2ot.use_backend("reference"):
+            return h2ot.select_tokens(x, 2)
+
+    x = torch.randn(1, 5)
+    assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
+    assert backend._override is None
+
+
+ALL = "80 86 87 89 90a 100 120"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (ALL, (7, 5), False),
+        (ALL, (8, 0), True),
+        (ALL, (8, 8), True),
+        (ALL, (9, 0), True),
+        (ALL, (10, 3), True),
+        (ALL, (11, 0), False),
+        (ALL, (12, 0), True),
+        (ALL, (12, 1), True),
+        (ALL, (13, 0), True),
+        ("90a", (8, 0), False),
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("80 90a", (10, 0), False),
+        ("86", (8, 0), False),
+        ("86", (8, 9), True),
+        ("86", (9, 0), True),
+        ("100f", (10, 3), True),
+        ("100f", (12, 0), False),
+        ("80-virtual", (9, 0), True),
+        ("native", (7, 5), True),
+        ("", (9, 0), True),
+    ],
+)
+def test_which_devices_the_cuda_library_has_code_for(architectures, capability, runs):
+    reason = backend.why_no_code(architectures, capability)
+    expected = f"the CUDA library has no code for sm_{capability[0]}{capability[1]}, only for {architectures}"
+    assert reason == (None if runs else expected)
+
+
+def test_a_device_without_code_is_a_reason_and_another_backend_runs(monkeypatch):
+    """Known from the moment that torch begins to use its GPUs."""
+    later = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "_lazy_call", later.append)
+    for name in ("why_no_cuda", "why_no_triton"):
+        monkeypatch.setattr(backend, name, lambda: None)
+    monkeypatch.setattr(backend, "triton_device", lambda: "cuda")
+    monkeypatch.setattr(backend, "_implementations", {"some": {name: object() for name in backend.BACKENDS}})
+    monkeypatch.setattr(backend, "_resolved", {})
+    backend.resolve_all()
+    assert backend._resolved["some", "cuda", None] is backend._implementations["some"]["cuda"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (7, 5))[device])
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_architectures": ALL})
+    later.pop()()
+    assert backend._resolved["some", "cuda", None] is backend._implementations["some"]["triton"]
+    assert ("some", "cuda", "cuda") not in backend._resolved
+    reason = f"the CUDA library has no code for sm_75, only for {ALL}"
+    assert h2ot.can_run("some", "cuda", "cuda") == (False, reason)
 
 
 @pytest.mark.parametrize(("name", "outcome"), [("reference", "reference"), ("", "cpp"), ("fast", "got 'fast'")])

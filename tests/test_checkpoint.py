@@ -56,6 +56,9 @@ class NotData:
         ([1, 2], "holds no state_dict"),
         ({}, "holds no state_dict"),
         ({"weight": 3}, "holds no state_dict"),
+        ({0: torch.zeros(2)}, "holds no state_dict"),
+        ({"model": {0: torch.zeros(2)}}, "holds no state_dict"),
+        ({"weight": torch.zeros(2, 2), "module.weight": torch.zeros(2, 2)}, "holds weight twice"),
     ],
 )
 def test_checkpoint_without_weights(tmp_path, content, message):
@@ -64,10 +67,54 @@ def test_checkpoint_without_weights(tmp_path, content, message):
         hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "model.pth")
 
 
+# Text, pickles that take from an empty stack, ask for what was not stored, or end within a number.
+DAMAGED = (
+    b"",
+    b"not a checkpoint at all",
+    b"hello world, this is text\n",
+    b"\x80\x02a.",
+    b"\x80\x02h\x07.",
+    b"\x80\x02J\x01",
+)
+
+
 def test_checkpoint_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError):
         hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "none.pth")
-    for content in (b"", b"not a checkpoint at all"):
+    for content in DAMAGED:
         (tmp_path / "bad.pth").write_bytes(content)
         with pytest.raises(ValueError, match="is not a checkpoint"):
             hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "bad.pth")
+
+
+def test_a_checkpoint_that_holds_itself(tmp_path):
+    content = {"epoch": 1}
+    content["model"] = content
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="holds no state_dict"):
+        hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("wrap", ["model_pos", "state_dict"])
+def test_the_wrapper_that_holds_tensors_counts(tmp_path, wrap):
+    """A configuration may be called "model", too."""
+    source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+    torch.save({"model": {"lr": 1, "state_dict": {}}, wrap: source.state_dict()}, tmp_path / "model.pth")
+    assert torch.equal(hosts.load_checkpoint(target, tmp_path / "model.pth").weight, source.weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (lambda x: x.to_sparse(), "tensor: weight is torch.sparse_coo, wanted plain"),
+        (lambda x: x.to("meta"), "tensor: weight is without data, wanted plain"),
+        (lambda x: x.to(torch.complex64), "dtype: weight is torch.complex64, wanted torch.float32"),
+    ],
+)
+def test_weights_that_cannot_be_copied(tmp_path, kind, message):
+    model = nn.Linear(2, 3)
+    before = model.weight.detach().clone()
+    torch.save({**model.state_dict(), "weight": kind(torch.ones(3, 2))}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=message):
+        hosts.load_checkpoint(model, tmp_path / "model.pth")
+    assert torch.equal(model.weight, before)

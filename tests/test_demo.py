@@ -245,6 +245,7 @@ def test_the_command_line_has_no_traceback(tmp_path):
         (["demo", "--seconds", "nan"], "seconds: got nan"),
         (["demo", "--checkpoint", "absent.pt"], "name one with --model"),
         (["demo", "--model", "absent"], "--model: unknown absent"),
+        (["demo", "--model", "mixste", "ftp_pose"], "models: got 'ftp_pose', which lifts no keypoints, wanted one of"),
         (["evaluate", "--model", "absent", "--checkpoint", "a", "--keypoints", "b"], "name: got 'absent'"),
         (["evaluate", "--model", "mixste", "--checkpoint", "absent.pt", "--keypoints", "b"], "absent.pt"),
         (["evaluate", "--model", "mixste", "--checkpoint", "a", "--keypoints", "b", "--batch", "0"], "--batch: got 0"),

@@ -13,6 +13,7 @@ from torch import nn
 from h2ot_kernels import evaluation, hosts
 from h2ot_kernels.__main__ import main as command_line
 from h2ot_kernels.evaluation.human36m import IMAGE_SIZES, OF_32
+from h2ot_kernels.modes import in_eval_mode
 
 from .host_cases import SIZES, small
 
@@ -116,6 +117,41 @@ def test_the_mirrored_pass_keeps_the_same_frames(name):
     lifted = evaluation.lift(model, keypoints[:27], batch=27)
     assert lifted.shape == (27, 17, 3)
     assert len(asked) == len(model.hourglass.stages)
+
+
+def test_every_module_is_in_the_mode_it_was_in():
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    model = Copies()
+    model.parts = nn.ModuleList(
+        [nn.Linear(1, 1), nn.Dropout().eval(), nn.Sequential(nn.Linear(1, 1)).eval(), Frozen(1)]
+    )
+    model.parts[2][0].train()
+    modes = [module.training for module in model.modules()]
+    video = evaluation.Video("x", "x", torch.randn(6, 17, 2), torch.randn(6, 17, 3))
+    evaluation.evaluate(model, [video])
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+    with in_eval_mode(model):
+        assert not model.training
+    assert not any(module.training for module in model.modules())
+
+    def fails(*given, **named):
+        assert not model.training
+        raise RuntimeError("within")
+
+    model.train().forward = fails
+    with pytest.raises(RuntimeError, match="within"):
+        evaluation.lift(model, video.keypoints)
+    assert model.training
+
+
+def test_packed_weights_outlive_a_video_of_a_model_in_eval_mode(monkeypatch):
+    model = small("h2ot_mixste").float().eval()
+    monkeypatch.setattr(model, "train", None)  # what would make its layers forget them
+    evaluation.lift(model, torch.randn(27, 17, 2))
 
 
 def write_dataset(folder, *, world):
@@ -222,6 +258,31 @@ def test_bad_files_say_what_is_wrong(tmp_path):
         evaluation.evaluate(Copies(), [evaluation.Video("x", "x", torch.zeros(3, 17, 2), None)])
     with pytest.raises(ValueError, match=r"predicted: got shape \[17, 2\]"):
         evaluation.mpjpe(torch.zeros(17, 2), torch.zeros(17, 3))
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"S9": {"Walk": None}}, "S9 Walk is NoneType, wanted the keypoints of each camera"),
+        ({"S9": {"Walk": 5}}, "S9 Walk is int, wanted the keypoints of each camera"),
+        ({"S9": {"Walk": {"a": np.zeros((3, 17, 2))}}}, "S9 Walk is dict, wanted the keypoints of each camera"),
+        ({"S9": {1: [np.zeros((3, 17, 2))]}}, "positions_2d of S9 has the action 1, wanted its name as text"),
+        ({"S9": {"Walk": [None]}}, r"S9 Walk camera 0 is object \[\], wanted finite numbers"),
+        ({"S9": {"Walk": [[[1.0], [1.0, 2.0]]]}}, r"S9 Walk camera 0 is no array: .*, wanted numbers \[T, J, 2\]"),
+    ],
+)
+def test_odd_trees_say_what_is_wrong(tree, message, tmp_path):
+    np.savez(tmp_path / "odd.npz", positions_2d=np.array(tree, dtype=object))
+    with pytest.raises(evaluation.human36m.DataFileError, match=f"odd.npz: {message}"):
+        evaluation.read_videos(tmp_path / "odd.npz", subjects=("S9",))
+
+
+def test_a_host_that_lifts_no_keypoints_is_refused(capsys):
+    model = hosts.build("ftp_pose", image_size=(64, 48), channels=32, depth=2, num_heads=2)
+    with pytest.raises(ValueError, match="model: got FTPPose, wanted a host that lifts keypoints"):
+        evaluation.lift(model, torch.zeros(3, 17, 2))
+    assert command_line(["evaluate", "--model", "ftp_pose", "--checkpoint", "absent", "--keypoints", "absent"]) == 2
+    assert "--model: got 'ftp_pose', which lifts no keypoints, wanted one of mixste" in capsys.readouterr().err
 
 
 def test_clips():

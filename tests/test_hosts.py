@@ -74,9 +74,11 @@ def test_executed_flops_leave_out_the_dense_scaling_of_graphs():
 
 def test_counting_leaves_the_model_as_it_was():
     model = small("hot_mixste")
+    model.head.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hosts.count_flops(model, "total")
     assert model.training
+    assert not any(module.training for module in model.head.modules())
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="convention: got 'all'"):

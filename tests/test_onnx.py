@@ -102,8 +102,10 @@ class EveryOperation(nn.Module):
 
 def test_every_operation_in_onnxruntime(tmp_path):
     model, path = EveryOperation(), tmp_path / "operations.onnx"
+    model.frozen = nn.Dropout().eval()
     h2ot_kernels.onnx.export(model, (torch.randn(2, 9, 3, 8),), path)
     assert model.training
+    assert not model.frozen.training
     model.eval()
     for B in (1, 2, 5):
         tokens = torch.randint(-2, 3, (B, 9, 3, 8)).float()  # many equal distances

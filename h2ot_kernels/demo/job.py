@@ -12,6 +12,7 @@ import torch
 
 import h2ot_kernels as h2ot
 
+from .. import hosts
 from ..backend import check_named
 from ..comparison import compare
 from ..timing import Machine
@@ -39,9 +40,11 @@ def run(
     source: a keypoint file (`keypoints`), else the made-up walker. models: host names, else `models.DEFAULT`.
     checkpoint: an official one, for the one model named. with_compile: `torch.compile` of the official one, too.
     device: "cpu" or "cuda", else a GPU where there is one. seconds: about how long the timing may take.
-    Raises KeypointError for a bad input, ValueError or OSError for a bad checkpoint, folder, device or number, and
-    where the backend that H2OT_KERNELS_BACKEND names cannot run.
+    Raises KeypointError for a bad input, ValueError or OSError for a bad model, checkpoint, folder, device or number,
+    and where the backend that H2OT_KERNELS_BACKEND names cannot run.
     """
+    for name in models:
+        hosts.require_lifting("models", name)
     if checkpoint is not None and len(models) != 1:
         raise ValueError(f"checkpoint: fits one model, got {len(models)} named models; name one with --model")
     if device == "cuda" and not torch.cuda.is_available():

@@ -75,6 +75,10 @@ def read_videos(
     videos = []
     for subject in subjects:
         for action, cameras in found[subject].items():
+            if not (isinstance(cameras, (list, tuple)) or np.ndim(cameras)):
+                raise DataFileError(
+                    f"{keypoints}: {subject} {action} is {type(cameras).__name__}, wanted the keypoints of each camera"
+                )
             if len(cameras) > len(image_sizes):
                 raise DataFileError(
                     f"{keypoints}: {subject} {action} has {len(cameras)} cameras, got {len(image_sizes)} image sizes"
@@ -137,7 +141,10 @@ def _seventeen(path, name: str, poses: np.ndarray) -> np.ndarray:
 
 
 def _array(path, name: str, value, size: int) -> np.ndarray:
-    value = np.asarray(value)
+    try:
+        value = np.asarray(value)
+    except ValueError as error:
+        raise DataFileError(f"{path}: {name} is no array: {error}, wanted numbers [T, J, {size}]") from error
     if value.dtype.kind not in "fiu" or value.ndim != 3 or value.shape[-1] < size or not np.isfinite(value).all():
         raise DataFileError(
             f"{path}: {name} is {value.dtype} {list(value.shape)}, wanted finite numbers [T, J, {size}]"
@@ -150,6 +157,10 @@ def _tree(path, key: str, subjects: tuple[str, ...]) -> dict:
     tree = _read(path, key)
     if not isinstance(tree, dict) or not all(isinstance(actions, dict) for actions in tree.values()):
         raise DataFileError(f"{path}: {key} is not a dictionary of subjects of actions")
+    for subject, actions in tree.items():
+        for action in actions:
+            if not isinstance(action, str):
+                raise DataFileError(f"{path}: {key} of {subject} has the action {action!r}, wanted its name as text")
     missing = [subject for subject in subjects if subject not in tree]
     if missing:
         raise DataFileError(f"{path}: {key} has no {', '.join(missing)}; it has {', '.join(map(str, tree))}")

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from .. import checks
 from ..demo.keypoints import cut_windows, join_windows
+from ..modes import in_eval_mode
 from .human36m import LEFT, RIGHT, Video
 from .metrics import mpjpe, p_mpjpe
 
@@ -49,10 +50,14 @@ def lift(
     seq2seq: windows of F frames back to back, the last one ending with the video (a shorter video is padded with its
     last frame). seq2frame: a window around each frame, the video's first and last frame repeated at its ends.
     with_flip: the mean of the pose and the mirrored pose of the mirrored keypoints; the second pass keeps the frames
-    that the first one chose. A third input channel, where the host has one, is a confidence of 1.
-    Raises ValueError for a host that gives only the kept frames (build it with pipeline="seq2frame").
+    that the first one chose. A third input channel, where the host has one, is a confidence of 1. The model is moved to
+    device, and runs in eval mode; then each of its modules is in the mode it was in before.
+    Raises ValueError for a host that lifts no keypoints, or gives only the kept frames (build it with
+    pipeline="seq2frame").
     """
     checks.tensor("keypoints", keypoints, (3,), "[T, J, 2]", (torch.float32, torch.float64))
+    if not (hasattr(model, "hourglass") and hasattr(model, "in_shape")):
+        raise ValueError(f"model: got {type(model).__name__}, wanted a host that lifts keypoints (hosts.LIFTING)")
     frames, joints, channels = model.in_shape
     checks.has_shape("keypoints", keypoints, (keypoints.shape[0], joints, 2), "[T, J, 2]")
     checks.integer("batch", batch, 1)
@@ -66,16 +71,17 @@ def lift(
     windows = (
         _frame_windows(keypoints, frames) if by_frame else torch.from_numpy(cut_windows(keypoints.numpy(), frames))
     )
-    model = model.eval().to(device)
+    model = model.to(device)
     lifted = []
-    for x in windows.split(batch):
-        x = x.to(device, parameter.dtype)
-        poses, index = model(_with_confidence(x, channels), return_index=True)
-        if with_flip:
-            again = index if hourglass.stages else None
-            mirrored, _ = model(_with_confidence(flip(x), channels), again, return_index=True)
-            poses = (poses + flip(mirrored)) / 2
-        lifted.append(poses.cpu().float())
+    with in_eval_mode(model):
+        for x in windows.split(batch):
+            x = x.to(device, parameter.dtype)
+            poses, index = model(_with_confidence(x, channels), return_index=True)
+            if with_flip:
+                again = index if hourglass.stages else None
+                mirrored, _ = model(_with_confidence(flip(x), channels), again, return_index=True)
+                poses = (poses + flip(mirrored)) / 2
+            lifted.append(poses.cpu().float())
     lifted = torch.cat(lifted)
     return lifted[:, 0] if by_frame else torch.from_numpy(join_windows(lifted.numpy(), len(keypoints)))
 

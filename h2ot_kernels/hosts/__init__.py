@@ -5,6 +5,7 @@ from torch import nn
 from .checkpoint import load_checkpoint
 from .flops import count_flops
 from .ftp_pose import FTPPose
+from .host import Host
 from .mhformer import MHFormer
 from .mixste import MixSTE
 from .motionagformer import MotionAGFormer
@@ -41,6 +42,13 @@ HOSTS = {
     "h2ot_motionagformer": (MotionAGFormer, {"stages": {3: 121, 7: 81}, **H2OT}),
     "ftp_pose": (FTPPose, {}),
 }
+LIFTING = tuple(name for name, (host, _) in HOSTS.items() if issubclass(host, Host))  # keypoints in, 3D poses out
+
+
+def require_lifting(argument: str, name: str) -> None:
+    """Raise ValueError for a known host that lifts no keypoints."""
+    if name in HOSTS and name not in LIFTING:
+        raise ValueError(f"{argument}: got {name!r}, which lifts no keypoints, wanted one of {', '.join(LIFTING)}")
 
 
 def build(name: str, **overrides) -> nn.Module:

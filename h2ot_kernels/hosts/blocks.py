@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..attention import attend_in_one_call, attend_packed, attend_rows, takes_one_product
+from ..checks import size_of
 from ..linear import Linear, mlp
 
 QueryKey = tuple[Tensor, Tensor]
@@ -74,7 +75,8 @@ class Attention(nn.Module):
                 attended = attend_rows(*(y.flatten(0, -3) for y in heads), self.num_heads)
             else:
                 # The joints stand beside the heads: every sample is read and written in place.
-                attended = attend_rows(*(y.flatten(2) for y in heads), x.shape[2] * self.num_heads)
+                joints = size_of(x, 2)
+                attended = attend_rows(*(y.flatten(2) for y in heads), joints * self.num_heads)
             attended = attended.view_as(x)
         return project(self.proj, attended, dropout, **update), query_key
 

@@ -2,12 +2,17 @@
 
 import os
 import pickle
+import struct
+import zipfile
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 WRAPPERS = ("model_pos", "model", "state_dict")
+# What torch.load raises for files that are no checkpoints, or damaged ones.
+BROKEN = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
+BROKEN += (ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile)
 # Training dictionaries hold numpy scalars (the best error so far): they are read, nothing else of numpy is.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS = [_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
@@ -19,8 +24,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     The file is read with `weights_only=True`: a state_dict, or a dictionary that holds one as "model_pos", "model" or
     "state_dict". A `module.` prefix (DataParallel) is dropped.
-    Raises ValueError that names every missing and unexpected key and every wrong shape (the model is then unchanged),
-    or says why the file cannot be read; FileNotFoundError.
+    Raises ValueError that names every missing and unexpected key and every wrong shape or kind of tensor (the model is
+    then unchanged), or says why the file cannot be read; OSError where there is none, or a folder.
 
     >>> import tempfile, torch
     >>> from h2ot_kernels import hosts
@@ -33,11 +38,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     state, wanted = _read(path), model.state_dict()
     problems = [f"missing: {name}" for name in wanted if name not in state]
     problems += [f"unexpected: {name}" for name in state if name not in wanted]
-    problems += [
-        f"shape: {name} is {list(state[name].shape)}, wanted {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
+    for name, tensor in wanted.items():
+        if name in state and (problem := _unlike(name, state[name], tensor)):
+            problems.append(problem)
     if problems:
         raise ValueError("\n  ".join([f"{path} does not fit {type(model).__name__}:", *problems]))
     model.load_state_dict(state)
@@ -47,11 +50,36 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 def _read(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {error}") from error
-    while isinstance(state, dict) and (inner := [name for name in WRAPPERS if isinstance(state.get(name), dict)]):
-        state = state[inner[0]]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except BROKEN as error:
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: {type(error).__name__}: {error}") from error
+    found = _state_in(found)
+    if found is None:
         raise ValueError(f"{path} holds no state_dict, bare or under {', '.join(map(repr, WRAPPERS))}")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    state = {name.removeprefix("module."): value for name, value in found.items()}
+    if len(state) != len(found):
+        twice = ", ".join(name for name in state if name in found and f"module.{name}" in found)
+        raise ValueError(f"{path} holds {twice} twice, with and without `module.`")
+    return state
+
+
+def _state_in(found, around: tuple[dict, ...] = ()) -> dict[str, Tensor] | None:
+    """The state_dict that `found` is, or the first one that it holds under the names of wrappers."""
+    if not isinstance(found, dict) or any(found is outer for outer in around):
+        return None
+    if found and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+        return found
+    inner = (_state_in(found.get(name), (*around, found)) for name in WRAPPERS)
+    return next((state for state in inner if state is not None), None)
+
+
+def _unlike(name: str, value: Tensor, wanted: Tensor) -> str | None:
+    """Why value cannot be copied into wanted."""
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        kind = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        return f"tensor: {name} is {'without data' if value.is_meta else kind}, wanted plain dense numbers"
+    if value.shape != wanted.shape:
+        return f"shape: {name} is {list(value.shape)}, wanted {list(wanted.shape)}"
+    if value.is_complex() and not wanted.is_complex():
+        return f"dtype: {name} is {value.dtype}, wanted {wanted.dtype}"
+    return None

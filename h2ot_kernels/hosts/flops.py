@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import checks
 from ..backend import use_backend
+from ..modes import in_eval_mode
 from ..nn import TokenRecoveringAttention
 from .motionagformer import Graph
 
@@ -60,11 +61,10 @@ def flops_by_convention(model: nn.Module, *, executed: bool = False) -> dict[str
             handles.append(module.register_forward_hook(count_query))
         elif isinstance(module, Graph):
             handles.append(module.register_forward_hook(count_scaling))
-    training = model.training
     try:
-        total = _run_on_shapes(model.eval())
+        with in_eval_mode(model):
+            total = _run_on_shapes(model)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     flops = {"linear": counted["linear"], "total": total}
