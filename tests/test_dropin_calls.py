@@ -119,6 +119,21 @@ def test_wrong_calls_raise_what_the_original_raises(call):
     assert str(after.value) == str(before.value)
 
 
+class OwnNames(mixste.Attention):
+    calls, by_name = 2.0, 0.5
+
+    def forward(self, x):
+        return super().forward(x) * (self.calls * self.by_name if self.training else 1)
+
+
+def test_attributes_of_a_class_are_not_hidden():
+    attention = OwnNames(C, H).double()
+    before = attention(X)
+    with dropin.patch(attention) as handle:
+        assert_agree([attention(X)], [before], 1e-9)
+    assert "its class has by_name, calls, which the fast form would hide" in handle.report()
+
+
 class Copied(mixste.Mlp):
     def __deepcopy__(self, memo):
         twin = memo[id(self)] = Copied(C, 2 * C).to(self.fc1.weight.dtype)

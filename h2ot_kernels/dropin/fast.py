@@ -19,6 +19,7 @@ from ..linear import Linear, is_silent, mlp
 from ..linear_halves import adds_to_float
 from ..recover_attention import has_plain_tail, norm_and_head
 from .hot import is_transformed, shared_rows
+from .trial import NotRecognised
 
 PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))
 PASSIVE = (nn.Identity, nn.Dropout, nn.Softmax)  # what a fast forward leaves out: it does nothing there, or the softmax
@@ -102,7 +103,7 @@ def _same(value, default) -> bool:
 
 @functools.cache
 def fast_class(mixin: type, original: type, ranks: tuple[int, ...] = (), trains: bool = True) -> type:
-    """original with mixin's forward, under original's name."""
+    """original with mixin's forward, under original's name; raises NotRecognised where names of theirs are the same."""
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -111,6 +112,11 @@ def fast_class(mixin: type, original: type, ranks: tuple[int, ...] = (), trains:
     calls = Calls(positional, defaults, taken, mixin.inputs + len(mixin.by_name) if in_front else -1, ranks)
     documented = {"__module__": original.__module__, "__doc__": original.__doc__}
     names = {"original": original, "calls": calls, "trains": trains} | documented
+    if not issubclass(mixin, nn.Module):
+        ours = sorted({*dir(mixin), *names} - {"forward"})
+        clash = [name for name in ours if not name.startswith("__") and hasattr(original, name)]
+        if clash:
+            raise NotRecognised(f"its class has {', '.join(clash)}, which the fast form would hide")
     return type(original.__name__, (mixin, original), names)
 
 
