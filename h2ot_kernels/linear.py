@@ -51,7 +51,7 @@ class Linear(nn.Linear):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         activation: str = "none",
         *,
         residual: Tensor | None = None,
@@ -60,12 +60,13 @@ class Linear(nn.Linear):
         norm: nn.LayerNorm | None = None,
         out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """x [..., in_features] -> residual + scale * activation(product of norm(x)) [..., out_features].
+        """x = input [..., in_features] -> residual + scale * activation(product of norm(x)) [..., out_features].
 
         activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
         output features in that many tensors of their own, a tuple (no residual then). norm: what is done to x first.
         out: where the result is written, in one chunk, best laid out as the residual; without gradients.
         """
+        x = input  # nn.Linear's name, which callers may give
         if out is not None and chunks > 1:
             raise ValueError(f"chunks: got {chunks}, wanted 1 where out is given")
         if out is not None:

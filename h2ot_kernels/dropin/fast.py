@@ -7,6 +7,7 @@ are untouched, and copies (deepcopy, DataParallel's replicas) run on their own w
 import copy
 import functools
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,39 +19,82 @@ from ..linear import Linear, is_silent, mlp
 from ..linear_halves import adds_to_float
 from ..recover_attention import has_plain_tail, norm_and_head
 from .hot import is_transformed, shared_rows
+from .trial import NotRecognised
 
 PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))
 PASSIVE = (nn.Identity, nn.Dropout, nn.Softmax)  # what a fast forward leaves out: it does nothing there, or the softmax
 LARGEST_HEAD = 8  # outputs, four of which share a pass over a row: with more the product by itself is as fast
 
 
+class Calls(NamedTuple):
+    """How a module's own forward is called, and which calls the fast one takes."""
+
+    positional: tuple[str, ...]  # what can be given by place, without self
+    defaults: dict[str, object]
+    taken: tuple[str, ...]  # what the fast forward takes
+    by_place: int  # arguments of a call that gives just these, by place; -1: there are others between them
+    ranks: tuple[int, ...]  # numbers of axes of the first input, as they were tried
+
+    def bound(self, args: tuple, kwargs: dict) -> tuple | None:
+        """What the fast forward takes; None where others have no default, or where the call is wrong."""
+        given = dict(zip(self.positional, args, strict=False)) | kwargs
+        known = self.defaults | given
+        if len(given) != len(args) + len(kwargs) or any([name not in known for name in self.taken]):
+            return None  # one too many, one twice, one too few
+        for name, value in given.items():
+            if name not in self.taken and not (name in self.defaults and _same(value, self.defaults[name])):
+                return None
+        return tuple([known[name] for name in self.taken])
+
+
 class Fast:
-    """Mixed in by `fast_class`: `original` is the module's own class, `extra` its forward's further arguments.
+    """Mixed in by `fast_class`: `original` is the module's own class, `calls` how its forward is called.
 
     `kernel`: the switch. `trains`: whether the own forward computes in training what it computes in eval mode, the
-    children's dropout aside. All are read from the class: a module may have attributes of these names.
+    children's dropout aside. All are read from the class: a module may have attributes of these names. `inputs`: how
+    many of the first arguments are tokens; `by_name`: further ones that the fast forward takes; `in_training`: whether
+    it runs there.
     """
 
     kernel: str
     original: type
-    extra: dict
+    calls: Calls
     trains: bool
+    inputs = 1
+    by_name: tuple[str, ...] = ()
+    in_training = False
 
     def __reduce_ex__(self, protocol):
         """A patched module is pickled as the unpatched one: it loads without this package."""
         return object.__new__, (self.original,), self.__getstate__()
 
     def __deepcopy__(self, memo):
+        own = getattr(super(), "__deepcopy__", None)
+        if own is not None:
+            return own(memo)
         twin = memo[id(self)] = object.__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
-    def _is_usual(self, args: tuple = (), kwargs: dict | None = None) -> bool:
-        """The further arguments have their defaults, and nothing wants to see each operation."""
-        extra = type(self).extra
-        given = dict(zip(extra, args, strict=False)) | (kwargs or {})
-        usual = all(_same(value, extra.get(name, self)) for name, value in given.items())
-        return usual and len(args) <= len(extra) and not is_transformed()
+
+class Tried(Fast):
+    """A fast forward that was tried beside the own one, which runs in all other calls."""
+
+    def forward(self, *args, **kwargs):
+        calls = type(self).calls
+        given = args if len(args) == calls.by_place and not kwargs else calls.bound(args, kwargs)
+        x = given and given[0]
+        usual = isinstance(x, Tensor) and x.dim() in calls.ranks and not is_transformed()
+        if usual and self._is_fast_for(*given):
+            return self._fast_forward(*given)
+        return super().forward(*args, **kwargs)
+
+    def _is_fast_for(self, *given) -> bool:
+        """Whether the fast forward gives what the own one gives, here and now."""
+        raise NotImplementedError
+
+    def _fast_forward(self, *given) -> Tensor:
+        raise NotImplementedError
 
 
 def _same(value, default) -> bool:
@@ -58,12 +102,21 @@ def _same(value, default) -> bool:
 
 
 @functools.cache
-def fast_class(mixin: type, original: type, trains: bool = True) -> type:
-    """original with mixin's forward, under original's name; `extra`: the defaults of its forward's extra arguments."""
-    parameters = list(inspect.signature(original.forward).parameters.values())[1 + mixin.inputs :]
-    extra = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY}
+def fast_class(mixin: type, original: type, ranks: tuple[int, ...] = (), trains: bool = True) -> type:
+    """original with mixin's forward, under original's name; raises NotRecognised where names of theirs are the same."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[1:]
+    positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    taken = (*positional[: mixin.inputs], *mixin.by_name)
+    in_front = positional[: len(taken)] == taken
+    calls = Calls(positional, defaults, taken, mixin.inputs + len(mixin.by_name) if in_front else -1, ranks)
     documented = {"__module__": original.__module__, "__doc__": original.__doc__}
-    names = {"original": original, "extra": extra, "trains": trains} | documented
+    names = {"original": original, "calls": calls, "trains": trains} | documented
+    if not issubclass(mixin, nn.Module):
+        ours = sorted({*dir(mixin), *names} - {"forward"})
+        clash = [name for name in ours if not name.startswith("__") and hasattr(original, name)]
+        if clash:
+            raise NotRecognised(f"its class has {', '.join(clash)}, which the fast form would hide")
     return type(original.__name__, (mixin, original), names)
 
 
@@ -71,20 +124,19 @@ class FastLinear(Fast, Linear):
     """Packed weights in CPU inference."""
 
     kernel = "linear"
-    inputs = 1
 
 
-class FastMlp(Fast):
+class FastMlp(Tried):
     """fc2(act(fc1(x))) with an exact GELU in the same pass as fc1."""
 
     kernel = "mlp"
-    inputs = 1
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        others = [module for name, module in self._modules.items() if name != "fc2"]
-        records = self.training or torch.is_grad_enabled()
-        if records or not (self._is_usual(args, kwargs) and is_plain_mlp(self) and is_silent(*others)):
-            return super().forward(x, *args, **kwargs)
+    def _is_fast_for(self, x: Tensor) -> bool:
+        if self.training or torch.is_grad_enabled():
+            return False
+        return is_plain_mlp(self) and is_silent(*[module for name, module in self._modules.items() if name != "fc2"])
+
+    def _fast_forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.fc1, self.fc2)
 
 
@@ -106,13 +158,12 @@ class FastHead(Fast):
     """
 
     kernel = "head"
-    inputs = 1
 
     def forward(self, input: Tensor) -> Tensor:
         layers = norm_and_linear(self)
         records = self.training or torch.is_grad_enabled()
         others = layers is None or records or torch.compiler.is_compiling()
-        if others or not (self._is_usual() and is_silent(*layers)):
+        if others or is_transformed() or not is_silent(*layers):
             return super().forward(input)
         norm, linear = layers
         given = input, norm.weight, norm.bias, linear.weight, linear.bias
@@ -153,76 +204,83 @@ def _head_dtypes(given: tuple[Tensor | None, ...], C: int, M: int) -> tuple[torc
     return (x.dtype, x.dtype) if len(dtypes) == 1 and x.dtype in FLOATS else None
 
 
-class FastAttention(Fast):
+class FastAttention(Tried):
     """Self-attention over the last but one axis of x [..., N, C], with `qkv` and `proj`: no N x N weights."""
 
     kernel = "attention"
-    inputs = 1
+    in_training = True
     frame_dim = -2
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if not (self._is_usual(args, kwargs) and stores_nothing(self, x)):
-            return super().forward(x, *args, **kwargs)
+    def _is_fast_for(self, x: Tensor) -> bool:
+        return stores_nothing(self, x)
+
+    def _fast_forward(self, x: Tensor) -> Tensor:
         return attend(self, self.qkv(x), type(self).frame_dim)
 
 
 class FastAttentionFrames(FastAttention):
-    """MotionAGFormer's temporal attention: x [B, F, J, C], over the frames of each joint."""
+    """MotionAGFormer's temporal attention: x [B, F, J, C], over the frames of each joint; or [B, F, C]."""
 
     frame_dim = 1
 
 
-class FastAttentionInPlace(Fast):
+class FastAttentionInPlace(Tried):
     """MotionBERT's spatial attention: `FastAttention` whatever `seqlen` is."""
 
     kernel = "attention"
-    inputs = 1
+    in_training = True
+    by_name = ("seqlen",)
 
-    def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
-        if not (self._is_usual() and stores_nothing(self, x)):
-            return super().forward(x, seqlen)
+    def _is_fast_for(self, x: Tensor, seqlen: int) -> bool:
+        return stores_nothing(self, x)
+
+    def _fast_forward(self, x: Tensor, seqlen: int) -> Tensor:
         return attend(self, self.qkv(x))
 
 
-class FastAttentionAcross(Fast):
+class FastAttentionAcross(FastAttentionInPlace):
     """MotionBERT's temporal attention: x [(B F), J, C] with F = seqlen, over the frames of each joint."""
 
-    kernel = "attention"
-    inputs = 1
-
-    def forward(self, x: Tensor, seqlen: int = 1) -> Tensor:
-        if not (self._is_usual() and stores_nothing(self, x)):
-            return super().forward(x, seqlen)
+    def _fast_forward(self, x: Tensor, seqlen: int) -> Tensor:
         return attend(self, self.qkv(x).unflatten(0, (-1, seqlen)), frame_dim=1).flatten(0, 1)
 
 
-class FastCrossAttention(Fast):
+class FastCrossAttention(Tried):
     """Cross-attention of (x_1, x_2, x_3) with three projections: an x_1 that all rows share is projected once."""
 
     kernel = "cross_attention"
+    in_training = True
     inputs = 3
 
-    def forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor, *args, **kwargs) -> Tensor:
-        names = projections(self)
-        if not (self._is_usual(args, kwargs) and stores_nothing(self, x_1, x_3, project=names)):
-            return super().forward(x_1, x_2, x_3, *args, **kwargs)
-        to_query, to_key, to_value = (getattr(self, name) for name in names)
+    def _is_fast_for(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> bool:
+        if not (isinstance(x_2, Tensor) and isinstance(x_3, Tensor) and x_1.dim() == x_2.dim() == x_3.dim()):
+            return False
+        names, batches = projections(self), x_1.shape[0] == x_2.shape[0] == x_3.shape[0]
+        return batches and names is not None and stores_nothing(self, x_1, x_3, project=names)
+
+    def _fast_forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
+        to_query, to_key, to_value = (getattr(self, name) for name in projections(self))
         query, key, value = to_query(shared_rows(x_1)), to_key(x_2), to_value(x_3)
         return project_out(self, attend_rows(query, key, value, self.num_heads, float(self.scale)))
 
 
-class FastBlock(Fast):
+class FastBlock(Tried):
     """x + attn(norm1(x)), then x + mlp(norm2(x)): norms and additions in the same pass as the products they stand at.
 
     In inference, where nothing listens inside the block; of blocks whose attention and MLP are fast already.
     """
 
     kernel = "block"
-    inputs = 1
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if self.training or torch.is_grad_enabled() or not self._can_fuse(x, args, kwargs):
-            return super().forward(x, *args, **kwargs)
+    def _is_fast_for(self, x: Tensor) -> bool:
+        if self.training or torch.is_grad_enabled() or not (x.numel() and is_fusible(self)):
+            return False
+        if not all([x.dim() in type(part).calls.ranks for part in (self.attn, self.mlp)]):  # exchanged since
+            return False
+        _, *inside = self.modules()
+        return is_silent(*inside)
+
+    def _fast_forward(self, x: Tensor) -> Tensor:
         attention, feed = self.attn, self.mlp
         qkv, frame_dim = attention.qkv(x, norm=self.norm1), type(attention).frame_dim
         if qkv.dtype == x.dtype or adds_to_float(qkv.dtype):
@@ -235,10 +293,6 @@ class FastBlock(Fast):
             x = x + y
             normed = self.norm2(x)
         return x + mlp(normed.contiguous(), feed.fc1, feed.fc2)
-
-    def _can_fuse(self, x: Tensor, args: tuple, kwargs: dict) -> bool:
-        _, *inside = self.modules()
-        return self._is_usual(args, kwargs) and x.numel() > 0 and is_fusible(self) and is_silent(*inside)
 
 
 def is_fusible(block: nn.Module) -> bool:

@@ -10,15 +10,14 @@ from types import FunctionType, ModuleType
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .fast import Fast
 from .functions import FUNCTIONS, function_for
 from .recognise import kind_of
+from .settings import NotComparable, settings_of
 from .trial import NotRecognised
 
 KERNELS = ("cluster", "merge", "gather", "cross_attention", "attention", "linear", "mlp", "block", "head")
-PLAIN = (bool, int, float, str, tuple, type(None))
 _OURS = __name__.split(".")[0]
 
 
@@ -54,11 +53,17 @@ def patch(target, **kernels: bool) -> "Patch":
     a subclass from elsewhere: its parts). Each replacement was first tried beside the original, in float64 on small
     random inputs; what gives another result, or is not known, is left as it is: see `report()`. Several patches of one
     thing are undone in any order: it is fast until the last of them is.
-    In training and where autograd records, the differentiable forms run (first order); a patched model pickles as the
-    unpatched one, and a copy stays fast until it is patched and unpatched itself. Weights, `num_heads`, `scale` and the
-    parts of attention and MLP that are exchanged later are followed; what a forward is (its code, MotionBERT's `mode`,
-    a drop path that does nothing in inference) is that of the patch. torch.compile sees a later patch and its end;
-    before torch 2.12 a graph compiled earlier keeps its numbers and its speed until torch._dynamo.reset().
+    Modules are tried with short inputs and with 351 tokens (the longest clips of pose models), and in each number of
+    axes that they take: what only more tokens show is not seen, and calls with another number of axes run the original.
+    Those of one class, shapes and equal attributes (numbers, strings, functions and plain containers of such) share a
+    trial; a module with an attribute of another kind is tried itself.
+    In training and where autograd records, the differentiable forms run (first order); arguments are bound by the
+    original's signature. A patched model pickles as the unpatched one, and a copy stays fast until it is patched and
+    unpatched itself, unless its class has a `__deepcopy__` of its own, which then makes it. Weights, `num_heads`,
+    `scale` and the parts of attention and MLP that are exchanged later are followed; what a forward is (its code, other
+    attributes such as MotionBERT's `mode`, a drop path that does nothing in inference) is that of the patch.
+    torch.compile sees a later patch and its end; before torch 2.12 a graph compiled earlier keeps its numbers and its
+    speed until torch._dynamo.reset().
 
     Raises TypeError for another target or an unknown switch, ValueError (with the reasons) where nothing at all could
     be replaced. The patch itself changes no random state.
@@ -290,10 +295,13 @@ class Patch:
             self._note(Entry(kernel, where, ""), module)
 
     def _fast_class(self, module: nn.Module, find) -> type:
-        """What `find` says, once for all modules of one class, shapes and settings."""
+        """What `find` says: once for all modules of one class, shapes and settings, where these can be compared."""
         if "forward" in module.__dict__:
             raise NotRecognised("its forward was replaced on the instance")
-        key = _settings(module)
+        try:
+            key = settings_of(module)
+        except NotComparable:
+            return find(module)
         if key not in self._found:
             try:
                 self._found[key] = find(module)
@@ -349,15 +357,6 @@ def _is_loaded(holder: ModuleType | type) -> bool:
 
 def _is_known(value) -> bool:
     return isinstance(value, FunctionType) and value.__name__ in FUNCTIONS
-
-
-def _settings(module: nn.Module) -> tuple:
-    """What decides how a module computes, weights aside: its class, plain attributes, shapes, and its children's."""
-    attributes = tuple((n, repr(v)) for n, v in module.__dict__.items() if isinstance(v, PLAIN) and n != "training")
-    tensors = (*module._parameters.items(), *module._buffers.items())
-    shapes = tuple((n, None if x is None or is_lazy(x) else x.shape) for n, x in tensors)
-    children = tuple((n, None if child is None else _settings(child)) for n, child in module._modules.items())
-    return type(module), attributes, shapes, children
 
 
 def _abbreviated(where: list[str]) -> str:

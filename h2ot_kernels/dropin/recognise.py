@@ -6,11 +6,14 @@ computes what this module's own forward computes, whatever else stands in that f
 
 import copy
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..linear import HOOKS, Linear
 from . import fast
@@ -18,6 +21,29 @@ from .trial import NotRecognised, NotTried, agree, trial, tried
 
 SMALLEST = 16  # features of a linear layer below which packing gains nothing
 CONTAINERS = (list, dict, set, deque)
+LONG = 351  # frames, the longest clips of pose models: a window, or the best few keys, show in what is longer than they
+# Sizes of tokens, channels aside: of each rank a short one with several samples, and LONG along each axis of tokens.
+TOKENS = ((6, 5), (1, LONG), (2, 3, 5), (1, LONG, 1), (1, 1, LONG))
+
+
+class Attempt(NamedTuple):
+    """Sizes of the inputs, random numbers, and further arguments."""
+
+    sizes: tuple[tuple[int, ...], ...]
+    beside: dict = {}  # noqa: RUF012
+
+    @property
+    def rank(self) -> int:
+        return len(self.sizes[0])
+
+    @property
+    def numbers(self) -> int:
+        return sum(map(math.prod, self.sizes))
+
+    def __call__(self, module: nn.Module):
+        generator = torch.Generator().manual_seed(1)
+        inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in self.sizes]
+        return module(*inputs, **self.beside)
 
 
 def linear_class(module: nn.Module) -> type:
@@ -36,7 +62,8 @@ def mlp_class(module: nn.Module) -> type:
     if type(module.act) is not nn.GELU or module.act.approximate != "none":
         raise NotRecognised(f"its act is {module.act}, not the exact GELU")
     _wants_passive(module, "fc1", "act", "fc2")
-    return _that_agrees(module, ([(2, 5, module.fc1.in_features)], (fast.FastMlp,)))
+    sizes = ((6, 5), (1, LONG), (), (5,), (2, 3, 5), (2, 2, 3, 5))  # it treats tokens alike: one long input will do
+    return _that_agrees(module, (fast.FastMlp,), _of_tokens(module.fc1.in_features, sizes))
 
 
 def head_class(module: nn.Module) -> type:
@@ -46,7 +73,7 @@ def head_class(module: nn.Module) -> type:
     if layers is None:
         wanted = f"wanted LayerNorm(C) and Linear(C, up to {fast.LARGEST_HEAD})"
         raise NotRecognised(f"{wanted}, got {' and '.join(map(repr, module._modules.values()))}")
-    return _that_agrees(module, ([(2, 3, 5, layers[1].in_features)], (fast.FastHead,)))
+    return _that_agrees(module, (fast.FastHead,), _of_tokens(layers[1].in_features, ((2, 3, 5),)))
 
 
 def attention_class(module: nn.Module) -> type:
@@ -55,11 +82,11 @@ def attention_class(module: nn.Module) -> type:
     _wants_passive(module, "qkv", "proj")
     C = module.proj.in_features
     if "seqlen" in inspect.signature(type(module).forward).parameters:
-        candidates = (fast.FastAttentionInPlace, fast.FastAttentionAcross)
-        return _that_agrees(module, ([(6, 5, C)], candidates), seqlen=3)
-    of_rows = [(6, 5, C)], (fast.FastAttention,)
-    of_frames = [(2, 3, 5, C)], (fast.FastAttention, fast.FastAttentionFrames)
-    return _that_agrees(module, of_rows, of_frames)
+        sizes = (2, 3, 5), (1, 1, LONG), (1, LONG, 1)
+        attempts = [Attempt(((B * F, J, C),), {"seqlen": F}) for B, F, J in sizes]
+        attempts.append(Attempt(((6, 5, C),)))
+        return _that_agrees(module, (fast.FastAttentionInPlace, fast.FastAttentionAcross), attempts)
+    return _that_agrees(module, (fast.FastAttention, fast.FastAttentionFrames), _of_tokens(C, TOKENS))
 
 
 def of_two_inputs(module: nn.Module) -> type:
@@ -76,7 +103,7 @@ def block_class(module: nn.Module) -> type:
                 raise NotRecognised(f"its {name} is {child}, not LayerNorm({C})")
         elif name not in ("attn", "mlp") and child is not None and (*child.parameters(), *child.buffers()):
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
-    return _that_agrees(module, ([(6, 5, C)], (fast.FastBlock,)), ([(2, 3, 5, C)], (fast.FastBlock,)))
+    return _that_agrees(module, (fast.FastBlock,), _of_tokens(C, TOKENS))
 
 
 def cross_attention_class(module: nn.Module) -> type:
@@ -85,11 +112,11 @@ def cross_attention_class(module: nn.Module) -> type:
     _wants_heads(module)
     _wants_passive(module, *names, "proj")
     channels = [getattr(module, name).in_features for name in names]
-    fewer_keys, as_many = (
-        [(2, n, C) for n, C in zip(lengths, channels, strict=True)] for lengths in ((5, 3, 3), (5,) * 3)
-    )
-    candidates = (fast.FastCrossAttention,)
-    return _that_agrees(module, (fewer_keys, candidates), (as_many, candidates))
+    attempts = [
+        Attempt(tuple((B, N, C) for N, C in zip((queries, keys, keys), channels, strict=True)))
+        for B, queries, keys in ((2, 5, 3), (2, 5, 5), (1, LONG, 9), (1, LONG, LONG))
+    ]
+    return _that_agrees(module, (fast.FastCrossAttention,), attempts)
 
 
 def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
@@ -134,13 +161,18 @@ def _wants_passive(module: nn.Module, *names: str) -> None:
 
 
 def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
-    """The module without hooks, in eval mode, its parameters and buffers float64 numbers on the CPU, random but always
-    the same.
+    """The module in eval mode, without hooks and forwards put on instances (each call looks for them), its parameters
+    and buffers float64 numbers on the CPU, random but always the same; other attributes are its own, tensors copied.
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     twin = type(module).__new__(type(module))
-    own = module.__dict__.items()
-    twin.__dict__.update((name, copy.copy(x) if isinstance(x, CONTAINERS) else x) for name, x in own)
+
+    def apart(x):
+        if isinstance(x, Tensor):
+            return x.detach().to("cpu", copy=True)
+        return copy.copy(x) if isinstance(x, CONTAINERS) else x
+
+    twin.__dict__.update((name, apart(x)) for name, x in module.__dict__.items() if name != "forward")
     for name in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
         twin.__dict__[name] = type(module.__dict__[name])()
 
@@ -159,52 +191,75 @@ def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Mod
     return twin
 
 
-def _that_agrees(module: nn.Module, *attempts: tuple[list[tuple], tuple[type, ...]], **extra) -> type:
-    """The first fast class whose forward gives what the module's own forward gives; raises NotRecognised.
+def _of_tokens(C: int, sizes: tuple[tuple[int, ...], ...]) -> list[Attempt]:
+    return [Attempt(((*size, C),)) for size in sizes]
 
-    attempts: (sizes of the inputs, the candidates). The first attempt whose sizes the own forward takes decides.
+
+def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Attempt]) -> type:
+    """The fast class of the ranks in which its forward gives what the module's own gives; raises NotRecognised.
+
+    What the own forward refuses decides nothing, but a rank counts only where the largest inputs were taken. Of several
+    mixins, the first that agrees in most ranks.
     """
-    reasons = []
+    for name, buffer in module.named_buffers():
+        if not (is_lazy(buffer) or buffer.is_floating_point()):
+            raise NotRecognised(f"its buffer {name} of {buffer.dtype} may be a switch: no random value stands for it")
     with trial():
-        for sizes, mixins in attempts:
-            generator = torch.Generator().manual_seed(1)
-            inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+        twin = tried(lambda: _bare(module))
+        before = {name: _contents(value) for name, value in twin.__dict__.items()}
+        expected, refused, reasons = [], [], []
+        for attempt in attempts:
             try:
-                return _the_same(module, mixins, lambda twin: twin(*inputs, **extra))
+                expected.append((attempt, tried(lambda: attempt(twin))))
             except NotTried as reason:
+                refused.append(attempt)
                 reasons.append(reason)
-    raise reasons[0]
+        stored = [name for name, value in twin.__dict__.items() if before.get(name) != _contents(value)]
+        if expected and stored:
+            raise NotRecognised(f"its forward stores {', '.join(stored)}")
+        largest = {rank: max(a.numbers for a in attempts if a.rank == rank) for rank in (a.rank for a in attempts)}
+        without = {a.rank for a in refused if a.numbers == largest[a.rank]}
+        ranks = tuple(rank for rank in largest if rank not in without)
+        if not ranks:
+            raise reasons[0]
+        agreeing = {mixin: _ranks_that_agree(twin, mixin, ranks, expected) for mixin in mixins}
+        mixin = max(mixins, key=lambda mixin: len(agreeing[mixin]))
+        if not agreeing[mixin]:
+            raise NotRecognised("its forward computes something else than its structure says")
+        trains = mixin.in_training and _trains(_bare(module), expected)
+        return fast.fast_class(mixin, type(module), agreeing[mixin], trains)
 
 
-def _the_same(module: nn.Module, mixins: tuple[type, ...], call: Callable[[nn.Module], object]) -> type:
-    twin = tried(lambda: _bare(module))
-    before = {name: _contents(value) for name, value in twin.__dict__.items()}
-    expected = tried(lambda: call(twin))
-    stored = [name for name, value in twin.__dict__.items() if before.get(name) != _contents(value)]
-    if stored:
-        raise NotRecognised(f"its forward stores {', '.join(stored)}")
-    trains = _trains(_bare(module), call, expected)
-    for mixin in mixins:
-        cls = fast.fast_class(mixin, type(module), trains)
-        twin.__class__ = cls
-        if agree(expected, tried(lambda: call(twin))):
-            return cls
-    raise NotRecognised("its forward computes something else than its structure says")
+def _ranks_that_agree(
+    twin: nn.Module, mixin: type, ranks: tuple[int, ...], expected: list[tuple[Attempt, object]]
+) -> tuple[int, ...]:
+    original = type(twin)
+    twin.__class__ = fast.fast_class(mixin, original, ranks)
+    try:
+        differ = {a.rank for a, own in expected if a.rank in ranks and not agree(own, tried(lambda: a(twin)))}
+    finally:
+        twin.__class__ = original
+    return tuple(rank for rank in ranks if rank not in differ)
 
 
 def _contents(value) -> tuple:
-    """What tells whether an attribute was set, or a container changed."""
-    if not isinstance(value, CONTAINERS):
-        return (id(value),)
-    return id(value), *map(id, value), *map(id, value.values() if isinstance(value, dict) else ())
+    """What tells whether an attribute was set, or a container or a tensor, in one or not, changed."""
+
+    def version(part) -> int:
+        return part._version if isinstance(part, Tensor) and not part.is_inference() else 0
+
+    parts = [value]
+    if isinstance(value, CONTAINERS):
+        parts += [*value, *(value.values() if isinstance(value, dict) else ())]
+    return tuple((id(part), version(part)) for part in parts)
 
 
-def _trains(twin: nn.Module, call: Callable[[nn.Module], object], expected) -> bool:
+def _trains(twin: nn.Module, expected: list[tuple[Attempt, object]]) -> bool:
     """Whether the forward gives the same in training mode, the dropout of its child modules set to 0."""
     for module in twin.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     try:
-        return agree(expected, tried(lambda: call(twin)))
+        return all(agree(own, tried(lambda: attempt(twin))) for attempt, own in expected)
     except NotTried:
         return False

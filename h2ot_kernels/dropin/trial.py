@@ -17,8 +17,11 @@ class NotTried(NotRecognised):
 
 @contextmanager
 def trial() -> Iterator[None]:
-    """On the CPU, without gradients and autocast, and the random state as before at the end."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    """On the CPU, without gradients, autocast and inference mode (whose tensors do not say when they change), and the
+    random state as before at the end.
+    """
+    plain = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), plain[0], plain[1], plain[2]:
         yield
 
 
