@@ -32,10 +32,11 @@ class Linear(nn.Linear):
     included), the weight is packed at the first call and again after it changed, and the activation or the addition is
     part of the product; everywhere else this is nn.Linear. Products are this package's, with a LayerNorm before and an
     activation or an addition behind them in the same pass: in float32 by AVX2 or AVX-512, or by a tile unit (AMX),
-    which makes whole numbers of three or four bytes of each row: about float32's accuracy (csrc/amx/digits.h), faster;
-    in bfloat16 by such a unit or by AVX512-BF16. Elsewhere they are oneDNN's. Where the CPU has no
-    instructions for a 16-bit dtype they are products in float32, whose weights take twice the memory. Packed
-    weights are neither in the state_dict nor pickled or copied. What changes a parameter behind autograd's back
+    which makes whole numbers of three or four bytes of each row: about float32's accuracy, faster, as if each number were
+    off by 2^-25 of the largest of its row or output, with scaled channels (csrc/amx/digits.h, packed_tiles.h); in
+    bfloat16 by such a unit or by AVX512-BF16. Elsewhere they are oneDNN's. Where the CPU has no instructions for a
+    16-bit dtype they are products in float32, whose weights take twice the memory. Packed weights are neither in the
+    state_dict nor pickled or copied. What changes a parameter behind autograd's back
     (`weight.data`, fused optimizers, NumPy) is noticed in a thousand elements of it, spread over rows and columns
     (`samples.py`): edit single elements under `torch.no_grad()`, not through `.data`.
 
@@ -132,13 +133,21 @@ class Linear(nn.Linear):
             and type(weight) is nn.Parameter
             and not weight.is_inference()  # such a tensor does not say when it changes
             and (scale is None or not scale.is_inference())
+            and ((bias := self.bias) is None or not bias.is_inference())
         ):
-            return self._pack(x.numel() // x.shape[-1], weight, dtype, scale, chunks)
+            return self._pack(x.numel() // x.shape[-1], weight, bias, dtype, scale, chunks)
         return None
 
-    def _pack(self, rows: int, weight: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> "Product":
+    def _pack(
+        self,
+        rows: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        scale: Tensor | None,
+        chunks: int,
+    ) -> "Product":
         """The weight and bias, times the scale."""
-        bias = self.bias
 
         def make() -> Product:
             own, added = weight.detach(), bias
@@ -154,7 +163,7 @@ class Linear(nn.Linear):
 
     def kept(self, name: str, key: tuple, sources: list[Tensor], make: Callable[[], Made]) -> Made:
         """make(), kept under name until key or one of the tensors that it is made of changes."""
-        state = (key, [(tensor.data_ptr(), tensor._version) for tensor in sources])
+        state = (key, [(tensor.data_ptr(), tensor._version, tensor.stride()) for tensor in sources])
         kept = self._kept and self._kept.get(name)
         if kept and kept[0] == state and kept[1].same():
             return kept[2]

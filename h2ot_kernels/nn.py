@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .gather import gather_tokens
-from .linear import Linear
+from .linear import Linear, is_silent
 from .recover_attention import project, recover_attention, recover_pose
 from .recover_interpolation import recover_interpolate
 from .select import prune_attention, prune_cluster, prune_motion, prune_sample, select_tokens
@@ -179,12 +179,12 @@ class TokenRecoveringAttention(nn.Module):
         """token [1, F, C], x [B, ..., K, ..., C] with K on axis frame_dim -> [B, ..., F, ..., C].
 
         The query is projected once, not once a sample and joint. head: applied to the result where given, in one pass
-        with the recovery (`recover_pose`) where it is LayerNorm + Linear and no gradient is being recorded.
+        with the recovery (`recover_pose`) where it is LayerNorm + Linear without hooks and no gradient is being recorded.
         """
         rows = x.movedim(frame_dim, -2)
         others, rows = rows.shape[:-2], rows.flatten(0, -3).contiguous()
         query, key, value = project(token, rows, self.linear_q, self.linear_k, self.linear_v)
-        if _is_norm_linear(head) and not torch.is_grad_enabled():
+        if _is_norm_linear(head) and not torch.is_grad_enabled() and is_silent(self.proj, head, *head):
             tail = (self.proj, *head, self.num_heads)
             recovered = recover_pose(token, query, key, value, *tail, num_joints=1).squeeze(1)
         else:

@@ -171,3 +171,16 @@ BAD = {  # rows of the table in test_bad_input.py
         r"index: got shape \[3, 2\]",
     ),
 }
+
+
+@pytest.mark.parametrize("hooked", ["head", "norm", "linear", "proj"])
+def test_hooks_on_a_fused_tail_are_called(hooked):
+    recover, seen = pruning.TokenRecoveringAttention(16, 2).eval(), []
+    head = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3)).eval()
+    modules = {"head": head, "norm": head[0], "linear": head[1], "proj": recover.proj}
+    with torch.no_grad():
+        expected = recover(torch.zeros(1, 9, 16), tokens := torch.randn(2, 4, 16), head=head)
+        handle = modules[hooked].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+        torch.testing.assert_close(recover(torch.zeros(1, 9, 16), tokens, head=head), expected)
+        handle.remove()
+    assert seen == [3 if hooked in ("head", "linear") else 16]

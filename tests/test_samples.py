@@ -87,3 +87,22 @@ def test_a_layer_follows_edits_through_data(lay):
         layer.weight.data.mul_(-1)
         layer.bias.data.mul_(-1)
         torch.testing.assert_close(layer(x), -before)
+
+
+def test_a_layer_whose_weight_is_turned_in_place():
+    """The memory is the same, its reading is not."""
+    torch.manual_seed(0)
+    layer, x = Linear(64, 64).eval().requires_grad_(False), torch.randn(20, 64)
+    with torch.inference_mode():
+        layer(x)
+        layer.weight.data = layer.weight.data.t()
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_bias_that_does_not_say_when_it_changes():
+    layer, x = Linear(64, 64).eval().requires_grad_(False), torch.randn(20, 64)
+    with torch.inference_mode():
+        layer.bias = nn.Parameter(torch.zeros(64), requires_grad=False)
+        for added in (0, 1):
+            layer.bias += added
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
