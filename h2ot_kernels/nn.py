@@ -179,7 +179,7 @@ class TokenRecoveringAttention(nn.Module):
         """token [1, F, C], x [B, ..., K, ..., C] with K on axis frame_dim -> [B, ..., F, ..., C].
 
         The query is projected once, not once a sample and joint. head: applied to the result where given, in one pass
-        with the recovery (`recover_pose`) where it is LayerNorm + Linear without hooks and no gradient is being recorded.
+        with the recovery (`recover_pose`) where it is LayerNorm + Linear without hooks and no gradient is recorded.
         """
         rows = x.movedim(frame_dim, -2)
         others, rows = rows.shape[:-2], rows.flatten(0, -3).contiguous()
