@@ -14,7 +14,8 @@ enum class Activation : int32_t { none, gelu };
 struct PackTilesArgs {
   const float* weight;  // [chunks, M, C] contiguous; the largest of each row 0, or from 2^-48 to 2^48; C 32 to 32768
   int64_t chunks, M, C;
-  int8_t* packed;  // [packed_tiles_size()] aligned to 64 bytes
+  const float* channels;  // [C]: what rows are multiplied by and weights divided, 0 only where the weights are; or null
+  int8_t* packed;         // [packed_tiles_size()] aligned to 64 bytes
 };
 // How far the rows of tokens, and of results, are apart: 0 for adjacent ones. Those of results may be in one chunk
 // only.

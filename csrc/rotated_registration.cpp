@@ -34,7 +34,7 @@ bool fits(const Tensor& triangle, Form form, int64_t C) {
   if (form == Form::halves) return has_size(triangle, {panels * (panels + 1) / 2, kRotatedTile});
 #ifdef H2OT_AMX
   if (form == Form::tiles) {
-    const int64_t above = amx::packed_tiles_size({nullptr, 1, C, C, nullptr});
+    const int64_t above = amx::packed_tiles_size({nullptr, 1, C, C, nullptr, nullptr});
     return has_size(triangle, {above + panels * kRotatedPanel * int64_t(sizeof(float))});
   }
 #endif

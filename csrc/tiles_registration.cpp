@@ -10,14 +10,18 @@ namespace {
 constexpr Require require = {"linear_tiles"};
 constexpr int64_t kFewest = 32, kMost = 32768;  // channels: a tile has 64; sums of more do not fit
 
-Tensor pack_tiles(const Tensor& weight, int64_t chunks) {
+Tensor pack_tiles(const Tensor& weight, int64_t chunks, const MaybeTensor& channels) {
   require(tiles_run(), "a CPU with a tile unit");
   require(
       is_float(weight) && weight.dim() == 2 && chunks > 0 && weight.size(0) > 0 && weight.size(0) % chunks == 0 &&
           weight.size(1) >= kFewest && weight.size(1) <= kMost,
       "a float32 weight [out_features, in_features], out_features a multiple of chunks, in_features from 32 to 32768");
-  const Tensor dense_weight = dense(weight);
-  PackTilesArgs args = {read<float>(dense_weight), chunks, weight.size(0) / chunks, weight.size(1), nullptr};
+  const int64_t C = weight.size(1);
+  require(!channels || (is_float(*channels) && channels->dim() == 1 && channels->size(0) == C),
+          "scales of the channels of float32 [in_features]");
+  const Tensor dense_weight = dense(weight), scales = channels ? dense(*channels) : dense_weight;
+  PackTilesArgs args = {
+      read<float>(dense_weight), chunks, weight.size(0) / chunks, C, channels ? read<float>(scales) : nullptr, nullptr};
   const Tensor packed = make(weight, {amx::packed_tiles_size(args)}, ScalarType::Char);
   args.packed = write<int8_t>(packed);
   amx::pack_tiles(args);
@@ -37,7 +41,7 @@ struct Layer : FloatLayer<LinearTilesArgs> {
     const int64_t M = chunks > 0 ? out_features / chunks : 0;
     require(M > 0 && M * chunks == out_features && C >= kFewest && C <= kMost &&
                 packed.scalar_type() == ScalarType::Char && packed.is_contiguous() &&
-                packed.numel() == amx::packed_tiles_size({nullptr, chunks, M, C, nullptr}),
+                packed.numel() == amx::packed_tiles_size({nullptr, chunks, M, C, nullptr, nullptr}),
             "what pack_tiles made of a weight of these sizes");
     return chunks;
   }

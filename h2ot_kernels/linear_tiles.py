@@ -11,6 +11,7 @@ from .packed import Packed, declare_layers
 
 SMALLEST, LARGEST = 2.0**-48, 2.0**48  # csrc/amx/digits.h: of the largest weight of each output, if any is not 0
 CHANNELS = 32, 32768  # a tile has 64; sums of more do not fit
+SMALLEST_SHARE = 2.0**-60  # its square is a normal number
 
 
 class Tiles(Packed):
@@ -32,22 +33,39 @@ class Tiles(Packed):
         return bool(((largest == 0) | (largest >= SMALLEST) & (largest < LARGEST)).all())
 
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
-        packed = pack_tiles(weight, chunks)
+        packed = pack_tiles(weight, chunks, channel_scales(weight))
         super().__init__(OPERATORS, packed, bias, weight.shape[0], chunks, (torch.float32,))
 
 
-def _fake_pack(weight, chunks):
+def channel_scales(weight: Tensor) -> Tensor | None:
+    """What the channels [C] of rows are multiplied by, and those of the weights divided; None: all by 1.
+
+    A row's digits go down from its largest number, so where it is large just where weights are small, they would be
+    those of products that hardly count. A channel's scale is the root of the squares of its weights, each over that of
+    its output, which is taken twice: outputs that one channel rules look small without it. Above a half it is 1.
+    """
+    inverse = torch.ones(weight.shape[1])
+    for _ in range(2):
+        sizes = torch.linalg.vector_norm(weight * inverse, dim=1, keepdim=True)
+        shares = (weight.abs() / sizes.where(sizes > 0, 1)).clamp(min=SMALLEST_SHARE).where(weight != 0, 0)
+        scales = torch.linalg.vector_norm(shares, dim=0)
+        scales = scales / scales.max()
+        inverse = (1 / scales).where(scales > 0, 0)
+    scales = scales.where(scales <= 0.5, 1)
+    return None if (scales == 1).all() else scales
+
+
+def _fake_pack(weight, chunks, channels=None):
     panels, steps = -(-(weight.shape[0] // chunks) // 16), -(-weight.shape[1] // 64)
     return weight.new_empty(chunks * panels * (steps * 3 * 1024 + 16 * 4) + (16 + steps * 64) * 4, dtype=torch.int8)
 
 
-def spread_and_channels(packed: Tensor, C: int) -> tuple[Tensor, Tensor]:
-    """Views of what `pack_tiles` made of C channels: their spread [], and the channels' scales [C], the first of them
-    negative where there are none (csrc/amx/packed_tiles.h).
-    """
-    behind = packed[-(16 + -(-C // 64) * 64) * 4 :].view(torch.float32)
-    return behind[0], behind[16 : 16 + C]
+def spread_of(packed: Tensor, C: int) -> Tensor:
+    """A view of the spread [] in what `pack_tiles` made of C channels (csrc/amx/packed_tiles.h)."""
+    return packed[-(16 + -(-C // 64) * 64) * 4 :].view(torch.float32)[0]
 
 
-pack_tiles = declare_for_inference("pack_tiles", "(Tensor weight, int chunks) -> Tensor", _fake_pack)
+pack_tiles = declare_for_inference(
+    "pack_tiles", "(Tensor weight, int chunks, Tensor? channels=None) -> Tensor", _fake_pack
+)
 OPERATORS = declare_layers("tiles", torch.float32)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from .add_norm import HALVES
 from .inference import declare_for_inference, dots_run, is_unseen, tiles_run
 from .linear import Linear, is_silent, is_widened
-from .linear_tiles import Tiles, pack_tiles, spread_and_channels
+from .linear_tiles import SMALLEST_SHARE, Tiles, pack_tiles, spread_of
 
 PANEL, TILE = 32, 1024  # csrc/launch.h: kRotatedPanel, kRotatedTile
 
@@ -98,23 +98,18 @@ def _rotation(weight: Tensor, dtype: torch.dtype, tiles: bool) -> tuple[Tensor, 
 def _as_bytes(above: Tensor, diagonal: Tensor) -> Tensor:
     """R for the tile unit: what is above its diagonal in bytes, the diagonal, whose numbers are far larger, in float32.
 
-    Channels whose weights in R differ in size are scaled before `pack_tiles` looks at them, which would take a last row
-    of small weights, that has no others, for a large one. With r^2 / C of a row, the spread says how much the lowest
-    products matter (csrc/amx/digits.h), here beside the diagonal's share of a result: C times C sum(largest of a row ^
-    2) / |R|^2.
+    A channel's scale (`linear_tiles.channel_scales`) is its norm in R, whose rows are of one size but not one length.
+    With r^2 / C of a row, the spread says how much the lowest products matter (csrc/amx/digits.h), here beside the
+    diagonal's share of a result: C times C sum(largest of a row ^ 2) / |R|^2.
     """
     C = len(diagonal)
     norm = (above.double().square().sum(0) + diagonal.square()).sqrt()
-    scale = torch.where((norm == 0) | (norm > norm.max() / 2), 1, norm / norm.max()).clamp(min=2.0**-60).float()
-    packed = pack_tiles(above / scale, 1)
-    spread, channels = spread_and_channels(packed, C)
-    scale = scale * channels if channels[0] >= 0 else scale
-    if (scale != 1).any():
-        channels.copy_(scale)
-    inverse = torch.where(scale > 0, 1 / scale, 0)
-    scaled = above * inverse
-    squares = scaled.square().sum() + (diagonal * inverse).square().sum()
-    spread.copy_(C * C * scaled.abs().amax(1).square().sum() / squares if squares > 0 else squares)
+    scale = torch.where((norm == 0) | (norm > norm.max() / 2), 1, norm / norm.max()).clamp(min=SMALLEST_SHARE).float()
+    packed = pack_tiles(above, 1, None if (scale == 1).all() else scale)
+    scaled = above / scale
+    squares = scaled.square().sum() + (diagonal / scale).square().sum()
+    spread = C * C * scaled.abs().amax(1).square().sum() / squares if squares > 0 else squares
+    spread_of(packed, C).copy_(spread)
     return torch.cat([packed, functional.pad(diagonal, (0, -C % PANEL)).float().view(torch.int8)])
 
 

@@ -1,5 +1,6 @@
 """Float32 layers on the tile unit whose channels differ in scale: weights that make up for it lose no digits."""
 
+import functools
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from torch.nn import functional
 
 from .compare import assert_within
 from .linear_layers import made
-from .test_linear_tiles import emulated, run
+from .test_linear_tiles import Emulated, emulated, run
+from .tiles import fails, needs_emulation
 
 __all__ = ["emulated", "run"]  # fixtures
 
@@ -69,3 +71,21 @@ def test_rows_without_digits_of_channels_of_different_scales(run):
         assert_within(got[row], exact[row], same[row], 64)
         got[row] = before[row]
     assert torch.equal(got, before)
+
+
+MISTAKES = {
+    "neither rows nor weights are scaled": ("digits.h", "channels ? v * load(channels + c) : v", "v"),
+    "normed rows are measured before they are scaled": ("digit_rows.h", "(channels || !a.has_norm)", "!a.has_norm"),
+    "rows without digits take scaled weights": ("digit_rows.h", "channels ? weight * scale * channels[c] : ", ""),
+    "a channel without weights has a scale": ("linear_tiles.cpp", "a.channels[c] != 0 ? 1 / a.channels[c] : 0", "1"),
+}  # fmt: skip
+
+
+@needs_emulation
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_are_seen(mistake, tmp_path):
+    wrong = Emulated(tmp_path, MISTAKES[mistake])
+    tests = test_channels_without_weights_take_no_digits, test_rows_without_digits_of_channels_of_different_scales
+    tests = [functools.partial(test, wrong) for test in tests]
+    tests += [functools.partial(test_channels_of_different_scales, wrong, 70, apart) for apart in (1e3, 1e6)]
+    assert any(fails(test) for test in tests)

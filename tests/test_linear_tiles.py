@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from h2ot_kernels.linear_tiles import OPERATORS, pack_tiles
+from h2ot_kernels.linear_tiles import OPERATORS, channel_scales, pack_tiles
 
 from .compare import assert_within
 from .linear_layers import by_torch, made
@@ -30,13 +30,17 @@ SIZES = [
 MLPS = [(1, 32, 32, 1), (33, 65, 130, 40), (70, 48, 520, 530)]  # rows, C, hidden, M
 
 
+def packed_as_used(weight, chunks):
+    return pack_tiles(weight, chunks, channel_scales(weight))
+
+
 def native(x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=()):
-    return linear_tiles(x, pack_tiles(weight, chunks), bias, residual, len(weight), chunks, gelu, *norm)
+    return linear_tiles(x, packed_as_used(weight, chunks), bias, residual, len(weight), chunks, gelu, *norm)
 
 
 def native_mlp(x, first, second, residual=None, norm=()):
     (w1, b1), (w2, b2) = first, second
-    return mlp_tiles(x, pack_tiles(w1, 1), b1, len(w1), pack_tiles(w2, 1), b2, residual, len(w2), *norm)
+    return mlp_tiles(x, packed_as_used(w1, 1), b1, len(w1), packed_as_used(w2, 1), b2, residual, len(w2), *norm)
 
 
 native.mlp = native_mlp
@@ -49,18 +53,19 @@ class Emulated:
         self.library = build(folder, "linear_tiles.cpp", *replaced)
         self.library.pack.restype = ctypes.c_int64
 
-    def pack(self, weight, chunks):
+    def pack(self, weight, chunks, channels=None):
         sizes = [ctypes.c_int64(size) for size in (chunks, len(weight) // chunks, weight.shape[1])]
-        count = self.library.pack(None, *sizes, None)
+        count = self.library.pack(None, *sizes, None, None)
         whole, inside = guarded(count, torch.int8)
-        self.library.pack(at(alone(weight)), *sizes, at(inside))
+        given, scales = alone(weight), None if channels is None else alone(channels)
+        self.library.pack(at(given), *sizes, at(scales), at(inside))
         return between_bands(whole, inside, (count,))
 
     def __call__(self, x, weight, bias=None, residual=None, chunks=1, gelu=False, norm=(None, None, -1.0)):
         rows, M, C = x.numel() // x.shape[-1], len(weight) // chunks, x.shape[-1]
         sizes = [ctypes.c_int64(size) for size in (rows, chunks, M, C)]
         of_norm = at(norm[0]), at(norm[1]), ctypes.c_float(norm[2])
-        wide, packed = Wide(x, M, chunks, torch.float32), self.pack(weight, chunks)
+        wide, packed = Wide(x, M, chunks, torch.float32), self.pack(weight, chunks, channel_scales(weight))
         added = wide.residual(residual)
         given = at(packed), at(bias), at(added), int(gelu), at(wide.out), *of_norm, *wide.apart
         assert self.library.linear(at(wide.x), *sizes, *given) == 0
@@ -72,7 +77,7 @@ class Emulated:
         sizes = [ctypes.c_int64(size) for size in (rows, C, len(w1), len(w2))]
         whole, out = guarded(rows * len(w2), torch.float32)
         of_norm = at(norm[0]), at(norm[1]), ctypes.c_float(norm[2])
-        inside, packed = alone(x), (self.pack(w1, 1), self.pack(w2, 1))
+        inside, packed = alone(x), [self.pack(w, 1, channel_scales(w)) for w in (w1, w2)]
         given = *map(at, packed), at(b1), at(b2), at(residual), at(out), *of_norm
         assert self.library.mlp(at(inside), *sizes, *given) == 0
         return between_bands(whole, out, (*x.shape[:-1], len(w2)))

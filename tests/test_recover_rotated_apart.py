@@ -117,7 +117,7 @@ MISTAKES = {
     "results begin anew with each part": ("rotated_tiles.cpp", "(a, b, first + r, sums", "(a, b, r, sums"),
     "rows without digits are left out": ("rotated_tiles.cpp", "at.rows.has_plain && r", "false && r"),
     "their sums are added to": ("rotated_tiles.cpp", "memset(sums_of(r), 0,", "memset(sums_of(r), 0, 0 *"),
-    "outliers hide the others": ("rotated_tiles.cpp", "*triangle.spread, static", "0, static"),
+    "outliers hide the others": ("digit_rows.h", "spread = p.spread();", "spread = 0;"),
     "one weight's row for all": ("digit_rows.h", "panel += from * kWeightStep;", ""),
 }  # fmt: skip
 

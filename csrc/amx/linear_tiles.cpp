@@ -236,42 +236,6 @@ float pack_weights(const PackTilesArgs& a, const Packed& p, const float* channel
   return counted ? float(spreads / double(counted) * double(a.C * a.C)) : 0;
 }
 
-// The inverse of each number that is not 0.
-void invert(float* x, int64_t count) {
-  for (int64_t i = 0; i < count; i++) x[i] = x[i] != 0 ? 1 / x[i] : 0;
-}
-
-// The channels' scales into channels[C]; whether they are needed. Twice, for outputs that large channels made look
-// small. sizes: room for a number of each output.
-bool scale_channels(const PackTilesArgs& a, float* channels, float* sizes) {
-  const int64_t outputs = a.chunks * a.M;
-  float most = 0;
-  for (int turn = 0; turn < 2; turn++) {
-    invert(channels, a.C);
-    for (int64_t row = 0; row < outputs; row++) {
-      sizes[row] = std::sqrt(extent_of(a.weight + row * a.C, turn ? channels : nullptr, a.C).squares);
-    }
-    memset(channels, 0, size_t(a.C) * sizeof(float));
-    for (int64_t row = 0; row < outputs; row++) {
-      const float* const w = a.weight + row * a.C;
-      const float inverse = sizes[row] != 0 ? 1 / sizes[row] : 0;
-      for (int64_t c = 0; c < a.C; c++) {
-        const float size = __builtin_fabsf(w[c]) * inverse, share = size > kSmallestChannel ? size : kSmallestChannel;
-        channels[c] += w[c] != 0 ? share * share : 0;
-      }
-    }
-    for (int64_t c = 0; c < a.C; c++) channels[c] = std::sqrt(channels[c]);
-    most = extent_of(channels, nullptr, a.C).largest;
-    for (int64_t c = 0; c < a.C; c++) channels[c] = most != 0 ? channels[c] / most : 0;
-  }
-  bool is_needed = false;
-  for (int64_t c = 0; c < a.C; c++) {
-    if (channels[c] > kNearChannel) channels[c] = 1;
-    is_needed |= channels[c] != 1;
-  }
-  return is_needed && most != 0;
-}
-
 }  // namespace
 
 void pack_tiles(const PackTilesArgs& a) {
@@ -279,15 +243,10 @@ void pack_tiles(const PackTilesArgs& a) {
   memset(a.packed, 0, size_t(p.bytes()));
   float* const scales = reinterpret_cast<float*>(a.packed + p.digit_bytes());
   float* const channels = scales + (p.channels - p.scales);
-  const bool has_channels = scale_channels(a, channels, scales);
-  memset(scales, 0, size_t(a.chunks * p.panels * kSide) * sizeof(float));
-  if (has_channels) invert(channels, a.C);
-  scales[a.chunks * p.panels * kSide] = pack_weights(a, p, has_channels ? channels : nullptr, scales);
-  if (has_channels) {
-    invert(channels, a.C);
-  } else {
-    channels[0] = -1;
-  }
+  for (int64_t c = 0; a.channels && c < a.C; c++) channels[c] = a.channels[c] != 0 ? 1 / a.channels[c] : 0;
+  scales[a.chunks * p.panels * kSide] = pack_weights(a, p, a.channels ? channels : nullptr, scales);
+  channels[0] = -1;
+  if (a.channels) memcpy(channels, a.channels, size_t(a.C) * sizeof(float));
 }
 
 Status linear_tiles(const LinearTilesArgs& a, const Parallel& pool) {

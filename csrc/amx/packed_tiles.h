@@ -10,14 +10,9 @@ namespace {
 constexpr float kScale = 0x1p16f;  // of a row: a sum of order 2 counts its square
 constexpr int64_t kSpread = 16;    // floats behind the scales: the weights' spread, and room
 
-// Of a channel's scale; of one weight beside its output's root of squares.
-constexpr float kNearChannel = 0.5f, kSmallestChannel = 0x1p-60f;
-
 // What pack_tiles() makes: digits [chunks][panels][steps][kWeightStep], scales [chunks][panels][kSide], the spread, and
-// the channels' scales [steps][kDepth]. A channel's is the root of the squares of its weights, each beside its
-// output's, over that of the largest channel, or 1 above kNearChannel; weights stand divided by it, and rows are
-// multiplied by it, so that a channel of large numbers and small weights takes no digits from the others. The first is
-// negative where all are 1.
+// the channels' scales [steps][kDepth]: weights stand divided by them, and rows are multiplied by them, so that a channel
+// of large numbers and small weights takes no digits from the others. The first is negative where there are none.
 struct Packed {
   const int8_t* digits;
   int64_t chunks, steps, panels;

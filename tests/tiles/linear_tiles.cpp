@@ -1,8 +1,9 @@
 // csrc/amx/linear_tiles.cpp on the emulated unit, which the compiler is told to read first (emulated.h).
 #include "amx/linear_tiles.cpp"
 
-extern "C" int64_t pack(const float* weight, int64_t chunks, int64_t M, int64_t C, int8_t* packed) {
-  const h2ot::PackTilesArgs args = {weight, chunks, M, C, packed};
+extern "C" int64_t pack(const float* weight, int64_t chunks, int64_t M, int64_t C, const float* channels,
+                        int8_t* packed) {
+  const h2ot::PackTilesArgs args = {weight, chunks, M, C, channels, packed};
   if (packed) h2ot::amx::pack_tiles(args);
   return h2ot::amx::packed_tiles_size(args);
 }
