@@ -30,57 +30,28 @@ struct Layer : FloatLayer<LinearFloatsArgs> {
   }
 };
 
-// x, whose rows are equally far apart.
-Tensor rows_of(const Tensor& x, double eps) {
-  require(is_float(x) && x.dim() > 0 && x.numel() > 0 && (eps < 0 || x.size(-1) >= kFewestChannels),
-          "tokens of float32, some, with a norm of 16 channels or more");
-  return readable_rows(x);
-}
+struct ByVectors {
+  typedef h2ot::Layer Layer;
+  static constexpr const char *kLinear = "linear_floats", *kMlp = "mlp_floats";
 
-// Into `given` where there is one.
-Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-              int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
-              const MaybeTensor& norm_bias, double eps, const MaybeTensor& given) {
-  const Tensor tokens = rows_of(x, eps);
-  const int64_t C = x.size(-1);
-  Layer layer(x.numel() / C, C, packed, bias, given ? std::nullopt : residual, out_features, chunks, gelu);
-  layer.args.x = read<float>(tokens);
-  layer.args.apart.x = rows_apart(tokens);
-  layer.norm_first(norm_weight, norm_bias, eps);
-  const Tensor out = given ? *given : results_of(x, chunks, layer.args.M, ScalarType::Float);
-  if (given) {
-    layer.into(out, residual);
-  } else {
-    layer.args.out = write<float>(out);
+  static Tensor rows_of(const Tensor& x, double eps) {
+    require(is_float(x) && x.dim() > 0 && x.numel() > 0 && (eps < 0 || x.size(-1) >= kFewestChannels),
+            "tokens of float32, some, with a norm of 16 channels or more");
+    return readable_rows(x);
   }
-  check(kernels().linear_floats(layer.args, pool()), "linear_floats");
-  return out;
-}
+  static Status linear(const LinearFloatsArgs& args) { return kernels().linear_floats(args, pool()); }
+  static Status mlp(const MlpFloatsArgs& args) { return kernels().mlp_floats(args, pool()); }
+};
 
-Tensor mlp_floats(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
-                  const Tensor& second_packed, const MaybeTensor& second_bias, const MaybeTensor& residual,
-                  int64_t out_features, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
-  const Tensor tokens = rows_of(x, eps);
-  const int64_t C = x.size(-1), rows = x.numel() / C;
-  Layer first(rows, C, packed, bias, std::nullopt, hidden_features, 1, true);
-  first.norm_first(norm_weight, norm_bias, eps);
-  Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
-  const Tensor out = results_of(x, 1, out_features, ScalarType::Float);
-  first.args.x = read<float>(tokens);
-  first.args.apart.x = rows_apart(tokens);
-  second.args.out = write<float>(out);
-  check(kernels().mlp_floats({first.args, second.args}, pool()), "mlp_floats");
-  return out;
-}
-
-typedef LayerOperators<&linear> Operators;
+typedef FloatOperators<ByVectors> Layers;
+typedef LayerOperators<&Layers::linear> Operators;
 
 }  // namespace
 }  // namespace h2ot
 
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("linear_floats", TORCH_BOX(&h2ot::Operators::linear));
-  m.impl("mlp_floats", TORCH_BOX(&h2ot::mlp_floats));
+  m.impl("mlp_floats", TORCH_BOX(&h2ot::Layers::mlp));
   m.impl("attend_floats", TORCH_BOX(&h2ot::Operators::attend));
   m.impl("linear_floats_out", TORCH_BOX(&h2ot::Operators::linear_out));
   m.impl("attend_floats_out", TORCH_BOX(&h2ot::Operators::attend_out));

@@ -98,6 +98,48 @@ struct FloatLayer {
   static bool fits(const MaybeTensor& x, int64_t count) { return !x || (x->numel() == count && is_float(*x)); }
 };
 
+// Layers and MLPs in float32 by weights of one kind. Kind: Layer, a FloatLayer of packed weights; rows_of(x, eps), x,
+// whose rows are equally far apart, where the kind takes it; linear(args) and mlp(args), and what errors call them.
+template <class Kind>
+struct FloatOperators {
+  typedef typename Kind::Layer Layer;
+
+  // Into `given` where there is one.
+  static Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
+                       int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
+                       const MaybeTensor& norm_bias, double eps, const MaybeTensor& given) {
+    const Tensor tokens = Kind::rows_of(x, eps);
+    const int64_t C = x.size(-1);
+    Layer layer(x.numel() / C, C, packed, bias, given ? std::nullopt : residual, out_features, chunks, gelu);
+    layer.args.x = read<float>(tokens);
+    layer.args.apart.x = rows_apart(tokens);
+    layer.norm_first(norm_weight, norm_bias, eps);
+    const Tensor out = given ? *given : results_of(x, chunks, layer.args.M, ScalarType::Float);
+    if (given) {
+      layer.into(out, residual);
+    } else {
+      layer.args.out = write<float>(out);
+    }
+    check(Kind::linear(layer.args), Kind::kLinear);
+    return out;
+  }
+  static Tensor mlp(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
+                    const Tensor& second_packed, const MaybeTensor& second_bias, const MaybeTensor& residual,
+                    int64_t out_features, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
+    const Tensor tokens = Kind::rows_of(x, eps);
+    const int64_t C = x.size(-1), rows = x.numel() / C;
+    Layer first(rows, C, packed, bias, std::nullopt, hidden_features, 1, true);
+    first.norm_first(norm_weight, norm_bias, eps);
+    Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
+    const Tensor out = results_of(x, 1, out_features, ScalarType::Float);
+    first.args.x = read<float>(tokens);
+    first.args.apart.x = rows_apart(tokens);
+    second.args.out = write<float>(out);
+    check(Kind::mlp({first.args, second.args}), Kind::kMlp);
+    return out;
+  }
+};
+
 // Self-attention along axis `dim` of tokens like x by heads of D channels: of qkv [3, sizes of x], contiguous.
 inline Tensor attended(const Tensor& x, const Tensor& qkv, int64_t dim, int64_t D) {
   int64_t B = 1, width = 1;

@@ -47,50 +47,21 @@ struct Layer : FloatLayer<LinearTilesArgs> {
   }
 };
 
-// x, whose rows are equally far apart.
-Tensor rows_of(const Tensor& x) {
-  require(tiles_run(), "a CPU with a tile unit");
-  require(is_float(x) && x.dim() > 0 && x.numel() > 0, "float32 tokens, some");
-  return readable_rows(x);
-}
+struct ByTiles {
+  typedef h2ot::Layer Layer;
+  static constexpr const char *kLinear = "linear_tiles", *kMlp = "mlp_tiles";
 
-// Into `given` where there is one.
-Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-              int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
-              const MaybeTensor& norm_bias, double eps, const MaybeTensor& given) {
-  const Tensor tokens = rows_of(x);
-  const int64_t C = x.size(-1);
-  Layer layer(x.numel() / C, C, packed, bias, given ? std::nullopt : residual, out_features, chunks, gelu);
-  layer.args.x = read<float>(tokens);
-  layer.args.apart.x = rows_apart(tokens);
-  layer.norm_first(norm_weight, norm_bias, eps);
-  const Tensor out = given ? *given : results_of(x, chunks, layer.args.M, ScalarType::Float);
-  if (given) {
-    layer.into(out, residual);
-  } else {
-    layer.args.out = write<float>(out);
+  static Tensor rows_of(const Tensor& x, double) {
+    require(tiles_run(), "a CPU with a tile unit");
+    require(is_float(x) && x.dim() > 0 && x.numel() > 0, "float32 tokens, some");
+    return readable_rows(x);
   }
-  check(amx::linear_tiles(layer.args, pool()), "linear_tiles");
-  return out;
-}
+  static Status linear(const LinearTilesArgs& args) { return amx::linear_tiles(args, pool()); }
+  static Status mlp(const MlpTilesArgs& args) { return amx::mlp_tiles(args, pool()); }
+};
 
-Tensor mlp_tiles(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
-                 const Tensor& second_packed, const MaybeTensor& second_bias, const MaybeTensor& residual,
-                 int64_t out_features, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
-  const Tensor tokens = rows_of(x);
-  const int64_t C = x.size(-1), rows = x.numel() / C;
-  Layer first(rows, C, packed, bias, std::nullopt, hidden_features, 1, true);
-  first.norm_first(norm_weight, norm_bias, eps);
-  Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
-  const Tensor out = results_of(x, 1, out_features, ScalarType::Float);
-  first.args.x = read<float>(tokens);
-  first.args.apart.x = rows_apart(tokens);
-  second.args.out = write<float>(out);
-  check(amx::mlp_tiles({first.args, second.args}, pool()), "mlp_tiles");
-  return out;
-}
-
-typedef LayerOperators<&linear> Operators;
+typedef FloatOperators<ByTiles> Layers;
+typedef LayerOperators<&Layers::linear> Operators;
 
 }  // namespace
 }  // namespace h2ot
@@ -98,7 +69,7 @@ typedef LayerOperators<&linear> Operators;
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("pack_tiles", TORCH_BOX(&h2ot::pack_tiles));
   m.impl("linear_tiles", TORCH_BOX(&h2ot::Operators::linear));
-  m.impl("mlp_tiles", TORCH_BOX(&h2ot::mlp_tiles));
+  m.impl("mlp_tiles", TORCH_BOX(&h2ot::Layers::mlp));
   m.impl("attend_tiles", TORCH_BOX(&h2ot::Operators::attend));
   m.impl("linear_tiles_out", TORCH_BOX(&h2ot::Operators::linear_out));
   m.impl("attend_tiles_out", TORCH_BOX(&h2ot::Operators::attend_out));

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .backend import is_cpp
-from .linear import Linear, in_one_call
+from .linear import Linear, attention_in_one_call
 from .recover_attention import recover_attention
 
 
@@ -34,7 +34,7 @@ def attend_in_one_call(
     """
     if not x.is_cpu or torch.compiler.is_compiling() or x.shape[-1] % num_heads or not is_cpp("recover_attention", x):
         return None
-    return in_one_call(x, qkv, proj, dim, num_heads, norm=norm, **update)
+    return attention_in_one_call(x, qkv, proj, dim, num_heads, norm=norm, **update)
 
 
 def takes_one_product(x: Tensor, dim: int) -> bool:

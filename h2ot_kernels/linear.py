@@ -242,33 +242,80 @@ def mlp(
     if x.is_cpu and not torch.compiler.is_compiling():
         dtype = _product_dtype(x)
         if floats_run() or tiles_run() if dtype == torch.float32 else adds_to_float(dtype):
-            fused = in_one_call(x, fc1, fc2, fc1.out_features, norm=norm, residual=residual, scale=scale)
+            fused = mlp_in_one_call(x, fc1, fc2, fc1.out_features, norm, residual, scale)
     if fused is not None:
         return fused
     given = {name: value for name, value in (("residual", residual), ("scale", scale)) if value is not None}
     return fc2(fc1(x, activation="gelu", norm=norm), **given)
 
 
-def in_one_call(
+def mlp_in_one_call(
     x: Tensor,
     first: Linear,
     last: nn.Linear,
-    *between: int,
+    hidden: int,
+    norm: nn.LayerNorm | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor | None:
+    """residual + scale * last(gelu(first(norm(x)))), of `hidden` features between; None where no operator does that."""
+    layers = _both_packed(x, first, last, (1, hidden), norm, residual, scale)
+    if layers is None:
+        return None
+    one, other, x, inside = layers
+    given = one.packed, one.bias, hidden, other.packed, other.bias, residual, other.out_features
+    return one.operators.mlp(x, *given, *inside)
+
+
+def attention_in_one_call(
+    x: Tensor,
+    first: Linear,
+    last: nn.Linear,
+    dim: int,
+    num_heads: int,
+    *,
     norm: nn.LayerNorm | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor | None:
-    """residual + scale * last(what is between(first(norm(x)))); None where no operator does that, unseen.
+    """residual + scale * last(self-attention over axis dim of first(norm(x))), first making query, key and value; None
+    where no operator does that.
 
-    between: of an MLP with GELU the features there; of self-attention, whose query, key and value first makes, the axis
-    of x and the number of heads. out: where attention is written, laid out as the residual.
+    out: where it is written, laid out as the residual.
+    """
+    layers = _both_packed(x, first, last, (3, x.shape[-1]), norm, residual, scale)
+    if layers is None or layers[1].out_features != x.shape[-1]:
+        return None
+    one, other, x, inside = layers
+    given = one.packed, one.bias, dim, num_heads, other.packed, other.bias, residual
+    if out is None:
+        return one.operators.attend(x, *given, *inside)
+    laid_out = residual is not None and out.shape == residual.shape and out.stride() == residual.stride()
+    if not laid_out or out.dtype != residual.dtype:
+        return None
+    one.operators.attend_out(x, *given, *(inside or NO_NORM), out)
+    return out
+
+
+def _both_packed(
+    x: Tensor,
+    first: Linear,
+    last: nn.Linear,
+    outputs: tuple[int, int],
+    norm: nn.LayerNorm | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Packed, Packed, Tensor, tuple] | None:
+    """Both layers' packed weights, rows for the first, and what its operator takes of the norm: () where x is normed
+    already. None where nothing of one kind multiplies both unseen.
+
+    outputs: of the first, how many times as many as the last takes, and these.
     """
     plain = type(first).forward is Linear.forward is type(last).forward  # not a subclass's own
     if not (plain and is_silent(first, last)):
         return None
-    is_mlp = len(between) == 1
-    chunks, features = (1, between[0]) if is_mlp else (3, x.shape[-1])
+    chunks, features = outputs
     dtype = _product_dtype(x)
     one = first._packed(x, x.shape[-1], dtype, None, chunks) if _takes_packed(x, dtype) else None
     if not isinstance(one, Packed):
@@ -276,23 +323,12 @@ def in_one_call(
     other = last._packed(x, features, dtype, scale, 1)
     if type(other) is not type(one) or x.dtype not in one.adds or one.out_features != chunks * features:
         return None
-    size = (*x.shape[:-1], other.out_features)
-    if not is_mlp and size != x.shape:
-        return None
-    if residual is not None and not (residual.dtype in other.adds and residual.shape == size):
-        return None
+    if residual is not None:
+        size = (*x.shape[:-1], other.out_features)
+        if not (residual.dtype in other.adds and residual.shape == size):
+            return None
     inside = () if norm is None else _inside(norm, x)
-    if inside is None:
-        x, inside = normed(norm, x, one.packed.dtype), ()
-    given = one.packed, one.bias, *between, other.packed, other.bias, residual
-    if is_mlp:
-        return one.operators.mlp(x, *given, other.out_features, *inside)
-    if out is None:
-        return one.operators.attend(x, *given, *inside)
-    if residual is None or out.dtype != residual.dtype or out.shape != size or out.stride() != residual.stride():
-        return None
-    one.operators.attend_out(x, *given, *(inside or NO_NORM), out)
-    return out
+    return (one, other, x, inside) if inside is not None else (one, other, normed(norm, x, one.packed.dtype), ())
 
 
 def _takes_packed(x: Tensor, dtype: torch.dtype) -> bool:

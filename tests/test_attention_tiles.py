@@ -185,7 +185,7 @@ MISTAKES = {
     "a pair of channels is left out": ("attention.cpp", "groups_of(head.D, 2)", "head.D / 2 / kSide * kSide"),
     "padded keys count": ("attention.cpp", "k + i + kSide < K ? weight", "k < K ? weight"),
     "values of a pair are neighbours": ("attention.cpp", "other = k + kSide, c", "other = k + 1, c"),
-    "tokens are not transposed": ("attention.cpp", "if (transposed) transpose(rows);", ""),
+    "tokens are not transposed": ("attention.cpp", "      transpose(rows);", ""),
     "queries beyond the last are written": ("attention.cpp", "if (q >= queries) break;", ""),
     "channels beyond the last are written": ("attention.cpp", "if (channels >= kSide) {", "if (true) {"),
     "the largest of a lane misses keys": ("attention.cpp", "for (; k < K; k++,", "for (; k + 1 < K; k++,"),

@@ -18,7 +18,7 @@ from . import every_op
 
 ROOT = Path(__file__).parent.parent
 RUNTIME = {"cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError"}
-RUNTIME |= {"cudaLaunchKernelEx"}
+RUNTIME |= {"cudaFuncGetAttributes", "cudaLaunchKernelEx"}
 ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 

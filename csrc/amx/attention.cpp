@@ -64,10 +64,9 @@ H2OT_INLINE Words pairs_of(const uint16_t* row, int64_t c, int64_t D) {
   return words;
 }
 
-// Rows of tokens, `count` of them, as tiles; zeros for the others of `tiles` tiles of kSide.
-void pack_rows(const uint16_t* x, int64_t stride, int64_t count, int64_t tiles, const Head& head, bool transposed,
-               uint16_t* to) {
-  for (int64_t tile = 0; tile < tiles; tile++) {
+// Queries, `count` of them, as two columns of tiles; zeros for the others.
+void pack_queries(const uint16_t* x, int64_t stride, int64_t count, const Head& head, uint16_t* to) {
+  for (int64_t tile = 0; tile < 2; tile++) {
     for (int64_t step = 0; step < head.depth; step++, to += kTileHalves) {
       Words rows[kSide];
 #pragma GCC unroll 16
@@ -75,7 +74,7 @@ void pack_rows(const uint16_t* x, int64_t stride, int64_t count, int64_t tiles, 
         const int64_t row = tile * kSide + i;
         rows[i] = row < count ? pairs_of(x + row * stride, step * kStepChannels, head.D) : Words{};
       }
-      if (transposed) transpose(rows);
+      transpose(rows);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kSide; i++) memcpy(to + i * kStepChannels, &rows[i], sizeof rows[i]);
     }
@@ -219,7 +218,7 @@ struct Forward {
 
   void take_head(int64_t b, int64_t h) const {
     const uint16_t* const key = head_of(a.key, a.key_at, b, h * head.D);
-    pack_rows(key, a.key_at.stride_n, a.K, 2 * head.steps, head, false, at.keys);
+    pack_rows(key, a.key_at.stride_n, a.K, head.D, 2 * head.steps, head.depth, at.keys);
     pack_values(head_of(a.value, a.value_at, b, h * head.D), a.value_at.stride_n, a.K, head, at.values);
   }
   void ask_for_head(int64_t b, int64_t h, int64_t from, int64_t to) const {
@@ -229,7 +228,7 @@ struct Forward {
   void attend(int64_t b, int64_t h, int64_t panel, BFloat16* rows) const {
     const int64_t first = panel * kPanel, count = a.F - first < kPanel ? a.F - first : kPanel;
     const uint16_t* const query = head_of(a.query, a.query_at, a.query_rows == 1 ? 0 : b, h * head.D);
-    pack_rows(query + first * a.query_at.stride_n, a.query_at.stride_n, count, 2, head, true, at.queries);
+    pack_queries(query + first * a.query_at.stride_n, a.query_at.stride_n, count, head, at.queries);
     ask_for<true>(rows + h * head.D, a.C, head.D, 0, count);
     multiply_keys(head, at);
     Floats sums[2];
