@@ -11,8 +11,9 @@ constexpr float kScale = 0x1p16f;  // of a row: a sum of order 2 counts its squa
 constexpr int64_t kSpread = 16;    // floats behind the scales: the weights' spread, and room
 
 // What pack_tiles() makes: digits [chunks][panels][steps][kWeightStep], scales [chunks][panels][kSide], the spread, and
-// the channels' scales [steps][kDepth]: weights stand divided by them, and rows are multiplied by them, so that a channel
-// of large numbers and small weights takes no digits from the others. The first is negative where there are none.
+// the channels' scales [steps][kDepth]: weights stand divided by them, and rows are multiplied by them, so that a
+// channel of large numbers and small weights takes no digits from the others. The first is negative where there are
+// none.
 struct Packed {
   const int8_t* digits;
   int64_t chunks, steps, panels;
