@@ -44,7 +44,7 @@ def channel_scales(weight: Tensor) -> Tensor | None:
     those of products that hardly count. A channel's scale is the root of the squares of its weights, each over that of
     its output, which is taken twice: outputs that one channel rules look small without it. Above a half it is 1.
     """
-    inverse = torch.ones(weight.shape[1])
+    inverse = weight.new_ones(weight.shape[1])
     for _ in range(2):
         sizes = torch.linalg.vector_norm(weight * inverse, dim=1, keepdim=True)
         shares = (weight.abs() / sizes.where(sizes > 0, 1)).clamp(min=SMALLEST_SHARE).where(weight != 0, 0)

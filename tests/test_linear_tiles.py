@@ -94,20 +94,16 @@ def run(request):
 
 
 def check(run, sizes, gelu, with_bias):
-    x, weight, bias, residual = made(*sizes)
-    given = (
-        x,
-        weight,
-        bias if with_bias else None,
-        residual if sizes[3] == 1 and gelu == with_bias else None,
-        sizes[3],
-        gelu,
-    )
-    exact, same = by_torch(*given, torch.float64), by_torch(*given, torch.float32)
-    got = run(*given)
-    # A single sum may cancel: its terms' magnitudes say what its error is measured by.
-    magnitude = (x.double().abs() @ weight.double().abs().T).item() if exact.numel() == 1 else None
-    assert_within(got, exact, same, sizes[1], magnitude)
+    """Of few results, which may be next to nothing all, several draws are judged by the largest of all."""
+    rows, C, M, chunks = sizes
+    drawn = []
+    for seed in range(max(1, 16 // (rows * chunks * M))):
+        x, weight, bias, residual = made(*sizes, seed=seed)
+        added = bias if with_bias else None, residual if chunks == 1 and gelu == with_bias else None
+        given = x, weight, *added, chunks, gelu
+        drawn.append((by_torch(*given, torch.float64), by_torch(*given, torch.float32), run(*given)))
+    exact, same, got = (torch.stack(of_draws) for of_draws in zip(*drawn, strict=True))
+    assert_within(got, exact, same, C)
     return (got - exact).square().mean().sqrt().item(), (same - exact).square().mean().sqrt().item()
 
 

@@ -66,3 +66,11 @@ def test_when_mlps_are_used():
                 got = feed(x, norm=norm, residual=residual)
             assert "h2ot_kernels::mlp_tiles" in called.names
             assert torch.equal(got, feed.fc2(feed.fc1(x, activation="gelu", norm=norm), residual=residual))
+
+
+@needs_unit
+def test_weights_are_packed_where_they_are():
+    """Not where a context makes new tensors."""
+    layer, x = Linear(48, 40).eval(), torch.randn(5, 48)
+    with torch.device("meta"), torch.inference_mode():
+        torch.testing.assert_close(layer(x), functional.linear(x, layer.weight, layer.bias))
