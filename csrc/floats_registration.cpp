@@ -8,8 +8,10 @@ namespace {
 
 constexpr Require require = {"linear_floats"};
 
-int64_t packed_size(int64_t chunks, int64_t M, int64_t C) {
-  return chunks * ((M + kFloatsPanel - 1) / kFloatsPanel) * kFloatsPanel * C;
+bool is_packed(const Tensor& packed, int64_t chunks, int64_t M, int64_t C) {
+  const int64_t panel = kernels().floats_panel;
+  return is_float(packed) && packed.is_contiguous() && packed.dim() == 4 && packed.size(0) == chunks &&
+         packed.size(1) == (M + panel - 1) / panel && packed.size(2) == C && packed.size(3) == panel;
 }
 
 // A layer whose weights are packed.
@@ -23,9 +25,8 @@ struct Layer : FloatLayer<LinearFloatsArgs> {
   // chunks, where the weights are those of such a layer.
   static int64_t whole(int64_t C, const Tensor& packed, int64_t out_features, int64_t chunks) {
     const int64_t M = chunks > 0 ? out_features / chunks : 0;
-    require(M > 0 && M * chunks == out_features && is_float(packed) && packed.is_contiguous() &&
-                packed.numel() == packed_size(chunks, M, C),
-            "what `pack` makes of a weight of these sizes");
+    require(M > 0 && M * chunks == out_features && is_packed(packed, chunks, M, C),
+            "what `pack` makes of a weight of these sizes, for the instruction set in use");
     return chunks;
   }
 };

@@ -323,6 +323,7 @@ struct Kernels {
   Status (*graph_update)(const GraphArgs&, const Parallel&);
   Status (*linear_floats)(const LinearFloatsArgs&, const Parallel&);
   Status (*mlp_floats)(const MlpFloatsArgs&, const Parallel&);
+  int64_t floats_panel;
   Status (*interpolate)(const InterpolateArgs&, const Parallel&);
   Status (*interpolate_backward)(const InterpolateBackwardArgs&, const Parallel&);
 };

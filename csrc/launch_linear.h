@@ -79,8 +79,8 @@ struct MlpHalvesArgs {
 };
 
 // The same in float32, each sum one chain of multiply-adds in the order of the channels. The weights stand in panels of
-// kFloatsPanel outputs, [chunks, panels, C, kFloatsPanel], 0 behind the last output of a chunk.
-constexpr int64_t kFloatsPanel = 64;
+// as many outputs as the instruction set's tiles have (Kernels::floats_panel), [chunks, panels, C, floats_panel], 0
+// behind the last output of a chunk.
 struct LinearFloatsArgs {
   const float* x;  // [rows, C], rows apart.x from each other; C at least 1, with a norm kFewestChannels
   const float* packed;

@@ -11,7 +11,7 @@ from .checks import no_tangent
 from .library import declare
 
 if why_no_cpp() is None:
-    from ._C import capability, dots_run, tiles_run
+    from ._C import capability, dots_run, floats_panel, tiles_run
 else:
 
     def capability() -> str:
@@ -19,6 +19,9 @@ else:
 
     def tiles_run() -> bool:
         return False
+
+    def floats_panel() -> int:
+        return 0
 
     dots_run = tiles_run
 

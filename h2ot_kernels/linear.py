@@ -11,7 +11,7 @@ from torch.nn.modules import module as nn_module
 
 from .add_norm import add_norm, takes
 from .backend import is_reference
-from .inference import dots_run, tiles_run
+from .inference import dots_run, floats_panel, tiles_run
 from .linear_floats import Floats, floats_run
 from .linear_halves import Halves, adds_to_float
 from .linear_tiles import Tiles
@@ -159,7 +159,7 @@ class Linear(nn.Linear):
         sources = [weight] if bias is None else [weight, bias]
         if scale is not None:
             sources.append(scale)
-        return self.kept("packed", (dtype, chunks, tiles_run(), dots_run(), floats_run()), sources, make)
+        return self.kept("packed", (dtype, chunks, tiles_run(), dots_run(), floats_panel()), sources, make)
 
     def kept(self, name: str, key: tuple, sources: list[Tensor], make: Callable[[], Made]) -> Made:
         """make(), kept under name until key or one of the tensors that it is made of changes."""

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .inference import capability, tiles_run
+from .inference import capability, floats_panel, tiles_run
 from .packed import Packed, declare_layers, fits
-
-PANEL = 64  # outputs
 
 
 class Floats(Packed):
@@ -33,11 +31,15 @@ def floats_run() -> bool:
     return capability() in ("avx2", "avx512") and not tiles_run()
 
 
-def pack(weight: Tensor, chunks: int) -> Tensor:
-    """weight [chunks * M, C] of float32 as panels [chunks, panels, C, 64] (csrc/launch.h)."""
+def pack(weight: Tensor, chunks: int, panel: int | None = None) -> Tensor:
+    """weight [chunks * M, C] of float32 as panels [chunks, panels, C, panel] (csrc/launch_linear.h).
+
+    panel: outputs of one; None: as many as the kernels in use take.
+    """
+    panel = floats_panel() if panel is None else panel
     M, C = weight.shape[0] // chunks, weight.shape[1]
-    whole = functional.pad(weight.reshape(chunks, M, C), (0, 0, 0, -M % PANEL))
-    return whole.unflatten(1, (-1, PANEL)).transpose(-1, -2).contiguous()
+    whole = functional.pad(weight.reshape(chunks, M, C), (0, 0, 0, -M % panel))
+    return whole.unflatten(1, (-1, panel)).transpose(-1, -2).contiguous()
 
 
 OPERATORS = declare_layers("floats", torch.float32)

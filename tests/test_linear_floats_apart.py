@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from h2ot_kernels import _C
 from h2ot_kernels.linear_floats import pack
 
 from .test_linear_floats import NONE, checks
-from .tiles import AVX512, Wide, alone, at, between_bands, build, fails, guarded, needs_emulation
+from .tiles import VECTORS, Wide, alone, at, between_bands, build, fails, guarded, needs_compiler
 
-pytestmark = [pytest.mark.usefixtures("inference"), needs_emulation]
+pytestmark = [pytest.mark.usefixtures("inference"), needs_compiler]
 
 
 class Compiled:
     """The kernels by themselves; the bytes beside their results stay as they are, and none beside operands counts."""
 
     def __init__(self, folder: Path, *replaced: tuple[str, str, str]):
-        self.library = build(folder, "linear_floats.cpp", *replaced, target=AVX512)
+        self.library = build(folder, "linear_floats.cpp", *replaced, target=VECTORS[_C.capability()])
 
     @staticmethod
     def _norm(norm):
@@ -64,7 +65,7 @@ MISTAKES = {
     "chunks meet in one place": (SHARED, "chunk * a.rows * a.M + ", ""),
     "the next block's rows are taken": (SHARED, "first = task / parts * side", "first = task * 0"),
     "the residual of the first row": (KERNEL, "if (residual) residual += out_row(a);", ""),
-    "rows of x are adjacent": (KERNEL, "a.C, x, x_row(a), 1,", "a.C, x, a.C, 1,"),
+    "rows of x are adjacent": (KERNEL, "a.C, x, x_row(a), Fixed", "a.C, x, a.C, Fixed"),
     "rows that are normed are adjacent": (KERNEL, "norm_block(x, x_row(a), ", "norm_block(x, a.C, "),
     "normed rows stand as far apart as they did": (KERNEL, "if (a.has_norm) inner.apart.x = 0;", ""),
     "rows of results are adjacent": (KERNEL, "out += out_row(a)", "out += a.M"),

@@ -32,6 +32,7 @@ def test_what_is_refused():
         (x[:, :8], packed[:, :, :8].contiguous(), bias, None, 40, 1, False, None, None, 1e-5),
         (x, packed.flatten()[:-1], bias, None, 40, 1, False),
         (x, packed.mT, bias, None, 40, 1, False),
+        (x, pack(weight, 1, 2 * packed.shape[-1]), bias, None, 40, 1, False),
         (x, packed.double(), bias, None, 40, 1, False),
         (x, packed, bias[1:], None, 40, 1, False),
         (x, packed, bias.double(), None, 40, 1, False),
@@ -76,6 +77,20 @@ def test_when_layers_are_used():
     _C.set_capability(before)
     small(x[:, :8])
     assert isinstance(small._kept["packed"][2], OneDnn)
+
+
+def test_weights_are_packed_for_the_instruction_set_in_use():
+    """Panels are as wide as its tiles; a layer that was called before is packed again."""
+    layer, x, widths = Linear(48, 72).eval(), torch.randn(9, 48), set()
+    exact = (x.double() @ layer.weight.double().mT + layer.bias.double()).float()
+    names = _C.runnable_capabilities().split(",")
+    for name in names:
+        _C.set_capability(name)
+        torch.testing.assert_close(layer(x), exact)
+        torch.testing.assert_close(linear_floats(x, pack(layer.weight, 1), layer.bias, None, 72, 1, False), exact)
+        widths.add(_C.floats_panel())
+    _C.set_capability(names[0])
+    assert len(widths) == len(names)
 
 
 class Doubled(Linear):

@@ -11,8 +11,8 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int kRows = 6, kVectors = kTileRows == 12 ? 4 : 2;  // 24 accumulators, or 12, as tiles of attention have
-constexpr int64_t kGroups = 8, kBlock = kGroups * kRows;      // rows that meet a panel one after the other
+constexpr int kRows = 6;
+constexpr int64_t kGroups = 8, kBlock = kGroups * kRows;  // rows that meet a panel one after the other
 using FloatsPlace = Place<kFloatsPanel>;
 
 // sums [kRows][kFloatsPanel] of `rows` rows of x, in vectors [vector, vectors) of a panel.
@@ -21,7 +21,7 @@ H2OT_INLINE void multiply(const LinearFloatsArgs& a, const float* x, int64_t row
                           int64_t vectors, float* sums) {
   const WriteTo<float> to = {sums, kFloatsPanel};
   for (; vector + V <= vectors; vector += V) {
-    product_rest<kRows, V>(rows, 0, vector, a.C, x, x_row(a), 1, weights, kFloatsPanel, to);
+    product_rest<kRows, V>(rows, 0, vector, a.C, x, x_row(a), Fixed<1>(), weights, Fixed<kFloatsPanel>(), to);
   }
   if constexpr (V > 1) multiply<V / 2>(a, x, rows, weights, vector, vectors, sums);
 }
@@ -58,7 +58,7 @@ void run_block(const LinearFloatsArgs& a, const float* x, int64_t first, int64_t
     for (int64_t row = 0; row < count; row += kRows) {
       const int64_t here = count - row < kRows ? count - row : kRows;
       ask_for_lines<float>(a, place, first + row, here);
-      multiply<kVectors>(a, x + row * x_row(a), here, weights, 0, groups_of(place.count, kFloats), sums);
+      multiply<kFloatsVectors>(a, x + row * x_row(a), here, weights, 0, groups_of(place.count, kFloats), sums);
       finish_rows<kGelu>(a, place, first + row, here, sums);
     }
   }

@@ -1,5 +1,6 @@
 // The kernels of one instruction set as a table. Compiled once per instruction set, like the kernels themselves.
 #include "kernels.h"
+#include "linear_blocks.h"
 
 #define H2OT_TEXT(name) #name
 #define H2OT_NAME(name) H2OT_TEXT(name)
@@ -28,6 +29,7 @@ const Kernels table = {
     graph_update,
     linear_floats,
     mlp_floats,
+    kFloatsPanel,
     interpolate,
     interpolate_backward,
 };

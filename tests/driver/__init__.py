@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from h2ot_kernels.linear_floats import pack
+
 ROOT = Path(__file__).resolve().parents[2]
 NAME_BYTES = 32
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -51,6 +53,7 @@ class Driver:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.calls = 0
         self.capability = self._read(NAME_BYTES).rstrip(b"\0").decode()
+        (self.panel,) = struct.unpack("<q", self._read(8))
 
     def __enter__(self):
         return self
@@ -227,6 +230,11 @@ class Driver:
         sizes = DTYPES[x.dtype], lines, T, inner, C
         return self.call("graph_update", *tokens, *sizes, *links, *vectors, eps, dense(scale), Out(x.shape, x.dtype))[0]
 
+    def _repacked(self, packed, M):
+        """Weights of M outputs a chunk, as the kernels here take them."""
+        weight = packed.transpose(-1, -2).flatten(1, 2)[:, :M]
+        return dense(pack(weight.flatten(0, 1), len(packed), self.panel))
+
     def linear_floats(
         self, x, packed, bias, residual, out_features, chunks, gelu, norm_weight=None, norm_bias=None, eps=-1.0
     ):
@@ -234,7 +242,8 @@ class Driver:
         size = (*x.shape[:-1], M)
         out = Out(size if chunks == 1 else (chunks, *size), torch.float32)
         vectors = dense(norm_weight), dense(norm_bias)
-        given = dense(x), dense(packed), x.numel() // C, chunks, M, C, dense(bias), dense(residual), int(gelu)
+        sizes = x.numel() // C, chunks, M, C
+        given = dense(x), self._repacked(packed, M), *sizes, dense(bias), dense(residual), int(gelu)
         return self.call("linear_floats", *given, out, int(eps >= 0), *vectors, eps)[0]
 
     def mlp_floats(
@@ -255,8 +264,8 @@ class Driver:
         rows = x.numel() // C
         out = Out((*x.shape[:-1], M), torch.float32)
         norm = int(eps >= 0), dense(norm_weight), dense(norm_bias), eps
-        first = dense(x), dense(packed), rows, 1, hidden, C, dense(bias), None, 1, None, *norm
-        second = None, dense(second_packed), rows, 1, M, hidden, dense(second_bias), dense(residual), 0, out
+        first = dense(x), self._repacked(packed, hidden), rows, 1, hidden, C, dense(bias), None, 1, None, *norm
+        second = None, self._repacked(second_packed, M), rows, 1, M, hidden, dense(second_bias), dense(residual), 0, out
         return self.call("mlp_floats", *first, *second, 0, None, None, 0.0)[0]
 
     def attend_floats(self, x, packed, bias, dim, num_heads, proj_packed, proj_bias, residual, *norm):

@@ -2,7 +2,7 @@
 //
 //   driver [CAPABILITY]
 //
-// First the name of the kernels in use, kNameBytes. A call: the name of the kernel (kNameBytes, zeros at the end),
+// First the name of the kernels in use, kNameBytes, and their int64 floats_panel. A call: the name of the kernel (kNameBytes, zeros at the end),
 // three int64 counts, then that many int64, doubles and arrays: the arguments in the order of launch.h, each kind on
 // its own. An array: int64 role, int64 bytes, and the bytes of an input. The answer: int64 status, the bytes of the
 // outputs.
@@ -290,6 +290,7 @@ int main(int count, char** argument) {
   char name[kNameBytes + 1] = {};
   strncpy(name, kernels().name, kNameBytes);
   fwrite(name, 1, kNameBytes, stdout);
+  fwrite(&kernels().floats_panel, sizeof(int64_t), 1, stdout);
   fflush(stdout);
   while (read(name, kNameBytes)) {
     call(name);

@@ -14,12 +14,16 @@ from h2ot_kernels import _C
 from h2ot_kernels.inference import tiles_run
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "-std=gnu++20 -O2 -fPIC -shared -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
-FLAGS += " -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w"
-UNIT = "-mamx-tile -mamx-int8 -mamx-bf16 -DH2OT_ISA=amx"
+FLAGS = "-std=gnu++20 -O2 -fPIC -shared -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w"
+WIDE = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+UNIT = f"{WIDE} -mamx-tile -mamx-int8 -mamx-bf16 -DH2OT_ISA=amx"
 UNIT_AND_PAIRS = f"{UNIT} -mavx512bf16"
-DOTS = "-mavx512bf16 -DH2OT_ISA=bf16_dots"
-AVX512 = "-DH2OT_ISA=avx512"
+DOTS = f"{WIDE} -mavx512bf16 -DH2OT_ISA=bf16_dots"
+VECTORS = {
+    "portable": "-DH2OT_ISA=portable",
+    "avx2": "-mavx2 -mfma -mf16c -DH2OT_ISA=avx2",
+    "avx512": f"{WIDE} -DH2OT_ISA=avx512",
+}
 BAND = 1024
 FLOATS = ROOT / "csrc" / "cpu" / "linear_floats.cpp"
 
@@ -29,6 +33,9 @@ def _has(*flags: str) -> bool:
     return info.exists() and set(flags) <= set(info.read_text().split())
 
 
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") or _C.capability() not in VECTORS, reason="needs g++ and an x86 CPU"
+)
 needs_unit = pytest.mark.skipif(not tiles_run(), reason="this CPU has no tile unit (AMX)")
 needs_emulation = pytest.mark.skipif(
     not (shutil.which("g++") and _has("avx512bw")), reason="needs g++ and a CPU with AVX-512"
@@ -45,7 +52,7 @@ RUNS = [pytest.param("native", marks=needs_unit), pytest.param("emulated", marks
 def build(folder: Path, source: str, *replaced: tuple[str, str, str], target: str = UNIT) -> ctypes.CDLL:
     """tests/tiles/`source` as a library, each (file, old, new) of `replaced` done to the kernels or the unit before.
 
-    target: UNIT, emulated, DOTS or AVX512.
+    target: UNIT, emulated, DOTS or one of VECTORS.
     """
     unit = ROOT / "tests" / "tiles" / "emulated.h"
     for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*"), FLOATS, unit]:
