@@ -2,10 +2,10 @@
 //
 //   driver [CAPABILITY]
 //
-// First the name of the kernels in use, kNameBytes, and their int64 floats_panel. A call: the name of the kernel (kNameBytes, zeros at the end),
-// three int64 counts, then that many int64, doubles and arrays: the arguments in the order of launch.h, each kind on
-// its own. An array: int64 role, int64 bytes, and the bytes of an input. The answer: int64 status, the bytes of the
-// outputs.
+// First the name of the kernels in use, kNameBytes, and their int64 floats_panel. A call: the name of the kernel
+// (kNameBytes, zeros at the end), three int64 counts, then that many int64, doubles and arrays: the arguments in the
+// order of launch.h, each kind on its own. An array: int64 role, int64 bytes, and the bytes of an input. The answer:
+// int64 status, the bytes of the outputs.
 //
 // Each call is made twice, by one thread and by two, on arrays between guard bands. Statuses beyond those of launch.h:
 // the bits differ, or a band is damaged.
