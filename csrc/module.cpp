@@ -116,8 +116,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("dots_run", &h2ot::dots_run,
         "Whether linear layers, attention and recovery in bfloat16 may run by products of pairs (AVX512-BF16): those "
         "were found, and the kernels in use are 'avx512'. Where tiles_run, too, the tile unit does the work.");
-  m.def("floats_panel", [] { return h2ot::kernels().floats_panel; },
-        "Outputs of a panel of weights that linear layers in float32 by vectors take, with the kernels in use.");
+  m.def(
+      "floats_panel", [] { return h2ot::kernels().floats_panel; },
+      "Outputs of a panel of weights that linear layers in float32 by vectors take, with the kernels in use.");
   pybind11::class_<h2ot::Samples>(m, "Samples", "Copies of parts of arrays, to see whether those have changed.")
       .def(pybind11::init([](const std::vector<std::array<int64_t, 4>>& arrays) {
              std::vector<h2ot::Sampled> sampled;

@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "vectors.h"
+#include "product.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -49,6 +49,7 @@ __attribute__((noinline)) void distance_tile(const float* a, const float* b, int
   for (int64_t begin = 0; begin < C; begin += kChunk) {
     const int64_t end = smaller(begin + kChunk, C);
     Floats sum[kRows][kVectors] = {};
+#pragma GCC unroll kStepsAtOnce
     for (int64_t c = begin; c < end; c++) {
       Floats column[kVectors];
 #pragma GCC unroll 4

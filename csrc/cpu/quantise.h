@@ -88,6 +88,7 @@ __attribute__((noinline)) void quantised_tile(const float* a, const float* b, in
                                               float* out) {
   Ints sum[kRows][kVectors] = {};
   const float *row = a + kHeader * kPanel, *columns = b + kHeader * kPanel;
+#pragma GCC unroll kStepsAtOnce
   for (int64_t c = 0; c < pairs; c++, row += kPanel, columns += kPanel) {
     Ints column[kVectors];
 #pragma GCC unroll 4
