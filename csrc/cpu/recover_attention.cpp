@@ -37,7 +37,7 @@ H2OT_INLINE int64_t task_grain(const RecoverAttentionArgs& a, int64_t D, int64_t
 // logits[k][lane] = rows[k] . panel[lane], rows being `width` apart
 template <class E>
 H2OT_INLINE void dot_rows(const E* rows, int64_t K, const Layout<E>& at, const E* panel, int64_t vectors, E* logits) {
-  product(K, vectors, at.D, rows, at.width, 1, panel, kPanel<E>, WriteTo<E>{logits, kPanel<E>});
+  product(K, vectors, at.D, rows, at.width, Fixed<1>(), panel, Fixed<kPanel<E>>(), WriteTo<E>{logits, kPanel<E>});
 }
 
 // One row of a head, times `factor`.
@@ -118,7 +118,8 @@ struct Forward {
     E share[kPanel<E>];
     exponentiate(weights, a.K, vectors, at.rate, total);
     for (int64_t v = 0; v < vectors; v++) store(share + v * kLanes<E>, E(1) / total[v]);
-    product(count, at.width / kLanes<E>, a.K, weights, 1, kPanel<E>, value, at.width, WriteTo<E>{results, at.width});
+    product(count, at.width / kLanes<E>, a.K, weights, 1, Fixed<kPanel<E>>(), value, at.width,
+            WriteTo<E>{results, at.width});
     for (int64_t q = 0; q < count; q++) unpack_row(results + q * at.width, at.D, share[q], out + q * a.C);
   }
 };

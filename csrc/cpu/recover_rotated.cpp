@@ -11,7 +11,7 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4 * kTileRows;  // rows that meet a panel one after the other
+constexpr int64_t kBlock = 48;  // rows that meet a panel one after the other: whole tiles
 
 // attended [rows][C] of sample b from query `first` on; products [kBlock][kRotatedPanel], sums [kBlock][sums_width].
 void run_block(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t rows, const float* attended,
@@ -21,7 +21,7 @@ void run_block(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t ro
   memset(sums, 0, size_t(rows * width) * sizeof(float));
   for (int64_t c = 0; c < C; c += kRotatedPanel) {
     const int64_t depth = C - c;
-    product(rows, kRotatedVectors, depth, attended + c, C, 1, triangle, kRotatedPanel,
+    product(rows, kRotatedVectors, depth, attended + c, C, Fixed<1>(), triangle, Fixed<kRotatedPanel>(),
             WriteTo<float>{products, kRotatedPanel});
     triangle += depth * kRotatedPanel;
     for (int64_t r = 0; r < rows; r++) add_panel(a, first + r, c, products + r * kRotatedPanel, sums + r * width);
