@@ -7,7 +7,7 @@ What is read from the environment when the package is imported; a name that is n
 H2OT_KERNELS_BACKEND: the backend of calls that name none.
 H2OT_KERNELS_CAPABILITY: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "neon"), one that this
 machine can run; without it the best of them.
-And H2OT_KERNELS_TILES, read at the first kernel that could use a tile unit (AMX): "0" leaves the unit alone.
+H2OT_KERNELS_TILES: whether kernels may use a tile unit (AMX), "1" or "0", which leaves it alone; without it they may.
 """
 
 import contextlib
@@ -361,6 +361,9 @@ def _check_environment() -> str | None:
     name = os.environ.get("H2OT_KERNELS_BACKEND") or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"H2OT_KERNELS_BACKEND: got {name!r}, wanted one of {', '.join(BACKENDS)}")
+    tiles = os.environ.get("H2OT_KERNELS_TILES") or "1"  # csrc/capability.cpp reads it
+    if tiles not in ("0", "1"):
+        raise ValueError(f"H2OT_KERNELS_TILES: got {tiles!r}, wanted 0 or 1")
     return name
 
 

@@ -18,6 +18,7 @@ from python_ref.score import GAUSSIAN_STEPS, rank_tokens
 
 from .backend import use_backend
 from .modes import in_eval_mode
+from .recover_attention import reference_tail
 
 CHUNK = 32  # channels whose differences are held at once: [B, N, N, CHUNK] float64
 
@@ -86,7 +87,7 @@ def decompositions() -> dict[Callable, Callable]:
         ops.assign_by_parent.default: _assign_by_parent,
         ops.merge_tokens.default: _merge_tokens,
         ops.recover_attention.default: _recover_attention,
-        ops.recover_tail.default: _recover_tail,
+        ops.recover_tail.default: reference_tail,
         ops.recover_interpolate.default: _recover_interpolate,
     }
 
@@ -213,11 +214,6 @@ def _merge_tokens(x, labels, num_clusters, weight):
 
 def _recover_attention(query, key, value, num_heads, scale):
     return python_ref.recover_attention(query, key, value, num_heads, scale=scale)
-
-
-def _recover_tail(token, projected, norm_weight, norm_bias, head_weight, head_bias, eps):
-    normed = functional.layer_norm(token + projected, token.shape[-1:], norm_weight, norm_bias, eps)
-    return functional.linear(normed, head_weight, head_bias)
 
 
 def _recover_interpolate(x, index, num_frames, nearest):

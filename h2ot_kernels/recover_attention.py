@@ -359,7 +359,7 @@ def _reference(query, key, value, num_heads, scale):
     return python_ref.recover_attention(query, key, value, num_heads, scale=scale)
 
 
-def _reference_tail(token, projected, norm_weight, norm_bias, head_weight, head_bias, eps):
+def reference_tail(token, projected, norm_weight, norm_bias, head_weight, head_bias, eps):
     normed = functional.layer_norm(token + projected, token.shape[-1:], norm_weight, norm_bias, eps)
     return functional.linear(normed, head_weight, head_bias)
 
@@ -380,4 +380,4 @@ implement("recover_attention_out", "cpp", declare("recover_attention_out", **int
 implement("recover_attention_out", "reference", copying(_reference))
 _plain_tail = with_rotated(project_first(declare("recover_tail", **TAIL)))
 implement("recover_tail", "cpp", _plain_tail)
-implement("recover_tail", "reference", project_first(_reference_tail))
+implement("recover_tail", "reference", project_first(reference_tail))

@@ -179,6 +179,14 @@ def test_capability_of_the_environment(name):
         assert run.stdout.split() == [name or runnable[0]]
 
 
+@pytest.mark.parametrize(("value", "said"), [("", ""), ("0", ""), ("1", ""), ("off", "got 'off', wanted 0 or 1")])
+def test_tiles_of_the_environment(value, said):
+    given = os.environ | {"H2OT_KERNELS_TILES": value}
+    run = subprocess.run([sys.executable, "-c", "import h2ot_kernels"], env=given, capture_output=True, check=False)
+    assert (run.returncode == 0) == (not said)
+    assert said in run.stderr.decode()
+
+
 def test_explain_and_report(monkeypatch):
     text = h2ot.explain("prune_cluster", torch.zeros(1))
     assert text.splitlines()[0] == "prune_cluster on cpu: cpp"
