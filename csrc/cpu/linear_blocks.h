@@ -8,9 +8,9 @@
 namespace h2ot {
 namespace H2OT_ISA {
 
-// Outputs of a panel of float32 weights: those of a tile, whose other side is 6 rows, so that it has 24 accumulators, or
-// 12, as tiles of attention have. A panel is read from its begin to its end, as caches and the machine's own prefetch
-// want it.
+// Outputs of a panel of float32 weights: those of a tile, whose other side is 6 rows, so that it has 24 accumulators,
+// or 12, as tiles of attention have. A panel is read from its begin to its end, as caches and the machine's own
+// prefetch want it.
 constexpr int kFloatsVectors = kTileRows == 12 ? 4 : 2;
 constexpr int64_t kFloatsPanel = kFloatsVectors * kFloats;
 
