@@ -1,7 +1,7 @@
 """Linear layers whose CPU inference runs with weights packed once: our kernels where they are faster, else oneDNN."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch.nn.modules import module as nn_module
 from .add_norm import add_norm, takes
 from .backend import is_reference
 from .inference import dots_run, floats_panel, tiles_run
-from .linear_floats import Floats, floats_run
+from .linear_floats import floats_run
 from .linear_halves import Halves, adds_to_float
-from .linear_tiles import Tiles
+from .linear_products import HAS_ONEDNN, Product, Widened, is_widened, product_of
 from .packed import ACTIVATIONS, NO_NORM, Packed
 from .samples import Samples
 
@@ -22,7 +22,6 @@ Made = TypeVar("Made")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 FUSED = (torch.float32, torch.bfloat16)  # tokens whose norm is part of a product
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class Linear(nn.Linear):
@@ -114,14 +113,14 @@ class Linear(nn.Linear):
             return scale * y if residual is None else torch.addcmul(residual, y.to(residual.dtype), scale)
         return y if residual is None else residual + y
 
-    def _ready(self, x: Tensor, scale: Tensor | None, chunks: int) -> "Product | None":
+    def _ready(self, x: Tensor, scale: Tensor | None, chunks: int) -> Product | None:
         """What multiplies x; None: nn.Linear does."""
         dtype = _product_dtype(x)
         return self._packed(x, x.shape[-1], dtype, scale, chunks) if _takes_packed(x, dtype) else None
 
     def _packed(
         self, x: Tensor, features: int, dtype: torch.dtype, scale: Tensor | None, chunks: int
-    ) -> "Product | None":
+    ) -> Product | None:
         """The same for rows of `features` that are made of x's, which `_takes_packed` has looked at."""
         weight = self.weight  # nn.Module looks it up in Python: once
         if (
@@ -146,7 +145,7 @@ class Linear(nn.Linear):
         dtype: torch.dtype,
         scale: Tensor | None,
         chunks: int,
-    ) -> "Product":
+    ) -> Product:
         """The weight and bias, times the scale."""
 
         def make() -> Product:
@@ -154,7 +153,7 @@ class Linear(nn.Linear):
             if scale is not None:
                 own, added = own * scale[:, None], None if added is None else added * scale
             own, added = own.to(dtype), None if added is None else added.to(dtype)
-            return _product(own, added, rows, chunks)
+            return product_of(own, added, rows, chunks)
 
         sources = [weight] if bias is None else [weight, bias]
         if scale is not None:
@@ -180,54 +179,6 @@ class Linear(nn.Linear):
         return super().train(mode)
 
 
-class OneDnn:
-    """Weights in oneDNN's layout for about `rows` rows: a product per chunk."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):
-        weights = [torch.ops.mkldnn._reorder_linear_weight(part, rows) for part in weight.chunk(chunks)]
-        biases = [None] * chunks if bias is None else bias.chunk(chunks)
-        self.parts = list(zip(weights, biases, strict=True))
-
-    def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple([self._product(x, activation, residual, part) for part in self.parts])
-
-    def _product(self, x: Tensor, activation: str, residual: Tensor | None, part: tuple) -> Tensor:
-        if residual is None or activation != "none" or residual.dtype != x.dtype:
-            y = torch.ops.mkldnn._linear_pointwise(x, *part, activation, [], "none")
-            return y if residual is None else residual + y
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *part, "add")
-
-
-class Widened:
-    """16-bit weights as float32 ones: one rounding, of the result. Without instructions for float16 PyTorch's product
-    takes five times as long as this (Zen 4).
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):
-        self.dtype = weight.dtype
-        self.product = _product(weight.float(), None if bias is None else bias.float(), rows, chunks)
-
-    def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> tuple[Tensor, ...]:
-        products = tuple(y.to(self.dtype) for y in self.product(x.float(), activation, None))
-        return products if residual is None else tuple(residual + y for y in products)
-
-
-Product = Packed | OneDnn | Widened
-
-
-def _product(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> Product:
-    """The fastest one of this dtype on this CPU."""
-    if is_widened(weight.dtype):
-        return Widened(weight, bias, rows, chunks)
-    if Tiles.take(weight, chunks):
-        return Tiles(weight, bias, chunks)
-    if Halves.take(weight, chunks):
-        return Halves(weight, bias, chunks)
-    if Floats.take(weight, chunks):
-        return Floats(weight, bias, chunks)
-    return OneDnn(weight, bias, rows, chunks)
-
-
 def mlp(
     x: Tensor,
     fc1: Linear,
@@ -237,11 +188,15 @@ def mlp(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """residual + scale * fc2(gelu(fc1(norm(x)))), as two calls of them give it; in one pass where an operator can."""
+    """residual + scale * fc2(gelu(fc1(norm(x)))), as two calls of them give it; in one pass where an operator can.
+
+    Where 16-bit weights are `Widened`, what is between them is not rounded in one pass.
+    """
     fused = None
     if x.is_cpu and not torch.compiler.is_compiling():
         dtype = _product_dtype(x)
-        if floats_run() or tiles_run() if dtype == torch.float32 else adds_to_float(dtype):
+        in_floats = floats_run() or tiles_run()
+        if (adds_to_float(dtype) or (in_floats and is_widened(dtype))) if dtype != torch.float32 else in_floats:
             fused = mlp_in_one_call(x, fc1, fc2, fc1.out_features, norm, residual, scale)
     if fused is not None:
         return fused
@@ -262,9 +217,9 @@ def mlp_in_one_call(
     layers = _both_packed(x, first, last, (1, hidden), norm, residual, scale)
     if layers is None:
         return None
-    one, other, x, inside = layers
-    given = one.packed, one.bias, hidden, other.packed, other.bias, residual, other.out_features
-    return one.operators.mlp(x, *given, *inside)
+    one, other = layers.first, layers.last
+    given = one.packed, one.bias, hidden, other.packed, other.bias, layers.residual, other.out_features
+    return layers.rounded(one.operators.mlp(layers.x, *given, *layers.norm))
 
 
 def attention_in_one_call(
@@ -285,17 +240,34 @@ def attention_in_one_call(
     out: where it is written, laid out as the residual.
     """
     layers = _both_packed(x, first, last, (3, x.shape[-1]), norm, residual, scale)
-    if layers is None or layers[1].out_features != x.shape[-1]:
+    if layers is None or layers.last.out_features != x.shape[-1]:
         return None
-    one, other, x, inside = layers
-    given = one.packed, one.bias, dim, num_heads, other.packed, other.bias, residual
+    one, other, x, inside = layers.first, layers.last, layers.x, layers.norm
+    given = one.packed, one.bias, dim, num_heads, other.packed, other.bias, layers.residual
     if out is None:
-        return one.operators.attend(x, *given, *inside)
+        return layers.rounded(one.operators.attend(x, *given, *inside))
     laid_out = residual is not None and out.shape == residual.shape and out.stride() == residual.stride()
-    if not laid_out or out.dtype != residual.dtype:
+    if not laid_out or out.dtype != residual.dtype or layers.dtype is not None:
         return None
     one.operators.attend_out(x, *given, *(inside or NO_NORM), out)
     return out
+
+
+class _Both(NamedTuple):
+    """Two layers of one kind, and what their operator takes: x, of its norm () where x is normed already, the residual.
+
+    dtype: what the result is rounded to where the operator gives another; else None.
+    """
+
+    first: Packed
+    last: Packed
+    x: Tensor
+    norm: tuple
+    residual: Tensor | None
+    dtype: torch.dtype | None = None
+
+    def rounded(self, y: Tensor) -> Tensor:
+        return y if self.dtype is None else y.to(self.dtype)
 
 
 def _both_packed(
@@ -306,9 +278,8 @@ def _both_packed(
     norm: nn.LayerNorm | None,
     residual: Tensor | None,
     scale: Tensor | None,
-) -> tuple[Packed, Packed, Tensor, tuple] | None:
-    """Both layers' packed weights, rows for the first, and what its operator takes of the norm: () where x is normed
-    already. None where nothing of one kind multiplies both unseen.
+) -> _Both | None:
+    """None where nothing of one kind multiplies both unseen.
 
     outputs: of the first, how many times as many as the last takes, and these.
     """
@@ -318,17 +289,24 @@ def _both_packed(
     chunks, features = outputs
     dtype = _product_dtype(x)
     one = first._packed(x, x.shape[-1], dtype, None, chunks) if _takes_packed(x, dtype) else None
+    widened = isinstance(one, Widened) and x.dtype == dtype
+    one = one.product if widened else one
     if not isinstance(one, Packed):
         return None
     other = last._packed(x, features, dtype, scale, 1)
-    if type(other) is not type(one) or x.dtype not in one.adds or one.out_features != chunks * features:
+    other = other.product if widened and isinstance(other, Widened) else other
+    adds = (dtype,) if widened else one.adds
+    if type(other) is not type(one) or x.dtype not in adds or one.out_features != chunks * features:
         return None
-    if residual is not None:
-        size = (*x.shape[:-1], other.out_features)
-        if not (residual.dtype in other.adds and residual.shape == size):
-            return None
-    inside = () if norm is None else _inside(norm, x)
-    return (one, other, x, inside) if inside is not None else (one, other, normed(norm, x, one.packed.dtype), ())
+    if residual is not None and not (residual.dtype in adds and residual.shape == (*x.shape[:-1], other.out_features)):
+        return None
+    inside = () if norm is None else _inside(norm, x, PACKABLE if widened else FUSED)
+    if inside is None:
+        x, inside = normed(norm, x, dtype), ()
+    if not widened:
+        return _Both(one, other, x, inside, residual)
+    inside = tuple(v.float() if isinstance(v, Tensor) else v for v in inside)
+    return _Both(one, other, x.float(), inside, None if residual is None else residual.float(), dtype)
 
 
 def _takes_packed(x: Tensor, dtype: torch.dtype) -> bool:
@@ -354,16 +332,11 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def is_widened(dtype: torch.dtype) -> bool:
-    """Whether the CPU has no product of this dtype that is worth calling (oneDNN's word)."""
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
-def _inside(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor | None, Tensor | None, float] | None:
+def _inside(
+    norm: nn.LayerNorm, x: Tensor, fused: tuple[torch.dtype, ...] = FUSED
+) -> tuple[Tensor | None, Tensor | None, float] | None:
     """(weight, bias, eps) of a LayerNorm over x's last axis that a product takes, unheard; else None."""
-    if type(norm) is not nn.LayerNorm or x.dtype not in FUSED or norm.normalized_shape != x.shape[-1:]:
+    if type(norm) is not nn.LayerNorm or x.dtype not in fused or norm.normalized_shape != x.shape[-1:]:
         return None
     weight, bias = norm.weight, norm.bias  # nn.Module looks them up in Python: once
     for v in (weight, bias):

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from h2ot_kernels import dropin
-from h2ot_kernels.linear_halves import adds_to_float
 from python_ref import official
 
-from .linear_layers import FLOAT_PRODUCTS
+from .linear_layers import FLOAT_PRODUCTS, HALF_PRODUCTS
 from .official_code import clustering, mixste, motionbert, tcformer
 from .runners import Recorder
 
@@ -230,8 +229,7 @@ def test_autocast():
     assert after[0].dtype == before[0].dtype
     errors = [(out[0].float() - exact[0]).abs().max() for out in (after, before)]
     assert errors[0] <= 4 * errors[1]  # the factor of tests/compare.py
-    products = "h2ot_kernels::linear_halves" if adds_to_float(torch.bfloat16) else "mkldnn::_linear_pointwise"
-    assert {products} | CALLED["cross_attention"] | CALLED["head"] <= called.names
+    assert {HALF_PRODUCTS} | CALLED["cross_attention"] | CALLED["head"] <= called.names
 
 
 # Before torch 2.12 a graph stays in use when its module's class changes.

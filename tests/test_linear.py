@@ -9,7 +9,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from h2ot_kernels.linear import ACTIVATIONS, Linear, Widened, is_widened
+from h2ot_kernels.linear import ACTIVATIONS, Linear
+from h2ot_kernels.linear_products import Widened, is_widened
 
 from .compare import assert_within
 

@@ -13,8 +13,9 @@ from torch import nn
 from h2ot_kernels import _C
 from h2ot_kernels.add_norm import add_norm
 from h2ot_kernels.hosts.blocks import Mlp
-from h2ot_kernels.linear import Linear, OneDnn
+from h2ot_kernels.linear import Linear
 from h2ot_kernels.linear_halves import OPERATORS, Halves, pack
+from h2ot_kernels.linear_products import OneDnn
 
 from . import linear_layers
 from .compare import assert_within

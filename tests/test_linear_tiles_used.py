@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from h2ot_kernels import _C
 from h2ot_kernels.hosts.blocks import Mlp
-from h2ot_kernels.linear import Linear, OneDnn
+from h2ot_kernels.linear import Linear
 from h2ot_kernels.linear_floats import Floats
+from h2ot_kernels.linear_products import OneDnn
 from h2ot_kernels.linear_tiles import Tiles
 
 from .runners import Recorder
