@@ -195,8 +195,8 @@ def mlp(
     fused = None
     if x.is_cpu and not torch.compiler.is_compiling():
         dtype = _product_dtype(x)
-        in_floats = floats_run() or tiles_run()
-        if (adds_to_float(dtype) or (in_floats and is_widened(dtype))) if dtype != torch.float32 else in_floats:
+        in_floats = (floats_run() or tiles_run()) and (dtype == torch.float32 or is_widened(dtype))
+        if in_floats or adds_to_float(dtype):
             fused = mlp_in_one_call(x, fc1, fc2, fc1.out_features, norm, residual, scale)
     if fused is not None:
         return fused
@@ -244,10 +244,11 @@ def attention_in_one_call(
         return None
     one, other, x, inside = layers.first, layers.last, layers.x, layers.norm
     given = one.packed, one.bias, dim, num_heads, other.packed, other.bias, layers.residual
-    if out is None:
-        return layers.rounded(one.operators.attend(x, *given, *inside))
+    if out is None or layers.dtype is not None:
+        attended = layers.rounded(one.operators.attend(x, *given, *inside))
+        return attended if out is None else out.copy_(attended)
     laid_out = residual is not None and out.shape == residual.shape and out.stride() == residual.stride()
-    if not laid_out or out.dtype != residual.dtype or layers.dtype is not None:
+    if not laid_out or out.dtype != residual.dtype:
         return None
     one.operators.attend_out(x, *given, *(inside or NO_NORM), out)
     return out

@@ -62,7 +62,14 @@ def test_attention_is_one_call_in_float32(dtype, size):
     tokens, wide = norm.double()(x.double()), attention.double()
     parts = wide.qkv(tokens).movedim(1, -2).unflatten(-1, (3, 3, 16)).movedim(-3, 0).transpose(-3, -2)
     attended = functional.scaled_dot_product_attention(*parts).transpose(-3, -2).flatten(-2).movedim(-2, 1)
-    assert_rounded_once(got, x.double() + wide.proj(attended), dtype)
+    exact = x.double() + wide.proj(attended)
+    assert_rounded_once(got, exact, dtype)
+    wider = torch.zeros(*size[:-1], 96, dtype=dtype)[..., :48]
+    attention.to(dtype), norm.to(dtype)
+    (written, _), names = names_of(lambda: attention(x, 1, with_query_key=False, norm=norm, residual=x, out=wider))
+    assert "attend" in names
+    assert written is wider
+    assert torch.equal(wider, got)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "product.h"
+#include "vectors.h"
 
 namespace h2ot {
 namespace H2OT_ISA {

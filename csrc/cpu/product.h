@@ -9,9 +9,9 @@ namespace H2OT_ISA {
 // A tile of kTileRows x 2 vectors leaves room for two vectors of b and one broadcast of a: with 32 registers
 // 24 accumulators cover the latency of two multiply-add pipes (4 cycles each) three times over.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 12, kStepsAtOnce = 1;
+constexpr int kTileRows = 12;
 #else
-constexpr int kTileRows = 6, kStepsAtOnce = 4;  // half as many multiply-adds a step: its pointers are a tenth of it
+constexpr int kTileRows = 6;
 #endif
 constexpr int kTileVectors = 2;
 
