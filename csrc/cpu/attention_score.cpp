@@ -18,7 +18,7 @@ H2OT_INLINE void receive(const AttentionScoreArgs& a, const T* query, const T* k
   for (int64_t first = 0; first < a.F; first += kPanel<E>) {
     const int64_t count = a.F - first < kPanel<E> ? a.F - first : kPanel<E>, vectors = count > kLanes<T> ? 2 : 1;
     pack_panel(query + first * a.query_stride[3], a.query_stride[3], a.query_stride[4], count, a.D, E(sign), panel);
-    product(a.F, vectors, a.D, keys, a.D, 1, panel, kPanel<E>, WriteTo<E>{logits, kPanel<E>});
+    product(a.F, vectors, a.D, keys, a.D, Fixed<1>(), panel, Fixed<kPanel<E>>(), WriteTo<E>{logits, kPanel<E>});
     Vector<E> sum[kTileVectors];
     exponentiate(logits, a.F, vectors, rate, sum);
     for (int64_t v = 0; v < vectors; v++) {

@@ -136,7 +136,7 @@ struct Line {
       const int64_t count = begin + kPanel<E> < a.T ? kPanel<E> : a.T - begin;
       pack_panel(row(a.x, begin), step, 1, count, a.C, E(1), panel);
       const int64_t vectors = count > kLanes<E> ? 2 : 1;
-      product(a.T, vectors, a.C, rows, width, 1, panel, kPanel<E>, WriteTo<E>{products, kPanel<E>});
+      product(a.T, vectors, a.C, rows, width, Fixed<1>(), panel, Fixed<kPanel<E>>(), WriteTo<E>{products, kPanel<E>});
       for (int64_t v = 0; v < vectors; v++) {
         const E* const of_vector = products + v * kLanes<E>;
         Largest<E> largest;

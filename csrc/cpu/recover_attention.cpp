@@ -200,9 +200,10 @@ H2OT_INLINE void add_panel(const RecoverAttentionArgs& a, const Layout<E>& at, c
       store(slopes + k * kPanel<E>, load(weights + k * kPanel<E>) * slope * E(a.scale));
     }
   }
-  product(count, columns, K, g.slopes, 1, kPanel<E>, g.key, width, AddTo<E>{g.grad_query + first * width, width});
-  product(K, columns, count, g.slopes, kPanel<E>, 1, g.query_rows, width, AddTo<E>{g.grad_key, width});
-  product(K, columns, count, g.weights, kPanel<E>, 1, g.grad_rows, width, AddTo<E>{g.grad_value, width});
+  product(count, columns, K, g.slopes, 1, Fixed<kPanel<E>>(), g.key, width,
+          AddTo<E>{g.grad_query + first * width, width});
+  product(K, columns, count, g.slopes, kPanel<E>, Fixed<1>(), g.query_rows, width, AddTo<E>{g.grad_key, width});
+  product(K, columns, count, g.weights, kPanel<E>, Fixed<1>(), g.grad_rows, width, AddTo<E>{g.grad_value, width});
 }
 
 template <class T, class E>

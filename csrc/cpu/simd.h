@@ -32,10 +32,10 @@ constexpr int kVectorBytes = 16;
 #endif
 
 // Steps of a register tile that are written out: of 12 accumulators, in place of 24, pointers are a tenth of a step.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kStepsAtOnce = 1;
-#else
+#if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int kStepsAtOnce = 4;
+#else
+constexpr int kStepsAtOnce = 1;
 #endif
 
 H2OT_INLINE int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
