@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from h2ot_kernels import dropin
-from h2ot_kernels.dropin.recognise import LONG
+from h2ot_kernels.dropin.recognise import LONG, _contents, _differ
 
 from .official_code import mixste
 from .runners import Recorder
@@ -261,3 +261,15 @@ def test_mlps_of_any_number_of_axes_are_fast():
             with dropin.patch(model), Recorder() as called:
                 torch.testing.assert_close(model(x), before)
         assert "aten::gelu" not in called.names
+
+
+@pytest.mark.parametrize("pack", [lambda x: x, lambda x: [x], lambda x: {"x": x}])
+def test_what_a_forward_stores_is_seen_where_its_place_in_memory_is_used_again(pack):
+    """Of tensors that are freed and made by turns, the next mostly stands where the last one stood."""
+    held = pack(torch.zeros(()))
+    before = _contents(held)
+    assert not _differ(before, _contents(held))
+    for _ in range(20):
+        held = None
+        held = pack(torch.zeros(()))
+        assert _differ(before, _contents(held))

@@ -214,7 +214,7 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
             except NotTried as reason:
                 refused.append(attempt)
                 reasons.append(reason)
-        stored = [name for name, value in twin.__dict__.items() if before.get(name) != _contents(value)]
+        stored = [name for name, value in twin.__dict__.items() if _differ(before.get(name), _contents(value))]
         if expected and stored:
             raise NotRecognised(f"its forward stores {', '.join(stored)}")
         largest = {rank: max(a.numbers for a in attempts if a.rank == rank) for rank in (a.rank for a in attempts)}
@@ -242,8 +242,10 @@ def _ranks_that_agree(
     return tuple(rank for rank in ranks if rank not in differ)
 
 
-def _contents(value) -> tuple:
-    """What tells whether an attribute was set, or a container or a tensor, in one or not, changed."""
+def _contents(value) -> list[tuple[object, int]]:
+    """What tells whether an attribute was set, or a container or a tensor, in one or not, changed: its parts, which are
+    held so that no other object gets their place in memory, and versions.
+    """
 
     def version(part) -> int:
         return part._version if isinstance(part, Tensor) and not part.is_inference() else 0
@@ -251,7 +253,13 @@ def _contents(value) -> tuple:
     parts = [value]
     if isinstance(value, CONTAINERS):
         parts += [*value, *(value.values() if isinstance(value, dict) else ())]
-    return tuple((id(part), version(part)) for part in parts)
+    return [(part, version(part)) for part in parts]
+
+
+def _differ(before: list[tuple[object, int]] | None, after: list[tuple[object, int]]) -> bool:
+    if before is None or len(before) != len(after):
+        return True
+    return any(a is not b or old != new for (a, old), (b, new) in zip(before, after, strict=True))
 
 
 def _trains(twin: nn.Module, expected: list[tuple[Attempt, object]]) -> bool:
