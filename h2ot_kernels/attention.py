@@ -30,7 +30,8 @@ def attend_in_one_call(
 ) -> Tensor | None:
     """Self-attention along axis dim of x [..., C], from norm to residual, in CPU inference; None: by its parts.
 
-    update: residual, scale, out as `Linear` takes them. The bits are those of its parts.
+    update: residual, scale, out as `Linear` takes them. The bits are those of its parts, but where 16-bit weights are
+    `Widened`: only the result is rounded then.
     """
     if not x.is_cpu or torch.compiler.is_compiling() or x.shape[-1] % num_heads or not is_cpp("recover_attention", x):
         return None

@@ -34,7 +34,7 @@ class OneDnn:
 
 class Widened:
     """16-bit weights as float32 ones: one rounding, of the result. Without instructions for float16 PyTorch's product
-    takes five times as long as this (Zen 4), of bfloat16 on AVX2 eight times (Zen 3).
+    takes five times as long as this (Zen 4), with bfloat16 on AVX2 a MixSTE eight times (Zen 3).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):

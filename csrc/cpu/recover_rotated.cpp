@@ -11,7 +11,8 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int64_t kBlock = 48;  // rows that meet a panel one after the other: whole tiles
+constexpr int64_t kBlock = 48;  // rows that meet a panel one after the other
+static_assert(kBlock % kTileRows == 0);
 
 // attended [rows][C] of sample b from query `first` on; products [kBlock][kRotatedPanel], sums [kBlock][sums_width].
 void run_block(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t rows, const float* attended,
