@@ -36,8 +36,11 @@ const cuda::Machine& machine_of(int32_t device) {
 }
 
 cuda::Problem problem_of(const Tokens& tokens, int64_t k, int64_t centres, const char* op) {
-  if (tokens.N >= cuda::kMostTokens || centres >= cuda::kMostTokens) {
-    throw std::invalid_argument(std::string(op) + ": more than 2^30 tokens");
+  for (const int64_t count : {tokens.N, centres}) {
+    if (count < cuda::kMostTokens) continue;
+    throw std::invalid_argument(std::string(op) + ": " + (count == tokens.N ? "x" : "index") + ": got " +
+                                std::to_string(count) + " tokens a sample, wanted fewer than " +
+                                std::to_string(cuda::kMostTokens) + " on a GPU");
   }
   return {tokens.B, tokens.N, tokens.J, tokens.C, k, tokens.dtype, cuda::readable_in_place(tokens), centres};
 }

@@ -44,7 +44,7 @@ struct ByVectors {
   static Status mlp(const MlpFloatsArgs& args) { return kernels().mlp_floats(args, pool()); }
 };
 
-typedef FloatOperators<ByVectors> Layers;
+typedef OperatorsOf<ByVectors> Layers;
 typedef LayerOperators<&Layers::linear> Operators;
 
 }  // namespace

@@ -74,58 +74,29 @@ struct Layer {
   }
 };
 
-// x, whose rows are equally far apart.
-Tensor rows_of(const Tensor& x) {
-  require(dots_run(), "a CPU with products of pairs of bfloat16 numbers");
-  require(is_mixed(x) && x.dim() > 0 && x.numel() > 0 && x.size(-1) >= kFewestChannels,
-          "tokens of bfloat16 or float32, some, of 16 channels or more");
-  return readable_rows(x);
-}
+struct ByDots {
+  typedef h2ot::Layer Layer;
+  static constexpr const char *kLinear = "linear_halves", *kMlp = "mlp_halves";
 
-// Into `given` where there is one.
-Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual,
-              int64_t out_features, int64_t chunks, bool gelu, const MaybeTensor& norm_weight,
-              const MaybeTensor& norm_bias, double eps, const MaybeTensor& given) {
-  const Tensor tokens = rows_of(x);
-  const int64_t C = x.size(-1);
-  Layer layer(x.numel() / C, C, packed, bias, given ? std::nullopt : residual, out_features, chunks, gelu);
-  layer.take(tokens);
-  layer.args.apart.x = rows_apart(tokens);
-  layer.norm_first(norm_weight, norm_bias, eps);
-  const Tensor out = given ? *given : results_of(x, chunks, layer.args.M, layer.results);
-  if (given) {
-    layer.into(out, residual);
-  } else {
-    layer.args.out = out.mutable_data_ptr();
+  static Tensor rows_of(const Tensor& x, double) {
+    require(dots_run(), "a CPU with products of pairs of bfloat16 numbers");
+    require(is_mixed(x) && x.dim() > 0 && x.numel() > 0 && x.size(-1) >= kFewestChannels,
+            "tokens of bfloat16 or float32, some, of 16 channels or more");
+    return readable_rows(x);
   }
-  check(run_linear_halves(layer.args, pool()), "linear_halves");
-  return out;
-}
+  static Status linear(const LinearHalvesArgs& args) { return run_linear_halves(args, pool()); }
+  static Status mlp(const MlpHalvesArgs& args) { return run_mlp_halves(args, pool()); }
+};
 
-Tensor mlp_halves(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t hidden_features,
-                  const Tensor& second_packed, const MaybeTensor& second_bias, const MaybeTensor& residual,
-                  int64_t out_features, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps) {
-  const Tensor tokens = rows_of(x);
-  const int64_t C = x.size(-1), rows = x.numel() / C;
-  Layer first(rows, C, packed, bias, std::nullopt, hidden_features, 1, true);
-  first.take(tokens);
-  first.args.apart.x = rows_apart(tokens);
-  first.norm_first(norm_weight, norm_bias, eps);
-  Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
-  const Tensor out = results_of(x, 1, out_features, second.results);
-  second.args.out = out.mutable_data_ptr();
-  check(run_mlp_halves(MlpHalvesArgs{first.args, second.args}, pool()), "mlp_halves");
-  return out;
-}
-
-typedef LayerOperators<&linear> Operators;
+typedef OperatorsOf<ByDots> Layers;
+typedef LayerOperators<&Layers::linear> Operators;
 
 }  // namespace
 }  // namespace h2ot
 
 STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("linear_halves", TORCH_BOX(&h2ot::Operators::linear));
-  m.impl("mlp_halves", TORCH_BOX(&h2ot::mlp_halves));
+  m.impl("mlp_halves", TORCH_BOX(&h2ot::Layers::mlp));
   m.impl("attend_halves", TORCH_BOX(&h2ot::Operators::attend));
   m.impl("linear_halves_out", TORCH_BOX(&h2ot::Operators::linear_out));
   m.impl("attend_halves_out", TORCH_BOX(&h2ot::Operators::attend_out));

@@ -57,6 +57,7 @@ inline Tensor results_of(const Tensor& x, int64_t chunks, int64_t M, ScalarType 
 // it. Args: LinearFloatsArgs or LinearTilesArgs, whose packed weights are the caller's business.
 template <class Args>
 struct FloatLayer {
+  static constexpr ScalarType results = ScalarType::Float;
   Require wants;
   MaybeTensor bias, residual, norm_weight, norm_bias;
   Args args = {};
@@ -76,6 +77,7 @@ struct FloatLayer {
     args.residual = read<float>(residual);
     args.activation = gelu ? Activation::gelu : Activation::none;
   }
+  void take(const Tensor& tokens) { args.x = read<float>(tokens); }
   void norm_first(const MaybeTensor& weight, const MaybeTensor& any_bias, double eps) {
     wants(fits(weight, args.C) && fits(any_bias, args.C), "a norm's weight and bias [in_features] of float32");
     norm_weight = dense(weight, ScalarType::Float);
@@ -88,7 +90,7 @@ struct FloatLayer {
   // The results of one chunk, and what is added to them, in rows that may stand apart.
   void into(const Tensor& out, const MaybeTensor& any_residual) {
     wants(fits(any_residual, args.rows * args.M) && args.chunks == 1 &&
-              takes_results(out, any_residual, args.rows, args.M, ScalarType::Float),
+              takes_results(out, any_residual, args.rows, args.M, results),
           kOutWanted);
     residual = any_residual;
     args.residual = read<float>(residual);
@@ -98,10 +100,11 @@ struct FloatLayer {
   static bool fits(const MaybeTensor& x, int64_t count) { return !x || (x->numel() == count && is_float(*x)); }
 };
 
-// Layers and MLPs in float32 by weights of one kind. Kind: Layer, a FloatLayer of packed weights; rows_of(x, eps), x,
-// whose rows are equally far apart, where the kind takes it; linear(args) and mlp(args), and what errors call them.
+// Layers and MLPs by weights of one kind. Kind: Layer, of packed weights, which takes tokens, a norm before it, and
+// where its results go, of dtype `results`; rows_of(x, eps), x, whose rows are equally far apart, where the kind takes
+// it; linear(args) and mlp(args), and what errors call them.
 template <class Kind>
-struct FloatOperators {
+struct OperatorsOf {
   typedef typename Kind::Layer Layer;
 
   // Into `given` where there is one.
@@ -111,14 +114,14 @@ struct FloatOperators {
     const Tensor tokens = Kind::rows_of(x, eps);
     const int64_t C = x.size(-1);
     Layer layer(x.numel() / C, C, packed, bias, given ? std::nullopt : residual, out_features, chunks, gelu);
-    layer.args.x = read<float>(tokens);
+    layer.take(tokens);
     layer.args.apart.x = rows_apart(tokens);
     layer.norm_first(norm_weight, norm_bias, eps);
-    const Tensor out = given ? *given : results_of(x, chunks, layer.args.M, ScalarType::Float);
+    const Tensor out = given ? *given : results_of(x, chunks, layer.args.M, layer.results);
     if (given) {
       layer.into(out, residual);
     } else {
-      layer.args.out = write<float>(out);
+      layer.args.out = static_cast<decltype(layer.args.out)>(out.mutable_data_ptr());
     }
     check(Kind::linear(layer.args), Kind::kLinear);
     return out;
@@ -129,12 +132,12 @@ struct FloatOperators {
     const Tensor tokens = Kind::rows_of(x, eps);
     const int64_t C = x.size(-1), rows = x.numel() / C;
     Layer first(rows, C, packed, bias, std::nullopt, hidden_features, 1, true);
+    first.take(tokens);
+    first.args.apart.x = rows_apart(tokens);
     first.norm_first(norm_weight, norm_bias, eps);
     Layer second(rows, hidden_features, second_packed, second_bias, residual, out_features, 1, false);
-    const Tensor out = results_of(x, 1, out_features, ScalarType::Float);
-    first.args.x = read<float>(tokens);
-    first.args.apart.x = rows_apart(tokens);
-    second.args.out = write<float>(out);
+    const Tensor out = results_of(x, 1, out_features, second.results);
+    second.args.out = static_cast<decltype(second.args.out)>(out.mutable_data_ptr());
     check(Kind::mlp({first.args, second.args}), Kind::kMlp);
     return out;
   }

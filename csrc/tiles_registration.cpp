@@ -60,7 +60,7 @@ struct ByTiles {
   static Status mlp(const MlpTilesArgs& args) { return amx::mlp_tiles(args, pool()); }
 };
 
-typedef FloatOperators<ByTiles> Layers;
+typedef OperatorsOf<ByTiles> Layers;
 typedef LayerOperators<&Layers::linear> Operators;
 
 }  // namespace

@@ -26,14 +26,17 @@ else:
     dots_run = tiles_run
 
 
+def is_transformed() -> bool:
+    """Forward-mode AD or a functorch transform wants to see each operation."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def is_unseen(*tensors: Tensor | None) -> bool:
     """Whether such an operator may have these: plain CPU tensors, nothing recorded, traced, transformed or compiled.
 
     Hooks and a forward on the instance of a module are the caller's business (`linear.is_silent`).
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return False
     for tensor in tensors:
         if not (tensor is None or _is_plain(tensor)):

@@ -12,7 +12,7 @@ MODULES = (
     *(h2ot, h2ot.hosts, h2ot.dropin, h2ot.dropin.hot, h2ot.dropin.prunevid, h2ot.dropin.tcformer),
     *(h2ot_kernels.wrapped, h2ot_kernels.onnx),
 )
-INTERNAL = {"is_transformed", "shared_rows"}
+INTERNAL = {"shared_rows"}
 
 
 def functions() -> dict[str, Callable]:

@@ -193,18 +193,6 @@ H2OT_INLINE void put_tile(const float* sums, Floats share, int64_t queries, int6
   }
 }
 
-// Asks for rows [first, last) of the D channels at x, which are read later, or written soon.
-template <bool kWritten = false, class T>
-H2OT_INLINE void ask_for(const T* x, int64_t stride, int64_t D, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; i++) {
-    for (int64_t d = 0; d < D; d += kStepChannels) __builtin_prefetch(x + i * stride + d, kWritten, kWritten ? 3 : 2);
-  }
-}
-
-H2OT_INLINE const uint16_t* head_of(const void* x, const Rows& at, int64_t b, int64_t channel) {
-  return static_cast<const uint16_t*>(x) + b * at.stride_b + channel;
-}
-
 // What a thread does.
 struct Forward {
   typedef BFloat16 Element;
@@ -217,19 +205,19 @@ struct Forward {
       : a(args), head(sizes), at(memory, head) {}
 
   void take_head(int64_t b, int64_t h) const {
-    const uint16_t* const key = head_of(a.key, a.key_at, b, h * head.D);
+    const uint16_t* const key = head_of<uint16_t>(a.key, a.key_at, b, h * head.D);
     pack_rows(key, a.key_at.stride_n, a.K, head.D, 2 * head.steps, head.depth, at.keys);
-    pack_values(head_of(a.value, a.value_at, b, h * head.D), a.value_at.stride_n, a.K, head, at.values);
+    pack_values(head_of<uint16_t>(a.value, a.value_at, b, h * head.D), a.value_at.stride_n, a.K, head, at.values);
   }
   void ask_for_head(int64_t b, int64_t h, int64_t from, int64_t to) const {
-    ask_for(head_of(a.key, a.key_at, b, h * head.D), a.key_at.stride_n, head.D, from, to);
-    ask_for(head_of(a.value, a.value_at, b, h * head.D), a.value_at.stride_n, head.D, from, to);
+    ask_for_rows(head_of<uint16_t>(a.key, a.key_at, b, h * head.D), a.key_at.stride_n, head.D, from, to);
+    ask_for_rows(head_of<uint16_t>(a.value, a.value_at, b, h * head.D), a.value_at.stride_n, head.D, from, to);
   }
   void attend(int64_t b, int64_t h, int64_t panel, BFloat16* rows) const {
     const int64_t first = panel * kPanel, count = a.F - first < kPanel ? a.F - first : kPanel;
-    const uint16_t* const query = head_of(a.query, a.query_at, a.query_rows == 1 ? 0 : b, h * head.D);
+    const uint16_t* const query = head_of<uint16_t>(a.query, a.query_at, a.query_rows == 1 ? 0 : b, h * head.D);
     pack_queries(query + first * a.query_at.stride_n, a.query_at.stride_n, count, head, at.queries);
-    ask_for<true>(rows + h * head.D, a.C, head.D, 0, count);
+    ask_for_rows<true>(rows + h * head.D, a.C, head.D, 0, count);
     multiply_keys(head, at);
     Floats sums[2];
     for (int64_t half = 0; half < 2; half++) {

@@ -7,6 +7,23 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
+// The first row of sample b's channels from `channel` on.
+template <class T>
+H2OT_INLINE const T* head_of(const void* x, const Rows& at, int64_t b, int64_t channel) {
+  return static_cast<const T*>(x) + b * at.stride_b + channel;
+}
+
+// Asks for rows [first, last) of the D channels at x, which are read later, or written soon: their short, distant
+// pieces defeat the machine's own prefetching.
+template <bool kWritten = false, class T>
+H2OT_INLINE void ask_for_rows(const T* x, int64_t stride, int64_t D, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i++) {
+    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) {
+      __builtin_prefetch(x + i * stride + d, kWritten, kWritten ? 3 : 2);
+    }
+  }
+}
+
 // Into how many parts, at most `most`, each of B samples is cut so that the threads have about equal shares: no other
 // number keeps them busier by more than a twentieth.
 H2OT_INLINE int64_t parts_of(int64_t B, int64_t most, int64_t threads) {

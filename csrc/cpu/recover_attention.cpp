@@ -48,20 +48,6 @@ H2OT_INLINE void unpack_row(const E* row, int64_t D, E factor, T* out) {
   if (d < D) store_part(out + d, load(row + d) * factor, D - d);
 }
 
-// Asks for rows [first, last) of a head: their short, distant pieces defeat the machine's own prefetching.
-template <class T>
-H2OT_INLINE void prefetch_rows(const T* x, int64_t stride, int64_t D, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; i++) {
-    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + i * stride + d, 0, 2);
-  }
-}
-
-// The first row of sample b's channels from `channel` on.
-template <class T>
-H2OT_INLINE const T* head_of(const void* x, const Rows& at, int64_t b, int64_t channel) {
-  return static_cast<const T*>(x) + b * at.stride_b + channel;
-}
-
 // All panels of the shared queries: [H][panels][D][kPanel].
 template <class T, class E>
 void pack_shared_queries(const RecoverAttentionArgs& a, const Layout<E>& at, E* packed, const Parallel& pool) {
@@ -101,13 +87,13 @@ struct Forward {
     pack_rows(head_of<T>(a.value, a.value_at, b, h * at.D), a.value_at.stride_n, 1, a.K, at.D, at.width, value);
   }
   void ask_for_head(int64_t b, int64_t h, int64_t from, int64_t to) const {
-    prefetch_rows(head_of<T>(a.key, a.key_at, b, h * at.D), a.key_at.stride_n, at.D, from, to);
-    prefetch_rows(head_of<T>(a.value, a.value_at, b, h * at.D), a.value_at.stride_n, at.D, from, to);
+    ask_for_rows(head_of<T>(a.key, a.key_at, b, h * at.D), a.key_at.stride_n, at.D, from, to);
+    ask_for_rows(head_of<T>(a.value, a.value_at, b, h * at.D), a.value_at.stride_n, at.D, from, to);
   }
   void attend(int64_t b, int64_t h, int64_t panel, T* rows) const {
     const int64_t first = panel * kPanel<E>, count = at.count(a, panel), vectors = count > kLanes<E> ? 2 : 1;
     T* const out = rows + h * at.D;
-    prefetch_rows(out, a.C, at.D, 0, count);
+    ask_for_rows(out, a.C, at.D, 0, count);
     const E* const queries = shared_panels ? shared_panels + (h * at.panels + panel) * at.D * kPanel<E> : own_panel;
     if (!shared_panels) {
       const T* const query = head_of<T>(a.query, a.query_at, b, h * at.D) + first * a.query_at.stride_n;

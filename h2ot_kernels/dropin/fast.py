@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..add_norm import add_norm, takes
 from ..attention import attend_rows
 from ..checks import FLOATS
+from ..inference import is_transformed
 from ..linear import Linear, is_silent, mlp
 from ..linear_halves import adds_to_float
 from ..recover_attention import has_plain_tail, norm_and_head
-from .hot import is_transformed, shared_rows
+from .hot import shared_rows
 from .trial import NotRecognised
 
 PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ..attention import attend_rows
 from ..checks import FLOATS
 from ..gather import gather_tokens
+from ..inference import is_transformed
 from ..linear import Linear
 from .clusters import select_and_assign
 
@@ -109,11 +109,6 @@ class CrossAttention(nn.Module):
 
 
 Cross_Attention = CrossAttention  # the official name
-
-
-def is_transformed() -> bool:
-    """Forward-mode AD or a functorch transform wants to see each operation."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def shared_rows(x: Tensor) -> Tensor:
