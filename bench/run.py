@@ -8,6 +8,8 @@ formulation, with --compile `torch.compile` of it, ours, every other backend wit
 that are installed; "stage 1 only" where they do less) are timed in turn in this process. One JSON row per case is
 appended to FILE (default bench/results/<device>.jsonl): sizes, quantiles, first call, peak memory, the counted floor,
 device, versions, date. --sweep varies N, B, C and K of prune_cluster one at a time, for the scaling plots.
+
+A run of all cases on a CPU ends with what is asked of one (bench/targets.py), a table in FILE with the ending .md.
 """
 
 import argparse
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="timing per case (default: 2)")
     parser.add_argument("--out", type=Path, help="JSONL file to append to (default: bench/results/<device>.jsonl)")
     given = parser.parse_args(arguments)
+    is_whole = False
     try:
         if given.compare:
             from .compare import show  # needs rich, which a GPU machine may not have
@@ -61,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
             chosen = gpu_cases(given.ops, quick=given.quick)
         else:
             chosen = cases(given.ops, quick=given.quick, dtypes=given.dtype)
+            if is_whole := chosen == cases(all_ops()) and given.device == "cpu":
+                chosen += cases(["recover_pose"], dtypes=["bfloat16"])
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -82,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--out: {error}")
     machine, environment = Machine(given.device), environment_row(given.device)
     no_memory = "not asked for" if given.no_memory else memory.why_not(machine.device)
-    wrong, absent = 0, {}
+    wrong, absent, rows = 0, {}, []
     print(f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}")
     print(f"best float32 product of this run: {machine.flops() / 1e9:.0f} GFLOP/s")
     if machine.device.type == "cuda":
@@ -110,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
                 values = row(case, result, machine, environment) | {"peak_bytes": peak}
                 file.write(json.dumps(values, allow_nan=False) + "\n")
                 file.flush()
+                rows.append(values)
             except Exception:  # whatever stops one case: the others are measured
                 traceback.print_exc(file=sys.stdout)
                 print(f"{case!s:58} FAILED, not timed", flush=True)
@@ -118,6 +124,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"not timed: {label}: {reason}")
     print(f"peak memory: {no_memory or 'in the rows'}")
     print(f"{len(chosen) - wrong} of {len(chosen)} cases right and timed; rows appended to {out}")
+    if is_whole and not wrong:
+        from . import targets  # needs rich and matplotlib, which a GPU machine may not have
+
+        lines = targets.table(list(targets.targets(rows, torch.get_num_threads(), given.seconds)))
+        title = f"{environment['device']}, threads: {environment['threads']}, {environment['date'][:10]}"
+        out.with_suffix(".md").write_text("\n".join([f"# What is asked of a CPU: {title}", "", *lines, ""]))
+        print("\n".join(lines))
     return int(wrong > 0)
 
 
