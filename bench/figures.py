@@ -34,15 +34,18 @@ def slope(x: list[float], y: list[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
+AXES = {"N": 3, "B": 3, "C": 3, "K": 3, "threads": 2}  # and how many sizes make a line
+
+
 def series(rows: list[dict], axis: str) -> list[dict]:
-    """Rows of prune_cluster that differ in `axis` alone, as many as there are, in its order; fewer than 3: none."""
+    """Rows of prune_cluster that differ in `axis` alone, as many as there are, in its order; none where too few."""
     groups = defaultdict(dict)
     for row in operations(rows):
-        if row["op"] == "prune_cluster":
+        if row["op"] == "prune_cluster" and axis in row["shape"]:
             others = tuple((size, value) for size, value in row["shape"].items() if size != axis)
             groups[others, row["kind"]][row["shape"][axis]] = row
     longest = max(groups.values(), key=len, default={})
-    return [longest[size] for size in sorted(longest)] if len(longest) >= 3 else []
+    return [longest[size] for size in sorted(longest)] if len(longest) >= AXES[axis] else []
 
 
 def _few_ticks(axes, form: str) -> None:
@@ -112,8 +115,8 @@ def _growth(axes, shown: list[dict], axis: str, value: Callable[[dict, str], flo
 
 
 def scaling(rows: list[dict]) -> Figure | None:
-    """prune_cluster over N, B, C and K, log-log; the slope is the exponent."""
-    found = {axis: shown for axis in "NBCK" if (shown := series(rows, axis))}
+    """prune_cluster over N, B, C, K and threads, log-log; the slope is the exponent."""
+    found = {axis: shown for axis in AXES if (shown := series(rows, axis))}
     if not found:
         return None
     columns = min(2, len(found))
@@ -190,7 +193,7 @@ def trade_off(rows: list[dict]) -> Figure | None:
 FIGURES = {
     "speed-up": ("Speed-up over the official formulation", speed_up),
     "roofline": ("Achieved against the counted floor", roofline),
-    "scaling": ("Scaling of cluster pruning in N, B, C and K", scaling),
+    "scaling": ("Scaling of cluster pruning in N, B, C, K and threads", scaling),
     "memory": ("Peak memory of cluster pruning against N", memory),
     "fps": ("Frames per second against tokens kept", frames_per_second),
     "trade-off": ("Trade-off: speed and what is lost by keeping fewer frames", trade_off),

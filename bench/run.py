@@ -7,7 +7,8 @@ Each case is checked against python_ref first; what is wrong is not timed and ma
 formulation, with --compile `torch.compile` of it, ours, every other backend with a kernel, and other libraries (those
 that are installed; "stage 1 only" where they do less) are timed in turn in this process. One JSON row per case is
 appended to FILE (default bench/results/<device>.jsonl): sizes, quantiles, first call, peak memory, the counted floor,
-device, versions, date. --sweep varies N, B, C and K of prune_cluster one at a time, for the scaling plots.
+device, versions, date. --sweep varies N, B, C and K of prune_cluster and a CPU's threads one at a time, for the scaling
+plots.
 
 A run of all cases on a CPU ends with what is asked of one (bench/targets.py), a table in FILE with the ending .md.
 """
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--quick", action="store_true", help="only the first size of each operation")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--sweep", action="store_true", help="scaling of prune_cluster in N, B, C and K")
+    which.add_argument("--sweep", action="store_true", help="scaling of prune_cluster in N, B, C, K and threads")
     which.add_argument("--gpu-sizes", action="store_true", help="the sizes asked of a GPU, in their own dtypes")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help="show two result files; measure nothing")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory (4 s a case on a CPU)")
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             return show(*given.compare)
         if given.sweep:
-            chosen = sweep()
+            chosen = sweep(given.device)
         elif given.gpu_sizes:
             chosen = gpu_cases(given.ops, quick=given.quick)
         else:
@@ -95,8 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"between two events, with nothing to do: a launch {launch:.1f} us, the replay of a graph {replay:.1f} us"
         )
+    threads = torch.get_num_threads()
     with out.open("a") as file:
         for case in chosen:
+            torch.set_num_threads(case.threads or threads)
             try:
                 comparison = build(case, machine.device)
                 others, missing = ({}, {}) if given.no_peers else peers.rivals(comparison, machine.device)
@@ -120,6 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
                 traceback.print_exc(file=sys.stdout)
                 print(f"{case!s:58} FAILED, not timed", flush=True)
                 wrong += 1
+    torch.set_num_threads(threads)
     for label, reason in absent.items():
         print(f"not timed: {label}: {reason}")
     print(f"peak memory: {no_memory or 'in the rows'}")
@@ -127,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     if is_whole and not wrong:
         from . import targets  # needs rich and matplotlib, which a GPU machine may not have
 
-        lines = targets.table(list(targets.targets(rows, torch.get_num_threads(), given.seconds)))
+        lines = targets.table(list(targets.targets(rows, threads, given.seconds)))
         title = f"{environment['device']}, threads: {environment['threads']}, {environment['date'][:10]}"
         out.with_suffix(".md").write_text("\n".join([f"# What is asked of a CPU: {title}", "", *lines, ""]))
         print("\n".join(lines))
@@ -181,9 +185,11 @@ def environment_row(device: str) -> dict:
 
 
 def row(case: Case, result: Result, machine: Machine, environment: dict) -> dict:
-    """One line of the results file; times in seconds, rates per second."""
+    """One line of the results file; times in seconds, rates per second. Where threads are varied they are a size."""
     dtype = getattr(torch, case.dtype)
+    shape = result.shape | ({"threads": case.threads} if case.threads else {})
     return result.row() | {
+        "shape": shape,
         "kind": case.kind,
         "dtype": case.dtype,
         "gpu_size": case in gpu_cases([case.op]),

@@ -1,5 +1,6 @@
 """The one list of what is timed: per stem the operations, per operation the sizes, smallest first."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -58,15 +59,20 @@ _KINDS = {"cluster_tokens": ("smooth", "random")}
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size and dtype. kind: "smooth" (walks with a still stretch) or "random" tokens."""
+    """One operation at one size and dtype. kind: "smooth" (walks with a still stretch) or "random" tokens.
+
+    threads: of the CPU; 0: as many as the run has.
+    """
 
     op: str
     kind: str = "smooth"
     sizes: dict[str, int] = field(default_factory=dict, hash=False)
     dtype: str = "float32"
+    threads: int = 0
 
     def __str__(self) -> str:
-        sizes = "-".join(f"{name}{size}" for name, size in self.sizes.items())
+        varied = self.sizes | ({"threads": self.threads} if self.threads else {})
+        sizes = "-".join(f"{name}{size}" for name, size in varied.items())
         return f"{self.op}-{sizes}-{self.kind}" + ("" if self.dtype == "float32" else f"-{self.dtype}")
 
 
@@ -120,13 +126,22 @@ def _check_op(op: str) -> None:
         raise ValueError(f"ops: got {op!r}, wanted some of {', '.join(_SIZES)}")
 
 
-def sweep() -> list[Case]:
-    """prune_cluster with one size varied at a time around B 1, N 243, C 256, K 81."""
+def sweep(device: str) -> list[Case]:
+    """prune_cluster with one size varied at a time around B 1, N 243, C 256, K 81; on a CPU threads at B 16, too."""
     middle = {"B": 1, "N": 243, "C": 256, "K": 81, "k": 2}
     varied = {"N": (128, 243, 512, 1024, 2048), "B": (1, 2, 4, 8, 16), "C": (64, 128, 256, 512, 1024)}
     varied["K"] = (9, 27, 81, 162)
     every = [middle | {name: size} for name, sizes in varied.items() for size in sizes]
-    return [Case("prune_cluster", "smooth", sizes) for i, sizes in enumerate(every) if sizes not in every[:i]]
+    found = [Case("prune_cluster", "smooth", sizes) for i, sizes in enumerate(every) if sizes not in every[:i]]
+    counts = thread_counts() if device == "cpu" else []
+    return found + [Case("prune_cluster", "smooth", middle | {"B": 16}, threads=count) for count in counts]
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4 and so on, up to all processors that this process may use; none where that is one."""
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    counts = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return [*counts, most] if counts else []
 
 
 def all_ops() -> list[str]:

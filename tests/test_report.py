@@ -169,7 +169,7 @@ def test_slopes_are_the_exponents():
 
 
 def test_scaling_is_log_log_with_its_slopes_said():
-    sizes = [{size: value for size, value in case.sizes.items() if size != "k"} for case in shapes.sweep()]
+    sizes = [{size: value for size, value in case.sizes.items() if size != "k"} for case in shapes.sweep("cuda")]
     drawn = figures.scaling([operation_row(**given) for given in sizes]).axes
     assert {axes.get_xlabel() for axes in drawn if axes.get_visible()} == set("NBCK")
     for axes in drawn:
@@ -185,7 +185,7 @@ def test_the_command_alone_measures_this_machine_and_shows_everything(tmp_path, 
     swept = [middle, *(middle | {size: value} for size, values in grid.items() for value in values)]
     kept, row, onnx = bench_kept.measure, bench_kept.recovery_row, every_row()[-2]
     monkeypatch.setattr(shapes, "_SIZES", {op: [sizes] for op, sizes in TINY.items()})
-    monkeypatch.setattr(run, "sweep", lambda: [shapes.Case("prune_cluster", "smooth", sizes) for sizes in swept])
+    monkeypatch.setattr(run, "sweep", lambda device: [shapes.Case("prune_cluster", "smooth", sizes) for sizes in swept])
     monkeypatch.setattr(run, "Machine", lambda device: Machine(device, seconds=0.01))
     monkeypatch.setattr(memory, "peak_bytes", lambda case, rival, *known: 100 * case.sizes.get("N", 1))
     monkeypatch.setattr(
@@ -261,12 +261,36 @@ def test_every_committed_file_is_compared(path, capsys):
 
 
 def test_the_sweep_varies_one_size_at_a_time():
-    cases = shapes.sweep()
+    cases = shapes.sweep("cuda")
     middle = {"B": 1, "N": 243, "C": 256, "K": 81, "k": 2}
     assert all(sum(case.sizes[size] != middle[size] for size in middle) <= 1 for case in cases)
     assert len({str(case) for case in cases}) == len(cases)
     rows = [operation_row(**{size: value for size, value in case.sizes.items() if size != "k"}) for case in cases]
     assert all(len(figures.series(rows, axis)) >= 4 for axis in "NBCK")
+
+
+def test_the_sweep_varies_the_threads_of_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes.os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    assert shapes.thread_counts() == [1, 2, 4, 6]
+    monkeypatch.setattr(shapes.os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert shapes.thread_counts() == []
+    monkeypatch.setattr(shapes, "thread_counts", lambda: [1, 2])
+    every = shapes.sweep("cpu")
+    assert every[:-2] == shapes.sweep("cuda")
+    assert [(case.sizes["B"], case.threads) for case in every[-2:]] == [(16, 1), (16, 2)]
+
+    tiny = [shapes.Case("prune_cluster", "smooth", TINY["prune_cluster"], threads=count) for count in (0, 1, 2)]
+    seen, threads, out = [], torch.get_num_threads(), tmp_path / "rows.jsonl"
+    genuine = run.build
+    monkeypatch.setattr(run, "sweep", lambda device: tiny)
+    monkeypatch.setattr(run, "build", lambda *given: seen.append(torch.get_num_threads()) or genuine(*given))
+    assert run.main(["--sweep", "--no-memory", "--no-peers", "--seconds", "0.01", "--out", str(out)]) == 0
+    assert (seen, torch.get_num_threads()) == ([threads, 1, 2], threads)
+    rows = compare.read_rows(out)
+    assert [row["shape"].get("threads") for row in rows] == [None, 1, 2]
+    assert {row["threads"] for row in rows} == {threads}
+    assert [row["shape"]["threads"] for row in figures.series(rows, "threads")] == [1, 2]
+    assert [axes.get_xlabel() for axes in figures.scaling(rows).axes if axes.get_visible()] == ["threads"]
 
 
 @pytest.mark.skipif(memory.why_not(torch.device("cpu")) is not None, reason="peak memory on a CPU needs Linux's /proc")
