@@ -1,14 +1,13 @@
 """The measured peak of this CPU: multiply-adds of float32 numbers that stay in registers (bench/peak.cpp)."""
 
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("peak.cpp")
-BUILD = Path(__file__).parents[1] / "build" / "peak"
 
 
 @functools.cache
@@ -20,11 +19,8 @@ def multiply_adds(threads: int) -> float:
     compiler = next(filter(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++"))), None)
     if compiler is None:
         raise RuntimeError("no C++ compiler found (Debian: apt-get install g++; or set CXX)")
-    program = BUILD / hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    if not program.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        made = program.with_name(f"{program.name}-{os.getpid()}")
-        subprocess.run([compiler, "-O2", "-march=native", "-pthread", SOURCE, "-o", made], check=True)
-        made.rename(program)
-    done = subprocess.run([program, str(threads)], capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "peak"
+        subprocess.run([compiler, "-O2", "-march=native", "-pthread", SOURCE, "-o", program], check=True)
+        done = subprocess.run([program, str(threads)], capture_output=True, text=True, check=True)
     return float(done.stdout)
