@@ -47,7 +47,7 @@ class Target:
 
 
 def targets(rows: list[dict], threads: int, seconds: float) -> Iterator[Target]:
-    """rows: those of the run, of all its cases."""
+    """rows: those of the run, of all its cases, each right and timed."""
     clusters = _rows(rows, "cluster_tokens")
     yield Target("selection + labels, each", 6, 8, "x", _speed_ups(clusters))
     for kind in ("smooth", "random"):
@@ -85,14 +85,17 @@ def table(found: list[Target]) -> list[str]:
     lines = ["| what | floor | goal | measured, the worst | of | |", "|---|---|---|---|---|---|"]
     for target in found:
         case, value = target.worst
-        numbers = (f"{number:.3g} {target.unit}".replace(" x", "x").strip() for number in (target.floor, target.goal))
-        shown = f"{value:.3g} {target.unit}".replace(" x", "x").strip()
-        lines.append("| " + " | ".join((target.what, *numbers, shown, case, target.verdict)) + " |")
+        numbers = (_shown(number, target.unit) for number in (target.floor, target.goal, value))
+        lines.append("| " + " | ".join((target.what, *numbers, case, target.verdict)) + " |")
     return lines
 
 
+def _shown(number: float, unit: str) -> str:
+    return f"{number:.3g}x" if unit == "x" else f"{number:.3g} {unit}".strip()
+
+
 def _rows(rows: list[dict], op: str, dtype: str = "float32") -> list[dict]:
-    return [row for row in rows if (row["op"], row["dtype"]) == (op, dtype) and row["timings"]]
+    return [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
 
 
 def _speed_ups(rows: list[dict]) -> dict[str, float]:

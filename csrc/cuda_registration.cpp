@@ -35,20 +35,16 @@ const cuda::Machine& machine_of(int32_t device) {
   return machine;
 }
 
-cuda::Problem problem_of(const Tokens& tokens, int64_t k, int64_t centres, const char* op) {
-  for (const int64_t count : {tokens.N, centres}) {
-    if (count < cuda::kMostTokens) continue;
-    throw std::invalid_argument(std::string(op) + ": " + (count == tokens.N ? "x" : "index") + ": got " +
-                                std::to_string(count) + " tokens a sample, wanted fewer than " +
-                                std::to_string(cuda::kMostTokens) + " on a GPU");
-  }
+cuda::Problem problem_of(const Tokens& tokens, int64_t k, int64_t centres) {
+  check_token_limit(tokens.N, "x", cuda::kMostTokens - 1);
+  check_token_limit(centres, "index", cuda::kMostTokens - 1);
   return {tokens.B, tokens.N, tokens.J, tokens.C, k, tokens.dtype, cuda::readable_in_place(tokens), centres};
 }
 
 // Plans, allocates the workspace and launches; args.score.x and the pointers are set.
 void run(const Tensor& x, const cuda::CudaScoreArgs& args, const char* op) {
   if (args.score.x.B == 0) return;
-  const cuda::Problem problem = problem_of(args.score.x, args.score.k, args.labels ? args.K : 0, op);
+  const cuda::Problem problem = problem_of(args.score.x, args.score.k, args.labels ? args.K : 0);
   const int32_t device = x.get_device_index();
   const cuda::Plan plan = cuda::plan_score(problem, machine_of(device));
   const Tensor workspace = make(x, {plan.at.bytes}, ScalarType::Byte);
@@ -127,7 +123,7 @@ Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& 
   const AssignArgs args = {tokens_of(x),           static_cast<const int64_t*>(dense_index.const_data_ptr()),
                            index.size(0),          index.size(1),
                            read<bool>(dense_mask), write<int64_t>(labels)};
-  const cuda::Plan plan = cuda::plan_assign(problem_of(args.x, 0, args.K, "assign_clusters"), machine_of(device));
+  const cuda::Plan plan = cuda::plan_assign(problem_of(args.x, 0, args.K), machine_of(device));
   const Tensor workspace = make(x, {plan.at.bytes}, ScalarType::Byte);
   check_cuda(cuda::launch_assign(args, plan, workspace.mutable_data_ptr(), current_stream(device)), "assign_clusters");
   return labels;

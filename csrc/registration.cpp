@@ -18,7 +18,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_variant(const Tensor& x, int64_t k, const MaybeTensor& mask,
                                                          const MaybeTensor& noise, double scale, bool exclude_self,
                                                          double cutoff) {
-  check_token_limit(x);
+  check_token_limit(x.size(1));
   const std::vector<int64_t> size = {x.size(0), x.size(1)};
   const Tensor density = make(x, size, ScalarType::Double), distance = make(x, size, ScalarType::Double);
   const Tensor score = make(x, size, ScalarType::Double), parent = make(x, size, ScalarType::Long);
@@ -91,7 +91,7 @@ struct Selectable {
 
 Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
                      const MaybeTensor& noise) {
-  check_token_limit(x);
+  check_token_limit(x.size(1));
   const Selectable tokens(x, k, mask, noise);
   check(kernels().score(tokens.args, pool()), "prune_cluster");
   return select(tokens.score, num_tokens, keep, tokens.args.valid, "prune_cluster");
@@ -100,7 +100,7 @@ Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const Maybe
 std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_tokens, int64_t k,
                                                   const MaybeTensor& keep, const MaybeTensor& mask,
                                                   const MaybeTensor& noise) {
-  check_token_limit(x);
+  check_token_limit(x.size(1));
   const Selectable tokens(x, k, mask, noise);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
   const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);
@@ -204,7 +204,7 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
 }
 
 Tensor assign(const Tensor& x, const Tensor& index, const MaybeTensor& parent, const MaybeTensor& mask) {
-  check_token_limit(x);
+  check_token_limit(x.size(1));
   const Tensor dense_index = dense(index);
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_parent = dense(parent, ScalarType::Long);
   const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
@@ -229,7 +229,7 @@ Tensor assign_by_parent(const Tensor& x, const Tensor& index, const Tensor& pare
 
 std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, int64_t num_clusters,
                                         const MaybeTensor& weight) {
-  check_token_limit(x);
+  check_token_limit(x.size(1));
   const Tensor dense_labels = dense(labels);
   const MaybeTensor dense_weight = dense(weight, precision_of(x));
   const Tensor merged = make(x, {x.size(0), num_clusters, x.size(2)});

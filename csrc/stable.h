@@ -51,11 +51,10 @@ inline Dtype dtype_of(const Tensor& x) {
 
 // Kernels number the tokens of a sample, x [B, N, ...], in 32 bits. Public functions have asked (checks.token_limit),
 // exported programs have not: before anything is allocated.
-inline void check_token_limit(const Tensor& x) {
-  constexpr int64_t kMostTokens = INT32_MAX;
-  if (x.size(1) > kMostTokens) {
-    throw std::invalid_argument("x: got " + std::to_string(x.size(1)) + " tokens a sample, wanted at most " +
-                                std::to_string(kMostTokens));
+inline void check_token_limit(int64_t count, const char* argument = "x", int64_t most = INT32_MAX) {
+  if (count > most) {
+    throw std::invalid_argument(std::string(argument) + ": got " + std::to_string(count) +
+                                " tokens a sample, wanted at most " + std::to_string(most));
   }
 }
 
