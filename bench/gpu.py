@@ -1,11 +1,13 @@
 """Everything that needs a GPU, in one command and under 9 minutes: `./dev gpu [--stage NAME ...]`.
 
 Each stage is a process group with its own time budget, and ends when the time of the whole command does; one that
-fails, hangs or loses the device does not stop the others. Leaves in $OUT (default gpu_out/), as far as it came after
-every stage: summary.md (with the tables of what was measured), results.jsonl, hosts.jsonl, env.json and logs.tar.gz.
+fails, hangs or loses the device does not stop the others. Those of one process that time nothing run side by side.
+Leaves in $OUT (default gpu_out/), as far as it came after every stage: summary.md (with the tables of what was
+measured), results.jsonl, hosts.jsonl, env.json and logs.tar.gz.
 """
 
 import argparse
+import asyncio
 import contextlib
 import datetime
 import importlib.util
@@ -36,6 +38,7 @@ class Stage:
     needs: str | None = None  # a program on the PATH
     environment: tuple[tuple[str, str], ...] = ()
     kept: float = 0  # seconds that the stages before leave to it
+    beside: bool = False  # with its neighbours of which the same is true
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,14 @@ def stages(out: Path) -> list[Stage]:
     # Whatever plug-ins are here, and whether or not every test file can be imported; a line per test, for one that ran
     # out of time has said nothing else.
     pytest = ("-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=-ra -v --tb=short")
-    tests = [python, *pytest, "--continue-on-collection-errors"]
-    if importlib.util.find_spec("xdist"):  # a test that loses the device costs its worker, which is replaced
-        tests += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"]
-    every_op = (python, "-m", "tests.every_op")
+
+    def tests(share: int = 1) -> tuple[str, ...]:
+        """On one in so many cores. A test that loses the device costs its worker, which is replaced."""
+        workers = max(1, min(16, os.cpu_count() or 1) // share)
+        spread = ("-n", str(workers), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+        return (python, *pytest, "--continue-on-collection-errors", *spread)
+
+    every_op, every_plan = ((python, "-m", f"tests.{name}") for name in ("every_op", "every_plan"))
     rows = ("--device", "cuda", "--out", str(out / "results.jsonl"))
     bench = (python, "-m", "bench.run", *rows, "--seconds")
     asked = (*bench, "0.3", "--gpu-sizes", "--no-peers")
@@ -63,28 +70,33 @@ def stages(out: Path) -> list[Stage]:
     few = ("--quick", "--backends", "--ops", "prune_step", "gather_and_embed", "recover_pose")
     models = ("--models", "mixste", "hot_mixste", "h2ot_mixste", "--batch", "1", "4", "--mode", "inference")
     hosts = ("--device", "cuda", "--out", str(out / "hosts.jsonl"), *models, "--seconds", "2")
+    triton_or_cuda = "triton or cuda or test_direct"
     without = "test_cuda_simt or test_cuda_plan or test_triton_mutants or test_triton_forms"  # need no GPU
 
-    def sanitizer(tool: str) -> Stage:
-        watch = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
+    def beside(name: str, command: tuple[str, ...], needs: str | None = None, environment=()) -> Stage:
+        return Stage(name, 150, command, needs, environment, kept=60, beside=True)
+
+    def sanitizers(of: str, command: tuple[str, ...]) -> list[Stage]:
         alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # else all tensors lie in one allocation
-        return Stage(tool, 70, (*watch, *every_op), "compute-sanitizer", alone, kept=45 if tool == "memcheck" else 20)
+        watch = ("compute-sanitizer", "--error-exitcode", "9", "--print-limit", "20", "--tool")
+        tools = ("memcheck", "racecheck", "initcheck")
+        return [beside(f"{tool} {of}", (*watch, tool, *command), watch[0], alone) for tool in tools]
 
     return [
         Stage("device", 20, ("nvidia-smi",), "nvidia-smi"),
         Stage("environment", 30, (python, "-m", "h2ot_kernels", "env")),
-        Stage("every operation", 70, every_op, kept=30),
-        Stage("guard bands", 50, (*every_op, "--guard"), "nvcc"),
-        Stage("gpu tests", 60, (*tests, "-m", "gpu"), kept=25),
-        Stage("case list", 130, (*tests, "-m", "not gpu", "-k", f"(triton or cuda) and not ({without})"), kept=60),
-        sanitizer("memcheck"),
-        Stage("asked sizes", 75, asked, kept=50),
-        Stage("benchmarks", 130, every_size, kept=40),
-        Stage("hosts", 35, (python, "-m", "bench.bench_hosts", *hosts), kept=20),
-        Stage("patch", 25, (python, "-m", "bench.bench_dropin", *rows, "--batch", "1", "4", "--seconds", "1"), kept=12),
-        Stage("compiled rivals", 40, (*asked, "--compile", *few), kept=15),
-        sanitizer("racecheck"),
-        sanitizer("initcheck"),
+        Stage("every operation", 70, every_op, kept=40),  # leaves compiled kernels to the others
+        beside("gpu tests", (*tests(share=2), "-m", "gpu")),
+        beside("guard bands", (*every_op, "--guard"), "nvcc"),
+        beside("guard bands of plans", (*every_plan, "--guard"), "nvcc"),
+        *sanitizers("of operations", every_op),
+        *sanitizers("of plans", every_plan),
+        Stage("case list", 200, (*tests(), "-m", "not gpu", "-k", f"({triton_or_cuda}) and not ({without})"), kept=80),
+        Stage("asked sizes", 80, asked, kept=50),
+        Stage("hosts", 45, (python, "-m", "bench.bench_hosts", *hosts), kept=30),
+        Stage("patch", 35, (python, "-m", "bench.bench_dropin", *rows, "--batch", "1", "4", "--seconds", "1"), kept=25),
+        Stage("compiled rivals", 45, (*asked, "--compile", *few), kept=30),
+        Stage("benchmarks", 300, every_size, kept=60),
     ]
 
 
@@ -105,25 +117,37 @@ def cuda_library(logs: Path, build_log: Path = BUILD_LOG) -> Outcome:
     return Outcome(stage, "failed", 0.0, "\n".join([reason, "", *errors[:20], *lines[-20:]]))
 
 
-def share(stage: Stage, later: list[Stage], left: float) -> float:
-    """Of the seconds left what a stage may take: what the later ones do not keep, or what is kept for it."""
-    return min(left, max(left - sum(other.kept for other in later), stage.kept))
+def groups(chosen: list[Stage]) -> list[list[Stage]]:
+    """The stages that run side by side, in order."""
+    found: list[list[Stage]] = []
+    for stage in chosen:
+        if found and stage.beside and found[-1][0].beside:
+            found[-1].append(stage)
+        else:
+            found.append([stage])
+    return found
 
 
-def _stop(process: subprocess.Popen) -> None:
+def share(stage: Stage, later: list[list[Stage]], left: float) -> float:
+    """Of the seconds left what a stage may take: what the later groups do not keep, or what is kept for it."""
+    return min(left, max(left - sum(max(other.kept for other in group) for group in later), stage.kept))
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
     """The process and what it has started: a sanitizer's program would go on using the device.
 
     Asked first: pytest then says what has failed so far.
     """
-    os.killpg(process.pid, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(LEAST)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), LEAST)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    await process.wait()
 
 
-def run(stage: Stage, logs: Path, left: float = SECONDS) -> Outcome:
+async def run(stage: Stage, logs: Path, left: float = SECONDS) -> Outcome:
     """Run one stage in at most its own seconds and those left; its output goes to logs/<name>.log."""
     if stage.needs and shutil.which(stage.needs) is None:
         return Outcome(stage, "not run", 0.0, f"{stage.needs} is not on the PATH")
@@ -133,17 +157,17 @@ def run(stage: Stage, logs: Path, left: float = SECONDS) -> Outcome:
     log, start = logs / f"{stage.name.replace(' ', '-')}.log", time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(stage.environment)}
     with log.open("w") as file:
-        process = subprocess.Popen(
-            stage.command, stdout=file, stderr=subprocess.STDOUT, env=environment, process_group=0
+        process = await asyncio.create_subprocess_exec(
+            *stage.command, stdout=file, stderr=subprocess.STDOUT, env=environment, process_group=0
         )
         try:
-            code = process.wait(seconds)
+            code = await asyncio.wait_for(process.wait(), seconds)
             state = "passed" if code == 0 else f"failed ({code})"
-        except subprocess.TimeoutExpired:
-            _stop(process)
+        except TimeoutError:
+            await _stop(process)
             state = f"out of time ({seconds:.0f} s)"
-        except BaseException:  # Ctrl-C reaches only this process: take the stage along
-            _stop(process)
+        except asyncio.CancelledError:  # Ctrl-C reaches only this process: take the stage along
+            await _stop(process)
             raise
     lines = log.read_text(errors="replace").splitlines()
     tail = "\n".join([*(line for line in lines[:-8] if " FAILED " in line), *lines[-8:]])
@@ -190,11 +214,21 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         outcomes = [cuda_library(Path(folder))]
         print(f"{outcomes[0].stage.name}: {outcomes[0].state}", flush=True)
-        chosen = [known[name] for name in given.stage or known]
-        for i, stage in enumerate(chosen):
-            outcomes.append(run(stage, Path(folder), share(stage, chosen[i + 1 :], end - time.monotonic())))
+
+        async def run_and_write(stage: Stage, seconds: float) -> None:
+            outcomes.append(await run(stage, Path(folder), seconds))
             print(f"{stage.name}: {outcomes[-1].state}, {outcomes[-1].seconds:.0f} s", flush=True)
             write(outcomes, given.out, Path(folder), environment)
+
+        async def run_all() -> None:
+            waiting = groups([known[name] for name in given.stage or known])
+            while waiting:
+                group, left = waiting.pop(0), end - time.monotonic()
+                async with asyncio.TaskGroup() as running:  # when it is cancelled, it waits until all have stopped
+                    for stage in group:
+                        running.create_task(run_and_write(stage, share(stage, waiting, left)))
+
+        asyncio.run(run_all())
     print(f"summary.md, result rows, env.json and logs.tar.gz are in {given.out.resolve()}")
     return int(any(o.state != "passed" and o.state != "not run" for o in outcomes))
 

@@ -98,7 +98,8 @@ def why_no_code(architectures: str, capability: tuple[int, int]) -> str | None:
 
 def _why_no_code() -> str | None:
     """The same of every GPU that torch has begun to use: what runs is chosen by the type of the device."""
-    if why_no_cpp() is not None or not torch.cuda.is_initialized():
+    begun = torch.cuda.is_initialized() or hasattr(torch.cuda._tls, "is_initializing")  # what it calls then counts
+    if why_no_cpp() is not None or not begun:
         return None
     from . import _C
 

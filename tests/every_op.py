@@ -149,8 +149,10 @@ def run(device: str, many: int = 600) -> tuple[int, list[str]]:
     return made, wrong
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.every_op", description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None, run: Callable[[str], tuple[int, list[str]]] = run) -> int:
+    """run: of this module, or one like it."""
+    module = sys.modules[run.__module__]
+    parser = argparse.ArgumentParser(description=module.__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--guard", action="store_true", help="guard bands around every CUDA buffer")
     given = parser.parse_args(arguments)

@@ -7,6 +7,8 @@ import pytest
 
 from h2ot_kernels import _C, backend
 
+from . import every_plan
+
 H200 = {"major": 9, "minor": 0, "multiprocessors": 132}
 ORIN = {"major": 8, "minor": 7, "multiprocessors": 16}
 ALIGNMENT = 256  # of the parts of the workspace
@@ -265,3 +267,30 @@ def test_many_tokens_read_in_place_need_a_hundredth_of_the_official_memory(dtype
 def test_cuda_comes_before_triton():
     assert backend._order("cuda", None) == ("cuda", "triton", "reference")
     assert backend._order("cuda", "reference") == ("reference",)
+
+
+def scored_as(B, N, J, C, k, dtype, in_place):
+    made = plan(B, N, J, C, k, dtype, in_place=in_place, centres=N // 3, **H200)
+    numbers = (made[part] > 0 for part in ("list", "pitch", "line_pitch"))
+    return (dtype, made["search"], made["distance"], made["tile"], made["label_tile"], *numbers)
+
+
+def labelled_as(B, N, J, C, dtype, in_place):
+    made = plan_assign(B, N, J, C, N // 3, dtype, in_place=in_place, **H200)
+    return (dtype, made["distance"], made["label_tile"], *(made[part] > 0 for part in ("pitch", "line_pitch")))
+
+
+def test_the_native_cases_reach_every_plan():
+    scored, labelled = set(), set()
+    for case in every_plan.CASES:
+        dtype = str(case.dtype).removeprefix("torch.")
+        vector = 8 if case.dtype in every_plan.HALVES else 4
+        size = case.B, case.N, max(case.J, 1), case.C
+        in_place = not case.J and case.C % vector == 0
+        scored.add(scored_as(*size, case.k, dtype, in_place))
+        labelled.add(labelled_as(*size, dtype, in_place))
+    batches, tokens, channels = (1, 2, 8, 48, 200), (27, 243, 700, 2048, 2049, 8192), (3, 16, 64, 128, 512, 1536)
+    for B, N, C, dtype in itertools.product(batches, tokens, channels, ("float32", "float64", "bfloat16", "float16")):
+        for J, in_place in ((1, False), (3, False), *[(1, True)] * (C != 3)):  # of whole vectors
+            assert {scored_as(B, N, J, C, k, dtype, in_place) for k in (2, 40)} <= scored
+            assert labelled_as(B, N, J, C, dtype, in_place) in labelled

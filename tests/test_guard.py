@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+import h2ot_kernels as h2ot
 from h2ot_kernels import backend
 
-from . import every_op, fence, guard
+from . import every_op, every_plan, fence, guard
 from .runners import DEVICE
 
 
@@ -20,6 +21,21 @@ def test_every_operation_is_right_on_every_backend_that_runs():
     assert wrong == []
     named = {op.removesuffix("_out") for op in backend._implementations}  # both forms are called under one name
     assert {op for op, _ in every_op.calls()} == named
+
+
+def test_every_small_plan_is_right_here_too(monkeypatch):
+    small = [case for case in every_plan.CASES if case.N <= 65]
+    monkeypatch.setattr(every_plan, "CASES", small)
+    assert every_plan.run("cpu") == (len(small), [])
+    for case in small:
+        every_plan.check(case, "cpu")
+
+
+def test_a_plan_whose_calls_do_not_agree_is_seen(monkeypatch):
+    monkeypatch.setattr(every_plan, "CASES", every_plan.CASES[:1])
+    monkeypatch.setattr(h2ot, "assign_clusters", lambda x, index, **given: index)
+    (said,) = every_plan.run("cpu")[1]
+    assert "AssertionError: labels" in said
 
 
 def test_a_wrong_result_is_seen(monkeypatch):
