@@ -47,6 +47,16 @@ __all__ = [
     "use_backend",
 ]
 
+
+def __getattr__(name: str):
+    """What takes time to import, at its first use: evaluation, onnx."""
+    if name not in ("evaluation", "onnx"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module(f".{name}", __name__)
+
+
 if _backend.interpreting() or _backend.torch.version.cuda:
     _backend.why_no_triton()
 _backend.resolve_all()

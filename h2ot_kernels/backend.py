@@ -289,13 +289,19 @@ def _change(how: Callable[[_Entry], None], entry: _Entry) -> None:
 def explain(op: str, *tensors: Tensor) -> str:
     """Which backend `op` would use for these tensors (none: the CPU), and why not the others: one line each.
 
-    Raises ValueError for an unknown op, RuntimeError where the backend that is named cannot run it.
+    Raises TypeError for what is no tensor, ValueError for an unknown op, RuntimeError where the backend that is named
+    cannot run it.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> print(h2ot.explain("gather_tokens", torch.zeros(1, 9, 4)).splitlines()[0])
     gather_tokens on cpu: cpp
     """
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"tensors: got {type(x).__name__}, wanted tensors")
     device = tensors[0].device if tensors else torch.device("cpu")
+    if op == "prune_sample":
+        return f"{op} on {device.type}: Python on the host, from the numbers alone; no backend has a kernel of it"
     lines = [f"{op} on {device.type}: {chosen_backend(_RUNS_AS.get(op, op), device)}"]
     for backend in BACKENDS:
         ok, reason = can_run(op, backend, device)

@@ -1,5 +1,6 @@
 """Argument checks of the public functions. Every message names the argument, what came and what was wanted."""
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from . import constants
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STRIDED = torch.strided
 MOST_TOKENS = 2**31 - 1  # of a sample: kernels number them in 32 bits
 
 
@@ -29,6 +31,9 @@ def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Seque
     """x is a tensor of one of these ranks and dtypes; `wanted` describes its shape in the message."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor {wanted}")
+    if x.layout is not STRIDED:
+        layout = str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: got a {layout} tensor, wanted a dense one {wanted}")
     if x.dim() not in dims:
         raise ValueError(f"{name}: got shape {shape(x)}, wanted {wanted}")
     if x.dtype not in dtypes:
@@ -36,9 +41,28 @@ def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Seque
         raise TypeError(f"{name}: got dtype {str(x.dtype).removeprefix('torch.')}, wanted {names}")
 
 
+def is_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor")
+
+
 def has_values(*tensors: Tensor | None) -> bool:
-    """Whether what tensors hold can be looked at: not while a graph is compiled, nor where only shapes are known."""
-    return not torch.compiler.is_compiling() and not any(x is not None and (x.is_meta or is_fake(x)) for x in tensors)
+    """Whether what tensors hold can be looked at: not while a graph is compiled, nor where only shapes are known, nor
+    of all samples of `torch.func.vmap` at once.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not any(x is not None and (x.is_meta or is_fake(x) or is_mapped(x)) for x in tensors)
+
+
+def is_mapped(x: Tensor) -> bool:
+    """x is a sample of `torch.func.vmap`, beneath other transforms, too."""
+    transforms = torch._C._functorch
+    while transforms.is_functorch_wrapped_tensor(x):
+        if transforms.is_batchedtensor(x):
+            return True
+        x = transforms.get_unwrapped(x)
+    return False
 
 
 def has_shape(name: str, x: Tensor, size: Sequence[int], wanted: str) -> None:
@@ -75,10 +99,23 @@ def positive(name: str, value: float) -> float:
     return value
 
 
+def scale(value: float | None, D: int) -> float:
+    """What attention's logits are multiplied with: value, a finite number, or D ** -0.5."""
+    if value is None:
+        return D**-0.5
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"scale: got {type(value).__name__}, wanted a number")
+    if not math.isfinite(value):
+        raise ValueError(f"scale: got {value}, wanted a finite number")
+    return float(value)
+
+
 def token_counts(num_tokens, B: int, N: int) -> int | list[int]:
     """num_tokens as it came, an int in 1 .. N, or as one int in 0 .. N per sample (from a list or a tensor [B])."""
     if isinstance(num_tokens, Tensor):
         tensor("num_tokens", num_tokens, (1,), "[B]", (torch.int64, torch.int32))
+        num_tokens = num_tokens.tolist()
+    elif hasattr(num_tokens, "tolist"):  # an array of numpy
         num_tokens = num_tokens.tolist()
     if not isinstance(num_tokens, Sequence) or isinstance(num_tokens, str):
         integer("num_tokens", num_tokens, 1, N, "the number of tokens")
@@ -121,6 +158,12 @@ def index(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: got shape {shape(value)}, wanted [1, K] or [B, K], K at least 1, B dividing {B}")
 
 
+def signal(name: str, value: Tensor, frames: int, axis: int = 1) -> None:
+    """A pruner's signal of that many frames on axis 1 or -2, which may also be missing: then the pruner says it."""
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[axis] != frames:
+        raise ValueError(f"{name}: got shape {shape(value)}, wanted {frames} frames on axis {axis}")
+
+
 def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | None) -> Tensor | None:
     """The mask [B, N] that mask and lengths make together, or None."""
     B, N = x.shape[:2]
@@ -136,6 +179,8 @@ def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | N
         for value in lengths:
             if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
                 raise TypeError(f"lengths: got a list with {type(value).__name__}, wanted integers")
+            if not 0 <= value <= N:
+                raise ValueError(f"lengths: got {value}, wanted 0 to {N}, the number of tokens")
         lengths = constants.integers(lengths, x.device)
     tensor("lengths", lengths, (1,), "[B]", (torch.int64, torch.int32))
     has_shape("lengths", lengths, (B,), "[B]")
@@ -197,6 +242,10 @@ def out(given: Tensor, size: Sequence[int], **inputs: Tensor | None) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"out: got {type(given).__name__}, wanted a tensor")
     name, like = next(iter(inputs.items()))
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "out: got a call within torch.func, wanted one without out=: its transforms make the results"
+        )
     has_shape("out", given, size, "the shape of the result")
     same_dtype("out", given, name, like)
     same_device("out", given, name, like)

@@ -162,22 +162,23 @@ def _merge_setup(ctx, inputs, output):
 def _merge_backward(ctx, grad, grad_total):
     """d out_c / d x_i = w_i / total_c, d out_c / d w_i = (x_i - out_c) / total_c: gathers by label, differentiable."""
     x, labels, weight, merged, total = ctx.saved_tensors
-    wide = total.dtype
-    member = labels.clamp(min=0)
-    total_of = total.gather(1, member)
-    inside = (labels >= 0) & (total_of != 0)
-    grad_of = grad.to(wide).gather(1, member[..., None].expand(-1, -1, grad.shape[2]))
-    per_token = torch.where(inside, 1 / torch.where(inside, total_of, 1.0), 0.0)
+    wide, (K, C) = total.dtype, merged.shape[1:]
+    inside, member = (labels >= 0) & (labels < K), labels.clamp(0, K - 1)
+    total_of = torch.where(inside, total.gather(1, member), 0.0)
+    counted = total_of != 0
+    per_token = torch.where(counted, 1 / torch.where(counted, total_of, 1.0), 0.0)
+    counted, member_of = counted[..., None], member[..., None].expand(-1, -1, C)
+    # What is of no cluster has gradient 0, whatever it and the first cluster hold.
+    grad_of = torch.where(counted, grad.to(wide).gather(1, member_of), 0.0)
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        share = per_token if weight is None else per_token * weight
+        share = per_token if weight is None else per_token * torch.where(inside, weight, 0.0)
         grad_x = (grad_of * share[..., None]).to(x.dtype)
     if ctx.needs_input_grad[3]:
-        centre = merged.to(wide).gather(1, member[..., None].expand(-1, -1, grad.shape[2]))
-        centred = torch.where(inside[..., None], x.to(wide) - centre, 0.0)
+        centred = torch.where(counted, x.to(wide) - merged.to(wide).gather(1, member_of), 0.0)
         grad_weight = (grad_of * centred).sum(-1) * per_token
         if grad_total is not None:
-            grad_weight = grad_weight + torch.where(labels >= 0, grad_total.gather(1, member), 0.0)
+            grad_weight = grad_weight + torch.where(inside, grad_total.gather(1, member), 0.0)
     return grad_x, None, None, grad_weight
 
 

@@ -156,6 +156,8 @@ class Hourglass(nn.Module):
             cross_attention = self.cross_attention if cross_attention is None else cross_attention
             if x_token is None or cross_attention is None:
                 raise ValueError("x_token, cross_attention: got None, wanted both, or Hourglass(channels=...)")
+            checks.tensor("x_token", x_token, (3,), "[1, F, C]")
+            checks.has_shape("x_token", x_token, (1, self.num_frames, x.shape[-1]), "[1, num_frames, C]")
             token = x_token[:, self.centre : self.centre + 1] if only_centre else x_token
             return cross_attention(token, x, frame_dim=self.frame_dim, head=head)
         if only_centre:
@@ -174,8 +176,7 @@ class Hourglass(nn.Module):
 
     def check_frames(self, x: Tensor, kept: Kept) -> None:
         """x holds the frames that are there after `kept`."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: got {type(x).__name__}, wanted a tensor")
+        checks.is_tensor("x", x)
         wanted = kept[-1].shape[1] if kept else self.num_frames
         if x.dim() <= self.frame_dim or x.shape[self.frame_dim] != wanted:
             raise ValueError(f"x: got shape {checks.shape(x)}, wanted {wanted} frames on axis {self.frame_dim}")
@@ -191,8 +192,6 @@ class Hourglass(nn.Module):
             of_frames = name not in ("query", "key") and isinstance(signal, Tensor)
             if kept and of_frames and signal.shape[1:2] == (self.num_frames,):
                 signals[name] = _take(signal, kept[-1])
-            if isinstance(signal, Tensor):
-                check_signal(name, signals[name], x.shape[self.frame_dim], 1 if of_frames else -2)
         if self._sampled_keep is not None:
             signals["keep"] = self._sampled_keep[stage] or None
         elif self.keep:
@@ -200,6 +199,8 @@ class Hourglass(nn.Module):
         return pruner.select(x, **signals)
 
     def _stage_index(self, index: Tensor | Kept, stage: int, rows: int) -> Tensor:
+        if not isinstance(index, (Tensor, Sequence)):
+            raise TypeError(f"index: got {type(index).__name__}, wanted an int64 tensor, or one for each stage")
         by_stage = (index,) if isinstance(index, Tensor) else tuple(index)
         if len(by_stage) != len(self.stages):
             raise ValueError(f"index: got {len(by_stage)} tensors, wanted one for each of {len(self.stages)} stages")
@@ -251,12 +252,6 @@ def find_frames(frames: Tensor, *wanted: Tensor | int) -> Tensor:
     else:
         same = torch.stack([frames == frame for frame in wanted], 1)
     return torch.where(same, position, N).amin(-1)
-
-
-def check_signal(name: str, signal: Tensor, frames: int, axis: int = 1) -> None:
-    """A signal of that many frames on axis 1 or -2, which may also be missing: then the pruner says what it wants."""
-    if signal.dim() > 1 and signal.shape[axis] != frames:
-        raise ValueError(f"{name}: got shape {checks.shape(signal)}, wanted {frames} frames on axis {axis}")
 
 
 def _take(x: Tensor, position: Tensor) -> Tensor:

@@ -38,12 +38,21 @@ class TokenPruning(nn.Module):
 
         signals: what `select` takes. The gradient goes through the tokens, not through the choice.
         """
+        self.check(x)
         index = self.select(x, **signals)
         return gather_tokens(x, index, pos_embed, dim=self.frame_dim), index
 
     def select(self, x: Tensor, **signals) -> Tensor:
         """The ascending int64 index, [B, K] or [1, K], of the frames to keep."""
         raise NotImplementedError(f"{type(self).__name__} does not say which tokens it keeps")
+
+    def check(self, x: Tensor) -> None:
+        """x has its frames on axis frame_dim, and rows for num_joints."""
+        checks.is_tensor("x", x)
+        if x.dim() <= self.frame_dim:
+            raise ValueError(f"x: got shape {checks.shape(x)}, wanted its frames on axis {self.frame_dim}")
+        if self.num_joints is not None and x.shape[0] % self.num_joints:
+            raise ValueError(f"x: got shape {checks.shape(x)}, wanted {self.num_joints} rows a sample on axis 0")
 
     def tokens(self, x: Tensor) -> Tensor:
         """x as [B, F, C] or, joints not yet pooled, [B, F, J, C]."""
@@ -112,6 +121,7 @@ class TokenPruningMotion(TokenPruning):
 
     def select(self, x: Tensor, *, pose: Tensor, keep=None) -> Tensor:
         """pose: [B, F, J, 2], of the frames that x holds."""
+        checks.signal("pose", pose, x.shape[self.frame_dim])
         return prune_motion(pose, self.num_tokens, keep=keep)
 
 
@@ -130,6 +140,7 @@ class TokenPruningAttention(TokenPruning):
 
     def select(self, x: Tensor, *, query: Tensor, key: Tensor, keep=None) -> Tensor:
         """query, key: that attention's, [B, H, F, D] or [B, J, H, F, D]; with num_joints [(B J), H, F, D]."""
+        checks.signal("query", query, x.shape[self.frame_dim], -2)
         if self.num_joints is not None:
             query, key = (heads.unflatten(0, (-1, self.num_joints)) for heads in (query, key))
         return prune_attention(query, key, self.num_tokens, keep=keep)
@@ -150,6 +161,7 @@ class TokenPruningScores(TokenPruning):
 
     def select(self, x: Tensor, *, scores: Tensor, keep=None, mask: Tensor | None = None) -> Tensor:
         """scores, mask: [B, F]."""
+        checks.signal("scores", scores, x.shape[self.frame_dim])
         return select_tokens(scores, self.num_tokens, keep=keep, mask=mask)
 
 
@@ -184,7 +196,8 @@ class TokenRecoveringAttention(nn.Module):
         rows = x.movedim(frame_dim, -2)
         others, rows = rows.shape[:-2], rows.flatten(0, -3).contiguous()
         query, key, value = project(token, rows, self.linear_q, self.linear_k, self.linear_v)
-        if _is_norm_linear(head) and not torch.is_grad_enabled() and is_silent(self.proj, head, *head):
+        fits = _is_norm_linear(head) and type(self.proj).forward in (nn.Linear.forward, Linear.forward)
+        if fits and not torch.is_grad_enabled() and is_silent(self.proj, head, *head):
             tail = (self.proj, *head, self.num_heads)
             recovered = recover_pose(token, query, key, value, *tail, num_joints=1).squeeze(1)
         else:
@@ -214,6 +227,8 @@ class TokenRecoveringInterpolation(nn.Module):
     def forward(self, x: Tensor, index: Tensor | None, *, frame_dim: int = 1) -> Tensor:
         """x [B, ..., K, ...] with K on axis frame_dim; index [B, K], [1, K], or [B / R, K] for R rows a sample."""
         rows = x.movedim(frame_dim, 1)
+        if index is not None:
+            checks.tensor("index", index, (2,), "[B, K] or [1, K]", (torch.int64,))
         if index is not None and index.shape[0] not in (1, x.shape[0]):
             checks.index("index", index, x)
             index = index.repeat_interleave(x.shape[0] // index.shape[0], 0)
@@ -234,4 +249,7 @@ PRUNERS = {
 
 
 def _is_norm_linear(head: nn.Module | None) -> bool:
-    return isinstance(head, nn.Sequential) and [type(module) for module in head] == [nn.LayerNorm, nn.Linear]
+    """Whether it is LayerNorm + Linear and runs them in turn, as dropin.patch's form of it does, too."""
+    of_class = getattr(type(head), "original", type(head))  # what dropin.patch has exchanged
+    runs_in_turn = isinstance(head, nn.Sequential) and of_class.forward is nn.Sequential.forward
+    return runs_in_turn and [type(module) for module in head] == [nn.LayerNorm, nn.Linear]

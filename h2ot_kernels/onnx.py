@@ -209,7 +209,7 @@ def _merge_tokens(x, labels, num_clusters, weight):
     merged = python_ref.merge_tokens(x, labels, num_clusters, weight)
     wide = torch.promote_types(x.dtype, torch.float32)
     member = (labels[:, None, :] == torch.arange(num_clusters, device=x.device)[:, None]).to(wide)
-    return merged, (member if weight is None else member * weight[:, None]).sum(-1)
+    return merged, member.sum(-1) if weight is None else python_ref.cluster.sums(member, weight[..., None])[..., 0]
 
 
 def _recover_attention(query, key, value, num_heads, scale):

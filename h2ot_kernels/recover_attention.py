@@ -70,7 +70,7 @@ def _checked(query, key, value, num_heads, scale, out, backend) -> tuple[Tensor,
         raise ValueError(f"num_heads: got {num_heads}, wanted a divisor of C = {C}")
     if not is_reference(backend):
         checks.no_tangent("recover_attention", query, key, value, out)
-    scale = (C // num_heads) ** -0.5 if scale is None else float(scale)
+    scale = checks.scale(scale, C // num_heads)
     return query, key, value, num_heads, scale
 
 
@@ -100,7 +100,8 @@ def recover_pose(
     decomposition for this: half the projection, and no [B, J, F, C] at all (C^3 multiply-adds at the first call; not in
     float64; in 16 bits with AVX512-BF16, or where the CPU has no product of them). Of norm and head (in Triton of proj,
     too) only the parameters count, cast to key's dtype.
-    Returns [B, J, F, 3] of key's dtype; the norm and the head are summed in float32 (float64 for float64).
+    Returns [B, J, F, 3] of key's dtype, or of autocast's where that is on for proj; the norm and the head are summed in
+    float32 (float64 for float64).
     Inference only: raises RuntimeError where a gradient would be needed. Raises TypeError or ValueError that name the
     argument. Cost: 4 B J F K C + 2 B J F C^2 FLOPs. Source: HoT section 3.3; `python_ref.recover_attention`.
 

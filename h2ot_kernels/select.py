@@ -125,9 +125,18 @@ def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) ->
     checks.integer("num_frames", num_frames, 1)
     checks.integer("num_tokens", num_tokens, 1, num_frames, "num_frames")
     kept = checks.kept_values(keep.tolist() if isinstance(keep, Tensor) else keep, num_frames, num_tokens)
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # a constant of the graph
-        return python_ref.prune_sample(num_frames, num_tokens, keep=kept, device=device)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return _sampled_in_a_graph(num_frames, num_tokens, kept, device)
     return constants.shared(_sampled(num_frames, num_tokens, kept), constants.resolved(device)).clone()
+
+
+def _sampled_in_a_graph(F: int, K: int, kept: tuple[int, ...], device) -> Tensor:
+    """A constant of the graph, or, without `kept`, a few operators of an F and K that may be free in it."""
+    if kept:
+        return python_ref.prune_sample(F, K, keep=kept, device=device)
+    if K == 1:
+        return torch.full((1, 1), (F - 1) // 2, dtype=torch.int64, device=device)
+    return (torch.arange(K, device=device) * (F - 1) // (K - 1))[None]
 
 
 @functools.lru_cache(maxsize=256)
@@ -181,7 +190,7 @@ def prune_attention(
         raise ValueError(f"query: got shape {checks.shape(query)}, wanted at least one joint, head, frame and channel")
     checks.integer("num_tokens", num_tokens, 1, F, "the number of frames")
     keep = checks.kept(keep, B, F, num_tokens, query.device)
-    scale = D**-0.5 if scale is None else float(scale)
+    scale = checks.scale(scale, D)
     return dispatch("prune_attention", query, backend)(query.detach(), key.detach(), num_tokens, keep, scale)
 
 
@@ -242,6 +251,9 @@ def _reference_motion(pose, num_tokens, keep):
 
 
 def _reference_attention(query, key, num_tokens, keep, scale):
+    if torch.is_autocast_enabled(query.device.type):  # the choice stays that of the tensors' own dtype
+        with torch.autocast(query.device.type, enabled=False):
+            return _reference_attention(query, key, num_tokens, keep, scale)
     return _reference_select(python_ref.attention_scores(query, key, scale), num_tokens, keep, None)
 
 

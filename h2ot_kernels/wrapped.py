@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import checks
-from .hourglass import Hourglass, Kept, _take, check_signal
+from .hourglass import Hourglass, Kept, _take
 
 
 def wrap(
@@ -23,7 +23,8 @@ def wrap(
 ) -> "WrappedBlocks":
     """The blocks, run in turn, as an hourglass: x [B, F, ..., C] -> what `Hourglass.recover` gives.
 
-    blocks: shared, not copied; nn.TransformerEncoderLayer with batch_first=True. num_frames, stages, pruner,
+    blocks: shared, not copied; nn.TransformerEncoderLayer with batch_first=True. Hooks of what holds them are not
+    called; a class of it that has a forward of its own is refused. num_frames, stages, pruner,
     recover, pipeline and options (frame_dim, keep, k, num_joints, channels, num_heads): see `Hourglass`.
     query_key: for pruner="attention", (block, its input) -> its temporal attention's query and key [B, ..., H, F, D];
     known for nn.TransformerEncoderLayer and for blocks with `norm1` and `attn.qkv`.
@@ -39,6 +40,12 @@ def wrap(
     """
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential, nn.TransformerEncoder)):
         raise TypeError(f"blocks: got {type(blocks).__name__}, wanted ModuleList, Sequential or TransformerEncoder")
+    known = (nn.ModuleList.forward, nn.Sequential.forward, nn.TransformerEncoder.forward)
+    if type(blocks).forward not in known or "forward" in blocks.__dict__:
+        raise TypeError(
+            f"blocks: got {type(blocks).__name__} with a forward of its own, which would not run; wanted ModuleList, "
+            "Sequential or TransformerEncoder, or a call of Hourglass in that forward"
+        )
     return WrappedBlocks(blocks, Hourglass(num_frames, stages, pruner, recover, pipeline, **options), query_key)
 
 
@@ -95,7 +102,7 @@ class WrappedBlocks(nn.Module):
         self.hourglass.check_frames(x, kept)
         if mask is not None:
             checks.tensor("mask", mask, (2,), "[B, F]", (torch.bool,))
-            check_signal("mask", mask, self.hourglass.num_frames)
+            checks.signal("mask", mask, self.hourglass.num_frames)
             if x.shape[0] % max(mask.shape[0], 1):
                 raise ValueError(f"mask: got shape {checks.shape(mask)}, wanted a row per sample of the {len(x)} of x")
         for i, layer in enumerate(self.layers()):

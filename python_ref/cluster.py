@@ -53,15 +53,29 @@ def assign_clusters(
     return labels.masked_fill(~valid | least[..., 0].isinf(), -1)
 
 
+def sums(member: Tensor, value: Tensor) -> Tensor:
+    """member [B, K, N] of 0 and 1, value [B, N, C] -> [B, K, C]: the sum over each cluster's own members.
+
+    What is not finite takes part beside the product, where 0 times it would reach all clusters.
+    """
+    total = member @ torch.where(value.isfinite(), value, 0.0)
+    for special in (float("inf"), float("-inf"), float("nan")):
+        is_it = value.isnan() if special != special else value == special
+        total = total + torch.where(member @ is_it.to(member.dtype) > 0, special, 0.0)
+    return total
+
+
 def merge_tokens(x: Tensor, labels: Tensor, num_clusters: int, weight: Tensor | None = None) -> Tensor:
     """[B, N, C] -> [B, K, C]: the (weighted) mean of each cluster's tokens; 0 where the weights sum to 0."""
     precision = torch.promote_types(x.dtype, torch.float32)
-    member = labels[:, None, :] == torch.arange(num_clusters, device=x.device)[:, None]
-    share = member.to(precision)
-    if weight is not None:
-        share = share * weight.reshape(x.shape[0], 1, x.shape[1]).to(precision)
-    # A token outside every cluster must not reach the sum, whatever it holds.
-    tokens = x.to(precision).masked_fill((labels < 0)[..., None], 0.0)
-    total = share.sum(-1, keepdim=True)
-    mean = (share @ tokens) / torch.where(total == 0, 1.0, total)
+    member = (labels[:, None, :] == torch.arange(num_clusters, device=x.device)[:, None]).to(precision)
+    outside = (labels < 0)[..., None]
+    tokens = x.to(precision).masked_fill(outside, 0.0)
+    if weight is None:
+        weight = torch.ones_like(tokens[..., :1])
+    else:
+        weight = weight.reshape(outside.shape).to(precision).masked_fill(outside, 0.0)
+        tokens = tokens * weight
+    total = sums(member, weight)
+    mean = sums(member, tokens) / torch.where(total == 0, 1.0, total)
     return torch.where(total == 0, 0.0, mean).to(x.dtype)

@@ -14,7 +14,7 @@ def keep_flags(keep, B: int, N: int, device) -> Tensor:
     if keep is not None:
         keep = torch.as_tensor(keep, dtype=torch.int64, device=device)
         keep = keep.reshape(1, -1) if keep.dim() < 2 else keep
-        flags.scatter_(1, keep.expand(B, -1), True)
+        flags = flags.scatter(1, keep.expand(B, -1), True)  # not in place: keep may be a sample's own under vmap
     return flags
 
 

@@ -5,7 +5,7 @@ import torch
 
 import h2ot_kernels as h2ot
 
-from .test_bad_input import BAD, CONTENTS, X
+from .bad_calls import BAD, CONTENTS, X
 from .test_determinism import threads
 
 

@@ -124,6 +124,33 @@ def test_integer_means_are_exact(runner):
 
 
 @pytest.mark.parametrize("runner", runners("merge_tokens"))
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_in_its_cluster(special, runner):
+    x = torch.tensor([[[1.0, 1.0], [2.0, 2.0], [special, 4.0], [special, special], [6.0, 8.0]]])
+    weight = torch.tensor([[1.0, 1.0, 1.0, special, 3.0]])
+    labels = torch.tensor([[0, 1, 2, -1, 0]])
+    for given, wanted in (([], [3.5, 4.5]), ([weight], [4.75, 6.25])):
+        mean = torch.tensor([[wanted, [2.0, 2.0], [special, 4.0]]])
+        merged = runner(h2ot.merge_tokens, x, labels, 3, *given)
+        torch.testing.assert_close(merged, mean, rtol=0, atol=0, equal_nan=True)
+    x.requires_grad_()
+    weight.requires_grad_()
+    seed = torch.tensor([[[special, 1.0], [1.0, 1.0], [1.0, 1.0]]])
+    to_x, to_weight = torch.autograd.grad(runner(h2ot.merge_tokens, x, labels, 3, weight), (x, weight), seed)
+    assert (to_x[0, 3] == 0).all()
+    assert to_weight[0, 3] == 0
+    assert to_x[0, [1, 0, 4], 1].tolist() == [1.0, 0.25, 0.75]
+
+
+@pytest.mark.parametrize("runner", runners("merge_tokens"))
+def test_infinities_of_both_signs_make_no_number(runner):
+    x = torch.tensor([[[float("inf")], [float("-inf")], [3.0]]])
+    merged = runner(h2ot.merge_tokens, x, torch.tensor([[0, 0, 1]]), 2)
+    assert merged[0, 0].isnan()
+    assert merged[0, 1] == 3
+
+
+@pytest.mark.parametrize("runner", runners("merge_tokens"))
 def test_gradcheck_first_and_second_order(runner):
     x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(2, 9, dtype=torch.float64).add(0.1).requires_grad_()

@@ -116,7 +116,7 @@ def test_frames_from_files_and_arrays(tmp_path):
 
 
 GOOD = np.zeros((4, 4, 3), np.uint8)
-BAD = {  # rows of the table in test_bad_input.py
+BAD = {  # rows of the table in bad_calls.py
     "epsilon": (lambda: tiny(epsilon=1.0), ValueError, "epsilon: got 1.0, wanted 0 to below 1"),
     "epsilon type": (lambda: tiny(epsilon="half"), TypeError, "epsilon: got str"),
     "place": (lambda: tiny(prune_at="head"), ValueError, "prune_at: got 'head', wanted one of 'encoder'"),

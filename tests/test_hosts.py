@@ -323,7 +323,7 @@ def test_compiles_without_a_break():
     assert_near(traced, ours, 1e-12)
 
 
-BAD = {  # rows of the table in test_bad_input.py
+BAD = {  # rows of the table in bad_calls.py
     "name": (
         lambda: hosts.build("hot_transformer"),
         ValueError,

@@ -284,7 +284,7 @@ def prune(block=1, frames=F, kept=(), pruner="sampler", stages=STAGES, **given):
 
 FIVE = torch.arange(5)[None]
 ELEVEN = torch.arange(11)[None]
-BAD = {  # rows of the table in test_bad_input.py
+BAD = {  # rows of the table in bad_calls.py
     "stages type": (lambda: h2ot.Hourglass(F, [1, 2]), TypeError, "stages: got list, wanted a mapping"),
     "stage block": (lambda: h2ot.Hourglass(F, {-1: 5}), ValueError, "stages: got -1, wanted 0"),
     "stage grows": (lambda: h2ot.Hourglass(F, {1: 5, 2: 6}), ValueError, "stages: got 6 tokens before block 2"),
@@ -316,6 +316,19 @@ BAD = {  # rows of the table in test_bad_input.py
     "no query": (lambda: prune(pruner="attention"), ValueError, "query, key: got None, needed by pruner='attention'"),
     "no scores": (lambda: prune(pruner="scores"), ValueError, "scores: got None, needed by pruner='scores'"),
     "scores shape": (lambda: prune(pruner="scores", scores=torch.zeros(F)), ValueError, "score: got shape"),
+    "scores of other frames": (
+        lambda: prune(pruner="scores", scores=torch.zeros(B, 5)),
+        ValueError,
+        r"scores: got shape \[2, 5\], wanted 21 frames on axis 1",
+    ),
+    "index type": (lambda: prune(stages={1: 5}, index=3), TypeError, "index: got int, wanted an int64 tensor, or one"),
+    "x_token": (
+        lambda: h2ot.Hourglass(F, {1: 5}, recover="attention", channels=C, num_heads=2).recover(
+            torch.zeros(B, 5, C), (FIVE,), x_token=torch.zeros(1, 5, C)
+        ),
+        ValueError,
+        r"x_token: got shape \[1, 5, 8\], wanted \[1, num_frames, C\] = \[1, 21, 8\]",
+    ),
     "recover early": (
         lambda: h2ot.Hourglass(F, STAGES).recover(torch.zeros(B, 11, C), (ELEVEN,)),
         ValueError,

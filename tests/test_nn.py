@@ -155,7 +155,7 @@ def test_interpolation_is_the_function(mode, align):
     assert repr(align) in repr(module)
 
 
-BAD = {  # rows of the table in test_bad_input.py
+BAD = {  # rows of the table in bad_calls.py
     "num_tokens": (lambda: pruning.TokenPruningCluster(0), ValueError, "num_tokens: got 0, wanted 1"),
     "too many": (lambda: pruning.TokenPruningCluster(F + 1)(X), ValueError, "num_tokens: got 13, wanted 1 to 12"),
     "k": (lambda: pruning.TokenPruningCluster(2, k=0), ValueError, "k: got 0"),
@@ -165,6 +165,37 @@ BAD = {  # rows of the table in test_bad_input.py
     "heads": (lambda: pruning.TokenRecoveringAttention(8, 3), ValueError, "num_heads: got 3, wanted a divisor"),
     "mode": (lambda: pruning.TokenRecoveringInterpolation(9, mode="cubic"), ValueError, "mode: got 'cubic'"),
     "align": (lambda: pruning.TokenRecoveringInterpolation(9, align="left"), ValueError, "align: got 'left'"),
+    "other frames, scores": (
+        lambda: pruning.TokenPruningScores(3)(X, scores=SCORES[:, :5]),
+        ValueError,
+        r"scores: got shape \[2, 5\], wanted 12 frames on axis 1",
+    ),
+    "other frames, pose": (
+        lambda: pruning.TokenPruningMotion(3)(X, pose=POSE[:, :5]),
+        ValueError,
+        r"pose: got shape \[2, 5, 3, 2\], wanted 12 frames on axis 1",
+    ),
+    "other frames, query": (
+        lambda: pruning.TokenPruningAttention(3)(X, query=QUERY[..., :5, :], key=KEY[..., :5, :]),
+        ValueError,
+        r"query: got shape \[2, 3, 2, 5, 4\], wanted 12 frames on axis -2",
+    ),
+    "x type": (lambda: pruning.TokenPruningSampler(3)([X]), TypeError, "x: got list, wanted a tensor"),
+    "x axes": (
+        lambda: pruning.TokenPruningSampler(3, frame_dim=3)(X[..., 0]),
+        ValueError,
+        r"x: got shape \[2, 12, 3\], wanted its frames on axis 3",
+    ),
+    "x rows": (
+        lambda: pruning.TokenPruningCluster(3, num_joints=5)(X[..., 0]),
+        ValueError,
+        r"x: got shape \[2, 12, 3\], wanted 5 rows a sample on axis 0",
+    ),
+    "index type": (
+        lambda: pruning.TokenRecoveringInterpolation(F)(X[:, :3], [0, 4, 8]),
+        TypeError,
+        r"index: got list, wanted a tensor \[B, K\] or \[1, K\]",
+    ),
     "rows": (
         lambda: pruning.TokenRecoveringInterpolation(F)(X[:, :2], torch.zeros(3, 2, dtype=torch.int64)),
         ValueError,
@@ -184,3 +215,31 @@ def test_hooks_on_a_fused_tail_are_called(hooked):
         torch.testing.assert_close(recover(torch.zeros(1, 9, 16), tokens, head=head), expected)
         handle.remove()
     assert seen == [3 if hooked in ("head", "linear") else 16]
+
+
+class InMillimetres(nn.Sequential):
+    def forward(self, x):
+        return 1000 * super().forward(x)
+
+
+class Updated(nn.Module):
+    """A layer with a low-rank update beside it, as adapters have."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.update = base, nn.Linear(16, 16, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.update(x)
+
+
+@pytest.mark.parametrize("what", ["head", "proj"])
+def test_a_tail_with_a_forward_of_its_own_runs_it(what):
+    recover, layers = pruning.TokenRecoveringAttention(16, 2).eval(), (nn.LayerNorm(16), nn.Linear(16, 3))
+    head = InMillimetres(*layers) if what == "head" else nn.Sequential(*layers)
+    if what == "proj":
+        recover.proj = Updated(recover.proj)
+    token, tokens = torch.zeros(1, 9, 16), torch.randn(2, 4, 16)
+    with torch.no_grad():
+        fused = recover(token, tokens, head=head)
+    torch.testing.assert_close(fused, recover(token, tokens, head=head).detach())

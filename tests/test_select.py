@@ -109,3 +109,23 @@ def test_sampler_keep_replaces_the_nearest_lower_on_a_tie():
 def test_sampler_result_is_the_callers_own():
     h2ot.prune_sample(9, 3).zero_()
     assert h2ot.prune_sample(9, 3).tolist() == [[0, 4, 8]]
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_samples_of_any_clip_length_in_one_graph(K):
+    torch._dynamo.reset()
+    compiled = torch.compile(h2ot.nn.TokenPruningSampler(K), backend="eager", fullgraph=True)
+    for F in (9, 13, 20):
+        assert torch.equal(compiled(torch.zeros(2, F, 4))[1], h2ot.prune_sample(F, K))
+    frames = torch.export.Dim("F", min=4, max=400)
+    sampler = h2ot.nn.TokenPruningSampler(K)
+    exported = torch.export.export(sampler, (torch.zeros(2, 9, 4),), dynamic_shapes={"x": {1: frames}})
+    assert torch.equal(exported.module()(torch.zeros(2, 30, 4))[1], h2ot.prune_sample(30, K))
+
+
+def test_explain_and_lazy_modules():
+    assert h2ot.explain("prune_sample").startswith("prune_sample on cpu: Python on the host")
+    assert h2ot.onnx.export.__name__ == "export"
+    assert h2ot.evaluation.__name__ == "h2ot_kernels.evaluation"
+    with pytest.raises(AttributeError, match="has no attribute 'faster'"):
+        _ = h2ot.faster

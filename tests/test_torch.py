@@ -335,7 +335,8 @@ def test_autocast_leaves_distances_alone():
 
     But PyTorch's own products: the projection in recover_pose, and means and attention of the reference.
     """
-    of_distances = [op for op in CALLS if op.startswith(("score", "prune_cluster", "cluster", "assign", "labels"))]
+    chooses = ("score", "prune", "cluster", "assign", "labels", "select")
+    of_distances = [op for op in CALLS if op.startswith(chooses)]
     for name, ops in (("cpp", CALLS.keys() - {"recover_pose"}), ("reference", of_distances)):
         for op in ops:
             call = CALLS[op]
@@ -346,48 +347,3 @@ def test_autocast_leaves_distances_alone():
             for ours, theirs in zip(found, expected, strict=True):
                 assert ours.dtype == theirs.dtype, op
                 assert torch.equal(ours, theirs), op
-
-
-def test_func_transforms():
-    """Of every operation that has gradients."""
-    x, labels = rand(2, 9, 4), torch.randint(0, 3, (2, 9))
-    calls = {
-        "gather_tokens": lambda x: h2ot.gather_tokens(x, INDEX),
-        "merge_tokens": lambda x: h2ot.merge_tokens(x, labels, 3),
-        "recover_attention": lambda x: h2ot.recover_attention(x[0], x, x, 2),
-        "recover_interpolate": lambda x: h2ot.recover_interpolate(x[:, :3], INDEX, 9),
-    }
-    for name, call in calls.items():
-        grad = torch.func.grad(lambda x: call(x).square().sum())
-        with pytest.raises(RuntimeError, match="functorch"):
-            grad(x)
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(call, (x,), (x,))
-        leaf = x.clone().requires_grad_()
-        with h2ot.use_backend("reference"):
-            recorded = torch.autograd.grad(call(leaf).square().sum(), leaf)[0]
-            assert torch.equal(grad(x), recorded), name
-            torch.testing.assert_close(torch.func.vmap(grad)(x[None].expand(3, -1, -1, -1))[2], recorded)
-
-
-def test_vmap_is_the_loop_over_samples():
-    """The operators have no batching rule of their own: PyTorch calls them sample by sample, and says so."""
-    x, labels = rand(3, 2, 9, 4), torch.randint(0, 3, (2, 9))
-    tail = [module.requires_grad_(False) for module in (nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))]
-    calls = {
-        "score_tokens": lambda x: h2ot.score_tokens(x).score,
-        "score_variant": lambda x: h2ot.score_tokens(x, exclude_self=True).score,
-        "select_tokens": lambda x: h2ot.select_tokens(x[..., 0], 3),
-        "prune_cluster": lambda x: h2ot.prune_cluster(x, 3),
-        "cluster_tokens": lambda x: h2ot.cluster_tokens(x, 3).labels,
-        "prune_attention": lambda x: h2ot.prune_attention(x[:, None], x[:, None], 3),
-        "prune_motion": lambda x: h2ot.prune_motion(x[..., None], 3),
-        "gather_tokens": lambda x: h2ot.gather_tokens(x, INDEX),
-        "assign_clusters": lambda x: h2ot.assign_clusters(x, INDEX),
-        "merge_tokens": lambda x: h2ot.merge_tokens(x, labels, 3),
-        "recover_attention": lambda x: h2ot.recover_attention(x[0], x, x, 2),
-        "recover_pose": lambda x: h2ot.recover_pose(x[0], x[0], x, x, *tail, 2, num_joints=1),
-        "recover_interpolate": lambda x: h2ot.recover_interpolate(x[:, :3], INDEX, 9),
-    }
-    for name, call in calls.items():
-        assert torch.equal(torch.func.vmap(call)(x), torch.stack([call(sample) for sample in x])), name

@@ -126,6 +126,10 @@ def test_refuses_what_cannot_be_pruned():
             super().__init__()
             self.norm = nn.BatchNorm1d(F)
 
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+
     with pytest.raises(ValueError, match=f"block 2 has norm.weight of shape \\[{F}\\], which depends on the number"):
         wrap(nn.ModuleList([Along(), Along(), OverFrames()]), F, {1: 9})
     wrap(nn.ModuleList([OverFrames(), Along()]), F, {1: 9})  # before the cut it may
@@ -138,6 +142,8 @@ def test_refuses_what_cannot_be_pruned():
         wrap(encoder_layers(), F, {0: 9}, "attention")
     with pytest.raises(ValueError, match="query_key: got None, but block 0"):
         wrap(nn.Sequential(nn.Linear(C, C), nn.Linear(C, C)), F, {1: 9}, "attention")
+    with pytest.raises(TypeError, match="blocks: got Residual with a forward of its own, which would not run"):
+        wrap(Residual(nn.Linear(C, C)), F, {})
     with pytest.raises(TypeError, match="blocks: got Linear"):
         wrap(nn.Linear(C, C), F)
     asked = []
