@@ -6,6 +6,7 @@ One process per core tests with one thread each; what depends on the number of t
 
 import gc
 import os
+import random
 import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -38,12 +39,16 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="nothing is left out (tests/sample.py)")
 
 
+def _wants_all(config) -> bool:
+    """Where they are asked for, by name, too."""
+    return config.getoption("--all") or any("::" in argument for argument in config.args)
+
+
 def _left_out(config, items: list) -> list:
-    """Nothing where tests are named one by one, or where Triton is native."""
+    """Nothing where Triton is native."""
     from . import sample
 
-    named = any("::" in argument for argument in config.args)
-    if torch.cuda.is_available() or named or config.getoption("--all"):
+    if torch.cuda.is_available() or _wants_all(config):
         return []
     return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ, int(os.environ.get("H2OT_KERNELS_PTX_SEED", 0)))
 
@@ -104,6 +109,25 @@ def capability(request):
     """Each instruction set of this machine; the next test starts with the first again."""
     _C.set_capability(request.param)
     return request.param
+
+
+@pytest.fixture
+def drawn_mistakes(request, record_property):
+    """Takes mistakes in the CUDA source, gives those of this run (tests/sample.py), and has their number printed."""
+    from . import sample
+    from .simt import planted
+
+    def draw(mistakes: dict) -> dict:
+        planted.check_places(mistakes)
+        if _wants_all(request.config):
+            return mistakes
+        seed = int(os.environ.get("H2OT_KERNELS_MISTAKES_SEED", random.randrange(10**6)))
+        chosen = sample.planted_share(mistakes, seed)
+        said = f"{len(chosen)} of {len(mistakes)} mistakes planted (H2OT_KERNELS_MISTAKES_SEED={seed})"
+        record_property("count", f"{request.node.nodeid}: {said}")
+        return chosen
+
+    return draw
 
 
 @pytest.fixture

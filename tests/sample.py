@@ -1,4 +1,7 @@
-"""What `./dev test` and `./dev ptx` leave out of the Triton tests, by rule; `--all` (`./dev reliability`) runs it.
+"""What `./dev test` and `./dev ptx` leave out of the tests, by rule; `--all` (`./dev reliability`) runs it.
+
+Of the mistakes that are planted in the CUDA source, to see that tests notice them, `./dev test` plants one in three,
+drawn by a seed that it prints: whether they are noticed changes only where a kernel or its test does.
 
 Both run the cases of Triton's kernels. `./dev ptx` runs what Triton compiles, and compiling is nearly all of its time:
 of cases with more than LARGE products of channels the first of each form and size; of the others the first of each
@@ -18,6 +21,7 @@ from .cases import TokenCase
 
 LARGE, LARGEST = 2.5e7, 1.7e8  # B N^2 C; what is larger than the second has no path of its own
 SHARE = 8  # one in so many of those that remain
+PLANTED = 3  # one in so many mistakes
 SEED = os.environ.get("H2OT_KERNELS_PTX_SEED")  # of ./dev ptx without --all
 # What does not depend on how a kernel runs: ./dev test has it.
 ELSEWHERE = {"test_opcheck", "test_compile_fullgraph", "test_no_kernel_leans_on_what_native_triton_does_not_promise"}
@@ -25,6 +29,12 @@ STREAMED = "test_triton_score.py"  # names no runner: all of it is Triton's
 NOTE = "Triton: {} (tests/sample.py; --all runs the others, too)"
 INTERPRETED = "of cases that ./dev ptx runs, too, the first and the last of each form are interpreted"
 AS_PTX = "of large cases of one form and size the first runs as PTX, of the others the first and those drawn"
+
+
+def planted_share(mistakes: dict, seed: int) -> dict:
+    """One in PLANTED of the mistakes, in their order."""
+    chosen = random.Random(seed).sample(sorted(mistakes), -(-len(mistakes) // PLANTED))
+    return {name: mistakes[name] for name in mistakes if name in chosen}
 
 
 def drawn(cases: Iterable, count: int) -> list:

@@ -306,9 +306,10 @@ def survives(driver: Path) -> bool:
         return all(is_right(driver, Path(folder), hunted) for hunted in HUNTED_AS)
 
 
-def test_mutants_are_caught(tmp_path):
-    driver = build_planted(MUTANTS, tmp_path, simt.QUICK)
-    assert not survivors(MUTANTS, HUNTED_AS, functools.partial(is_right, driver, tmp_path))
+def test_mutants_are_caught(tmp_path, drawn_mistakes):
+    mistakes = drawn_mistakes(MUTANTS)
+    driver = build_planted(mistakes, tmp_path, simt.QUICK)
+    assert not survivors(mistakes, HUNTED_AS, functools.partial(is_right, driver, tmp_path))
 
 
 def test_the_sanitizer_sees_what_leaves_its_memory(tmp_path):

@@ -308,9 +308,10 @@ def hunted() -> list[Labelling]:
     return [replace(call, seed=seed) for call in calls for seed in (1, 2)]
 
 
-def test_mutants_are_caught(tmp_path):
+def test_mutants_are_caught(tmp_path, drawn_mistakes):
+    mistakes = drawn_mistakes(MUTANTS)
     calls = hunted()
-    driver = build_planted(MUTANTS, tmp_path, simt.QUICK, "cluster_driver")
+    driver = build_planted(mistakes, tmp_path, simt.QUICK, "cluster_driver")
     done = run(calls, tmp_path, driver)
     assert done.returncode == 0, done.stderr[-4000:]
     assert all(holds(call) for call in calls if call.is_given)
@@ -321,4 +322,4 @@ def test_mutants_are_caught(tmp_path):
             return False
         return torch.equal(call.kept, expected.kept) and torch.equal(call.labels, expected.labels)
 
-    assert not survivors(MUTANTS, calls, is_right)
+    assert not survivors(mistakes, calls, is_right)

@@ -173,8 +173,9 @@ HUNTED = [
 ]
 
 
-def test_mutants_are_caught(tmp_path):
-    driver = build_planted(MUTANTS, tmp_path, simt.SANITIZED_QUICK, "gather_driver")
+def test_mutants_are_caught(tmp_path, drawn_mistakes):
+    mistakes = drawn_mistakes(MUTANTS)
+    driver = build_planted(mistakes, tmp_path, simt.SANITIZED_QUICK, "gather_driver")
     expected = [replace(move) for move in HUNTED]
     assert run(expected, tmp_path).returncode == 0
 
@@ -185,4 +186,4 @@ def test_mutants_are_caught(tmp_path):
             torch.equal(bits(ours.out), bits(right.out)) for ours, right in zip(found, expected, strict=True)
         )
 
-    assert not survivors(MUTANTS, [expected[n : n + 10] for n in range(0, len(expected), 10)], is_right)
+    assert not survivors(mistakes, [expected[n : n + 10] for n in range(0, len(expected), 10)], is_right)

@@ -70,7 +70,7 @@ HUNTED = [
 ]
 
 
-def test_mutants_are_caught(tmp_path):
-    mistakes = product_mutants.GROUP_MUTANTS
+def test_mutants_are_caught(tmp_path, drawn_mistakes):
+    mistakes = drawn_mistakes(product_mutants.GROUP_MUTANTS)
     driver = build_planted(mistakes, tmp_path, (*simt.QUICK, "-DSIMT_GROUPS"))
     assert not survivors(mistakes, HUNTED, functools.partial(is_right, driver, tmp_path))

@@ -149,8 +149,9 @@ MISTAKES = {
 HUNTED = list(itertools.product(("beyond the largest", "largest of a block's last warp"), simt.SEARCHES, range(8)))
 
 
-def test_mistakes_are_caught(tmp_path):
-    driver = build_planted(MISTAKES, tmp_path, simt.QUICK)
+def test_mistakes_are_caught(tmp_path, drawn_mistakes):
+    mistakes = drawn_mistakes(MISTAKES)
+    driver = build_planted(mistakes, tmp_path, simt.QUICK)
 
     def is_right(hunted: tuple[str, str, int], mistake: int) -> bool:
         name, search, seed = hunted
@@ -165,4 +166,4 @@ def test_mistakes_are_caught(tmp_path):
             return False
         return True
 
-    assert not survivors(MISTAKES, HUNTED, is_right)
+    assert not survivors(mistakes, HUNTED, is_right)

@@ -159,8 +159,9 @@ HUNTED = [
 ]
 
 
-def test_mutants_are_caught(tmp_path):
-    driver = build_planted(MUTANTS, tmp_path, simt.QUICK, "select_driver")
+def test_mutants_are_caught(tmp_path, drawn_mistakes):
+    mistakes = drawn_mistakes(MUTANTS)
+    driver = build_planted(mistakes, tmp_path, simt.QUICK, "select_driver")
     expected = [replace(choice) for choice in HUNTED]
     assert run(expected, tmp_path).returncode == 0
 
@@ -171,4 +172,4 @@ def test_mutants_are_caught(tmp_path):
             torch.equal(ours.index, right.index) for ours, right in zip(found, expected, strict=True)
         )
 
-    assert not survivors(MUTANTS, [expected[n : n + 10] for n in range(0, len(expected), 10)], is_right)
+    assert not survivors(mistakes, [expected[n : n + 10] for n in range(0, len(expected), 10)], is_right)

@@ -1,4 +1,4 @@
-"""What the Triton tests leave out in CI: by rule, and no more than that."""
+"""What tests leave out in CI: by rule, and no more than that."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from .cases import TokenCase
-from .sample import ELSEWHERE, LARGE, LARGEST, SHARE, left_out
+from .sample import ELSEWHERE, LARGE, LARGEST, SHARE, left_out, planted_share
 
 TRITON, CPP = (SimpleNamespace(backend=name) for name in ("triton", "cpp"))
 FORMS = {
@@ -57,3 +57,13 @@ def test_other_backends_lose_nothing_and_what_needs_no_ptx_runs_once():
     given = [Item(name, runner=CPP) for name in sorted(ELSEWHERE)]
     assert left_out(given, True) == given
     assert left_out(given, False) == []
+
+
+def test_planted_mistakes_are_drawn_by_the_seed():
+    mistakes = {name: name.upper() for name in "abcdefgh"}
+    draws = [planted_share(mistakes, seed) for seed in range(20)]
+    assert draws[3] == planted_share(mistakes, 3)
+    assert {len(drawn) for drawn in draws} == {3}
+    assert all(list(drawn) == sorted(drawn) and drawn.items() <= mistakes.items() for drawn in draws)
+    assert {name for drawn in draws for name in drawn} == set(mistakes)
+    assert planted_share({}, 0) == {}
