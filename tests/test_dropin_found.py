@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from h2ot_kernels import dropin
+from h2ot_kernels.linear import Linear
 
 from .official_code import clustering, mixste, tcformer
 from .runners import Recorder
@@ -147,6 +148,15 @@ class Halves(nn.Module):
         return x / 2
 
 
+def halved(cls):
+    """A subclass that gives half of what cls gives, whatever else it is called with."""
+
+    def forward(self, x, *args, **kwargs):
+        return cls.forward(self, x, *args, **kwargs) / 2
+
+    return type(f"Halved{cls.__name__}", (cls,), {"forward": forward})
+
+
 @pytest.mark.parametrize(
     ("path", "part"),
     [
@@ -156,6 +166,20 @@ class Halves(nn.Module):
         ("attn.attn_drop", Halves()),
         ("attn.proj_drop", Halves()),
         ("mlp.fc2", nn.Linear(2 * C, C).double()),
+        ("mlp.act", halved(nn.GELU)()),
+        ("mlp.drop", halved(nn.Dropout)()),
+        ("mlp.fc1", halved(Linear)(C, 2 * C).double()),
+        ("mlp.fc2", halved(Linear)(2 * C, C).double()),
+        ("attn.attn_drop", halved(nn.Identity)()),
+        ("attn.attn_drop", halved(nn.Dropout)()),
+        ("attn.attn_drop", nn.Softmax(-1)),
+        ("attn.proj_drop", halved(nn.Dropout)()),
+        ("attn.qkv", halved(nn.Linear)(C, 3 * C).double()),
+        ("attn.qkv", halved(Linear)(C, 3 * C).double()),
+        ("attn.proj", halved(Linear)(C, C).double()),
+        ("norm1", halved(nn.LayerNorm)(C).double()),
+        ("norm2", halved(nn.LayerNorm)(C).double()),
+        ("norm2", nn.Identity()),
     ],
 )
 @pytest.mark.parametrize("which", ["block", "parts"])
@@ -168,3 +192,85 @@ def test_parts_that_are_exchanged_later_are_followed(path, part, which):
     with torch.no_grad():
         torch.testing.assert_close(after, block(x), rtol=1e-9, atol=1e-12)
     assert not torch.allclose(after, before)
+
+
+class OwnSoftmax(mixste.Attention):
+    def __init__(self, part):
+        super().__init__(C, H, qkv_bias=True)
+        self.normalise = part
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = self.normalise(query @ key.mT * self.scale) @ value
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("part", [nn.Softmax(-2), nn.Identity(), halved(nn.Softmax)(-1)])
+def test_a_softmax_that_is_exchanged_later_is_followed(part):
+    attention, x = OwnSoftmax(nn.Softmax(-1)).double().eval(), torch.randn(2, 6, C).double()
+    with torch.no_grad(), dropin.patch(attention) as handle:
+        with Recorder() as called:
+            before = attention(x)
+        attention.normalise = part
+        after = attention(x)
+    assert "replaced 1 attention" in handle.report()
+    assert "h2ot_kernels::recover_attention" in called.names
+    with torch.no_grad():
+        torch.testing.assert_close(after, attention(x), rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(after, before)
+
+
+class Records(nn.Identity):
+    def forward(self, x):
+        self.seen = x
+        return x
+
+
+RECORDED = [("attn", "attn_drop"), ("attn", "proj_drop"), ("mlp", "drop")]
+
+
+@pytest.mark.parametrize(("part", "name"), RECORDED)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_subclass_of_what_does_nothing_still_sees_what_it_saw(part, name, later):
+    block, x = mixste.Block(C, H, 2.0).double().eval(), torch.randn(2, 6, C).double()
+    module, recorder = block.get_submodule(part), Records()
+    if not later:
+        setattr(module, name, recorder)
+    with torch.no_grad(), dropin.patch(block) as handle:
+        if later:
+            setattr(module, name, recorder)
+        block(x)
+        seen = recorder.__dict__.pop("seen")
+    with torch.no_grad():
+        block(x)
+    torch.testing.assert_close(seen, recorder.seen, rtol=1e-9, atol=1e-12)
+    reason = f"it holds {name}, a Records, which the fast form does not know"
+    assert (reason in handle.report()) == (not later)
+
+
+def hooked(layer, seen):
+    layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    return layer
+
+
+def recording(layer, seen):
+    def forward(self, x):
+        seen.append(len(x))
+        return nn.Linear.forward(self, x)
+
+    layer.__class__ = type("Recording", (nn.Linear,), {"forward": forward})
+    return layer
+
+
+@pytest.mark.parametrize("look", [hooked, recording])
+def test_who_looks_at_the_query_of_shared_rows_sees_them_all(look):
+    seen, attention = [], mixste.Cross_Attention(C, H).double().eval()
+    token, kept = torch.randn(1, F, C).double().expand(4, -1, -1), torch.randn(4, K, C).double()
+    look(attention.linear_q, seen)
+    with torch.no_grad(), dropin.patch(attention) as handle:
+        seen.clear()  # of the trial
+        after = attention(token, kept, kept)
+    assert seen == [4]
+    assert "replaced 1 cross_attention" in handle.report()
+    with torch.no_grad():
+        torch.testing.assert_close(after, attention(token, kept, kept), rtol=1e-9, atol=1e-12)

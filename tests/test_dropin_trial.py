@@ -152,6 +152,40 @@ def test_what_a_forward_counts_in_a_tensor_is_seen_and_not_touched(inference):
     assert attention.calls == 0
 
 
+class Passes(nn.Identity):
+    """Its calls are counted in what it holds."""
+
+    def __init__(self, holds):
+        super().__init__()
+        self.holds = holds
+
+    def forward(self, x):
+        self.holds.append(len(x)) if isinstance(self.holds, list) else self.holds.add_(1)
+        return x
+
+
+class WithDropPath(mixste.Block):
+    def __init__(self, holds):
+        super().__init__(C, H, 2.0)
+        self.drop_path = nn.Sequential(Passes(holds))
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+@pytest.mark.parametrize("holds", [list, lambda: torch.zeros(())])
+def test_what_a_part_of_it_stores_is_seen_and_not_touched(holds):
+    block = WithDropPath(holds()).double().eval()
+    with dropin.patch(block) as handle:
+        assert "left block WithDropPath: its forward stores drop_path.0.holds" in handle.report()
+        assert {"attention", "mlp"} <= replaced(handle)
+    held = block.drop_path[0].holds
+    assert held == [] if isinstance(held, list) else held == 0
+    agrees(block, torch.randn(2, 6, C).double())
+    assert len(held) == 4 if isinstance(held, list) else held == 4  # twice a call
+
+
 class Window(Masked):
     def mask(self, scores):
         i = torch.arange(scores.shape[-1])

@@ -23,7 +23,9 @@ from .hot import shared_rows
 from .trial import NotRecognised
 
 PROJECTIONS = (("linear_q", "linear_k", "linear_v"), ("q", "k", "v"))
-PASSIVE = (nn.Identity, nn.Dropout, nn.Softmax)  # what a fast forward leaves out: it does nothing there, or the softmax
+# What a fast forward leaves out: it does nothing there, or is the softmax. Parts are known by their exact types, here
+# and everywhere below: a subclass may have a forward that does more.
+PASSIVE = (nn.Identity, nn.Dropout, nn.Softmax)
 LARGEST_HEAD = 8  # outputs, four of which share a pass over a row: with more the product by itself is as fast
 
 
@@ -52,15 +54,16 @@ class Fast:
     """Mixed in by `fast_class`: `original` is the module's own class, `calls` how its forward is called.
 
     `kernel`: the switch. `trains`: whether the own forward computes in training what it computes in eval mode, the
-    children's dropout aside. All are read from the class: a module may have attributes of these names. `inputs`: how
-    many of the first arguments are tokens; `by_name`: further ones that the fast forward takes; `in_training`: whether
-    it runs there.
+    children's dropout aside. `tried_softmaxes`: those of the children, as they were tried. All are read from the class:
+    a module may have attributes of these names. `inputs`: how many of the first arguments are tokens; `by_name`:
+    further ones that the fast forward takes; `in_training`: whether it runs there.
     """
 
     kernel: str
     original: type
     calls: Calls
     trains: bool
+    tried_softmaxes: tuple[tuple[str, int | None], ...]
     inputs = 1
     by_name: tuple[str, ...] = ()
     in_training = False
@@ -103,7 +106,13 @@ def _same(value, default) -> bool:
 
 
 @functools.cache
-def fast_class(mixin: type, original: type, ranks: tuple[int, ...] = (), trains: bool = True) -> type:
+def fast_class(
+    mixin: type,
+    original: type,
+    ranks: tuple[int, ...] = (),
+    trains: bool = True,
+    tried_softmaxes: tuple[tuple[str, int | None], ...] = (),
+) -> type:
     """original with mixin's forward, under original's name; raises NotRecognised where names of theirs are the same."""
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -112,7 +121,8 @@ def fast_class(mixin: type, original: type, ranks: tuple[int, ...] = (), trains:
     in_front = positional[: len(taken)] == taken
     calls = Calls(positional, defaults, taken, mixin.inputs + len(mixin.by_name) if in_front else -1, ranks)
     documented = {"__module__": original.__module__, "__doc__": original.__doc__}
-    names = {"original": original, "calls": calls, "trains": trains} | documented
+    settings = {"original": original, "calls": calls, "trains": trains, "tried_softmaxes": tried_softmaxes}
+    names = settings | documented
     if not issubclass(mixin, nn.Module):
         ours = sorted({*dir(mixin), *names} - {"forward"})
         clash = [name for name in ours if not name.startswith("__") and hasattr(original, name)]
@@ -125,6 +135,13 @@ class FastLinear(Fast, Linear):
     """Packed weights in CPU inference."""
 
     kernel = "linear"
+
+
+PackedLinear = fast_class(FastLinear, nn.Linear)  # of every patched layer
+
+
+def is_packed(layer: nn.Module | None) -> bool:
+    return type(layer) in (Linear, PackedLinear)
 
 
 class FastMlp(Tried):
@@ -143,13 +160,25 @@ class FastMlp(Tried):
 
 def is_plain_mlp(module: nn.Module) -> bool:
     """Whether its parts, which may have been exchanged, are packed layers and an exact GELU, and others do nothing."""
-    parts, act = module._modules, module._modules.get("act")
+    act = module._modules.get("act")
     exact = type(act) is nn.GELU and act.approximate == "none"
-    return exact and isinstance(module.fc1, Linear) and are_passive(parts, "fc1", "act", "fc2")
+    return exact and is_packed(module.fc1) and are_passive(module, "fc1", "act", "fc2")
 
 
-def are_passive(modules: dict[str, nn.Module | None], *but: str) -> bool:
-    return all(child is None or name in but or isinstance(child, PASSIVE) for name, child in modules.items())
+def is_passive(part: nn.Module | None) -> bool:
+    return part is None or type(part) in PASSIVE
+
+
+def are_passive(module: Fast, *but: str) -> bool:
+    """Whether all parts but these are passive, and those that are a softmax the same as they were tried."""
+    if not all([name in but or is_passive(part) for name, part in module._modules.items()]):
+        return False
+    return softmaxes(module) == type(module).tried_softmaxes
+
+
+def softmaxes(module: nn.Module) -> tuple[tuple[str, int | None], ...]:
+    """(name, axis) of the parts that are a softmax."""
+    return tuple([(name, part.dim) for name, part in module._modules.items() if type(part) is nn.Softmax])
 
 
 class FastHead(Fast):
@@ -261,7 +290,8 @@ class FastCrossAttention(Tried):
 
     def _fast_forward(self, x_1: Tensor, x_2: Tensor, x_3: Tensor) -> Tensor:
         to_query, to_key, to_value = (getattr(self, name) for name in projections(self))
-        query, key, value = to_query(shared_rows(x_1)), to_key(x_2), to_value(x_3)
+        alone = (type(to_query) is nn.Linear or is_packed(to_query)) and is_silent(to_query)  # who looks sees all rows
+        query, key, value = to_query(shared_rows(x_1) if alone else x_1), to_key(x_2), to_value(x_3)
         return project_out(self, attend_rows(query, key, value, self.num_heads, float(self.scale)))
 
 
@@ -277,6 +307,8 @@ class FastBlock(Tried):
         if self.training or torch.is_grad_enabled() or not (x.numel() and is_fusible(self)):
             return False
         if not all([x.dim() in type(part).calls.ranks for part in (self.attn, self.mlp)]):  # exchanged since
+            return False
+        if not (is_norm(self.norm1, x.shape[-1]) and is_norm(self.norm2, x.shape[-1])):
             return False
         _, *inside = self.modules()
         return is_silent(*inside)
@@ -301,8 +333,12 @@ def is_fusible(block: nn.Module) -> bool:
     attention, feed = block.attn, block.mlp
     if not (isinstance(attention, FastAttention) and isinstance(feed, FastMlp)):
         return False
-    packed = all(isinstance(layer, Linear) for layer in (attention.qkv, attention.proj, feed.fc2))
-    return packed and is_plain_mlp(feed) and are_passive(attention._modules, "qkv", "proj")
+    packed = all(map(is_packed, (attention.qkv, attention.proj, feed.fc2)))
+    return packed and is_plain_mlp(feed) and are_passive(attention, "qkv", "proj")
+
+
+def is_norm(module: nn.Module | None, C: int) -> bool:
+    return type(module) is nn.LayerNorm and module.normalized_shape == (C,)
 
 
 def projections(module: nn.Module) -> tuple[str, str, str] | None:
@@ -316,9 +352,9 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
 def stores_nothing(attention: Fast, *inputs: Tensor, project: tuple[str, ...] = ("qkv",)) -> bool:
     """Whether there is something to attend to, and what the fast path leaves out would do nothing."""
     called = (*project, "proj", "proj_drop")
-    skipped = {name: module for name, module in attention._modules.items() if name not in called}
-    same = (type(attention).trains or not attention.training) and are_passive(skipped)
-    return same and all(x.numel() for x in inputs) and is_silent(*skipped.values())
+    skipped = [part for name, part in attention._modules.items() if name not in called]
+    same = (type(attention).trains or not attention.training) and are_passive(attention, *called)
+    return same and all(x.numel() for x in inputs) and is_silent(*skipped)
 
 
 def attend(attention: Fast, qkv: Tensor, frame_dim: int = -2, residual: Tensor | None = None) -> Tensor:

@@ -61,7 +61,8 @@ def patch(target, **kernels: bool) -> "Patch":
     original's signature. A patched model pickles as the unpatched one, and a copy stays fast until it is patched and
     unpatched itself, unless its class has a `__deepcopy__` of its own, which then makes it. Weights, `num_heads`,
     `scale` and the parts of attention and MLP that are exchanged later are followed; what a forward is (its code, other
-    attributes such as MotionBERT's `mode`, a drop path that does nothing in inference) is that of the patch.
+    attributes such as MotionBERT's `mode`, a drop path that does nothing in inference) is that of the patch. Parts are
+    known by their exact class: with a subclass of nn.Dropout or the like, which may do more, the original runs.
     torch.compile sees a later patch and its end; before torch 2.12 a graph compiled earlier keeps its numbers and its
     speed until torch._dynamo.reset().
 

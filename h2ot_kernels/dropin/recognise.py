@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..linear import HOOKS, Linear
+from ..linear import HOOKS
 from . import fast
 from .trial import NotRecognised, NotTried, agree, trial, tried
 
@@ -52,12 +52,12 @@ def linear_class(module: nn.Module) -> type:
         raise NotRecognised("a subclass of nn.Linear, whose forward may do more")
     if min(module.in_features, module.out_features) < SMALLEST:
         raise NotRecognised(f"fewer than {SMALLEST} features: packing gains nothing")
-    return fast.fast_class(fast.FastLinear, nn.Linear)
+    return fast.PackedLinear
 
 
 def mlp_class(module: nn.Module) -> type:
     _wants_linears(module, "fc1", "fc2")
-    if not isinstance(module.fc1, Linear):
+    if not fast.is_packed(module.fc1):
         raise NotRecognised("its fc1 has no packed weights to fuse the activation with")
     if type(module.act) is not nn.GELU or module.act.approximate != "none":
         raise NotRecognised(f"its act is {module.act}, not the exact GELU")
@@ -99,7 +99,7 @@ def block_class(module: nn.Module) -> type:
     C = module.attn.proj.in_features
     for name, child in module._modules.items():
         if name in ("norm1", "norm2"):
-            if type(child) is not nn.LayerNorm or child.normalized_shape != (C,):
+            if not fast.is_norm(child, C):
                 raise NotRecognised(f"its {name} is {child}, not LayerNorm({C})")
         elif name not in ("attn", "mlp") and child is not None and (*child.parameters(), *child.buffers()):
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
@@ -124,7 +124,7 @@ def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
     if isinstance(module, fast.Fast):
         return None
     if isinstance(module, nn.Linear):
-        return None if isinstance(module, Linear) else ("linear", linear_class)
+        return None if fast.is_packed(module) else ("linear", linear_class)
     has = module._modules.keys().__contains__
     if has("qkv") and has("proj"):
         return "attention", attention_class
@@ -156,7 +156,7 @@ def _wants_heads(module: nn.Module) -> None:
 
 def _wants_passive(module: nn.Module, *names: str) -> None:
     for name, child in module._modules.items():
-        if name not in names and child is not None and not isinstance(child, fast.PASSIVE):
+        if name not in names and not fast.is_passive(child):
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
 
 
@@ -206,7 +206,7 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
             raise NotRecognised(f"its buffer {name} of {buffer.dtype} may be a switch: no random value stands for it")
     with trial():
         twin = tried(lambda: _bare(module))
-        before = {name: _contents(value) for name, value in twin.__dict__.items()}
+        before = _held(twin)
         expected, refused, reasons = [], [], []
         for attempt in attempts:
             try:
@@ -214,7 +214,7 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
             except NotTried as reason:
                 refused.append(attempt)
                 reasons.append(reason)
-        stored = [name for name, value in twin.__dict__.items() if _differ(before.get(name), _contents(value))]
+        stored = [name for name, parts in _held(twin).items() if _differ(before.get(name), parts)]
         if expected and stored:
             raise NotRecognised(f"its forward stores {', '.join(stored)}")
         largest = {rank: max(a.numbers for a in attempts if a.rank == rank) for rank in (a.rank for a in attempts)}
@@ -227,19 +227,25 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
         if not agreeing[mixin]:
             raise NotRecognised("its forward computes something else than its structure says")
         trains = mixin.in_training and _trains(_bare(module), expected)
-        return fast.fast_class(mixin, type(module), agreeing[mixin], trains)
+        return fast.fast_class(mixin, type(module), agreeing[mixin], trains, fast.softmaxes(twin))
 
 
 def _ranks_that_agree(
     twin: nn.Module, mixin: type, ranks: tuple[int, ...], expected: list[tuple[Attempt, object]]
 ) -> tuple[int, ...]:
     original = type(twin)
-    twin.__class__ = fast.fast_class(mixin, original, ranks)
+    twin.__class__ = fast.fast_class(mixin, original, ranks, tried_softmaxes=fast.softmaxes(twin))
     try:
         differ = {a.rank for a, own in expected if a.rank in ranks and not agree(own, tried(lambda: a(twin)))}
     finally:
         twin.__class__ = original
     return tuple(rank for rank in ranks if rank not in differ)
+
+
+def _held(module: nn.Module) -> dict[str, list[tuple[object, int]]]:
+    """The contents of each attribute of the module and, under paths, of all in it."""
+    parts = [(f"{path}." if path else "", part) for path, part in module.named_modules()]
+    return {f"{path}{name}": _contents(value) for path, part in parts for name, value in vars(part).items()}
 
 
 def _contents(value) -> list[tuple[object, int]]:
