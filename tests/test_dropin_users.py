@@ -134,6 +134,15 @@ def test_dropout_that_is_no_module_is_kept_in_training():
     assert "h2ot_kernels::recover_attention" in called.names
 
 
+def test_a_dropout_that_the_own_forward_does_not_call_is_not_called():
+    attention, x = OwnDropout(C, H, proj_drop=0.3).double(), torch.randn(2, 6, C).double()
+    attention.rate = 0.0
+    assert "attention" in replaced(agrees(attention.train(), x))
+    attention.eval().proj_drop.train()
+    with torch.no_grad(), dropin.patch(attention):
+        assert_agree([attention(x)], [attention(x)], 0)
+
+
 class Remembers(mixste.Attention):
     def __init__(self):
         super().__init__(C, H)

@@ -50,20 +50,29 @@ class Calls(NamedTuple):
         return tuple([known[name] for name in self.taken])
 
 
+class Known(NamedTuple):
+    """What the trial found out about a module's own forward."""
+
+    trains: bool = False  # in training it computes what it computes in eval mode, the children's dropout aside
+    drops_last: bool = False  # it gives what `proj_drop` makes of the output projection
+    softmaxes: tuple[tuple[str, int | None], ...] = ()  # of the children: (name, axis)
+
+
+UNKNOWN = Known()
+
+
 class Fast:
     """Mixed in by `fast_class`: `original` is the module's own class, `calls` how its forward is called.
 
-    `kernel`: the switch. `trains`: whether the own forward computes in training what it computes in eval mode, the
-    children's dropout aside. `tried_softmaxes`: those of the children, as they were tried. All are read from the class:
-    a module may have attributes of these names. `inputs`: how many of the first arguments are tokens; `by_name`:
-    further ones that the fast forward takes; `in_training`: whether it runs there.
+    `kernel`: the switch. `known`: what was found out about the own forward. All are read from the class: a module may
+    have attributes of these names. `inputs`: how many of the first arguments are tokens; `by_name`: further ones that
+    the fast forward takes; `in_training`: whether it runs there.
     """
 
     kernel: str
     original: type
     calls: Calls
-    trains: bool
-    tried_softmaxes: tuple[tuple[str, int | None], ...]
+    known: Known
     inputs = 1
     by_name: tuple[str, ...] = ()
     in_training = False
@@ -106,13 +115,7 @@ def _same(value, default) -> bool:
 
 
 @functools.cache
-def fast_class(
-    mixin: type,
-    original: type,
-    ranks: tuple[int, ...] = (),
-    trains: bool = True,
-    tried_softmaxes: tuple[tuple[str, int | None], ...] = (),
-) -> type:
+def fast_class(mixin: type, original: type, ranks: tuple[int, ...] = (), known: Known = UNKNOWN) -> type:
     """original with mixin's forward, under original's name; raises NotRecognised where names of theirs are the same."""
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -121,8 +124,7 @@ def fast_class(
     in_front = positional[: len(taken)] == taken
     calls = Calls(positional, defaults, taken, mixin.inputs + len(mixin.by_name) if in_front else -1, ranks)
     documented = {"__module__": original.__module__, "__doc__": original.__doc__}
-    settings = {"original": original, "calls": calls, "trains": trains, "tried_softmaxes": tried_softmaxes}
-    names = settings | documented
+    names = {"original": original, "calls": calls, "known": known} | documented
     if not issubclass(mixin, nn.Module):
         ours = sorted({*dir(mixin), *names} - {"forward"})
         clash = [name for name in ours if not name.startswith("__") and hasattr(original, name)]
@@ -173,7 +175,7 @@ def are_passive(module: Fast, *but: str) -> bool:
     """Whether all parts but these are passive, and those that are a softmax the same as they were tried."""
     if not all([name in but or is_passive(part) for name, part in module._modules.items()]):
         return False
-    return softmaxes(module) == type(module).tried_softmaxes
+    return softmaxes(module) == type(module).known.softmaxes
 
 
 def softmaxes(module: nn.Module) -> tuple[tuple[str, int | None], ...]:
@@ -351,9 +353,10 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
 
 def stores_nothing(attention: Fast, *inputs: Tensor, project: tuple[str, ...] = ("qkv",)) -> bool:
     """Whether there is something to attend to, and what the fast path leaves out would do nothing."""
-    called = (*project, "proj", "proj_drop")
+    known = type(attention).known
+    called = (*project, "proj", "proj_drop") if known.drops_last else (*project, "proj")
     skipped = [part for name, part in attention._modules.items() if name not in called]
-    same = (type(attention).trains or not attention.training) and are_passive(attention, *called)
+    same = (known.trains or not attention.training) and are_passive(attention, *called)
     return same and all(x.numel() for x in inputs) and is_silent(*skipped)
 
 
@@ -368,5 +371,4 @@ def attend(attention: Fast, qkv: Tensor, frame_dim: int = -2, residual: Tensor |
 
 def project_out(attention: Fast, attended: Tensor) -> Tensor:
     projected = attention.proj(attended)
-    dropout = attention._modules.get("proj_drop")
-    return projected if dropout is None else dropout(projected)
+    return attention.proj_drop(projected) if type(attention).known.drops_last else projected

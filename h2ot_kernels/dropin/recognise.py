@@ -226,15 +226,18 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
         mixin = max(mixins, key=lambda mixin: len(agreeing[mixin]))
         if not agreeing[mixin]:
             raise NotRecognised("its forward computes something else than its structure says")
-        trains = mixin.in_training and _trains(_bare(module), expected)
-        return fast.fast_class(mixin, type(module), agreeing[mixin], trains, fast.softmaxes(twin))
+        ranks, known = agreeing[mixin], fast.Known(softmaxes=fast.softmaxes(twin))
+        if mixin.in_training:
+            alike = [(attempt, own) for attempt, own in expected if attempt.rank in ranks]
+            known = known._replace(trains=_trains(_bare(module), alike), drops_last=_drops_last(twin, alike))
+        return fast.fast_class(mixin, type(module), ranks, known)
 
 
 def _ranks_that_agree(
     twin: nn.Module, mixin: type, ranks: tuple[int, ...], expected: list[tuple[Attempt, object]]
 ) -> tuple[int, ...]:
     original = type(twin)
-    twin.__class__ = fast.fast_class(mixin, original, ranks, tried_softmaxes=fast.softmaxes(twin))
+    twin.__class__ = fast.fast_class(mixin, original, ranks, fast.Known(softmaxes=fast.softmaxes(twin)))
     try:
         differ = {a.rank for a, own in expected if a.rank in ranks and not agree(own, tried(lambda: a(twin)))}
     finally:
@@ -275,5 +278,21 @@ def _trains(twin: nn.Module, expected: list[tuple[Attempt, object]]) -> bool:
             module.p = 0.0
     try:
         return all(agree(own, tried(lambda: attempt(twin))) for attempt, own in expected)
+    except NotTried:
+        return False
+
+
+class _Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def _drops_last(twin: nn.Module, expected: list[tuple[Attempt, object]]) -> bool:
+    """Whether what `proj_drop` gives is the result: twice as much, where it gives twice as much."""
+    if twin._modules.get("proj_drop") is None:
+        return False
+    twin._modules["proj_drop"] = _Twice()
+    try:
+        return all(agree(2 * own, tried(lambda: attempt(twin))) for attempt, own in expected)
     except NotTried:
         return False
