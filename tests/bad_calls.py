@@ -7,6 +7,7 @@ from torch import nn
 import h2ot_kernels as h2ot
 import h2ot_kernels.onnx
 
+from .test_dropin import BAD as DROPIN
 from .test_ftp_pose import BAD as FTP_POSE
 from .test_hosts import BAD as HOSTS
 from .test_hourglass import BAD as HOURGLASS
@@ -256,23 +257,13 @@ BAD = {
     "blocks": (lambda: h2ot.hourglass.wrap(LINEAR, 9, {1: 3}), TypeError, "blocks: got Linear, wanted ModuleList"),
     "patched": (lambda: h2ot.dropin.patch(3), TypeError, "target: got int, wanted an nn.Module"),
     "kernels": (lambda: h2ot.dropin.patch(LINEAR, fast=True), TypeError, "patch: got fast, wanted some of cluster"),
-    "hot K": (lambda: h2ot.dropin.hot.cluster_dpc_knn(X, 10, 2), ValueError, "cluster_num: got 10, wanted 1 to 9"),
-    "hot x": (lambda: h2ot.dropin.hot.cluster_dpc_knn(X.long(), 3, 2), TypeError, "x: got dtype int64"),
-    "tpc K": (lambda: h2ot.dropin.hot.cluster_dpc_knn_center(X, 9, 2, 4), ValueError, "cluster_num: got 9"),
-    "points": (lambda: h2ot.dropin.hot.index_points(X, INDEX + 1), IndexError, "index 9 is out of bounds"),
-    "tcformer K": (lambda: h2ot.dropin.tcformer.cluster_dpc_knn({"x": X}, 10), ValueError, "cluster_num: got 10"),
-    "tcformer label": (
-        lambda: h2ot.dropin.tcformer.merge_tokens({"x": X}, torch.full((2, 9), 3), 3),
-        (IndexError, RuntimeError),
-        "index 3 is out of bounds",
-    ),
-    "prunevid K": (lambda: h2ot.dropin.prunevid.cluster_dpc_knn(X, 10, 2), ValueError, "cluster_num: got 10"),
     "exported batch": (
         lambda: h2ot_kernels.onnx.export(LINEAR, (X[:1],), "none.onnx"),
         ValueError,
         r"inputs: got shape \[1, 9, 4\] as number 0, wanted a batch of 2 or more",
     ),
 }
+BAD |= {f"drop-in: {name}": row for name, row in DROPIN.items()}
 BAD |= {f"module: {name}": row for name, row in MODULES.items()}
 BAD |= {f"hourglass: {name}": row for name, row in HOURGLASS.items()}
 COMPILED = list(BAD)  # what is checked when a model is made is checked outside of what is compiled
@@ -281,7 +272,8 @@ BAD |= {f"FTP-Pose: {name}": row for name, row in FTP_POSE.items()}
 # What only the contents of a tensor tell, which fake tensors do not have.
 CONTENTS = {
     *("clusters keep tensor", "parent outside", "keep tensor outside", "keep tensor too many", "index outside"),
-    *("label outside", "frame outside", "not ascending", "out, index outside", "points", "tcformer label"),
+    *("label outside", "frame outside", "not ascending", "out, index outside"),
+    *("drop-in: point", "drop-in: points", "drop-in: label outside", "drop-in: idx_token outside"),
     *("index outside, parent", "cluster keep", "motion keep", "attention keep"),
     *("hourglass: index range", "hourglass: index of a pruned frame"),
 }

@@ -130,7 +130,7 @@ def test_the_number_of_clusters_may_be_any_integer():
     wanted = seeded(dropin.hot.cluster_dpc_knn, x, K, 2)
     for number in (torch.tensor(K), torch.tensor([K]).numpy()[0]):
         assert all(map(torch.equal, seeded(dropin.hot.cluster_dpc_knn, x, number, 2), wanted))
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="cluster_num: got float, wanted an integer"):
         dropin.hot.cluster_dpc_knn(x, float(K), 2)
 
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 import h2ot_kernels as h2ot
+from h2ot_kernels.dropin import hot, prunevid, tcformer
 
 from .host_cases import NAMES, poses, small
+from .test_dropin_patch import MODELS, run
 
 META = {"device": "meta"}
 X, INDEX = torch.empty(2, 9, 4, **META), torch.zeros(2, 3, dtype=torch.int64, **META)
 LABELS = torch.zeros(2, 9, dtype=torch.int64, **META)
+TOKENS = {"x": X, "mask": LABELS, "idx_token": LABELS, "agg_weight": X[..., :1]}
 CALLS = {
     "gather_tokens": (lambda: h2ot.gather_tokens(X, INDEX), (2, 3, 4)),
     "recover_interpolate": (lambda: h2ot.recover_interpolate(X[:, :3], INDEX, 9), (2, 9, 4)),
@@ -22,6 +25,15 @@ CALLS = {
     "prune_cluster": (lambda: h2ot.prune_cluster(X, 3, keep=[0, 4]), (2, 3)),
     "select_tokens": (lambda: h2ot.select_tokens(X[..., 0], 3, keep=INDEX), (2, 3)),
     "prune_sample": (lambda: h2ot.prune_sample(9, 3, device="meta"), (1, 3)),
+    "hot": (lambda: hot.cluster_dpc_knn(X, 3, 2)[0], (2, 3)),
+    "hot, masked": (lambda: hot.cluster_dpc_knn(X, 3, 2, LABELS, masked_label=0)[1], (2, 9)),
+    "tpc": (lambda: hot.cluster_dpc_knn_center(X, 3, 2, 4)[1], (2, 9)),
+    "prunevid": (lambda: prunevid.cluster_dpc_knn(X, 3)[0], (2, 9)),
+    "tcformer": (lambda: tcformer.cluster_dpc_knn(TOKENS, 3)[0], (2, 9)),
+    "tcformer, merged": (lambda: tcformer.merge_tokens(TOKENS, LABELS, 3, X[..., 0])["x"], (2, 3, 4)),
+    "tcformer, followed": (lambda: tcformer.merge_tokens(TOKENS, LABELS, 3)["agg_weight"], (2, 9, 1)),
+    "index_points": (lambda: hot.index_points(X, INDEX), (2, 3, 4)),
+    "cross_attention": (lambda: hot.CrossAttention(4, 2).to("meta")(X, X[:, :3], X[:, :3]), (2, 9, 4)),
 }
 
 
@@ -39,6 +51,18 @@ def test_hosts_on_meta_tensors(name):
     with torch.no_grad():
         expected = poses(model(x))
         assert poses(model.to("meta")(x.to("meta"))).shape == expected.shape
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_patched_models_on_meta_tensors(make):
+    model, x = make()
+    model.eval()
+    with torch.no_grad():
+        expected = run(model, x)
+        with h2ot.dropin.patch(model), torch.device("meta"):
+            found = run(model.to("meta"), x.to("meta"))
+    assert all(y.is_meta for y in found)
+    assert [y.shape for y in found] == [y.shape for y in expected]
 
 
 @pytest.mark.parametrize("name", NAMES)

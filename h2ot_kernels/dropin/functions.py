@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import hot, tcformer
-from .clusters import select_and_assign
+from .clusters import select_and_assign, tokens_in
 from .trial import NotRecognised, agree, trial, tried
 
 Arguments = Callable[[torch.Generator], tuple]
@@ -176,13 +176,13 @@ def _clusters(
 def _clusters_of_dict(
     token_dict: dict, cluster_num: int, k: int, token_mask: Tensor | None = None, *, noise_dtype: torch.dtype | None
 ) -> dict[str, object]:
-    return _clusters(token_dict["x"], cluster_num, k, token_mask, noise_dtype=noise_dtype)
+    return _clusters(tokens_in(token_dict), cluster_num, k, token_mask, noise_dtype=noise_dtype)
 
 
 def _clusters_without(
     x: Tensor, cluster_num: int, k: int, center: int, token_mask: Tensor | None = None
 ) -> dict[str, object]:
-    index_down, idx_cluster = select_and_assign(x, cluster_num, k, token_mask, without=center, masked_label=0)
+    index_down, idx_cluster = select_and_assign(x, cluster_num, k, token_mask, without=(center,), masked_label=0)
     return {"index_down": index_down, "idx_cluster": idx_cluster, "cluster_num": cluster_num}
 
 

@@ -8,7 +8,7 @@ from ..checks import FLOATS
 from ..gather import gather_tokens
 from ..inference import is_transformed
 from ..linear import Linear
-from .clusters import select_and_assign
+from .clusters import integer, select_and_assign
 
 
 def cluster_dpc_knn(
@@ -16,8 +16,9 @@ def cluster_dpc_knn(
 ) -> tuple[Tensor, Tensor]:
     """(index_down [B, K], in descending score order; idx_cluster [B, N], positions in index_down) of x [B, N, C].
 
-    x: a dtype of float32, float64, bfloat16 or float16; results int64. token_mask: [B, N], > 0 is valid; masked tokens
-    belong to no cluster (-1; masked_label=0: to the first, as in official code). The noise is drawn as the official
+    x: a dtype of float32, float64, bfloat16 or float16; results int64. cluster_num, k: integers, or tensors that hold
+    one. token_mask: [B, N] or [1, N], numbers or bool, > 0 is valid; masked tokens belong to no cluster (-1;
+    masked_label=0: to the first, as in official code). The noise is drawn as the official
     code draws it: a seed gives the selection of that code in float64, where each sample has k valid tokens. A token as
     far from two selected ones goes to the first of them in x. Raises TypeError or ValueError that name the argument.
     Cost: that of `score_tokens` and `assign_clusters`. Source: HoT section 3.2.
@@ -37,6 +38,7 @@ def cluster_dpc_knn_center(
     """As `cluster_dpc_knn`, without the frame `center`, which the caller appends (TPC).
 
     x [B, N, C] -> int64 index_down [B, K], K = cluster_num of the other N - 1 frames, and idx_cluster [B, N].
+    center: one frame, -N .. N - 1, a negative one from the end.
     Raises TypeError or ValueError that name the argument. Its dtypes, cost and source: those of `cluster_dpc_knn`.
 
     >>> import torch
@@ -45,7 +47,7 @@ def cluster_dpc_knn_center(
     >>> sorted(index_down[0].tolist())
     [0, 2, 3]
     """
-    return select_and_assign(x, cluster_num, k, token_mask, without=center, masked_label=masked_label)
+    return select_and_assign(x, cluster_num, k, token_mask, without=(center,), masked_label=masked_label)
 
 
 def index_points(points: Tensor, idx: Tensor) -> Tensor:
@@ -73,7 +75,9 @@ def index_points(points: Tensor, idx: Tensor) -> Tensor:
 class CrossAttention(nn.Module):
     """HoT's recovering attention, with the official arguments and parameter names, for code that builds its own.
 
-    It is there as `hot.Cross_Attention`, too: the class is called that in HoT's code.
+    It is there as `hot.Cross_Attention`, too: the class is called that in HoT's code. Raises TypeError or ValueError
+    that name the argument where dim or num_heads is no positive integer, num_heads does not divide dim, or attn_drop is
+    not 0.
 
     >>> import torch
     >>> from h2ot_kernels.dropin import hot
@@ -92,6 +96,10 @@ class CrossAttention(nn.Module):
         proj_drop: float = 0.0,
     ):
         super().__init__()
+        dim = integer("dim", dim, 1)
+        num_heads = integer("num_heads", num_heads, 1, dim, "dim")
+        if dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, wanted a divisor of dim = {dim}")
         if attn_drop:
             raise ValueError(f"attn_drop: got {attn_drop}, wanted 0: the weights are never stored")
         self.num_heads = num_heads

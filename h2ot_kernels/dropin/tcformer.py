@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import cluster
+from .. import checks, cluster
 from . import prunevid
+from .clusters import INTEGERS, integer, per_token, tokens_in
 from .hot import index_points
 
 # What stands beside the tokens and is handed on unchanged, and what a merge makes None: no merged token is padding.
@@ -36,7 +37,7 @@ def cluster_dpc_knn(
     ([0.1, 5.1], 2)
     """
     return prunevid.cluster_dpc_knn(
-        token_dict["x"], cluster_num, k, token_mask, noise_dtype=noise_dtype, masked_label=masked_label
+        tokens_in(token_dict), cluster_num, k, token_mask, noise_dtype=noise_dtype, masked_label=masked_label
     )
 
 
@@ -45,11 +46,12 @@ def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_
     idx_token [B, M] (followed into the clusters), agg_weight [B, M, 1] (times each token's share), map_size,
     init_grid_size (the same) and mask (None).
 
-    token_dict: x [B, N, C], of the dtypes of `h2ot_kernels.merge_tokens`, and perhaps the others.
-    token_weight: [B, N, 1] or [B, N]. As in the official code a share is w / (sum of w + 1e-6). Tokens labelled -1, or
-    False in token_dict["mask"], are not merged; a token of idx_token that was not merged stays -1, its agg_weight 0.
-    Gradients to x and token_weight. Cost: one read of x. Raises as `h2ot_kernels.merge_tokens`.
-    Source: TCFormer section 3.
+    token_dict: x [B, N, C], of the dtypes of `h2ot_kernels.merge_tokens`, and perhaps the others, idx_token integers.
+    idx_cluster: integers [B, N] or [1, N], -1 .. K - 1, K = cluster_num: an integer, or a tensor that holds one.
+    token_weight: numbers [B, N, 1] or [B, N]. As in the official code a share is w / (sum of w + 1e-6). Tokens labelled
+    -1, or not > 0 in token_dict["mask"], are not merged; a token of idx_token that was not merged stays -1, its
+    agg_weight 0. Gradients to x and token_weight. Cost: one read of x. Raises TypeError or ValueError that name the
+    argument, IndexError for a label or an idx_token outside its range. Source: TCFormer section 3.
 
     >>> import torch
     >>> from h2ot_kernels.dropin import tcformer
@@ -58,26 +60,34 @@ def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_
     >>> [round(x, 3) for x in merged["x"].flatten().tolist()], merged["token_num"]
     ([2.0, 7.0], 2)
     """
-    x = token_dict["x"]
+    x = tokens_in(token_dict)
+    checks.tensor("x", x, (3,), "[B, N, C]")
     B, N, _ = x.shape
-    valid = idx_cluster >= 0
+    K = integer("cluster_num", cluster_num, 1)
+    labels = per_token("idx_cluster", idx_cluster, x, INTEGERS).long()
     if token_dict.get("mask") is not None:
-        valid = valid & (token_dict["mask"].reshape(B, N) > 0)
-    labels, member = torch.where(valid, idx_cluster, -1), idx_cluster.clamp(min=0)
+        labels = torch.where(per_token("mask", token_dict["mask"], x) > 0, labels, -1)
     wide = torch.promote_types(x.dtype, torch.float32)
-    weight = x.new_ones(B, N, dtype=wide) if token_weight is None else token_weight.reshape(B, N).to(wide)
+    given = None if token_weight is None else per_token("token_weight", token_weight, x).to(wide)
+    merged = cluster.merge_tokens(x, labels, K, given)  # looks at the labels' range
+    weight = x.new_ones(B, N, dtype=wide) if given is None else given
+    valid, member = labels >= 0, labels.clamp(min=0)
     counted = torch.where(valid, weight, 0.0)
-    total = counted.new_zeros(B, cluster_num).scatter_add(1, member, counted)
-    merged = cluster.merge_tokens(x, labels, cluster_num, None if token_weight is None else weight)
+    total = counted.new_zeros(B, K).scatter_add(1, member, counted)
     merged = (merged * (total / (total + 1e-6))[..., None]).to(x.dtype)
 
     out = {"x": merged, "token_num": cluster_num} | {name: token_dict[name] for name in KEPT if name in token_dict}
     idx_token = token_dict.get("idx_token")
     if idx_token is not None:
+        checks.tensor("idx_token", idx_token, (2,), "[B, M]", INTEGERS)
+        checks.has_shape("idx_token", idx_token, (B, idx_token.shape[1]), "[B, M]")
+        checks.same_device("idx_token", idx_token, "x", x)
+        idx_token = idx_token.long()
         here, at = idx_token >= 0, idx_token.clamp(min=0)
         out["idx_token"] = torch.where(here, labels.gather(1, at), -1)
         if token_dict.get("agg_weight") is not None:
-            share = (counted / (total + 1e-6).gather(1, member)).to((x if token_weight is None else token_weight).dtype)
+            dtype = torch.result_type(x if token_weight is None else token_weight, 1e-6)  # of integers: torch's default
+            share = (counted / (total + 1e-6).gather(1, member)).to(dtype)
             followed = torch.where(here[..., None], index_points(share[..., None], at), 0.0)
             out["agg_weight"] = token_dict["agg_weight"] * followed
     if "mask" in token_dict:
