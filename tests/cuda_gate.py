@@ -1,19 +1,22 @@
-"""The compile-only gate of the CUDA library: `python -m tests.cuda_gate [--arch 90 ...]`.
+"""The compile-only gate of the CUDA library: `python -m tests.cuda_gate [--arch 90 ...] [--all] [--record]`.
 
-nvcc compiles the kernels for every architecture with warnings as errors, and once the host's side of those files and
-the two torch-facing files. A row per kernel and architecture; fails on a spill, on more shared memory than every device
-has, or where the disassembly lacks the instructions that a kernel is written for. Needs nvcc, not a GPU; says so and
-passes where there is none.
+nvcc compiles the kernels, with warnings as errors, for every architecture where anything has changed since the ledger
+was written (tests/cuda_ledger.py; --all, --record: always), else for two that are drawn; and once the host's side of
+those files and the two torch-facing files. A row per kernel and architecture; fails on a spill, on more shared memory
+than every device has, or where the disassembly lacks the instructions that a kernel is written for. Needs nvcc, not a
+GPU; says so and passes where there is none.
 """
 
 import argparse
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -23,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import simt
+from . import cuda_ledger, simt
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
@@ -262,16 +265,8 @@ def dynamic_shared() -> dict[str, int]:
     return {name: int(size) for name, size in (line.rsplit(" ", 1) for line in listed.splitlines())}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
-    given, _ = parser.parse_known_args()  # what else `./dev aot` was given is for tests/aot.py, which runs first
-    architectures = given.arch
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    if shutil.which("nvcc") is None:
-        console.print("cuda gate: not run, nvcc is not on the PATH")
-        return 0
-    cuobjdump = disassembler()
+def compiled_by(architectures: Sequence[int], cuobjdump: Path | None) -> tuple[list[Compiled], list[str]]:
+    """The kernels of each architecture, and what is wrong."""
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         folder = Path(name)
         torch_facing = pool.submit(compile_torch_facing, folder)
@@ -284,19 +279,61 @@ def main() -> int:
         files = list(pool.map(lambda one: compile_file(*one), wanted))
         results = [judged([file for file in files if file.architecture == of], bool(cuobjdump)) for of in architectures]
         faults = [f"sm_{result.architecture}: {fault}" for result in results for fault in result.faults]
-        faults += torch_facing.result()
+        return results, faults + torch_facing.result()
+
+
+def registers(results: list[Compiled]) -> cuda_ledger.Registers:
+    kernels = sorted({kernel for result in results for kernel in result.kernels})
+    return {
+        kernel: {str(of.architecture): of.kernels[kernel]["registers"] for of in results if kernel in of.kernels}
+        for kernel in kernels
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="*", choices=ARCHITECTURES, help="compile for these")
+    parser.add_argument("--all", action="store_true", help="compile for all, whatever is recorded")
+    parser.add_argument("--record", action="store_true", help="the same, and record it")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of those that are compiled again")
+    return parser.parse_known_args()[0]  # what else `./dev aot` was given is for tests/aot.py, which runs first
+
+
+def main() -> int:
+    given = arguments()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if shutil.which("nvcc") is None:
+        console.print("cuda gate: not run, nvcc is not on the PATH")
+        return 0
+    cuobjdump = disassembler()
+    key = cuda_ledger.key(FLAGS, WANTED, BY_WARPS, BY_GROUPS, OVERLAPPING, ARCHITECTURES, bool(cuobjdump))
+    recorded = {} if given.all or given.record or given.arch else cuda_ledger.read(key)
+    chosen = given.arch or (cuda_ledger.drawn(ARCHITECTURES, given.seed) if recorded else ARCHITECTURES)
+    results, faults = compiled_by(chosen, cuobjdump)
+    rows = registers(results)
+    if recorded:
+        faults += cuda_ledger.differences(recorded, rows, chosen)
+        rows = recorded
     shared = dynamic_shared() if simt.why_not() is None else {}
     faults += [f"{kernel}: {size} bytes of shared memory" for kernel, size in shared.items() if size > SHARED_LIMIT]
 
-    table = Table("kernel", "shared", *(f"sm_{architecture}" for architecture in architectures))
-    for kernel in sorted({kernel for result in results for kernel in result.kernels}):
-        row = [str(result.kernels[kernel]["registers"]) if kernel in result.kernels else "-" for result in results]
+    columns = ARCHITECTURES if recorded else chosen
+    table = Table("kernel", "shared", *(f"sm_{architecture}" for architecture in columns))
+    for kernel, row in rows.items():
         size = next((str(size) for part, size in shared.items() if kernel.startswith(part)), "0")
-        table.add_row(kernel.replace("h2ot::cuda::", ""), size, *row)
+        table.add_row(kernel.replace("h2ot::cuda::", ""), size, *(str(row.get(str(of), "-")) for of in columns))
     console.print(table)
     seconds = ", ".join(f"sm_{result.architecture} {result.seconds:.0f}" for result in results)
     console.print(f"Registers per thread and bytes of shared memory per block; spills: 0 wanted. Seconds: {seconds}")
+    if recorded:
+        console.print(
+            f"Of the other architectures as recorded: nothing has changed (--seed {given.seed}; --all: compiled)"
+        )
     console.print(f"Disassembly: {'checked' if cuobjdump else 'not checked, no cuobjdump (CUDA toolkit, or triton)'}")
+    if given.record and not faults:
+        cuda_ledger.write(key, rows)
+    elif list(chosen) == list(ARCHITECTURES) and cuda_ledger.read(key) != rows:
+        console.print("STALE bench/results/aot/cuda.json: ./dev aot --record brings it up to date, then commit it")
     for fault in faults:
         console.print(f"FAILED {fault}", markup=False)
     return 1 if faults else 0
