@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..linear import HOOKS, Linear
+from ..linear import Linear
+from ..watched import HOOKS
 from . import fast
 from .trial import NotRecognised, NotTried, agree, trial, tried
 
