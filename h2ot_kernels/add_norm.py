@@ -36,7 +36,7 @@ def add_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype
 def takes(x: Tensor, y: Tensor | None, norm: nn.Module, dtype: torch.dtype) -> bool:
     """Whether add_norm(x, y, norm, dtype) gives what PyTorch's own operators give, and nobody sees the difference.
 
-    Hooks and a forward on the instance of norm are the caller's business (`linear.is_silent`).
+    Hooks and a forward on the instance of norm are the caller's business (`watched.is_silent`).
     """
     if type(norm) is not nn.LayerNorm:
         return False

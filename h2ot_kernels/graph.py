@@ -39,7 +39,7 @@ def graph_update(
 def takes(x: Tensor, others: tuple[Tensor, ...], norm: nn.Module, neighbours: int) -> bool:
     """Whether graph_update of x and others (u, v, residual, scale) gives what the definition gives, unseen.
 
-    Hooks and a forward on the instance of norm are the caller's business (`linear.is_silent`).
+    Hooks and a forward on the instance of norm are the caller's business (`watched.is_silent`).
     """
     if type(norm) is not nn.BatchNorm1d or norm.training or norm.running_mean is None:
         return False

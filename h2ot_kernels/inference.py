@@ -34,7 +34,7 @@ def is_transformed() -> bool:
 def is_unseen(*tensors: Tensor | None) -> bool:
     """Whether such an operator may have these: plain CPU tensors, nothing recorded, traced, transformed or compiled.
 
-    Hooks and a forward on the instance of a module are the caller's business (`linear.is_silent`).
+    Hooks and a forward on the instance of a module are the caller's business (`watched.is_silent`).
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return False

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.modules import module as nn_module
 
 from .add_norm import add_norm, takes
 from .backend import is_reference
@@ -17,9 +16,9 @@ from .linear_halves import Halves, adds_to_float
 from .linear_products import HAS_ONEDNN, Product, Widened, is_widened, product_of
 from .packed import ACTIVATIONS, NO_NORM, Packed
 from .samples import Samples
+from .watched import in_turn, is_own, is_silent
 
 Made = TypeVar("Made")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 FUSED = (torch.float32, torch.bfloat16)  # tokens whose norm is part of a product
 
@@ -179,6 +178,13 @@ class Linear(nn.Linear):
         return super().train(mode)
 
 
+def call(layer: nn.Module, x: Tensor, activation: str = "none", **around) -> Tensor | tuple[Tensor, ...]:
+    """What `Linear.forward` gives of these: inside the layer's call where that is nobody's but ours, else in turn."""
+    if is_own(layer, Linear):
+        return layer(x, activation, **around)
+    return in_turn(layer, x, activation, **around)
+
+
 def mlp(
     x: Tensor,
     fc1: Linear,
@@ -197,28 +203,26 @@ def mlp(
         dtype = _product_dtype(x)
         in_floats = (floats_run() or tiles_run()) and (dtype == torch.float32 or is_widened(dtype))
         if in_floats or adds_to_float(dtype):
-            fused = mlp_in_one_call(x, fc1, fc2, fc1.out_features, norm, residual, scale)
+            fused = mlp_in_one_call(x, fc1, fc2, norm, residual, scale)
     if fused is not None:
         return fused
-    given = {name: value for name, value in (("residual", residual), ("scale", scale)) if value is not None}
-    return fc2(fc1(x, activation="gelu", norm=norm), **given)
+    return call(fc2, call(fc1, x, "gelu", norm=norm), residual=residual, scale=scale)
 
 
 def mlp_in_one_call(
     x: Tensor,
     first: Linear,
     last: nn.Linear,
-    hidden: int,
     norm: nn.LayerNorm | None,
     residual: Tensor | None,
     scale: Tensor | None,
 ) -> Tensor | None:
-    """residual + scale * last(gelu(first(norm(x)))), of `hidden` features between; None where no operator does that."""
-    layers = _both_packed(x, first, last, (1, hidden), norm, residual, scale)
+    """residual + scale * last(gelu(first(norm(x)))); None where no operator does that."""
+    layers = _both_packed(x, first, last, (1, None), norm, residual, scale)
     if layers is None:
         return None
     one, other = layers.first, layers.last
-    given = one.packed, one.bias, hidden, other.packed, other.bias, layers.residual, other.out_features
+    given = one.packed, one.bias, one.out_features, other.packed, other.bias, layers.residual, other.out_features
     return layers.rounded(one.operators.mlp(layers.x, *given, *layers.norm))
 
 
@@ -275,19 +279,19 @@ def _both_packed(
     x: Tensor,
     first: Linear,
     last: nn.Linear,
-    outputs: tuple[int, int],
+    outputs: tuple[int, int | None],
     norm: nn.LayerNorm | None,
     residual: Tensor | None,
     scale: Tensor | None,
 ) -> _Both | None:
     """None where nothing of one kind multiplies both unseen.
 
-    outputs: of the first, how many times as many as the last takes, and these.
+    outputs: of the first, how many times as many as the last takes, and these (None: as many as it has).
     """
-    plain = type(first).forward is Linear.forward is type(last).forward  # not a subclass's own
-    if not (plain and is_silent(first, last)):
+    if not (is_own(first, Linear) and is_own(last, Linear)):
         return None
     chunks, features = outputs
+    features = first.out_features if features is None else features
     dtype = _product_dtype(x)
     one = first._packed(x, x.shape[-1], dtype, None, chunks) if _takes_packed(x, dtype) else None
     widened = isinstance(one, Widened) and x.dtype == dtype
@@ -351,20 +355,6 @@ def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
     """norm(x), in the dtype of the product where that takes one pass; contiguous, for the product."""
     one_pass = is_silent(norm) and takes(x, None, norm, dtype)
     return add_norm(x, None, norm, dtype)[1].contiguous() if one_pass else norm(x)
-
-
-def is_silent(*modules: nn.Module | None) -> bool:
-    """Nothing happens in these modules' calls, which are left out or changed: no active dropout (of a module in
-    training mode, in an MLP that is not, too), no hook, no forward put on the instance.
-    """
-    for module in modules:
-        if module is None:
-            continue
-        if module.training and getattr(module, "p", 0):
-            return False
-        if "forward" in module.__dict__ or any([getattr(module, name) for name in HOOKS]):
-            return False
-    return not nn_module._has_any_global_hook()
 
 
 def _casts(*tensors: Tensor) -> bool:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from . import checks
 from .gather import gather_tokens
-from .linear import Linear, is_silent
+from .linear import Linear
 from .recover_attention import project, recover_attention, recover_pose
 from .recover_interpolation import recover_interpolate
 from .select import prune_attention, prune_cluster, prune_motion, prune_sample, select_tokens
+from .watched import is_own, is_silent
 
 
 class TokenPruning(nn.Module):
@@ -196,8 +197,8 @@ class TokenRecoveringAttention(nn.Module):
         rows = x.movedim(frame_dim, -2)
         others, rows = rows.shape[:-2], rows.flatten(0, -3).contiguous()
         query, key, value = project(token, rows, self.linear_q, self.linear_k, self.linear_v)
-        fits = _is_norm_linear(head) and type(self.proj).forward in (nn.Linear.forward, Linear.forward)
-        if fits and not torch.is_grad_enabled() and is_silent(self.proj, head, *head):
+        fits = _is_norm_linear(head) and (is_own(self.proj, Linear) or is_own(self.proj, nn.Linear))
+        if fits and not torch.is_grad_enabled() and is_silent(head, *head):
             tail = (self.proj, *head, self.num_heads)
             recovered = recover_pose(token, query, key, value, *tail, num_joints=1).squeeze(1)
         else:

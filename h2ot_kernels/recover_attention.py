@@ -12,8 +12,9 @@ import python_ref
 from . import checks
 from .backend import copying, dispatch, implement, is_reference, write
 from .library import declare, into_out, no_second_order
-from .linear import Linear, is_silent
+from .linear import Linear
 from .recover_rotated import recover_rotated, takes
+from .watched import is_silent
 
 
 def recover_attention(

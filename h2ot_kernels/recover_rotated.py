@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from .add_norm import HALVES
 from .inference import declare_for_inference, dots_run, is_unseen, tiles_run
-from .linear import Linear, is_silent
+from .linear import Linear
 from .linear_products import is_widened
 from .linear_tiles import SMALLEST_SHARE, Tiles, pack_tiles, spread_of
+from .watched import is_silent
 
 PANEL, TILE = 32, 1024  # csrc/launch.h: kRotatedPanel, kRotatedTile
 

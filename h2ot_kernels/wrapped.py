@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from . import checks
 from .hourglass import Hourglass, Kept, _take
+from .linear import Linear
+from .watched import is_own
 
 
 def wrap(
@@ -147,13 +149,19 @@ def _query_key(layer: nn.Module, x: Tensor, frame_dim: int) -> tuple[Tensor, Ten
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
         normed = layer.norm1(x) if layer.norm_first else x
     else:
-        attention = layer.attn
+        attention, normed = layer.attn, layer.norm1(x)
+        if not (is_own(attention.qkv, nn.Linear) or is_own(attention.qkv, Linear)):  # a wrapper's weight says little
+            return _heads(attention.qkv(normed), 3, attention.num_heads, frame_dim)
         weight, bias = attention.qkv.weight, attention.qkv.bias
-        normed = layer.norm1(x)
     two = weight.shape[0] // 3 * 2
     both = functional.linear(normed, weight[:two], None if bias is None else bias[:two])
-    heads = both.movedim(frame_dim, -2).unflatten(-1, (2, attention.num_heads, -1))
-    query, key = heads.movedim(-4, -2).unbind(-4)
+    return _heads(both, 2, attention.num_heads, frame_dim)
+
+
+def _heads(projected: Tensor, parts: int, num_heads: int, frame_dim: int) -> tuple[Tensor, Tensor]:
+    """The first two of that many parts [..., H, F, D]."""
+    heads = projected.movedim(frame_dim, -2).unflatten(-1, (parts, num_heads, -1))
+    query, key, *_ = heads.movedim(-4, -2).unbind(-4)
     return query, key
 
 

@@ -118,3 +118,21 @@ def test_weights_that_cannot_be_copied(tmp_path, kind, message):
     with pytest.raises(ValueError, match=message):
         hosts.load_checkpoint(model, tmp_path / "model.pth")
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            lambda model: (model, model.state_dict()),
+            "path: got OrderedDict, wanted the name of a file; model.load",
+        ),
+        (lambda model: ("model.pth", model), "model: got str, wanted an nn.Module"),
+        (lambda model: (model, 3), "path: got int, wanted the name of a file"),
+    ],
+)
+def test_arguments_of_other_kinds_are_named(given, message):
+    """By their kinds, in a line: not by what they hold."""
+    with pytest.raises(TypeError, match=message) as caught:
+        hosts.load_checkpoint(*given(small("mixste")))
+    assert len(str(caught.value)) < 120

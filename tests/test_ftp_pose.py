@@ -125,6 +125,12 @@ BAD = {  # rows of the table in bad_calls.py
     "image size": (lambda: tiny(image_size=(60, 48)), ValueError, "image_size: got .60, 48., wanted multiples"),
     "patch size": (lambda: tiny(patch_size=8), ValueError, "patch_size: got 8, wanted 16"),
     "heads": (lambda: tiny(num_heads=3), ValueError, "num_heads: got 3"),
+    "no heads": (lambda: tiny(num_heads=0), ValueError, "num_heads: got 0, wanted 1 or more"),
+    "frames dtype": (
+        lambda: tiny()(FRAMES.double()),
+        TypeError,
+        "frames: got dtype torch.float64, wanted torch.float32",
+    ),
     "unknown": (lambda: tiny(width=3), TypeError, "width: no argument of FTPPose"),
     "frames rank": (lambda: tiny()(FRAMES[0]), ValueError, "frames: got shape"),
     "frames shape": (lambda: tiny()(FRAMES[..., :32]), ValueError, "frames: got shape"),

@@ -323,6 +323,19 @@ def test_compiles_without_a_break():
     assert_near(traced, ours, 1e-12)
 
 
+def lifted(x):
+    return hosts.build("mixste", **SIZES["mixste"])(x)
+
+
+def test_autocast_takes_what_it_casts():
+    """And says of the rest what came: float64 it leaves as it is."""
+    x = torch.zeros(1, F, J, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lifted(x.bfloat16()).shape == lifted(x.half()).shape == (1, F, J, 3)
+        with pytest.raises(TypeError, match="x: got dtype torch.float64, wanted torch.float32"):
+            lifted(x.double())
+
+
 BAD = {  # rows of the table in bad_calls.py
     "name": (
         lambda: hosts.build("hot_transformer"),
@@ -350,18 +363,21 @@ BAD = {  # rows of the table in bad_calls.py
         "joints: got the neighbours of 17 joints, wanted 16",
     ),
     "frames": (
-        lambda: hosts.build("mixste", **SIZES["mixste"])(torch.zeros(1, 26, J, 2)),
+        lambda: lifted(torch.zeros(1, 26, J, 2)),
         ValueError,
         r"x: got shape \[1, 26, 17, 2\], wanted \[B, F, J, in_channels\] = \[1, 27, 17, 2\]",
     ),
-    "rank": (
-        lambda: hosts.build("mixste", **SIZES["mixste"])(torch.zeros(27, J, 2)),
-        ValueError,
-        r"x: got shape \[27, 17, 2\]",
-    ),
-    "type": (
-        lambda: hosts.build("mixste", **SIZES["mixste"])(np.zeros((1, F, J, 2))),
+    "rank": (lambda: lifted(torch.zeros(27, J, 2)), ValueError, r"x: got shape \[27, 17, 2\]"),
+    "type": (lambda: lifted(np.zeros((1, F, J, 2))), TypeError, "x: got ndarray"),
+    "double": (
+        lambda: lifted(torch.zeros(1, F, J, 2).double()),
         TypeError,
-        "x: got ndarray",
+        "x: got dtype torch.float64, wanted torch.float32, that of Spatial_patch_to_embedding.weight",
     ),
+    "half": (lambda: lifted(torch.zeros(1, F, J, 2).half()), TypeError, "x: got dtype torch.float16, wanted"),
+    "device": (lambda: lifted(torch.zeros(1, F, J, 2, device="meta")), ValueError, "x: got device meta, wanted cpu"),
+    "no heads": (lambda: hosts.build("mixste", num_heads=0), ValueError, "num_heads: got 0, wanted 1 or more"),
+    "heads": (lambda: hosts.build("mhformer", channels=30), ValueError, "num_heads: got 8, wanted a divisor of channe"),
+    "encoder heads": (lambda: hosts.build("mhformer", num_frames=28), ValueError, "encoder_heads: got 9, wanted a div"),
+    "type of heads": (lambda: hosts.build("motionbert", num_heads="8"), TypeError, "num_heads: got str, wanted an int"),
 }

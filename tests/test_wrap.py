@@ -93,10 +93,14 @@ def test_attention_pruner_reads_the_weights_of_the_block_before(norm_first):
 
     blocks = nn.ModuleList(Block(C, H, 2.0) for _ in range(2)).double().eval()
     tokens = torch.randn(B * J, F, C).double()
-    _, index = h2ot.hourglass.wrap(blocks, F, {1: 9}, "attention", None, num_joints=J)(tokens)
-    _, weights = blocks[0].attn(blocks[0].norm1(tokens), vis=True)
-    received = weights.mean((1, 2)).unflatten(0, (B, J)).mean(1)
-    assert torch.equal(index, h2ot.select_tokens(received, 9))
+    model, kept = h2ot.hourglass.wrap(blocks, F, {1: 9}, "attention", None, num_joints=J), []
+    for _ in range(2):
+        kept.append(model(tokens)[1])
+        _, weights = blocks[0].attn(blocks[0].norm1(tokens), vis=True)
+        received = weights.mean((1, 2)).unflatten(0, (B, J)).mean(1)
+        assert torch.equal(kept[-1], h2ot.select_tokens(received, 9))
+        blocks[0].attn.qkv.register_forward_hook(lambda layer, args, y: y.flip(1))  # what the layer gives, counts
+    assert not torch.equal(*kept)
 
 
 def test_padding_is_neither_kept_nor_attended():

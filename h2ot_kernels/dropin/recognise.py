@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..linear import HOOKS
+from ..watched import HOOKS
 from . import fast
 from .trial import NotRecognised, NotTried, agree, trial, tried
 

@@ -1,6 +1,9 @@
 """What the hosts are built of. Activations stay [B, F, J, C] from end to end: no block permutes or copies them.
 
-Every matrix product of a host is a `Linear` (nn.Linear, packed in CPU inference) or nn.Conv1d module.
+Every matrix product of a host is a `Linear` (nn.Linear, packed in CPU inference), nn.Linear or nn.Conv1d module. What
+stands around a `Linear` goes into its call by `call` only, so that whoever hooks, wraps or subclasses one of these
+modules sees the inputs and outputs of the official model's. `Attention` and `Mlp` take the norm before and the residual
+behind them: their calls are this package's own.
 """
 
 import torch
@@ -8,10 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..attention import attend_in_one_call, attend_packed, attend_rows, takes_one_product
-from ..checks import size_of
-from ..linear import Linear, mlp
+from ..checks import integer, size_of
+from ..linear import Linear, call, mlp
+from ..watched import is_own
 
 QueryKey = tuple[Tensor, Tensor]
+
+
+def check_heads(name: str, num_heads: int, of: str, channels: int) -> None:
+    """num_heads, an argument of this name, divides the channels, an argument called `of`."""
+    integer(of, channels, 1)
+    integer(name, num_heads, 1)
+    if channels % num_heads:
+        raise ValueError(f"{name}: got {num_heads}, wanted a divisor of {of} = {channels}")
 
 
 def drop_rates(last: float, depth: int) -> list[float]:
@@ -41,6 +53,7 @@ class Attention(nn.Module):
         proj_first: bool = False,
     ):
         super().__init__()
+        check_heads("num_heads", num_heads, "channels", channels)
         self.num_heads, self.dropout = num_heads, dropout
         if proj_first:
             self.proj = Linear(channels, channels)
@@ -63,12 +76,12 @@ class Attention(nn.Module):
                 return attended, None
         query_key = None
         if in_one_product:
-            attended, *heads = attend_packed(self.qkv(x, norm=norm), self.num_heads, dim)
+            attended, *heads = attend_packed(call(self.qkv, x, norm=norm), self.num_heads, dim)
             if with_query_key:
                 others = x.shape[:-2] if dim == x.dim() - 2 else (1, x.shape[2])
                 query_key = tuple(y.unflatten(0, others) for y in heads)
         else:
-            heads = self.qkv(x, chunks=3, norm=norm)
+            heads = call(self.qkv, x, chunks=3, norm=norm)
             if with_query_key:
                 query_key = tuple(y.unflatten(-1, (self.num_heads, -1)).movedim(dim, -2) for y in heads[:2])
             if dim == x.dim() - 2:
@@ -84,8 +97,8 @@ class Attention(nn.Module):
 def project(layer: Linear, x: Tensor, dropout: float, residual: Tensor | None = None, **given) -> Tensor:
     """residual + dropout(layer(x)), in one pass where nothing is dropped; given: scale, and out where nothing is."""
     if dropout == 0:
-        return layer(x, residual=residual, **given)
-    y = functional.dropout(layer(x, **given), dropout)
+        return call(layer, x, residual=residual, **given)
+    y = functional.dropout(call(layer, x, **given), dropout)
     return y if residual is None else residual + y
 
 
@@ -102,7 +115,7 @@ class Mlp(nn.Module):
         """norm: what is done to x first; update: residual, scale as `Linear` takes them."""
         if not (self.training and self.dropout):
             return mlp(x, self.fc1, self.fc2, norm=norm, **update)
-        hidden = functional.dropout(self.fc1(x, activation="gelu", norm=norm), self.dropout)
+        hidden = functional.dropout(call(self.fc1, x, "gelu", norm=norm), self.dropout)
         return project(self.fc2, hidden, self.dropout, **update)
 
 
@@ -135,21 +148,17 @@ class Block(nn.Module):
         return x + drop_path(self.mlp(x, norm=self.norm2), self.drop_path_rate, dim), query_key
 
 
-class Fusion(nn.Linear):
-    """How much each of two streams counts at each position: a Linear 2C -> 2 over both, softmax."""
+def fused(layer: nn.Linear, first: Tensor, second: Tensor) -> Tensor:
+    """The streams [..., C], each weighted at each position by the softmax of layer, 2C -> 2, over both.
 
-    def __init__(self, channels: int):
-        super().__init__(2 * channels, 2)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """[..., C] twice -> weights [..., 2] that sum to 1. The two are never concatenated."""
-        C = first.shape[-1]
-        logits = functional.linear(first, self.weight[:, :C], self.bias)
-        return (logits + functional.linear(second, self.weight[:, C:])).softmax(-1)
-
-
-def mix(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """The streams [..., C] weighted by [..., 2] that sum to 1."""
+    The two are never concatenated where nobody watches layer.
+    """
+    if is_own(layer, nn.Linear) or is_own(layer, Linear):
+        C, weight = first.shape[-1], layer.weight
+        logits = functional.linear(first, weight[:, :C], layer.bias) + functional.linear(second, weight[:, C:])
+    else:
+        logits = layer(torch.cat([first, second], -1))
+    weights = logits.softmax(-1)
     return torch.lerp(second, first, weights[..., :1].to(first.dtype))
 
 
@@ -167,4 +176,4 @@ class Representation(nn.Module):
         self.fc = Linear(channels, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x, activation="tanh")
+        return call(self.fc, x, "tanh")

@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     The file is read with `weights_only=True`: a state_dict, or a dictionary that holds one as "model_pos", "model" or
     "state_dict". A `module.` prefix (DataParallel) is dropped.
     Raises ValueError that names every missing and unexpected key and every wrong shape or kind of tensor (the model is
-    then unchanged), or says why the file cannot be read; OSError where there is none, or a folder.
+    then unchanged), or says why the file cannot be read; OSError where there is none, or a folder; TypeError for a path
+    or model of another kind.
 
     >>> import tempfile, torch
     >>> from h2ot_kernels import hosts
@@ -35,6 +37,11 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     ...     hosts.load_checkpoint(model, file.name).weight[0]
     tensor([1., 1.], grad_fn=<SelectBackward0>)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted an nn.Module")
+    if not isinstance(path, (str, os.PathLike)):
+        known = "; model.load_state_dict takes it as it is" if isinstance(path, Mapping) else ""
+        raise TypeError(f"path: got {type(path).__name__}, wanted the name of a file{known}")
     state, wanted = _read(path), model.state_dict()
     problems = [f"missing: {name}" for name in wanted if name not in state]
     problems += [f"unexpected: {name}" for name in state if name not in wanted]

@@ -18,7 +18,8 @@ from .. import checks
 from ..gather import gather_tokens
 from ..nn import TokenRecoveringAttention
 from ..select import prune_cluster
-from .blocks import Block
+from .blocks import Block, check_heads
+from .host import check_input
 from .vit import MLP_RATIO, ViT
 
 FRAMES = 3  # t - 1, t, t + 1
@@ -76,8 +77,7 @@ class FTPPose(nn.Module):
             raise TypeError(f"{min(unknown)}: no argument of FTPPose")
         vit = {**SIZES[size], **overrides}
         channels, num_heads = vit["channels"], vit["num_heads"]
-        if channels % num_heads:
-            raise ValueError(f"num_heads: got {num_heads}, wanted a divisor of channels = {channels}")
+        check_heads("num_heads", num_heads, "channels", channels)
         if patch_size != 16:
             raise ValueError(f"patch_size: got {patch_size}, wanted 16: the head enlarges its grid four times")
         self.in_shape = (FRAMES, 3, *image_size)
@@ -126,6 +126,7 @@ class FTPPose(nn.Module):
         """
         checks.tensor("frames", frames, (5,), "[B, 3, 3, height, width]")
         checks.has_shape("frames", frames, (frames.shape[0], *self.in_shape), "[B, 3, 3, height, width]")
+        check_input("frames", frames, "vit.patch_embed", self.vit.patch_embed)
         x = self.vit.embed(frames.flatten(0, 1))
         dense, index = x, None
         for number, block in enumerate(self.vit.blocks):

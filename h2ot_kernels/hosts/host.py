@@ -8,16 +8,20 @@ from torch import Tensor, nn
 from .. import checks
 from ..hourglass import Hourglass, Kept
 from ..nn import TokenRecoveringAttention
+from ..watched import is_own
 
 
 class Host(nn.Module):
     """A video pose transformer with an hourglass: 2D keypoints [B, F, J, in_channels] in, 3D poses out.
 
-    A host writes `lift`; its blocks are numbered 0 to depth - 1. in_shape: (F, J, in_channels).
+    A host writes `lift` and names its `embedding`, the layer whose dtype and device x has to have; its blocks are
+    numbered 0 to depth - 1. in_shape: (F, J, in_channels).
     stages, pruner, recover, pipeline, keep, k: see `Hourglass`; no stages: the unpruned model. pos_embed: a learnable
     embedding is added after the (single) pruning stage, as HoT does.
     Raises ValueError for a stage that no block follows, or pos_embed without exactly one stage.
     """
+
+    embedding: str | None = None  # its name
 
     def __init__(
         self,
@@ -82,6 +86,8 @@ class Host(nn.Module):
         """
         checks.tensor("x", x, (4,), "[B, F, J, in_channels]")
         checks.has_shape("x", x, (x.shape[0], *self.in_shape), "[B, F, J, in_channels]")
+        if self.embedding is not None:
+            check_input("x", x, self.embedding, getattr(self, self.embedding))
         signals = {"index": index, "pose": x[..., :2], "scores": scores, "mask": mask, "noise": noise}
         pose, kept = self.lift(x, signals)
         if return_index or (self.hourglass.recovery is None and self.hourglass.pipeline == "seq2seq"):
@@ -99,3 +105,17 @@ class Host(nn.Module):
             frames = self.hourglass.stages.get(block, frames)
             tokens.append(frames)
         return tokens
+
+
+def check_input(name: str, x: Tensor, layer_name: str, layer: nn.Module) -> None:
+    """x is where layer's weight is and has its dtype, unless autocast sees to that. Whoever hooks, wraps or replaces
+    layer may want another: then PyTorch says so.
+    """
+    if not any([is_own(layer, kind) for kind in (nn.Linear, nn.Conv1d, nn.Conv2d)]):
+        return
+    weight, device = layer.weight, x.device.type
+    checks.same_device(name, x, f"{layer_name}.weight", weight)
+    if x.dtype != weight.dtype:
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if not casts or torch.float64 in (x.dtype, weight.dtype):  # which autocast leaves as it is
+            checks.same_dtype(name, x, f"{layer_name}.weight", weight)

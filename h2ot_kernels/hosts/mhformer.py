@@ -7,13 +7,15 @@ from torch.nn import functional
 from ..attention import attend_rows
 from ..hourglass import Kept
 from ..inference import is_unseen
-from ..linear import Linear
-from .blocks import Attention, Block, Mlp, QueryKey, drop_path, drop_rates, project
+from ..linear import Linear, call
+from ..watched import is_own
+from .blocks import Attention, Block, Mlp, QueryKey, check_heads, drop_path, drop_rates, project
 from .host import Host
 
 STREAMS = (1, 2, 3)
 # Which streams give the query and the key when stream s is updated; the value is its own.
 SOURCES = {1: (2, 3), 2: (1, 3), 3: (1, 2)}
+POINTWISE = ((1,), (1,), (0,), 1)
 
 
 class MHFormer(Host):
@@ -32,6 +34,8 @@ class MHFormer(Host):
     >>> model(torch.randn(2, 27, 17, 2)).shape
     torch.Size([2, 27, 17, 3])
     """
+
+    embedding = "embedding_1"
 
     def __init__(
         self,
@@ -52,12 +56,14 @@ class MHFormer(Host):
             raise ValueError("recover: got 'attention', wanted 'interpolation' or None: MHFormer has no recovery token")
         if hourglass.get("pos_embed"):
             raise ValueError("pos_embed: got True, wanted False: MHFormer has no embedding after its pruning")
+        check_heads("num_heads", num_heads, "channels", channels)
+        check_heads("encoder_heads", encoder_heads, "num_frames", num_frames)
         rows, common = in_channels * num_joints, (dropout, drop_path_rate)
         # The order of parameters and modules is that of the official state_dict.
         for s in STREAMS:
-            self.add_module(f"embedding_{s}", PointwiseConv(rows, channels, 1))
+            self.add_module(f"embedding_{s}", nn.Conv1d(rows, channels, 1))
         self.Transformer_hypothesis = HypothesisTransformer(num_frames, channels, num_heads, hidden, *common)
-        self.regression = nn.Sequential(nn.BatchNorm1d(3 * channels), PointwiseConv(3 * channels, 3 * num_joints, 1))
+        self.regression = nn.Sequential(nn.BatchNorm1d(3 * channels), nn.Conv1d(3 * channels, 3 * num_joints, 1))
         for s in STREAMS:
             self.add_module(f"norm_{s}", nn.LayerNorm(num_frames))
         for s in STREAMS:
@@ -69,7 +75,7 @@ class MHFormer(Host):
         streams = []
         for s in STREAMS:
             x = x + getattr(self, f"Transformer_encoder_{s}")(getattr(self, f"norm_{s}")(x))
-            streams.append(getattr(self, f"embedding_{s}")(x.mT))
+            streams.append(pointwise(getattr(self, f"embedding_{s}"), x.mT))
         transformer = self.Transformer_hypothesis
         x, kept, query, key = transformer.embed(streams), (), None, None
         for i, block in enumerate((*transformer.SHR_blocks, *transformer.CHI_blocks)):
@@ -81,16 +87,20 @@ class MHFormer(Host):
         return self.hourglass.recover(transformer.norm(x), kept, self._regress), kept
 
     def _regress(self, x: Tensor) -> Tensor:
-        """[B, K, 3C] -> [B, K, J, 3]. The rows are a batch to the BatchNorm: the statistics over B and K."""
-        batch_norm, conv = self.regression
-        return conv(batch_norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])).unflatten(-1, (-1, 3))
+        """[B, K, 3C] -> [B, K, J, 3]. Unwatched, the rows are a batch to the BatchNorm: the statistics over B and K."""
+        layers = self.regression
+        if is_own(layers, nn.Sequential) and len(layers) == 2 and is_own(layers[0], nn.BatchNorm1d):
+            y = pointwise(layers[1], layers[0](x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        else:
+            y = layers(x.mT).mT
+        return y.unflatten(-1, (-1, 3))
 
 
-class PointwiseConv(nn.Conv1d):
-    """A Conv1d of width 1 on channels last: [..., in_channels] -> [..., out_channels]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight[..., 0], self.bias)
+def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """A Conv1d on channels last: [B, T, in_channels] -> [B, T, out_channels]; whoever watches sees channels first."""
+    if is_own(conv, nn.Conv1d) and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == POINTWISE:
+        return functional.linear(x, conv.weight[..., 0], conv.bias)
+    return conv(x.mT).mT
 
 
 class Encoder(nn.Module):
@@ -157,11 +167,12 @@ class HypothesisBlock(nn.Module):
         for s in STREAMS:
             asked = {"with_query_key": with_query_key, "residual": None if drops else streams[s]}
             if in_place:
-                asked["out"] = parts[s]
+                asked["out"] = parts[s]  # where it is written unless somebody, whose result counts, put another there
             updated, query_key = self.update(s, streams, **asked)
             streams[s] = streams[s] + drop_path(updated, self.drop_path_rate, 1) if drops else updated
             query_keys.append(query_key)
-        x = whole if in_place else torch.cat(list(streams.values()), -1)
+        written = in_place and all([streams[s] is parts[s] for s in STREAMS])
+        x = whole if written else torch.cat(list(streams.values()), -1)
         if drops:
             return x + drop_path(self.mlp(x, norm=self.norm2), self.drop_path_rate, 1), query_keys
         return self.mlp(x, norm=self.norm2, residual=x), query_keys
@@ -214,7 +225,7 @@ class CrossAttention(nn.Module):
         update: residual, out as `Linear` takes them.
         """
         layers = (self.linear_q, self.linear_k, self.linear_v)
-        heads = [layer(x, norm=norm) for layer, x, norm in zip(layers, sources, norms, strict=True)]
+        heads = [call(layer, x, norm=norm) for layer, x, norm in zip(layers, sources, norms, strict=True)]
         query_key = None
         if with_query_key:
             query_key = tuple(y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in heads[:2])

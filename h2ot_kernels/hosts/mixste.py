@@ -25,6 +25,8 @@ class MixSTE(Host):
     torch.Size([2, 27, 17, 3])
     """
 
+    embedding = "Spatial_patch_to_embedding"
+
     def __init__(
         self,
         num_frames: int = 243,

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from ..graph import graph_update, takes
 from ..hourglass import Kept
-from ..linear import Linear, is_silent, normed
-from .blocks import Attention, Fusion, Mlp, Representation, mix
+from ..linear import Linear, normed
+from ..watched import is_silent
+from .blocks import Attention, Mlp, Representation, fused
 from .host import Host
 
 # The neighbours of each joint of the Human3.6M skeleton, as published: not symmetric at joints 0 and 8.
@@ -30,6 +31,8 @@ class MotionAGFormer(Host):
     >>> model(torch.randn(2, 27, 17, 3)).shape
     torch.Size([2, 27, 17, 3])
     """
+
+    embedding = "joints_embed"
 
     def __init__(
         self,
@@ -89,7 +92,7 @@ class Layer(nn.Module):
         self.att_temporal = Mixing(attention(), channels, hidden)
         self.graph_spatial = Mixing(SpatialGraph(channels, joints), channels, hidden)
         self.graph_temporal = Mixing(TemporalGraph(channels, num_frames, temporal_neighbours), channels, hidden)
-        self.fusion = Fusion(channels)
+        self.fusion = nn.Linear(2 * channels, 2)
         nn.init.zeros_(self.fusion.weight)
         nn.init.constant_(self.fusion.bias, 0.5)
 
@@ -97,7 +100,7 @@ class Layer(nn.Module):
         """x -> the layer's output and the (query, key) of its temporal attention."""
         attended, query_key = self.att_temporal(self.att_spatial(x, 2)[0], 1)
         passed, _ = self.graph_temporal(self.graph_spatial(x, 2)[0], 1)
-        return mix(attended, passed, self.fusion(attended, passed)), query_key
+        return fused(self.fusion, attended, passed), query_key
 
 
 class Mixing(nn.Module):

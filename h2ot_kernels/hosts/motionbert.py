@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hourglass import Kept
-from .blocks import Attention, Fusion, Mlp, QueryKey, Representation, joined, mix
+from .blocks import Attention, Mlp, QueryKey, Representation, fused, joined
 from .host import Host
 
 
@@ -49,6 +49,8 @@ class MotionBERT(Host):
     torch.Size([2, 27, 17, 3])
     """
 
+    embedding = "joints_embed"
+
     def __init__(
         self,
         num_frames: int = 243,
@@ -75,7 +77,7 @@ class MotionBERT(Host):
         self.cross_attention = self.recovering_attention(channels, num_heads)
         self.pre_logits = Representation(channels, representation)
         self.head = nn.Linear(representation, 3)
-        self.ts_attn = nn.ModuleList(Fusion(channels) for _ in range(depth))
+        self.ts_attn = nn.ModuleList(nn.Linear(2 * channels, 2) for _ in range(depth))
 
     def lift(self, x: Tensor, signals: dict) -> tuple[Tensor, Kept]:
         x = self.joints_embed(x) + (self.pos_embed + self.temp_embed)
@@ -83,7 +85,7 @@ class MotionBERT(Host):
         for i, (st, ts, fusion) in enumerate(zip(self.blocks_st, self.blocks_ts, self.ts_attn, strict=True)):
             x, kept = self.hourglass.prune(i, x, kept, pos_embed=self.pos_embed_token, query=query, key=key, **signals)
             (first, of_first), (second, of_second) = st(x), ts(x)
-            x = mix(first, second, fusion(first, second))
+            x = fused(fusion, first, second)
             if self.prunes_by_attention(i + 1):
                 query, key = joined([of_first, of_second])
         tail = {"x_token": self.x_token, "cross_attention": self.cross_attention}
