@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from . import constants
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-STRIDED = torch.strided
 MOST_TOKENS = 2**31 - 1  # of a sample: kernels number them in 32 bits
 
 
@@ -31,9 +30,6 @@ def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Seque
     """x is a tensor of one of these ranks and dtypes; `wanted` describes its shape in the message."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor {wanted}")
-    if x.layout is not STRIDED:
-        layout = str(x.layout).removeprefix("torch.")
-        raise TypeError(f"{name}: got a {layout} tensor, wanted a dense one {wanted}")
     if x.dim() not in dims:
         raise ValueError(f"{name}: got shape {shape(x)}, wanted {wanted}")
     if x.dtype not in dtypes:

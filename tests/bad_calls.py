@@ -20,7 +20,6 @@ LEAF = torch.randn(2, 3, 4, requires_grad=True)
 POSE, HEADS = torch.randn(2, 9, 3, 2), torch.randn(2, 1, 9, 4)
 KEEP, PARENT = torch.tensor([0, 9]), torch.full((2, 9), 9)
 LONG = torch.zeros(1, 1, 1).expand(1, 2**31, 1)  # one number in memory
-SPARSE, SPARSE_MASK = torch.eye(9).expand(2, 9, 9).to_sparse(), torch.ones(2, 9, dtype=torch.bool).to_sparse()
 COUNTS = numpy.array([3, 10])
 LINEAR, NORM, HEAD = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
 WIDE, DOUBLE, ELSEWHERE = nn.Linear(4, 8), nn.Linear(4, 4).double(), nn.Linear(4, 4, device="meta")
@@ -67,12 +66,6 @@ BAD = {
         lambda: h2ot.score_tokens(X, 9, exclude_self=True),
         ValueError,
         r"k: got 9, wanted 1 to 8 \(the number of other tokens\)",
-    ),
-    "sparse": (lambda: h2ot.prune_cluster(SPARSE, 3), TypeError, r"x: got a sparse_coo tensor, wanted a dense one"),
-    "sparse mask": (
-        lambda: h2ot.prune_cluster(X, 3, mask=SPARSE_MASK),
-        TypeError,
-        r"mask: got a sparse_coo tensor, wanted a dense one \[B, N\]",
     ),
     "length below 0": (lambda: h2ot.score_tokens(X, lengths=[-1, 9]), ValueError, "lengths: got -1, wanted 0 to 9"),
     "length above N": (lambda: h2ot.score_tokens(X, lengths=[3, 20]), ValueError, "lengths: got 20, wanted 0 to 9"),
