@@ -31,6 +31,7 @@ PROOFS = {
     "triton, planted": [*PYTEST, "--all", "tests/test_triton_mutants.py"],
     "triton, its PTX": ["-m", "tests.ptx", "--all"],
     "triton, every architecture": ["-m", "tests.aot", "--all"],
+    "cuda, every architecture": ["-m", "tests.cuda_gate", "--all"],
     "fuzz": [*PYTEST, "--hypothesis-profile=nightly", "tests/test_fuzz.py"],
     "tidy": ["-m", "tests.tidy"],
     "sanitize": ["-m", "tests.sanitize"],
