@@ -152,9 +152,10 @@ def test_a_stage_takes_along_what_it_has_started(tmp_path):
 def test_an_interrupted_command_stops_all_that_run(tmp_path):
     """One that ends when it is asked, beside one that does not."""
     code = f"""
-import sys, torch
+import signal, sys, torch
 import h2ot_kernels
 from bench import gpu
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may ignore it
 child = "import os, signal, threading; {{}}print(os.getpid(), flush=True); threading.Event().wait()"
 deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN); "
 torch.cuda.is_available, h2ot_kernels.env_report = lambda: True, dict
