@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command and under 9 minutes: `./dev gpu [--stage NAME ...]`.
 
 Each stage is a process group with its own time budget, and ends when the time of the whole command does; one that
-fails, hangs or loses the device does not stop the others. Those of one process that time nothing run side by side.
-Leaves in $OUT (default gpu_out/), as far as it came after every stage: summary.md (with the tables of what was
-measured), results.jsonl, hosts.jsonl, env.json and logs.tar.gz.
+fails, hangs or loses the device does not stop the others. Sanitizers, guard bands and the GPU's own tests run side by
+side; what is timed, and the case list, which takes every core, alone. Leaves in $OUT (default gpu_out/), as far as it
+came after every stage: summary.md (with the tables of what was measured), results.jsonl, hosts.jsonl, env.json and
+logs.tar.gz.
 """
 
 import argparse
