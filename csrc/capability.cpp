@@ -21,10 +21,12 @@ namespace portable {
 extern const Kernels table;
 }
 #endif
-#ifdef H2OT_X86
+#ifdef H2OT_HAS_AVX2
 namespace avx2 {
 extern const Kernels table;
 }
+#endif
+#ifdef H2OT_HAS_AVX512
 namespace avx512 {
 extern const Kernels table;
 }
@@ -39,11 +41,13 @@ struct Runnable {
   char names[64] = "";
 
   Runnable() {
-#ifdef H2OT_X86
+#ifdef H2OT_HAS_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       add(&avx512::table);
     }
+#endif
+#ifdef H2OT_HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       add(&avx2::table);
     }

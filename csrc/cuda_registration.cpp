@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cuda/launch_cuda.h"
-#include "stable.h"
+#include "require.h"
 
 namespace h2ot {
 namespace {
@@ -53,6 +53,7 @@ void run(const Tensor& x, const cuda::CudaScoreArgs& args, const char* op) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_tokens(const Tensor& x, int64_t k, const MaybeTensor& mask,
                                                         const MaybeTensor& noise) {
+  require_scoring({"score_tokens"}, x, k, mask, noise);
   const DeviceGuard guard(x.get_device_index());
   const std::vector<int64_t> size = {x.size(0), x.size(1)};
   const Tensor density = make(x, size, ScalarType::Double), distance = make(x, size, ScalarType::Double);
@@ -90,6 +91,9 @@ cuda::CudaScoreArgs selection_args(const Tensor& x, int64_t k, const MaybeTensor
 
 Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
                      const MaybeTensor& noise) {
+  constexpr Require require = {"prune_cluster"};
+  require_scoring(require, x, k, mask, noise);
+  require_selection(require, x.size(0), x.size(1), num_tokens, keep);
   const DeviceGuard guard(x.get_device_index());
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
@@ -101,6 +105,9 @@ Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const Maybe
 std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_tokens, int64_t k,
                                                   const MaybeTensor& keep, const MaybeTensor& mask,
                                                   const MaybeTensor& noise) {
+  constexpr Require require = {"cluster_tokens"};
+  require_scoring(require, x, k, mask, noise);
+  require_selection(require, x.size(0), x.size(1), num_tokens, keep);
   const DeviceGuard guard(x.get_device_index());
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
@@ -115,6 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_t
 }
 
 Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& mask) {
+  constexpr Require require = {"assign_clusters"};
+  require_tokens(require, x, mask);
+  require_index(require, index, x.size(0));
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
   const Tensor dense_index = dense(index), labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
@@ -130,6 +140,7 @@ Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& 
 }
 
 Tensor select_tokens(const Tensor& score, int64_t num_tokens, const MaybeTensor& keep, const MaybeTensor& mask) {
+  require_scores(score, num_tokens, keep, mask);
   const DeviceGuard guard(score.get_device_index());
   const int64_t B = score.size(0), N = score.size(1);
   const Tensor dense_score = dense(score, ScalarType::Double);
@@ -165,8 +176,9 @@ void set_layout(Args& args, const Tensor& x, int64_t from, int64_t to, const Ten
   args.out = out.mutable_data_ptr();
 }
 
-void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim,
-                       const Tensor& out) {
+void gather_into(const Tensor& out, const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim,
+                 int64_t out_dim) {
+  require_gathered({"gather_tokens"}, x, index, pos_embed, out);
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
   const Tensor dense_index = dense(index);
@@ -181,12 +193,18 @@ void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& 
 
 Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim) {
   const Tensor out = make_moved(x, dim, out_dim, index.size(1));
-  gather_tokens_out(x, index, pos_embed, dim, out_dim, out);
+  gather_into(out, x, index, pos_embed, dim, out_dim);
   return out;
 }
 
+void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim,
+                       const Tensor& out) {
+  require_out({"gather_tokens"}, out, x, dim, out_dim, index.size(1));
+  gather_into(out, x, index, pos_embed, dim, out_dim);
+}
+
 Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frames, int64_t dim, int64_t out_dim) {
-  if (grad.size(out_dim) != index.size(1)) throw std::invalid_argument("scatter_tokens: grad and index differ in K");
+  require_scattered({"scatter_tokens"}, grad, index, out_dim);
   const int32_t device = grad.get_device_index();
   const DeviceGuard guard(device);
   const Tensor dense_index = dense(index);

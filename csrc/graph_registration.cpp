@@ -1,30 +1,23 @@
 // The torch-facing file of a graph's layer. Only h2ot_kernels/graph.py calls it.
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
 #include <vector>
 
-#include "stable.h"
+#include "require.h"
 
 namespace h2ot {
 namespace {
 
-void require(bool condition, const char* wanted) {
-  if (!condition) throw std::invalid_argument(std::string("graph_update: wanted ") + wanted);
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
-}
+constexpr Require require = {"graph_update"};
 
 Tensor graph_update(const Tensor& x, const Tensor& u, const Tensor& v, const Tensor& residual, const Tensor& scale,
                     const MaybeTensor& adjacency, int64_t neighbours, const MaybeTensor& norm_weight,
                     const MaybeTensor& norm_bias, const Tensor& mean, const Tensor& variance, double eps, int64_t dim) {
   require(dim >= 0 && dim < x.dim() - 1, "dim to be an axis before the channels");
-  require(same_shape(x, u) && same_shape(x, v) && same_shape(x, residual), "u, v and residual of x's shape");
+  require(same_size(x, u) && same_size(x, v) && same_size(x, residual), "u, v and residual of x's shape");
   const int64_t T = x.size(dim), C = x.size(-1);
   const auto is_vector = [&](const Tensor& vector, int64_t length) {
-    return vector.dim() == 1 && vector.size(0) == length && vector.scalar_type() == x.scalar_type();
+    return has_size(vector, {length}) && vector.scalar_type() == x.scalar_type();
   };
   require(is_vector(scale, C), "scale [C], of x's dtype");
   require(is_vector(mean, T) && is_vector(variance, T) && (!norm_weight || is_vector(*norm_weight, T)) &&

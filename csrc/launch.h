@@ -1,8 +1,8 @@
 // Contracts between the torch-facing files (*registration.cpp) and the kernels: shapes, units, sizes. No torch here.
 //
-// Every kernel reads its arguments through one struct, trusts it (the Python stem has checked shapes and dtypes),
-// allocates nothing but per-thread scratch, and returns a Status. A kernel that meets a wrong index value writes
-// nothing out of bounds and says so in its Status. Strides are in elements. Sizes are 64-bit.
+// Every kernel reads its arguments through one struct, trusts it (the operator has asked for sizes and dtypes that fit,
+// require.h), allocates nothing but per-thread scratch, and returns a Status. A kernel that meets a wrong index value
+// writes nothing out of bounds and says so in its Status. Strides are in elements. Sizes are 64-bit.
 #pragma once
 
 #include <cstdint>

@@ -2,21 +2,11 @@
 #pragma once
 
 #include <cmath>
-#include <stdexcept>
 #include <vector>
 
-#include "stable.h"
+#include "require.h"
 
 namespace h2ot {
-
-// Raises ValueError that names the operators and what they want.
-struct Require {
-  const char* name;
-
-  void operator()(bool condition, const char* wanted) const {
-    if (!condition) throw std::invalid_argument(std::string("h2ot_kernels.") + name + ": wanted " + wanted);
-  }
-};
 
 inline bool is_float(const Tensor& x) { return x.scalar_type() == ScalarType::Float; }
 

@@ -1,18 +1,15 @@
 // The torch-facing file of residual and LayerNorm in one pass. Only h2ot_kernels/add_norm.py calls it.
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
-#include "stable.h"
+#include "require.h"
 
 namespace h2ot {
 namespace {
 
-void require(bool condition, const char* wanted) {
-  if (!condition) throw std::invalid_argument(std::string("add_norm: wanted ") + wanted);
-}
+constexpr Require require = {"add_norm"};
 
 // [rows, C] whose channels are adjacent.
 Tensor rows_of(const Tensor& x) {
@@ -31,14 +28,13 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const MaybeTensor& y, const
   require(x.dim() > 0 && x.size(-1) > 0, "tokens with channels");
   require(is_mixed(dtype) && (!y || is_mixed(y->scalar_type())),
           "y and dtype of x's dtype, or of 16 bits beside float32");
-  require(!y || (x.dim() == y->dim() && std::equal(x.sizes().begin(), x.sizes().end(), y->sizes().begin())),
-          "y of x's shape");
+  require(!y || same_size(x, *y), "y of x's shape");
   const int64_t C = x.size(-1);
   const ScalarType weights = weight ? weight->scalar_type() : bias ? bias->scalar_type() : own;
   for (const MaybeTensor* const vector : {&weight, &bias}) {
     if (!*vector) continue;
     const ScalarType given = (*vector)->scalar_type();
-    require((*vector)->dim() == 1 && (*vector)->size(0) == C, "weight and bias [C]");
+    require(has_size(**vector, {C}), "weight and bias [C]");
     require(given == weights && (given == own || (given == ScalarType::Float && own != ScalarType::Double)),
             "weight and bias of one dtype: x's, or float32");
   }

@@ -1,5 +1,6 @@
-// The CPU implementations of the operators, through PyTorch's stable ABI only. Those that only hosts use stand in the
-// other *_registration.cpp: products, norms, graph layers, recovery in rotated channels.
+// The CPU implementations of the operators that choose, gather and cluster tokens, through PyTorch's stable ABI only.
+// Recovery stands in recover_registration.cpp, what only hosts use in the others: products, norms, graph layers,
+// recovery in rotated channels.
 //
 // Schemas, fakes, gradients and argument checks stand in the Python stems (h2ot_kernels/<stem>.py). What only the
 // data can tell (an index out of range) is found by the kernels and raised here as std::out_of_range: the one
@@ -10,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "recover_inputs.h"
+#include "require.h"
 
 namespace h2ot {
 namespace {
@@ -18,7 +19,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_variant(const Tensor& x, int64_t k, const MaybeTensor& mask,
                                                          const MaybeTensor& noise, double scale, bool exclude_self,
                                                          double cutoff) {
-  check_token_limit(x.size(1));
+  require_scoring({"score_tokens"}, x, k, mask, noise, exclude_self, cutoff);
   const std::vector<int64_t> size = {x.size(0), x.size(1)};
   const Tensor density = make(x, size, ScalarType::Double), distance = make(x, size, ScalarType::Double);
   const Tensor score = make(x, size, ScalarType::Double), parent = make(x, size, ScalarType::Long);
@@ -70,6 +71,7 @@ Tensor select(const Tensor& score, int64_t K, const MaybeTensor& keep, const boo
 }
 
 Tensor select_tokens(const Tensor& score, int64_t num_tokens, const MaybeTensor& keep, const MaybeTensor& mask) {
+  require_scores(score, num_tokens, keep, mask);
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool);
   return select(dense(score, ScalarType::Double), num_tokens, keep, read<bool>(dense_mask), "select_tokens");
 }
@@ -91,7 +93,9 @@ struct Selectable {
 
 Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
                      const MaybeTensor& noise) {
-  check_token_limit(x.size(1));
+  constexpr Require require = {"prune_cluster"};
+  require_scoring(require, x, k, mask, noise);
+  require_selection(require, x.size(0), x.size(1), num_tokens, keep);
   const Selectable tokens(x, k, mask, noise);
   check(kernels().score(tokens.args, pool()), "prune_cluster");
   return select(tokens.score, num_tokens, keep, tokens.args.valid, "prune_cluster");
@@ -100,7 +104,9 @@ Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const Maybe
 std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_tokens, int64_t k,
                                                   const MaybeTensor& keep, const MaybeTensor& mask,
                                                   const MaybeTensor& noise) {
-  check_token_limit(x.size(1));
+  constexpr Require require = {"cluster_tokens"};
+  require_scoring(require, x, k, mask, noise);
+  require_selection(require, x.size(0), x.size(1), num_tokens, keep);
   const Selectable tokens(x, k, mask, noise);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
   const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);
@@ -112,6 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_t
 }
 
 Tensor prune_motion(const Tensor& pose, int64_t num_tokens, const MaybeTensor& keep) {
+  constexpr Require require = {"prune_motion"};
+  require(pose.dim() == 4, "pose [B, F, J, D]");
+  require_selection(require, pose.size(0), pose.size(1), num_tokens, keep);
   const Tensor score = make(pose, {pose.size(0), pose.size(1)}, ScalarType::Double);
   const MotionArgs args = {pose.const_data_ptr(), dtype_of(pose), pose.size(0),        pose.size(1),
                            pose.size(2),          pose.size(3),   pose.stride(0),      pose.stride(1),
@@ -121,6 +130,9 @@ Tensor prune_motion(const Tensor& pose, int64_t num_tokens, const MaybeTensor& k
 }
 
 Tensor attention_scores(const Tensor& query, const Tensor& key, double scale) {
+  Require{"attention_scores"}(
+      (query.dim() == 4 || query.dim() == 5) && same_size(query, key) && query.scalar_type() == key.scalar_type(),
+      "query and key [B, H, F, D] or [B, J, H, F, D] of one dtype");
   const bool joints = query.dim() == 5;
   const int64_t B = query.size(0), F = query.size(-2);
   const Tensor score = make(query, {B, F}, precision_of(query));
@@ -148,11 +160,13 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, double scale) {
 Tensor prune_attention(const Tensor& query, const Tensor& key, int64_t num_tokens, const MaybeTensor& keep,
                        double scale) {
   const Tensor score = dense(attention_scores(query, key, scale), ScalarType::Double);
+  require_selection({"prune_attention"}, score.size(0), score.size(1), num_tokens, keep);
   return select(score, num_tokens, keep, nullptr, "prune_attention");
 }
 
-void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim,
-                       const Tensor& out) {
+void gather_into(const Tensor& out, const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim,
+                 int64_t out_dim) {
+  require_gathered({"gather_tokens"}, x, index, pos_embed, out);
   const Tensor dense_index = dense(index);
   const MaybeTensor embed = dense(pos_embed, x.scalar_type());
   const Moved moved(x, dim, out_dim);
@@ -176,13 +190,19 @@ void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& 
 
 Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim) {
   const Tensor out = make_moved(x, dim, out_dim, index.size(1));
-  gather_tokens_out(x, index, pos_embed, dim, out_dim, out);
+  gather_into(out, x, index, pos_embed, dim, out_dim);
   return out;
 }
 
+void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim,
+                       const Tensor& out) {
+  require_out({"gather_tokens"}, out, x, dim, out_dim, index.size(1));
+  gather_into(out, x, index, pos_embed, dim, out_dim);
+}
+
 Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frames, int64_t dim, int64_t out_dim) {
+  require_scattered({"scatter_tokens"}, grad, index, out_dim);
   const Tensor dense_index = dense(index);
-  if (grad.size(out_dim) != index.size(1)) throw std::invalid_argument("scatter_tokens: grad and index differ in K");
   const Moved moved(grad, out_dim, dim);
   const Tensor out = make_moved(grad, out_dim, dim, num_frames);
   ScatterArgs args = {grad.const_data_ptr(),
@@ -204,7 +224,10 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
 }
 
 Tensor assign(const Tensor& x, const Tensor& index, const MaybeTensor& parent, const MaybeTensor& mask) {
-  check_token_limit(x.size(1));
+  constexpr Require require = {"assign_clusters"};
+  require_tokens(require, x, mask);
+  require(!parent || has_size(*parent, {x.size(0), x.size(1)}), "parent [B, N]");
+  require_index(require, index, x.size(0));
   const Tensor dense_index = dense(index);
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_parent = dense(parent, ScalarType::Long);
   const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);
@@ -229,7 +252,12 @@ Tensor assign_by_parent(const Tensor& x, const Tensor& index, const Tensor& pare
 
 std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, int64_t num_clusters,
                                         const MaybeTensor& weight) {
+  constexpr Require require = {"merge_tokens"};
+  require(x.dim() == 3, "x [B, N, C]");
   check_token_limit(x.size(1));
+  require(has_size(labels, {x.size(0), x.size(1)}) && labels.scalar_type() == ScalarType::Long, "labels int64 [B, N]");
+  require(!weight || has_size(*weight, {x.size(0), x.size(1)}), "weight [B, N]");
+  require(num_clusters >= 1, "num_clusters of 1 or more");
   const Tensor dense_labels = dense(labels);
   const MaybeTensor dense_weight = dense(weight, precision_of(x));
   const Tensor merged = make(x, {x.size(0), num_clusters, x.size(2)});
@@ -251,98 +279,6 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& labels, i
   return {merged, total};
 }
 
-void recover_attention_out(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale,
-                           const Tensor& out) {
-  RecoverInputs in(query, key, value, num_heads, scale, false);
-  in.args.out = out.mutable_data_ptr();
-  check(attend(in.args, pool()), "recover_attention");
-}
-
-Tensor recover_attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t num_heads, double scale) {
-  const Tensor out = make(value, {value.size(0), query.size(-2), value.size(2)});
-  recover_attention_out(query, key, value, num_heads, scale, out);
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor> recover_attention_backward(const Tensor& grad, const Tensor& query,
-                                                              const Tensor& key, const Tensor& value, int64_t num_heads,
-                                                              double scale) {
-  const RecoverInputs in(query, key, value, num_heads, scale, true);
-  const Tensor dense_grad = dense(grad);
-  const Tensor grad_query = in_huge_pages(torch::stable::empty_like(in.query));
-  const Tensor grad_key = in_huge_pages(torch::stable::empty_like(in.key));
-  const Tensor grad_value = in_huge_pages(torch::stable::empty_like(in.value));
-  const RecoverAttentionBackwardArgs args = {in.args, dense_grad.const_data_ptr(), grad_query.mutable_data_ptr(),
-                                             grad_key.mutable_data_ptr(), grad_value.mutable_data_ptr()};
-  check(kernels().recover_attention_backward(args, pool()), "recover_attention");
-  return {grad_query, grad_key, grad_value};
-}
-
-Tensor recover_tail(const Tensor& token, const Tensor& projected, const MaybeTensor& norm_weight,
-                    const MaybeTensor& norm_bias, const Tensor& head_weight, const MaybeTensor& head_bias, double eps) {
-  const ScalarType dtype = projected.scalar_type();
-  const Tensor dense_token = dense(token), dense_projected = dense(projected), dense_head = dense(head_weight);
-  const MaybeTensor weight = dense(norm_weight, dtype), bias = dense(norm_bias, dtype), shift = dense(head_bias, dtype);
-  const int64_t R = projected.size(0), F = projected.size(1), C = projected.size(2), M = head_weight.size(0);
-  const Tensor out = make(projected, {R, F, M});
-  const RecoverTailArgs args = {dense_token.const_data_ptr(),
-                                dense_projected.const_data_ptr(),
-                                read<void>(weight),
-                                read<void>(bias),
-                                dense_head.const_data_ptr(),
-                                read<void>(shift),
-                                dtype_of(projected),
-                                R,
-                                F,
-                                C,
-                                M,
-                                eps,
-                                out.mutable_data_ptr()};
-  check(kernels().recover_tail(args, pool()), "recover_pose");
-  return out;
-}
-
-InterpolateArgs interpolate_args(const Tensor& x, const MaybeTensor& index, int64_t num_kept, int64_t num_frames,
-                                 bool nearest) {
-  int64_t S = 1;
-  for (int64_t axis = 2; axis < x.dim(); axis++) S *= x.size(axis);
-  return {x.const_data_ptr(),
-          dtype_of(x),
-          x.size(0),
-          num_kept,
-          num_frames,
-          S,
-          read<int64_t>(index),
-          index ? index->size(0) : 0,
-          nearest ? Interpolation::nearest : Interpolation::linear,
-          nullptr};
-}
-
-void recover_interpolate_out(const Tensor& x, const MaybeTensor& index, int64_t num_frames, bool nearest,
-                             const Tensor& out) {
-  const Tensor dense_x = dense(x);
-  const MaybeTensor dense_index = dense(index, ScalarType::Long);
-  InterpolateArgs args = interpolate_args(dense_x, dense_index, x.size(1), num_frames, nearest);
-  args.out = out.mutable_data_ptr();
-  check(kernels().interpolate(args, pool()), "recover_interpolate");
-}
-
-Tensor recover_interpolate(const Tensor& x, const MaybeTensor& index, int64_t num_frames, bool nearest) {
-  const Tensor out = make_moved(x, 1, 1, num_frames);
-  recover_interpolate_out(x, index, num_frames, nearest, out);
-  return out;
-}
-
-Tensor recover_interpolate_backward(const Tensor& grad, const MaybeTensor& index, int64_t num_kept, bool nearest) {
-  const Tensor dense_grad = dense(grad);
-  const MaybeTensor dense_index = dense(index, ScalarType::Long);
-  const Tensor grad_x = make_moved(grad, 1, 1, num_kept);
-  const InterpolateBackwardArgs args = {interpolate_args(dense_grad, dense_index, num_kept, grad.size(1), nearest),
-                                        dense_grad.const_data_ptr(), grad_x.mutable_data_ptr()};
-  check(kernels().interpolate_backward(args, pool()), "recover_interpolate");
-  return grad_x;
-}
-
 }  // namespace
 }  // namespace h2ot
 
@@ -361,11 +297,4 @@ STABLE_TORCH_LIBRARY_IMPL(h2ot_kernels, CPU, m) {
   m.impl("assign_clusters", TORCH_BOX(&h2ot::assign_clusters));
   m.impl("assign_by_parent", TORCH_BOX(&h2ot::assign_by_parent));
   m.impl("merge_tokens", TORCH_BOX(&h2ot::merge_tokens));
-  m.impl("recover_attention", TORCH_BOX(&h2ot::recover_attention));
-  m.impl("recover_attention_out", TORCH_BOX(&h2ot::recover_attention_out));
-  m.impl("recover_attention_backward", TORCH_BOX(&h2ot::recover_attention_backward));
-  m.impl("recover_tail", TORCH_BOX(&h2ot::recover_tail));
-  m.impl("recover_interpolate", TORCH_BOX(&h2ot::recover_interpolate));
-  m.impl("recover_interpolate_out", TORCH_BOX(&h2ot::recover_interpolate_out));
-  m.impl("recover_interpolate_backward", TORCH_BOX(&h2ot::recover_interpolate_backward));
 }

@@ -1,19 +1,13 @@
 // The torch-facing file of recovery with its tail in rotated channels. Only h2ot_kernels/recover_rotated.py calls it.
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
-
 #include "recover_inputs.h"
+#include "require.h"
 
 namespace h2ot {
 namespace {
 
-void require(bool condition, const char* wanted) {
-  if (!condition) throw std::invalid_argument(std::string("recover_rotated: wanted ") + wanted);
-}
-bool has_size(const Tensor& x, const std::vector<int64_t>& size) {
-  return std::equal(x.sizes().begin(), x.sizes().end(), size.begin(), size.end());
-}
+constexpr Require require = {"recover_rotated"};
 
 // What the triangle is packed for.
 enum class Form { floats, halves, tiles };

@@ -49,15 +49,6 @@ inline Dtype dtype_of(const Tensor& x) {
   }
 }
 
-// Kernels number the tokens of a sample, x [B, N, ...], in 32 bits. Public functions have asked (checks.token_limit),
-// exported programs have not: before anything is allocated.
-inline void check_token_limit(int64_t count, const char* argument = "x", int64_t most = INT32_MAX) {
-  if (count > most) {
-    throw std::invalid_argument(std::string(argument) + ": got " + std::to_string(count) +
-                                " tokens a sample, wanted at most " + std::to_string(most));
-  }
-}
-
 inline Tokens tokens_of(const Tensor& x) {
   const bool pooled = x.dim() == 4;
   return {x.const_data_ptr(),
@@ -113,11 +104,14 @@ inline Tensor make(const Tensor& like, const std::vector<int64_t>& size) {
   return make_coded(like, size, dtype);
 }
 
-// Sizes and strides of x with axis `from` moved to `to`.
+// Sizes and strides of x with axis `from` moved to `to`, neither of them the batch.
 struct Moved {
   int64_t size[kMaxDims], stride[kMaxDims];
 
   Moved(const Tensor& x, int64_t from, int64_t to) {
+    if (x.dim() > kMaxDims || std::min(from, to) < 1 || std::max(from, to) >= x.dim()) {
+      throw std::invalid_argument("h2ot_kernels: wanted at most 8 axes, and frames on one behind the batch");
+    }
     for (int64_t axis = 0, source = 0; axis < x.dim(); axis++) {
       if (source == from) source++;
       const int64_t taken = axis == to ? from : source++;

@@ -156,7 +156,7 @@ class CppTree(Tree):
         super().__init__()
         self.build = self.folder / "build"
         package = self.folder / "h2ot_kernels"
-        options = [f"-DTORCH_DIR={TORCH}", f"-DPython_EXECUTABLE={sys.executable}", "-DH2OT_PORTABLE=ON",
+        options = [f"-DTORCH_DIR={TORCH}", f"-DPython_EXECUTABLE={sys.executable}", "-DH2OT_CPU_SETS=portable",
                    "-DH2OT_KERNELS_SANITIZE=address", f"-DCMAKE_INSTALL_PREFIX={package}"]  # fmt: skip
         configure = ["cmake", "-S", self.folder, "-B", self.build, "-G", "Ninja", *options]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)

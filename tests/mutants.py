@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "reliability" / "mutants.jsonl"
 COMPARED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 FILES = {
-    "cpp": ["csrc/cpu/*.cpp", "csrc/cpu/*.h", "csrc/registration.cpp"],
+    "cpp": ["csrc/cpu/*.cpp", "csrc/cpu/*.h", "csrc/registration.cpp", "csrc/recover_registration.cpp"],
     "cuda": [f"csrc/cuda/{name}" for name in ("score*", "select*", "cluster*", "device.cuh", "warp.cuh")],
     "triton": ["h2ot_kernels/triton/*.py"],
     "python": [f"{package}/{stem}.py" for package in ("h2ot_kernels", "python_ref") for stem in mutant_runs.STEMS],

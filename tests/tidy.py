@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCH = Path(torch.__file__).parent
 COMMON = ["-std=gnu++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", "-Wno-everything",
           "-isystem", str(TORCH / "include"), "-include", str(ROOT / "tests" / "tidy.h")]  # fmt: skip
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-DH2OT_ISA=avx512", "-DH2OT_X86"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-DH2OT_ISA=avx512"]
 PLANTED = "double half(int n) { return n / 2; }\n"
 
 
@@ -49,7 +49,8 @@ def main() -> int:
         ROOT / "csrc" / "cuda" / "plan.cpp",
     ]
     others.remove(ROOT / "csrc" / "cuda_registration.cpp")  # wants the headers of CUDA
-    jobs += [(file, ["-DH2OT_X86", "-DH2OT_AMX", "-DH2OT_BF16_DOTS"]) for file in sorted(others)]
+    all_sets = [f"-DH2OT_{name}" for name in ("HAS_AVX2", "HAS_AVX512", "AMX", "BF16_DOTS")]
+    jobs += [(file, all_sets) for file in sorted(others)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = sorted({line for lines in pool.map(lambda job: findings(*job), jobs) for line in lines})
     print(*found, sep="\n", end="\n" if found else "")
