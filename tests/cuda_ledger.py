@@ -7,6 +7,7 @@ While the key is the same, only DRAWN architectures, by a seed, are compiled aga
 import hashlib
 import json
 import random
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,20 @@ Registers = dict[str, dict[str, int]]  # of each kernel, by architecture
 def key(*asked: object) -> str:
     """Of the sources, what is asked of them, and the compiler's version."""
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    files = sorted([*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc").glob("*.h"), *ROOT.glob("csrc/cuda_*.cpp")])
-    parts = [version, repr(asked), *(f"{path.name}\n{path.read_text()}" for path in files)]
+    parts = [version, repr(asked), *(f"{path.name}\n{path.read_text()}" for path in sources())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def sources() -> list[Path]:
+    """The kernels' files, and what they include of ours, however far. The gate compiles the others every time."""
+    found, ahead = set(), sorted(ROOT.glob("csrc/cuda/*.cu"))
+    while ahead:
+        path = ahead.pop()
+        found.add(path)
+        named = re.findall(r'#include "([^"]+)"', path.read_text())
+        near = [(folder / name).resolve() for name in named for folder in (path.parent, ROOT / "csrc")]
+        ahead += [file for file in near if file.exists() and file not in found]
+    return sorted(found)
 
 
 def read(wanted: str) -> Registers:

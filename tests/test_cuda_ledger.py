@@ -47,9 +47,11 @@ def test_the_key_changes_with_a_source_and_with_what_is_asked(monkeypatch, tmp_p
     shutil.copytree(cuda_ledger.ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("cpu", "amx"))
     monkeypatch.setattr(cuda_ledger, "ROOT", tmp_path)
     assert cuda_ledger.key(1) == before
-    with (tmp_path / "csrc" / "cuda" / "score.cu").open("a") as file:
-        file.write("\n")
-    assert cuda_ledger.key(1) != before
+    for name, matters in (("cuda_registration.cpp", False), ("launch.h", True), ("cuda/score.cu", True)):
+        with (tmp_path / "csrc" / name).open("a") as file:
+            file.write("\n")
+        assert (cuda_ledger.key(1) != before) == matters
+        before = cuda_ledger.key(1)
 
 
 @pytest.mark.parametrize(("arguments", "recorded", "chosen", "code"), [
