@@ -34,6 +34,8 @@ def select_tokens(
     num_tokens: one int, or a list or int tensor [B] with one in 0 .. N per sample (a tensor on a GPU is read back).
         Then K is the largest of them and every row ends in -1 where it has fewer: `index >= 0` says which entries are
         tokens, `gather_tokens` writes zeros for the others, `assign_clusters` and `merge_tokens` give empty clusters.
+        One that is made of a free N (N // 4): `torch.export.export` takes it with
+        prefer_deferred_runtime_asserts_over_guards=True.
     Returns int64 [B, K]. Raises TypeError or ValueError that name the argument, IndexError for keep outside 0 .. N - 1
     and for a tensor that keeps more than K tokens. On a GPU, which cannot raise, such a row is -1 (CUDA C++), or keeps
     what it can (Triton).

@@ -123,6 +123,37 @@ def test_samples_of_any_clip_length_in_one_graph(K):
     assert torch.equal(exported.module()(torch.zeros(2, 30, 4))[1], h2ot.prune_sample(30, K))
 
 
+@pytest.mark.parametrize("select", [lambda x, K: h2ot.select_tokens(x[..., 0], K), h2ot.prune_cluster])
+def test_a_share_of_any_number_of_tokens_in_one_graph(select):
+    def share(x):
+        return select(x, max(x.shape[1] // 4, 1))
+
+    class Share(torch.nn.Module):
+        forward = staticmethod(share)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(share, backend="eager", fullgraph=True, dynamic=True)
+    example, N = torch.randn(2, 20, 4), torch.export.Dim("N", min=8)
+    program = torch.export.export(
+        Share(), (example,), dynamic_shapes=({1: N},), prefer_deferred_runtime_asserts_over_guards=True
+    ).module()
+    for x in (example, torch.randn(2, 9, 4), torch.randn(2, 40, 4)):
+        assert torch.equal(compiled(x), share(x))
+        assert torch.equal(program(x), share(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_last_token_of_any_number_is_kept_in_one_graph(strict):
+    class Last(torch.nn.Module):
+        def forward(self, x):
+            return h2ot.prune_cluster(x, 4, keep=[0, x.shape[1] - 1])
+
+    x, N = torch.randn(2, 20, 4), torch.export.Dim("N", min=8)
+    program = torch.export.export(Last(), (x,), dynamic_shapes=({1: N},), strict=strict).module()
+    for tokens in (x, torch.randn(2, 40, 4)):
+        assert torch.equal(program(tokens), Last()(tokens))
+
+
 def test_explain_and_lazy_modules():
     assert h2ot.explain("prune_sample").startswith("prune_sample on cpu: Python on the host")
     assert h2ot.onnx.export.__name__ == "export"
