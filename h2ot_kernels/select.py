@@ -133,12 +133,29 @@ def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) ->
 
 
 def _sampled_in_a_graph(F: int, K: int, kept: tuple[int, ...], device) -> Tensor:
-    """A constant of the graph, or, without `kept`, a few operators of an F and K that may be free in it."""
-    if kept:
+    """A constant of the graph, or a few operators of an F, K and `kept` that may be free in it."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy, which a tracer has done
+
+    if kept and all(has_static_value(value) for value in (F, K, *kept)):
         return python_ref.prune_sample(F, K, keep=kept, device=device)
     if K == 1:
-        return torch.full((1, 1), (F - 1) // 2, dtype=torch.int64, device=device)
-    return (torch.arange(K, device=device) * (F - 1) // (K - 1))[None]
+        sampled = torch.full((1,), (F - 1) // 2, dtype=torch.int64, device=device)
+    else:
+        sampled = torch.arange(K, device=device) * (F - 1) // (K - 1)
+    return (_with_kept(sampled, kept) if kept else sampled)[None]
+
+
+def _with_kept(sampled: Tensor, kept: tuple[int, ...]) -> Tensor:
+    """As `python_ref.select.sampled_frames` has it: each in turn in place of the nearest that is not kept itself."""
+    frames = constants.integers(kept, sampled.device).sort().values
+    position = torch.arange(sampled.shape[0], device=sampled.device)
+    for frame in frames.unbind():
+        is_kept = (sampled[:, None] == frames).any(1)
+        distance = 2 * (sampled - frame).abs() + (sampled > frame)
+        nearest = distance.masked_fill(is_kept, torch.iinfo(torch.int64).max).argmin()
+        is_new = ~(sampled == frame).any()
+        sampled = sampled.where(~is_new | (position != nearest), frame)
+    return sampled.sort().values
 
 
 @functools.lru_cache(maxsize=256)

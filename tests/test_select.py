@@ -123,6 +123,25 @@ def test_samples_of_any_clip_length_in_one_graph(K):
     assert torch.equal(exported.module()(torch.zeros(2, 30, 4))[1], h2ot.prune_sample(30, K))
 
 
+@pytest.mark.parametrize("keep", [lambda F: 3, lambda F: [F - 1, F // 2, F // 2 - 1, 0]])
+def test_sampled_frames_to_keep_of_any_clip_length_in_one_graph(keep):
+    def sampled(x):
+        return h2ot.prune_sample(x.shape[1], 5, keep=keep(x.shape[1]))
+
+    class Sampled(torch.nn.Module):
+        forward = staticmethod(sampled)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(sampled, backend="eager", fullgraph=True, dynamic=True)
+    example, frames = torch.zeros(2, 20), torch.export.Dim("F", min=8)
+    program = torch.export.export(
+        Sampled(), (example,), dynamic_shapes=({1: frames},), prefer_deferred_runtime_asserts_over_guards=True
+    ).module()
+    for x in (example, *(torch.zeros(2, F) for F in range(9, 40, 3))):
+        assert torch.equal(compiled(x), sampled(x))
+        assert torch.equal(program(x), sampled(x))
+
+
 @pytest.mark.parametrize("select", [lambda x, K: h2ot.select_tokens(x[..., 0], K), h2ot.prune_cluster])
 def test_a_share_of_any_number_of_tokens_in_one_graph(select):
     def share(x):
