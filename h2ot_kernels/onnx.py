@@ -28,7 +28,8 @@ def export(model: torch.nn.Module, inputs: tuple[Tensor, ...], path: str | os.Pa
 
     model: a host, or any module that torch.export can trace, on the CPU. inputs: an example with a batch of 2 or more,
     [B, ...] each; the file takes any batch, 1 too. Inputs are named "input_0", ..., results "output_0", ...
-    Raises ValueError for a smaller batch, and what torch.export and torch.onnx raise. Needs onnx and onnxscript.
+    Raises TypeError for other inputs, ValueError for a smaller batch or another one than the first input's, and what
+    torch.export and torch.onnx raise. Needs onnx and onnxscript.
     Cost: as the model; scoring, without its kernel, 3 N^2 C float64 operations and N^2 values a sample, some 100 times
     the kernel: a sampler prunes for free. Source: `python_ref`.
 
@@ -40,9 +41,15 @@ def export(model: torch.nn.Module, inputs: tuple[Tensor, ...], path: str | os.Pa
     ...     os.path.getsize(path) > 0
     True
     """
+    if not isinstance(inputs, tuple):
+        raise TypeError(f"inputs: got {type(inputs).__name__}, wanted a tuple of tensors")
     for position, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inputs: got {type(x).__name__} as number {position}, wanted a tensor")
         if x.dim() == 0 or x.shape[0] < 2:
             raise ValueError(f"inputs: got shape {list(x.shape)} as number {position}, wanted a batch of 2 or more")
+        if x.shape[0] != inputs[0].shape[0]:
+            raise ValueError(f"inputs: got a batch of {x.shape[0]} as number {position}, wanted {inputs[0].shape[0]}")
     batch = torch.export.Dim("batch")
     with in_eval_mode(model), torch.no_grad(), use_backend("cpp"):
         dynamic = tuple({0: batch} for _ in inputs)

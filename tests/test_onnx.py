@@ -124,6 +124,20 @@ def test_an_example_of_one_sample_is_refused(shape, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("inputs", "kind", "said"),
+    [
+        (torch.zeros(2, 3), TypeError, "inputs: got Tensor, wanted a tuple of tensors"),
+        ([torch.zeros(2, 3)], TypeError, "inputs: got list, wanted a tuple of tensors"),
+        ((torch.zeros(2, 3), None), TypeError, "inputs: got NoneType as number 1, wanted a tensor"),
+        ((torch.zeros(2, 3), torch.zeros(3)), ValueError, "inputs: got a batch of 3 as number 1, wanted 2"),
+    ],
+)
+def test_other_inputs_are_refused_by_name(inputs, kind, said, tmp_path):
+    with pytest.raises(kind, match=said):
+        h2ot_kernels.onnx.export(nn.Identity(), inputs, tmp_path / "no.onnx")
+
+
 def test_docstring_examples_run():
     result = doctest.testmod(h2ot_kernels.onnx)
     assert result.attempted > 0
