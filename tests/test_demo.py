@@ -156,7 +156,7 @@ def test_other_joints_are_refused_before_anything_is_timed(tmp_path, capsys, sma
     np.save(tmp_path / "hand.npy", np.random.default_rng(0).random((50, 21, 2)))
     assert demo(tmp_path, "--input", str(tmp_path / "hand.npy")) == 2
     assert "has 21 joints, the models need 17" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "report.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_operation_is_shown_untimed_and_fails(tmp_path, capsys, small_hosts, monkeypatch):

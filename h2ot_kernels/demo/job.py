@@ -54,8 +54,6 @@ def run(
     if not (seconds > 0 and math.isfinite(seconds)):
         raise ValueError(f"seconds: got {seconds:g}, wanted more than 0")
     clip = read_clip(source) if source is not None else walking_clip()
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     names = list(models) or list(hosts_side.DEFAULT)
     baselines = sorted({hosts_side.base_of(name) for name in names} - set(names))
     built = {name: hosts_side.build_ours(name, checkpoint, device) for name in names}
@@ -63,6 +61,8 @@ def run(
 
     for model in built.values():
         hosts_side.model_windows(model, clip, device)  # refuses a clip that does not fit before anything is timed
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
 
     machine = Machine(device)
     with screen.new_progress() as progress:
