@@ -6,7 +6,9 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. 0: done; 1: the demo found a wrong result; 2: bad input, said in one line on standard error."""
+    """The command line. 0: done; 1: the demo found a wrong result; 2: bad input, said in one line on standard error (of
+    a checkpoint that does not fit, a line for each parameter).
+    """
     parser = argparse.ArgumentParser(prog="h2ot_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="2D keypoints in; what is right and how fast on this machine out"))

@@ -83,8 +83,19 @@ def test_checkpoint_that_cannot_be_read(tmp_path):
         hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "none.pth")
     for content in DAMAGED:
         (tmp_path / "bad.pth").write_bytes(content)
-        with pytest.raises(ValueError, match="is not a checkpoint"):
+        with pytest.raises(ValueError, match="is not a checkpoint") as caught:
             hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "bad.pth")
+        assert "\n" not in str(caught.value)
+
+
+def test_of_a_checkpoint_that_holds_objects_the_reason_is_one_line_without_advice_to_trust_it(tmp_path):
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "module.pth")
+    with pytest.raises(ValueError, match=r"Unsupported global: GLOBAL torch.nn.modules.linear.Linear") as caught:
+        hosts.load_checkpoint(nn.Linear(2, 2), tmp_path / "module.pth")
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "Re-running" not in said
+    assert "safe_globals" not in said
 
 
 def test_a_checkpoint_that_holds_itself(tmp_path):

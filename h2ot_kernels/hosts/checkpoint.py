@@ -59,7 +59,12 @@ def _read(path: str | os.PathLike) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN as error:
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {type(error).__name__}: {error}") from error
+        # Of torch's words the reason: its advice is to load the file without looking at what is in it.
+        lines = str(error).splitlines() or [""]
+        reason = next((line for line in lines if "WeightsUnpickler error" in line), lines[0]).partition(" Please ")[0]
+        raise ValueError(
+            f"{path} is not a checkpoint of plain tensors: {type(error).__name__}: {reason.strip()}"
+        ) from error
     found = _state_in(found)
     if found is None:
         raise ValueError(f"{path} holds no state_dict, bare or under {', '.join(map(repr, WRAPPERS))}")
