@@ -268,6 +268,7 @@ def test_bad_files_say_what_is_wrong(tmp_path):
         ({"S9": {"Walk": {"a": np.zeros((3, 17, 2))}}}, "S9 Walk is dict, wanted the keypoints of each camera"),
         ({"S9": {1: [np.zeros((3, 17, 2))]}}, "positions_2d of S9 has the action 1, wanted its name as text"),
         ({"S9": {"Walk": [None]}}, r"S9 Walk camera 0 is object \[\], wanted finite numbers"),
+        ({"S9": {"Walk": [np.zeros((0, 17, 2))]}}, r"S9 Walk camera 0 is float64 \[0, 17, 2\], .*, T at least 1"),
         ({"S9": {"Walk": [[[1.0], [1.0, 2.0]]]}}, r"S9 Walk camera 0 is no array: .*, wanted numbers \[T, J, 2\]"),
     ],
 )

@@ -145,9 +145,10 @@ def _array(path, name: str, value, size: int) -> np.ndarray:
         value = np.asarray(value)
     except ValueError as error:
         raise DataFileError(f"{path}: {name} is no array: {error}, wanted numbers [T, J, {size}]") from error
-    if value.dtype.kind not in "fiu" or value.ndim != 3 or value.shape[-1] < size or not np.isfinite(value).all():
+    is_right = value.dtype.kind in "fiu" and value.ndim == 3 and len(value) and value.shape[-1] >= size
+    if not (is_right and np.isfinite(value).all()):
         raise DataFileError(
-            f"{path}: {name} is {value.dtype} {list(value.shape)}, wanted finite numbers [T, J, {size}]"
+            f"{path}: {name} is {value.dtype} {list(value.shape)}, wanted finite numbers [T, J, {size}], T at least 1"
         )
     return value[..., :size].astype(np.float64)
 
