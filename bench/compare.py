@@ -17,15 +17,21 @@ def read_rows(path: Path) -> list[dict]:
     rows have for their values.
     """
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text: {error}") from error
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if isinstance(row, dict) and "model" in row:
+                row = _of_model(row)
+            if isinstance(row, dict) and row.get("op") == "ftp_pose":
+                row = _of_ftp_pose(row)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-        if isinstance(row, dict) and "model" in row:
-            row = _of_model(row)
-        if isinstance(row, dict) and row.get("op") == "ftp_pose":
-            row = _of_ftp_pose(row)
+        except KeyError as error:
+            raise ValueError(f"{path}:{number}: got {line[:40]!r}, wanted {error} among its names, too") from error
         missing = [name for name in NEEDED if not isinstance(row, dict) or name not in row]
         if missing:
             raise ValueError(f"{path}:{number}: got {line[:40]!r}, wanted an object with {', '.join(missing)}")

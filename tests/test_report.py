@@ -212,9 +212,11 @@ def test_the_command_reads_files(tmp_path, capsys):
         ("{]", "rows.jsonl:1 is not JSON"),
         ("[1]", "wanted an object with op, shape, device"),
         ('{"op": "sort", "device": "a", "threads": 1, "torch": "2"}', "wanted an object with shape, date"),
+        ('{"model": "mixste"}', "rows.jsonl:1: got '{\"model\": \"mixste\"}', wanted 'mode' among its names, too"),
+        (b"\xff", "rows.jsonl is not text"),
         ("", "without rows"),
     ):
-        rows.write_text(content)
+        rows.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(SystemExit):
             report.main(["--rows", str(rows), "--out", str(tmp_path / "out")])
         assert message in capsys.readouterr().err
