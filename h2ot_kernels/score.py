@@ -36,7 +36,8 @@ def score_tokens(
     With noise, density_i = exp(-m_i) + noise_i, denser is strictly larger, and score_i = density_i * distance_i.
 
     x: [B, N, C], or [B, F, J, C] whose tokens are the means over J; float32, float64, bfloat16 or float16, any strides.
-    k: 1 .. N. mask: bool [B, N], True = valid. lengths: int [B], valid tokens at the front. noise: float [B, N].
+    k: 1 .. N. mask: bool [B, N], True = valid. lengths: int [B], valid tokens at the front, 0 .. N (of a tensor, whose
+    values only the device knows, more is N and less 0). noise: float [B, N].
     Options, for tokens of other kinds:
     metric: "cosine" scores the tokens at unit length (|u - v|^2 = 2 - 2 cos), normalised in float64 and rounded once to
         float32 (float64 for float64); a token of zeros stays zero.
@@ -105,6 +106,7 @@ def score_checked(x, k, mask, noise, variant: Variant, backend: str | None) -> T
     if not exclude_self and scale is None and cutoff is None:
         return TokenScores(*dispatch("score_tokens", x, backend)(x, k, mask, noise))
     given = 0.0 if scale is None else float(scale), exclude_self, 0.0 if cutoff is None else float(cutoff)
+    k = k if cutoff is None else 1  # not used, and not checked
     return TokenScores(*dispatch("score_variant", x, backend)(x, k, mask, noise, *given))
 
 

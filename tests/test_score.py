@@ -128,6 +128,14 @@ def test_largest_distance_belongs_to_the_densest(runner):
     assert scores.score[0, 0] == float("inf")
 
 
+@pytest.mark.parametrize("runner", runners("score_variant"))
+@pytest.mark.parametrize("k", [None, 10**20])
+def test_the_gaussian_density_uses_no_k(k, runner):
+    x = torch.randn(2, 7, 3)
+    without = runner(h2ot.score_tokens, x, k, density="gaussian", cutoff=0.5)
+    assert_same(runner, without.score, runner(h2ot.score_tokens, x, density="gaussian", cutoff=0.5).score)
+
+
 def test_a_tf32_product_would_be_caught():
     """Negative control: distances from products rounded as TF32 does fail the comparison that every backend passes."""
     x = next(case for case in TOKEN_CASES if case.kind == "offset").tokens()
