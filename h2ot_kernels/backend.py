@@ -134,11 +134,13 @@ def triton_device() -> str:
 def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, str]:
     """Whether `backend` can run `op` on tensors of `device` ("cpu", "cuda", ...), and why (not).
 
-    Raises ValueError for an unknown op or backend.
+    Raises ValueError for an unknown op or backend, TypeError for what is no device.
 
     >>> can_run("gather_tokens", "cuda", "cpu")
     (False, 'tensors are on cpu, not cuda')
     """
+    if not isinstance(device, (str, int, torch.device)):
+        raise TypeError(f"device: got {type(device).__name__}, wanted a device or its name")
     op, device = _RUNS_AS.get(op, op), torch.device(device).type
     if op not in _implementations:
         raise ValueError(f"op: got {op!r}, wanted one of {', '.join(sorted(_implementations))}")

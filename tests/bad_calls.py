@@ -241,6 +241,7 @@ BAD = {
     "backend": (lambda: h2ot.gather_tokens(X, INDEX, backend="fast"), ValueError, "backend: got 'fast'"),
     "backend elsewhere": (lambda: h2ot.gather_tokens(X, INDEX, backend="cuda"), RuntimeError, "tensors are on cpu"),
     "backend asked for": (lambda: h2ot.use_backend("fast").__enter__(), ValueError, "backend: got 'fast'"),
+    "device of an op": (lambda: h2ot.can_run("gather_tokens", "cpp", X), TypeError, "device: got (Fake)?Tensor"),
     "backend of an op": (lambda: h2ot.can_run("gather_tokens", "fast", "cpu"), ValueError, "backend: got 'fast'"),
     "op": (lambda: h2ot.explain("sort"), ValueError, "op: got 'sort', wanted one of assign_by_parent"),
     "host": (lambda: h2ot.hosts.build("mix"), ValueError, "name: got 'mix', wanted one of mixste"),
