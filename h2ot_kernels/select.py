@@ -188,7 +188,8 @@ def prune_attention(
 ) -> Tensor:
     """TPA: the num_tokens = K frames that receive the largest mean softmax weight from all queries, heads and joints.
 
-    query, key: [B, H, F, D] or [B, J, H, F, D], one float dtype, any strides. scale: default D ** -0.5.
+    query, key: [B, H, F, D] or [B, J, H, F, D], one float dtype, any strides; weights and means in float32 (float64 for
+    float64), so near-ties may fall otherwise than in float64. scale: default D ** -0.5.
     keep: as in `select_tokens`. Returns ascending int64 [B, K]. Raises as `select_tokens`.
     Cost: B J H F^2 D multiply-adds; no F x F matrix is stored. Source: H2OT section 3:
     score[b, f] = the mean over joints, heads and queries q of softmax(query[b, j, h, q] . key[b, j, h] scale)[f];
