@@ -55,7 +55,9 @@ def select_tokens(
 
 
 def _least(num_tokens: int | list[int]) -> int:
-    return min(num_tokens, default=0) if isinstance(num_tokens, list) else num_tokens
+    if not isinstance(num_tokens, list):
+        return num_tokens
+    return min(num_tokens) if num_tokens else 0  # Dynamo knows no default=
 
 
 def _select(score: Tensor, num_tokens: int | list[int], keep, mask, backend: str | None) -> Tensor:
@@ -63,7 +65,7 @@ def _select(score: Tensor, num_tokens: int | list[int], keep, mask, backend: str
     select = dispatch("select_tokens", score, backend)
     if not isinstance(num_tokens, list):
         return select(score, num_tokens, keep, mask)
-    index = score.new_full((score.shape[0], max(num_tokens, default=0)), -1, dtype=torch.int64)
+    index = score.new_full((score.shape[0], max(num_tokens) if num_tokens else 0), -1, dtype=torch.int64)
     for count in sorted(set(num_tokens) - {0}):
         rows = constants.integers([b for b, own in enumerate(num_tokens) if own == count], score.device)
         kept = keep if keep is None or keep.shape[0] == 1 else keep[rows]

@@ -123,6 +123,16 @@ def test_samples_of_any_clip_length_in_one_graph(K):
     assert torch.equal(exported.module()(torch.zeros(2, 30, 4))[1], h2ot.prune_sample(30, K))
 
 
+def test_numbers_of_tokens_a_sample_that_are_free_in_a_graph():
+    def shares(x, lengths):
+        return h2ot.prune_cluster(x, [max(length // 4, 1) for length in lengths], lengths=lengths)
+
+    torch._dynamo.reset()
+    compiled, x = torch.compile(shares, backend="eager", fullgraph=True, dynamic=True), torch.randn(3, 40, 4)
+    for lengths in ([40, 20, 9], [32, 24, 3]):
+        assert torch.equal(compiled(x, lengths), shares(x, lengths))
+
+
 @pytest.mark.parametrize("keep", [lambda F: 3, lambda F: [F - 1, F // 2, F // 2 - 1, 0]])
 def test_sampled_frames_to_keep_of_any_clip_length_in_one_graph(keep):
     def sampled(x):
