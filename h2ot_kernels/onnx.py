@@ -29,7 +29,8 @@ def export(model: torch.nn.Module, inputs: tuple[Tensor, ...], path: str | os.Pa
     model: a host, or any module that torch.export can trace, on the CPU. inputs: an example with a batch of 2 or more,
     [B, ...] each; the file takes any batch, 1 too. Inputs are named "input_0", ..., results "output_0", ...
     Raises TypeError for other inputs, ValueError for a smaller batch or another one than the first input's, and what
-    torch.export and torch.onnx raise. Needs onnx and onnxscript.
+    torch.export and torch.onnx raise. Needs onnx and onnxscript. Other free axes (tokens, frames): what `export` does,
+    with `dynamic_shapes` of your own: torch.export.export, run_decompositions(decompositions()), torch.onnx.export.
     Cost: as the model; scoring, without its kernel, 3 N^2 C float64 operations and N^2 values a sample, some 100 times
     the kernel: a sampler prunes for free. Source: `python_ref`.
 
