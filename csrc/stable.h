@@ -85,13 +85,13 @@ inline Tensor in_huge_pages(Tensor x) {
 // A new contiguous tensor beside `like`, its dtype a code of the shim. aten::new_empty passes the dispatcher twice: 1
 // us.
 inline Tensor make_coded(const Tensor& like, const std::vector<int64_t>& size, int32_t dtype) {
-  int64_t stride[kMaxDims];
+  std::vector<int64_t> stride(size.size());
   int64_t step = 1;
   for (size_t axis = size.size(); axis-- > 0; step *= std::max<int64_t>(size[axis], 1)) stride[axis] = step;
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride, dtype, device,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(), dtype, device,
                                                   like.get_device_index(), &made));
   return in_huge_pages(Tensor(made));
 }
@@ -104,7 +104,7 @@ inline Tensor make(const Tensor& like, const std::vector<int64_t>& size) {
   return make_coded(like, size, dtype);
 }
 
-// Sizes and strides of x with axis `from` moved to `to`, neither of them the batch.
+// Sizes and strides of x, of at most kMaxDims axes, with axis `from` moved to `to`, neither of them the batch.
 struct Moved {
   int64_t size[kMaxDims], stride[kMaxDims];
 

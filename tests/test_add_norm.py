@@ -11,6 +11,7 @@ from torch import nn
 
 from h2ot_kernels import _C
 from h2ot_kernels.add_norm import add_norm, takes
+from h2ot_kernels.linear import Linear
 
 from . import fence
 from .compare import assert_within
@@ -71,6 +72,15 @@ def test_within_bound(mix, C, capability):
         check(x, y, norm_of(C, x.dtype), mix[2])
         total, _ = check(x, None, norm_of(C, x.dtype), mix[2])
         assert total is x
+
+
+@pytest.mark.parametrize("axes", [9, 22])
+def test_more_axes_than_gathering_takes(axes):
+    """The results have as many: also those of a linear layer."""
+    rows, norm, layer = torch.randn(500, 64), norm_of(64), Linear(64, 64).requires_grad_(False)
+    x = rows.view(*(1,) * (axes - 2), 500, 64)
+    assert torch.equal(add_norm(x, x, norm, F32)[1].flatten(0, -2), add_norm(rows, rows, norm, F32)[1])
+    assert torch.equal(layer(x).flatten(0, -2), layer(rows))
 
 
 @pytest.mark.parametrize("C", [1, 31, 512])
