@@ -124,6 +124,19 @@ def test_not_finite(bad, count, capability):
     assert graph_update(*arguments((1, 40, 2, 8), 1)[:1], *others_of(8), norm_of(40), 1, alone, 0).isnan().all()
 
 
+@pytest.mark.parametrize("neighbours", [1, 3, 4, 16])
+def test_products_of_minus_infinity_are_neighbours_where_all_are(neighbours, capability):
+    """Finite nodes that are opposite, and so large that float32 does not hold their product."""
+    for T in (neighbours, neighbours + 1):
+        x, large = torch.randn(1, T, 1, 16), 1e25
+        x[0, 0], x[0, -1] = large, -large
+        v = large * torch.eye(T, 16).view(1, T, 1, 16)  # x + u is 0: sums as large as x show who is counted
+        norm = nn.BatchNorm1d(T, eps=0.0, affine=False).eval()
+        found = graph_update(x, -x, v, torch.zeros_like(x), torch.ones(16), norm, 1, None, neighbours)
+        wanted = reference.similar_nodes(x.movedim(1, 2), neighbours)
+        assert torch.equal(found[0, :, 0, :T] > 0, wanted[0, 0, :, :16])
+
+
 def others_of(C):
     return arguments((1, 40, 2, C), 1)[1]
 

@@ -96,12 +96,12 @@ struct Largest {
   }
 
   // The neighbours of one lane into `node`, ascending; how many. NaN is larger than everything, as torch.topk has it,
-  // and reaches nothing.
+  // and reaches nothing. Products of -inf are on no list: where all T are to be neighbours, they are read one by one.
   __attribute__((always_inline)) int64_t list(int lane, const E* products, int64_t T, int count, int32_t* node) const {
     const int left = count - 1 - int(unordered[lane] < unsigned(count) ? unordered[lane] : count);
     if (left < 0) return 0;
     int64_t found = 0;
-    if (unordered[lane] == 0 && reaching[lane] == unsigned(count)) {
+    if (unordered[lane] == 0 && reaching[lane] == unsigned(count) && count < T) {
       for (; found < count; found++) {
         const int32_t m = int32_t(row[found][lane]);
         int64_t at = found;
