@@ -10,6 +10,7 @@ import h2ot_kernels as h2ot
 import python_ref
 from h2ot_kernels import _C
 
+from . import tiles
 from .cases import TokenCase
 from .runners import runners
 
@@ -130,6 +131,40 @@ def test_sampled_rows_equal_float64(kind, N, C):
     own = (index == rows[:, None]).int()
     nearest = torch.where(own.any(-1), own.argmax(-1), centres.argmin(-1))
     assert torch.equal(labels, nearest)
+
+
+# Two tokens, the second number 2^28: its sketch begins 2^31 floats behind the first, in memory that is never there.
+HALVE = """
+#include <sys/mman.h>
+#include "cpu/balls.h"
+namespace h2ot { bool tiles_run() { return false; } }
+using namespace h2ot::portable;
+int main() {
+  const int64_t last = int64_t(1) << 28;
+  void* memory = mmap(nullptr, (last + 1) * kPanel * 4, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) return 2;
+  Sample<float> sample = {};
+  Places<float> places = {&sample, static_cast<float*>(memory)};
+  places.sketch[last * kPanel] = 1;
+  Placed list[2] = {{0, int32_t(last)}, {0, 0}};
+  places.halve(list, 2, 1);
+  return list[0].slot != 0 || list[1].slot != int32_t(last) || list[1].key - list[0].key != 1;
+}
+"""
+
+
+@tiles.needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="memory that is not reserved")
+def test_places_beyond_32_bits(tmp_path):
+    (tmp_path / "halve.cpp").write_text(HALVE)
+    flags = [*tiles.FLAGS.replace("-shared", "-fPIE").split(), *tiles.VECTORS["portable"].split()]
+    command = ["g++", *flags, f"-I{tiles.ROOT / 'csrc'}", "halve.cpp", "-o", "halve"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    code = subprocess.run([tmp_path / "halve"]).returncode
+    if code == 2:
+        pytest.skip("the system gives no memory that it does not have")
+    assert code == 0
 
 
 @pytest.mark.parametrize("runner", [p for p in runners("score_variant") if p.id in ("portable", "reference")])

@@ -93,7 +93,7 @@ struct Places {
   }
   // Halves list[0 .. n), n > count, so that the first `count` lie on one side.
   void halve(Placed* list, int64_t n, int64_t count) const {
-    const int32_t a = far_from(list[0].slot, list, n), b = far_from(a, list, n);
+    const int64_t a = far_from(list[0].slot, list, n), b = far_from(a, list, n);
     Floats line[kPanel / kFloats];
     for (int v = 0; v < kPanel / kFloats; v++) {
       line[v] = load(sketch + b * kPanel + v * kFloats) - load(sketch + a * kPanel + v * kFloats);
