@@ -22,13 +22,14 @@ struct PackTilesArgs {
 struct Apart {
   int64_t x = 0, out = 0;
 };
-// Numbers from one row of x, or of the results, to the next, of any of the layers below.
+// Numbers from one row of x, or of the results, to the next, of any of the layers below. Static: every instruction set
+// compiles its own.
 template <class Args>
-int64_t x_row(const Args& a) {
+static inline int64_t x_row(const Args& a) {
   return a.apart.x ? a.apart.x : a.C;
 }
 template <class Args>
-int64_t out_row(const Args& a) {
+static inline int64_t out_row(const Args& a) {
   return a.apart.out ? a.apart.out : a.M;
 }
 struct LinearTilesArgs {

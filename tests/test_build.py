@@ -13,7 +13,7 @@ import pytest
 
 import h2ot_kernels
 
-from . import cuda_gate
+from . import cuda_gate, tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 # onnx: in test_onnx.py, which is skipped where its packages are missing.
@@ -45,6 +45,19 @@ def test_no_kernel_symbol_can_cross_instruction_sets():
     assert objects, "no kernel objects under build/: run ./dev setup"
     weak = {f"{path.name}: {line}" for path in objects for line in symbols(path) if re.search(r"^\S* [Wu] ", line)}
     assert not weak
+
+
+@needs_nm
+@tiles.needs_compiler
+@pytest.mark.parametrize("source", ["cpu/linear_floats.cpp", "amx/linear_tiles.cpp"])
+def test_none_does_where_little_is_inlined(source, tmp_path):
+    """As ./dev sanitize builds: what functions of headers leave is named by the instruction set."""
+    own = tiles.UNIT if source.startswith("amx") else tiles.VECTORS["avx512"]
+    flags = [*tiles.FLAGS.replace("-O2", "-Og").replace("-shared", "-c").split(), *own.split()]
+    subprocess.run(["g++", *flags, ROOT / "csrc" / source, "-o", tmp_path / "kernels.o"], check=True)
+    weak = [line for line in symbols(tmp_path / "kernels.o") if re.search(r"^\S* [Wu] ", line)]
+    assert weak
+    assert not [line for line in weak if not re.search(r"\bh2ot::(amx|avx512)::", line)]
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

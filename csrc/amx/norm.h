@@ -1,8 +1,6 @@
 // LayerNorm of a row, in float32 as PyTorch does it: the mean, then the mean of squares about it.
 #pragma once
 
-#include <cmath>
-
 #include "digits.h"
 
 namespace h2ot {
@@ -28,7 +26,7 @@ H2OT_INLINE Extent norm_row(const float* x, int64_t C, const float* weight, cons
     squares[0] += first * first;
     squares[1] += second * second;
   }
-  const float scale = 1 / std::sqrt(sum_lanes<float>(squares[0] + squares[1]) / float(C) + eps);
+  const float scale = 1 / __builtin_sqrtf(sum_lanes<float>(squares[0] + squares[1]) / float(C) + eps);
   Measure measure;
   for (int64_t c = 0; c < C; c += kFloats) {
     Floats v = (load_some(x + c, C - c) - mean) * scale;
