@@ -45,11 +45,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "for (; past > step; past -= step) plan.first[++before] = t;",
     ): "a frame that is a kept one is kept by weight 1 instead of weight 0",
     (
-        "csrc/cpu/recover_attention.cpp",
-        "panels((a.F + kPanel<E> - 1) / kPanel<E>),",
-        "panels((a.F + kPanel<E> - 0) / kPanel<E>),",
-    ): "perhaps a panel of queries more, all of it padding",
-    (
         "csrc/cpu/score.cpp",
         "if (streamed.open[i] && state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",
         "if (streamed.open[i] || state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",

@@ -33,8 +33,8 @@ struct Arrays {
 
   Arrays(Carver& memory, int64_t channels, int64_t hidden_channels) {
     sums = memory.take<float>(2 * kBlock * kLinearPanel);
-    rows = memory.take<uint16_t>(kBlock * groups_of(channels, kStepHalves) * kStepHalves);
-    hidden = memory.take<uint16_t>(kBlock * groups_of(hidden_channels, kStepHalves) * kStepHalves);
+    rows = memory.take<uint16_t>(kBlock * rounded_up(channels, kStepHalves));
+    hidden = memory.take<uint16_t>(kBlock * rounded_up(hidden_channels, kStepHalves));
     given = memory.take<BFloat16>(kBlock * channels);
   }
 };

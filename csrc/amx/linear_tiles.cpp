@@ -21,8 +21,7 @@ struct Results {
   float* at;
   int64_t stride;
 
-  Results(Carver& memory, int64_t M, int64_t halves)
-      : stride(groups_of(M, kSide) * kSide + kSide) {  // not a power of two
+  Results(Carver& memory, int64_t M, int64_t halves) : stride(rounded_up(M, kSide) + kSide) {  // not a power of two
     at = memory.take<float>(halves * kSide * stride);
   }
 };

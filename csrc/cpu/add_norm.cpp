@@ -50,7 +50,7 @@ struct Arrays {
 template <class T, class Y, class N>
 Status run(const AddNormArgs& a, const Parallel& pool) {
   typedef Accumulator<T> E;
-  const int64_t C = a.C, width = (C + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const int64_t C = a.C, width = rounded_up(C, kLanes<T>);
   E* const weight = static_cast<E*>(scratch(Slot::shared, 2 * width * int64_t(sizeof(E))));
   if (!weight) return Status::out_of_memory;
   widen_all(a.weight, a.weight_dtype, E(1), C, width, weight);

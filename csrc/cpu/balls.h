@@ -136,7 +136,7 @@ struct Places {
 
   // The slots 0 .. n - 1 in an order by place: halves of whole panels, then of each panel, down to kRows tokens.
   void order(Placed* list, int32_t* slots, const Parallel& pool) const {
-    const int64_t n = sample->n, panels = ceil_div(n, kPanel);
+    const int64_t n = sample->n, panels = groups_of(n, kPanel);
     int64_t top = 1;  // parts of at most a panel
     while (top < panels) top *= 2;
     const auto from = [&](int64_t part, int64_t parts) {
@@ -172,8 +172,8 @@ struct Balls {
   int32_t* first;  // [count] the lowest slot of each
 
   void carve(Carver& memory, int64_t most, int64_t C) {
-    mean = memory.take<float>(ceil_div(most, kPanel) * kPanel * C);
-    radius = memory.take<double>(ceil_div(most, kPanel) * kPanel);
+    mean = memory.take<float>(rounded_up(most, kPanel) * C);
+    radius = memory.take<double>(rounded_up(most, kPanel));
     first = memory.take<int32_t>(most);
   }
   int64_t size() const { return form->rows.C * kPanel; }
@@ -188,10 +188,10 @@ struct Balls {
     slot = slots;
     tokens = n;
     width = run;
-    count = ceil_div(n, run);
+    count = groups_of(n, run);
     packed = to;
-    const int64_t grain = larger(1, 65536 / size()), places = ceil_div(count, kPanel) * kPanel;
-    parallel_for(pool, ceil_div(n, kPanel), grain, [&](int64_t from, int64_t past) {
+    const int64_t grain = larger(1, 65536 / size()), places = rounded_up(count, kPanel);
+    parallel_for(pool, groups_of(n, kPanel), grain, [&](int64_t from, int64_t past) {
       for (int64_t panel = from; panel < past; panel++) {
         int32_t token[kPanel];
         const int64_t in_panel = smaller(kPanel, n - panel * kPanel);
@@ -220,7 +220,7 @@ struct Balls {
   // least[r][q]: no token of ball r of `rows`, which are at most kRows, is nearer to one of ball q than this; infinity
   // behind the last ball.
   void separate(const Balls& rows, float* least) const {
-    const int64_t stride = ceil_div(count, kPanel) * kPanel;
+    const int64_t stride = rounded_up(count, kPanel);
     float tile[kRows * kPanel] __attribute__((aligned(64)));
     for (int64_t q = 0; q < stride; q += kPanel) {
       form->template tile<2>(rows.mean, mean + q * form->rows.C, tile);

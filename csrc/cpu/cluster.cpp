@@ -26,11 +26,11 @@ struct Assigner {
     centre = memory.take<int32_t>(args.K);
     position = memory.take<int32_t>(args.K);
     other = memory.take<int32_t>(args.x.N);
-    panels = memory.take<float>(ceil_div(args.K, kPanel) * panel_room(args.x.C));
+    panels = memory.take<float>(groups_of(args.K, kPanel) * panel_room(args.x.C));
   }
 
   int64_t worker_bytes() const {
-    return (panel_room(args.x.C) + kPanel * ceil_div(args.K, kPanel) * kPanel) * int64_t(sizeof(float));
+    return (panel_room(args.x.C) + kPanel * rounded_up(args.K, kPanel)) * int64_t(sizeof(float));
   }
 
   // Labels a panel of tokens: tile distances to all centres, then float64 among those within reach of the least.
@@ -38,7 +38,7 @@ struct Assigner {
   // are left out.
   void label(const int32_t* token, int64_t count, int64_t* labels, void* memory, EarlyStop& stops) {
     const Form<A>& form = sample.form;
-    const int64_t C = args.x.C, stride = ceil_div(centres, kPanel) * kPanel, size = form.panel_size();
+    const int64_t C = args.x.C, stride = rounded_up(centres, kPanel), size = form.panel_size();
     const int64_t height = form.height();
     float* rows = static_cast<float*>(memory);
     float* distances = rows + panel_room(C);  // [kPanel][stride]
@@ -137,7 +137,7 @@ struct Assigner {
       if (labels[sample.token[i]] < 0) other[others++] = sample.token[i];
     }
     pack_panels(sample.form, centre, centres, pool, panels);
-    parallel_for(pool, ceil_div(others, kPanel), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(pool, groups_of(others, kPanel), 1, [&](int64_t begin, int64_t end) {
       void* scratch = worker_scratch.reserve(worker_bytes());
       if (scratch == nullptr) {
         __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
@@ -244,7 +244,7 @@ Status merge_samples(const MergeArgs& args, const Parallel& pool) {
   parallel_for(pool, args.B, 1 + 8192 / (N + K + 1), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++) members(b).sort(args.labels + b * N, N, K);
   });
-  const int64_t read = ceil_div(N, larger(1, K)) * args.C;  // elements of a cluster
+  const int64_t read = groups_of(N, larger(1, K)) * args.C;  // elements of a cluster
   parallel_for(pool, args.B * K, 1 + 16384 / (read + 1), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / K, k = task % K;

@@ -27,7 +27,6 @@ H2OT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 H2OT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 H2OT_INLINE double smaller_of(double a, double b) { return a < b ? a : b; }
 H2OT_INLINE double larger_of(double a, double b) { return a > b ? a : b; }
-H2OT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 H2OT_INLINE Floats fill(float v) { return v - Floats{}; }
 
@@ -102,7 +101,7 @@ struct Bound {
 // The worst case of distance_tile: each difference is rounded once, each square once and each addition once.
 // eta covers squares that underflow, and (float64 tokens) the rounding of packed values up to `magnitude`.
 H2OT_INLINE Bound tile_bound(int64_t C, double magnitude) {
-  const double roundings = double(smaller(C, kChunk) + ceil_div(C, kChunk) + 8);
+  const double roundings = double(smaller(C, kChunk) + groups_of(C, kChunk) + 8);
   return {0.6 * 0x1p-24 * roundings, sqrt(double(C)) * (0x1p-62 + magnitude * 0x1p-22)};
 }
 
@@ -194,7 +193,7 @@ A largest_difference(const A* row, const A* centre, int64_t C) {
 
 // The worst case of scaled_distance between two float tokens, as tile_bound, where no difference overflows.
 H2OT_INLINE Bound scaled_bound(int64_t C) {
-  return {0.6 * 0x1p-24 * double(ceil_div(C, 4 * kFloats) + kFloats + 8), sqrt(double(C)) * 0x1p-62};
+  return {0.6 * 0x1p-24 * double(groups_of(C, 4 * kFloats) + kFloats + 8), sqrt(double(C)) * 0x1p-62};
 }
 
 // Bit p is set where a[p] <= b[p].

@@ -251,7 +251,7 @@ Status run(const GraphArgs& a, const Parallel& pool) {
       for (int64_t task = begin; task < end; task++) line<T>(a, task).update_all(of_all, normed);
       return;
     }
-    const int64_t width = (a.C + kLanes<E> - 1) / kLanes<E> * kLanes<E>;
+    const int64_t width = rounded_up(a.C, kLanes<E>);
     const int64_t counts[] = {finds ? a.T * width : 0, finds ? a.C * kPanel<E> : 0, finds ? a.T * kPanel<E> : 0};
     Carver sizes(nullptr);
     for (int64_t count : counts) sizes.take<E>(count);

@@ -30,7 +30,7 @@ H2OT_INLINE int64_t parts_of(int64_t B, int64_t most, int64_t threads) {
   int64_t best = 1;
   double busiest = 0;
   for (int64_t parts = 1; parts <= most; parts++) {
-    const int64_t tasks = B * parts, rounds = (tasks + threads - 1) / threads;
+    const int64_t tasks = B * parts, rounds = groups_of(tasks, threads);
     const double busy = double(tasks) / double(rounds * threads);
     if (busy <= busiest * 1.05) continue;
     busiest = busy;
@@ -63,7 +63,7 @@ template <class Work, class Make>
 Status attend_heads(const RecoverAttentionArgs& a, const Parallel& pool, int64_t width, int64_t grain,
                     const Make& make) {
   typedef typename Work::Element T;
-  const int64_t panels = (a.F + width - 1) / width, heads = a.B * a.H;
+  const int64_t panels = groups_of(a.F, width), heads = a.B * a.H;
   Outcome outcome;
   // Panel `panel` of [first, end), which are taken one after the other.
   const auto attend = [&](const Work& work, int64_t which, int64_t panel, int64_t first, int64_t end, T* rows) {
@@ -86,7 +86,7 @@ Status attend_heads(const RecoverAttentionArgs& a, const Parallel& pool, int64_t
     });
     return outcome.result();
   }
-  const int64_t parts = parts_of(a.B, panels, pool.threads), most = (panels + parts - 1) / parts * width;
+  const int64_t parts = parts_of(a.B, panels, pool.threads), most = groups_of(panels, parts) * width;
   parallel_for(pool, a.B * parts, 1, [&](int64_t begin, int64_t past) {
     with_work<Work>(a, most, make, outcome, [&](const Work& work, T* rows) {
       for (int64_t task = begin; task < past; task++) {

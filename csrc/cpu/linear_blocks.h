@@ -74,7 +74,7 @@ struct Affine {
   float *weight = nullptr, *bias = nullptr;
 
   Status read(const void* from_weight, const void* from_bias, Dtype dtype, int64_t C) {
-    const int64_t width = groups_of(C, kFloats) * kFloats;
+    const int64_t width = rounded_up(C, kFloats);
     weight = static_cast<float*>(scratch(Slot::shared, 2 * width * int64_t(sizeof(float))));
     if (!weight) return Status::out_of_memory;
     bias = weight + width;

@@ -74,15 +74,14 @@ struct Lists {
     length = list;
     v = memory.take<float>(rows * length);
     slot = memory.take<int32_t>(rows * length);
-    threshold = memory.take<float>(ceil_div(rows, kPanel) * kPanel);
+    threshold = memory.take<float>(rounded_up(rows, kPanel));
   }
   void clear(int64_t rows) {
     for (int64_t at = 0; at < rows * length; at++) {
       v[at] = __builtin_inff();
       slot[at] = kNoSlot;
     }
-    for (int64_t row = 0; row < ceil_div(rows, kPanel) * kPanel; row++)
-      threshold[row] = row < rows ? __builtin_inff() : -1;
+    for (int64_t row = 0; row < rounded_up(rows, kPanel); row++) threshold[row] = row < rows ? __builtin_inff() : -1;
   }
   int64_t count(int64_t row) const {
     int64_t found = 0;

@@ -24,8 +24,8 @@ struct NearbySearch {
     Lists lists;
 
     void carve(Carver& memory, int64_t C, int64_t columns, int64_t length) {
-      rows = memory.take<float>(ceil_div(kBlock, kPanel) * kPanel * C);
-      least = memory.take<float>(kRows * ceil_div(columns, kPanel) * kPanel);
+      rows = memory.take<float>(rounded_up(kBlock, kPanel) * C);
+      least = memory.take<float>(kRows * rounded_up(columns, kPanel));
       waiting = memory.take<Neighbour>(columns);
       balls.carve(memory, kRows, C);
       lists.carve(memory, kBlock, length);
@@ -51,7 +51,7 @@ struct NearbySearch {
   template <class Accepts, class Wanted>
   void search_ball(int64_t r, Memory& memory, EarlyStop& stops, const Accepts& accepts, const Wanted& wanted) const {
     const Lists& lists = memory.lists;
-    const int64_t stride = ceil_div(columns.count, kPanel) * kPanel;
+    const int64_t stride = rounded_up(columns.count, kPanel);
     float* const least = memory.least + r * stride;
     const int64_t from = memory.balls.begin(r), to = memory.balls.end(r);
     for (int64_t q = 0; q < columns.count; q++) least[q] = wanted(q) ? least[q] : __builtin_inff();
@@ -114,7 +114,7 @@ struct NearbySearch {
     const int64_t C = sample.C;
     Carver sizes(nullptr);
     Memory().carve(sizes, C, columns.count, length);
-    parallel_for(pool, ceil_div(count, kBlock), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(pool, groups_of(count, kBlock), 1, [&](int64_t begin, int64_t end) {
       void* bytes = reserve(sizes.bytes());
       if (bytes == nullptr) return;
       Carver carver(bytes);

@@ -161,7 +161,7 @@ bool pack_panels(const Form<A>& form, const int32_t* token, int64_t count, const
                  const F& wanted) {
   const int64_t size = form.panel_size();
   bool fit = true;
-  parallel_for(pool, ceil_div(count, kPanel), larger(1, 65536 / size), [&](int64_t begin, int64_t end) {
+  parallel_for(pool, groups_of(count, kPanel), larger(1, 65536 / size), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
       if (!wanted(p)) continue;
       const bool fits = form.pack(token + p * kPanel, smaller(kPanel, count - p * kPanel), panels + p * size);

@@ -20,8 +20,8 @@ struct Layout {
 
   explicit Layout(const RecoverAttentionArgs& a)
       : D(a.C / a.H),
-        width((D + kLanes<E> - 1) / kLanes<E> * kLanes<E>),
-        panels((a.F + kPanel<E> - 1) / kPanel<E>),
+        width(rounded_up(D, kLanes<E>)),
+        panels(groups_of(a.F, kPanel<E>)),
         rate(E((a.scale < 0 ? -a.scale : a.scale) * kLog2E)),
         sign(E(sign_of(a.scale))) {}
   int64_t count(const RecoverAttentionArgs& a, int64_t panel) const {
@@ -203,7 +203,7 @@ Status backward(const RecoverAttentionBackwardArgs& args, const Parallel& pool) 
   const RecoverAttentionArgs& a = args.forward;
   const Layout<E> at(a);
   const bool shared = a.query_rows == 1;
-  const int64_t group = shared ? kGroup : 1, groups = (a.B + group - 1) / group, rows = a.F * a.C;
+  const int64_t group = shared ? kGroup : 1, groups = groups_of(a.B, group), rows = a.F * a.C;
   E* partial = nullptr;  // [groups][F][C]
   if (shared) {
     partial = static_cast<E*>(scratch(Slot::shared, groups * rows * int64_t(sizeof(E))));

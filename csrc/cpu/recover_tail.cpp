@@ -106,8 +106,8 @@ H2OT_INLINE void finish_rows(const RecoverTailArgs& a, int64_t first, int64_t wi
 template <class T>
 Status run(const RecoverTailArgs& a, const Parallel& pool) {
   typedef Accumulator<T> E;
-  const int64_t width = (a.C + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const int64_t outputs = (a.M + kOutputs - 1) / kOutputs * kOutputs;
+  const int64_t width = rounded_up(a.C, kLanes<T>);
+  const int64_t outputs = rounded_up(a.M, kOutputs);
   E* const weight = static_cast<E*>(scratch(Slot::shared, outputs * (width + 1) * int64_t(sizeof(E))));
   if (!weight) return Status::out_of_memory;
   E* const bias = weight + outputs * width;

@@ -9,7 +9,7 @@ namespace H2OT_ISA {
 
 constexpr int kRotatedVectors = kRotatedPanel / kLanes<float>;
 
-H2OT_INLINE int64_t rotated_width(int64_t C) { return (C + kRotatedPanel - 1) / kRotatedPanel * kRotatedPanel; }
+H2OT_INLINE int64_t rotated_width(int64_t C) { return rounded_up(C, kRotatedPanel); }
 H2OT_INLINE int64_t sums_width(int64_t M) { return (1 + M) * kLanes<float>; }
 
 // Adds kVectors vectors of products of a row of query `frame`, from rotated channel c on, token included.

@@ -56,7 +56,7 @@ struct Scorer {
     const int64_t list = stored ? smaller(k, kKept) : smaller(N, listed ? k + kSpare : kKept);
     state.carve(memory, N, stored ? panel_room(C) : Nearby<A>::room(C), list);
     of_row = nullptr;
-    sums = gaussian ? memory.take<int64_t>(ceil_div(N, kPanel) * kPanel) : nullptr;
+    sums = gaussian ? memory.take<int64_t>(rounded_up(N, kPanel)) : nullptr;
     matrix.state = &state;
     streamed.state = &state;
     peaks.streamed = &streamed;
@@ -119,9 +119,9 @@ struct Scorer {
   template <class F>
   void for_blocks(int64_t count, int64_t list, const F& f) {
     typedef typename RowSearch<A>::Memory Memory;
-    const int64_t C = args.x.C, block = RowSearch<A>::kBlock * kPanel, blocks = ceil_div(count, block);
+    const int64_t C = args.x.C, block = RowSearch<A>::kBlock * kPanel, blocks = groups_of(count, block);
     // A task takes one block from either end: later blocks may have more columns to look at.
-    parallel_for(pool, ceil_div(blocks, 2), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(pool, groups_of(blocks, 2), 1, [&](int64_t begin, int64_t end) {
       void* bytes = worker_memory(Memory::bytes(C, list));
       if (bytes == nullptr) return;
       Carver carver(bytes);
@@ -195,10 +195,10 @@ struct Scorer {
       pack_panels(state.sample.form, state.sample.token, state.sample.n, pool, state.panels);
     }
     const Gaussian<A> gaussian_sum = {state, sums, state.area * args.cutoff * args.cutoff};
-    const int64_t n = state.sample.n, panels = ceil_div(n, kPanel);
+    const int64_t n = state.sample.n, panels = groups_of(n, kPanel);
     for (int64_t i = 0; i < panels * kPanel; i++) sums[i] = 0;
     // A task takes one panel from either end: earlier panels have more later tokens to look at.
-    parallel_for(pool, ceil_div(panels, 2), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(pool, groups_of(panels, 2), 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++) {
         gaussian_sum.add(p);
         if (panels - 1 - p != p) gaussian_sum.add(panels - 1 - p);

@@ -32,7 +32,7 @@ struct Matrix {
   Bound bound, fine;  // of all values, of those in refined blocks
 
   void carve(Carver& memory, int64_t N) {
-    panels = ceil_div(N, kPanel);
+    panels = groups_of(N, kPanel);
     stride = panels * kPanel;
     values = memory.take<float>(stride * stride);
     undecided = memory.take<int32_t>(panels * panels);
@@ -104,7 +104,7 @@ struct Matrix {
   // Fills the blocks (p, q), p <= q, that `wanted`, copied for each task, names.
   template <class F>
   void fill(const Form<A>& form, float unit, const Parallel& pool, const F& wanted) const {
-    const int64_t n = state->sample.n, count = ceil_div(n, kPanel);
+    const int64_t n = state->sample.n, count = groups_of(n, kPanel);
     const int64_t grain = larger(1, 200000 / (state->sample.C * kPanel * kPanel / kFloats));
     parallel_for(pool, count * (count + 1) / 2, grain, [&](int64_t begin, int64_t end) {
       const TileHold registers(form);

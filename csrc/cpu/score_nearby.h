@@ -32,7 +32,7 @@ struct Nearby {
   static int64_t room(int64_t C) { return larger(panel_room(C), kPanel * kPanel); }
 
   void carve(Carver& memory, int64_t N, int64_t C) {
-    const int64_t most = ceil_div(N, kPanel);
+    const int64_t most = groups_of(N, kPanel);
     places = {&state->sample, state->panels};
     balls.carve(memory, most, C);
     placed = memory.take<Placed>(N);

@@ -42,12 +42,12 @@ struct State {
   void carve(Carver& memory, int64_t N, int64_t room, int64_t list) {
     kept = list;
     m = memory.take<double>(N);
-    key = memory.take<double>(ceil_div(N, kDoubles) * kDoubles);
+    key = memory.take<double>(rounded_up(N, kDoubles));
     delta = memory.take<double>(N);
     parent = memory.take<int32_t>(N);
     near = memory.take<Neighbour>(N * kept);
     near_count = memory.take<int32_t>(N);
-    panels = memory.take<float>(ceil_div(N, kPanel) * room);
+    panels = memory.take<float>(groups_of(N, kPanel) * room);
   }
   bool denser(int64_t j, int64_t i) const { return key[j] < key[i] || (!strict && key[j] == key[i] && j < i); }
 

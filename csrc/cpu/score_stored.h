@@ -44,7 +44,7 @@ struct Stored : Matrix<A> {
   // added).
   void split(int64_t i, const float* apart, const RowRoom& room) const {
     const float* v = row(i);
-    const int64_t panel = i / kPanel, count = ceil_div(state->sample.n, kPanel);
+    const int64_t panel = i / kPanel, count = groups_of(state->sample.n, kPanel);
     const auto put = [&](float* to, int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; j++) to[j] = apart ? v[j] + apart[j] : v[j];
     };

@@ -97,7 +97,7 @@ struct Streamed {
   // Every pair once, in rounds whose tasks share no slot: no locks, and lists are written by one thread at a time.
   void search_all(const Parallel& pool) {
     lists.clear(state->sample.n);
-    const int64_t panels = ceil_div(state->sample.n, kPanel), pairs = smaller(pool.threads, panels / 2);
+    const int64_t panels = groups_of(state->sample.n, kPanel), pairs = smaller(pool.threads, panels / 2);
     if (pairs < 2) {
       search(0, panels, 0, panels);
       return;

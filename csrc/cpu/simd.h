@@ -38,7 +38,9 @@ constexpr int kStepsAtOnce = 4;
 constexpr int kStepsAtOnce = 1;
 #endif
 
+// How many groups of `size` hold `count`; how many they hold together.
 H2OT_INLINE int64_t groups_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+H2OT_INLINE int64_t rounded_up(int64_t count, int64_t size) { return groups_of(count, size) * size; }
 
 constexpr int kFloats = kVectorBytes / 4;
 constexpr int kDoubles = kVectorBytes / 8;
