@@ -20,7 +20,7 @@ H2OT_INLINE int64_t most_groups(int64_t channels) {
 }
 
 // The rows of a block, whole groups of them but for the last one, which may be half of one, and their digits.
-struct Rows {
+struct DigitRows {
   const float* x;  // of the rows that are there
   int64_t stride, count, halves;
   int8_t* digits;  // [groups][steps][kRowStep]
@@ -29,7 +29,7 @@ struct Rows {
   bool* has_low;   // [groups]: whether one of it is not 0
   bool has_plain;  // a row has no digits
 
-  Rows(Carver& memory, int64_t C, int64_t most) : x(nullptr), stride(0), count(0), halves(most) {
+  DigitRows(Carver& memory, int64_t C, int64_t most) : x(nullptr), stride(0), count(0), halves(most) {
     const int64_t groups = groups_of(most, 2);
     digits = memory.take<int8_t>(groups * groups_of(C, kDepth) * kRowStep);
     scale = memory.take<float>(groups * kGroup);
@@ -43,7 +43,7 @@ struct Rows {
 
 // sums of group g of rows of `steps` steps and a panel of weights, from step `from` on.
 template <class Beside>
-H2OT_INLINE void multiply_group(const Rows& rows, int64_t g, const int8_t* panel, int64_t from, int64_t steps,
+H2OT_INLINE void multiply_group(const DigitRows& rows, int64_t g, const int8_t* panel, int64_t from, int64_t steps,
                                 int32_t* sums, const Beside& beside) {
   const int8_t* const digits = rows.digits + (g * steps + from) * kRowStep;
   panel += from * kWeightStep;
@@ -64,7 +64,7 @@ H2OT_INLINE Floats numbers(const int32_t* sums, int64_t order) {
 
 // The product of row `row` of a block, whose sums begin at `sums`, with kSide outputs of that scale. Few instructions:
 // they take the place of tile instructions that wait for their turn.
-H2OT_INLINE Floats joined(const Rows& rows, int64_t row, const int32_t* sums, bool has_low, Floats scale) {
+H2OT_INLINE Floats joined(const DigitRows& rows, int64_t row, const int32_t* sums, bool has_low, Floats scale) {
   Floats v = numbers(sums, 0);
   v = v * 256.0f + numbers(sums, 1);
   v = v * 256.0f + numbers(sums, 2);
@@ -74,7 +74,7 @@ H2OT_INLINE Floats joined(const Rows& rows, int64_t row, const int32_t* sums, bo
 
 // The digits of group g as tiles; zeros for rows that are not there or have none. normed: room for its rows, where
 // there is a norm.
-void split_group(const LinearTilesArgs& a, const Packed& p, int64_t g, Rows& rows, float* normed) {
+void split_group(const LinearTilesArgs& a, const Packed& p, int64_t g, DigitRows& rows, float* normed) {
   const float* x[kGroup];
   float to_whole[kGroup];
   const float* const channels = p.channel_scales();
@@ -118,7 +118,7 @@ void split_group(const LinearTilesArgs& a, const Packed& p, int64_t g, Rows& row
 }
 
 // Rows of C numbers, `stride` apart, as a layer of these weights takes them.
-void split(const LinearTilesArgs& a, const Packed& p, const float* x, int64_t stride, int64_t count, Rows& rows,
+void split(const LinearTilesArgs& a, const Packed& p, const float* x, int64_t stride, int64_t count, DigitRows& rows,
            float* normed) {
   rows.x = x;
   rows.stride = stride;

@@ -36,7 +36,7 @@ struct Pending {
 
 // Rows [begin, end) of it.
 template <bool kGelu>
-H2OT_INLINE void finish(const Rows& rows, const Pending& of, const Results& to, int64_t begin, int64_t end) {
+H2OT_INLINE void finish(const DigitRows& rows, const Pending& of, const Results& to, int64_t begin, int64_t end) {
   float* out = to.at + (of.row + begin) * to.stride + of.column;
   for (int64_t r = begin; r < end; r++, out += to.stride) {
     const Floats v = joined(rows, of.row + r, of.sums + r * kSide, of.has_low, of.scale) + of.bias;
@@ -50,7 +50,7 @@ H2OT_INLINE Floats bias_of(const LinearTilesArgs& a, int64_t chunk, int64_t colu
 
 // Rows without digits: `width` results from `column` on.
 template <bool kGelu>
-void plain_rows(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t chunk,
+void plain_rows(const LinearTilesArgs& a, const Packed& p, const DigitRows& rows, float* normed, int64_t chunk,
                 int64_t column, int64_t width, const Results& to) {
   for (int64_t r = 0; rows.has_plain && r < rows.count; r++) {
     const float* x = rows.x + r * rows.stride;
@@ -67,7 +67,7 @@ void plain_rows(const LinearTilesArgs& a, const Packed& p, const Rows& rows, flo
 
 // activation(product + bias) of a block's rows: `width` outputs of a chunk from `column` on.
 template <bool kGelu>
-void multiply_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t chunk,
+void multiply_block(const LinearTilesArgs& a, const Packed& p, const DigitRows& rows, float* normed, int64_t chunk,
                     int64_t column, int64_t width, const Results& to, int32_t* sums) {
   constexpr int64_t kStepLines = kWeightStep / 64, kCalls = 4;  // of beside() in a step
   const int64_t share = groups_of(kGroup, kCalls * p.steps), lines = groups_of(kStepLines, kCalls * rows.groups());
@@ -126,8 +126,8 @@ void put_out(const LinearTilesArgs& a, const Results& from, int64_t first, int64
 }
 
 // What panels [panel, end) of a layer make of a block's rows [first, ...), stretch by stretch.
-void run_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows, float* normed, int64_t first, int64_t panel,
-               int64_t end, const Results& to, int32_t* sums) {
+void run_block(const LinearTilesArgs& a, const Packed& p, const DigitRows& rows, float* normed, int64_t first,
+               int64_t panel, int64_t end, const Results& to, int32_t* sums) {
   const auto multiply_rows = a.activation == Activation::gelu ? multiply_block<true> : multiply_block<false>;
   while (panel < end) {
     const int64_t chunk = panel / p.panels, column = panel % p.panels * kSide, left = (end - panel) * kSide;
@@ -142,7 +142,7 @@ void run_block(const LinearTilesArgs& a, const Packed& p, const Rows& rows, floa
 struct Arrays {
   int32_t* sums;
   float* normed;  // [kGroup][channels], where there is a norm
-  Rows rows, hidden_rows;
+  DigitRows rows, hidden_rows;
   Results hidden, results;
 
   Arrays(Carver& memory, const LinearTilesArgs& a, int64_t hidden_channels, int64_t outputs, int64_t halves)

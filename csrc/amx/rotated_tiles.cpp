@@ -22,7 +22,7 @@ struct Triangle {
 struct Arrays {
   int32_t* products;  // [2][kSums]: one is finished while the next is made
   float* sums;        // [halves kSide][sums_width]
-  Rows rows;
+  DigitRows rows;
 
   Arrays(Carver& memory, int64_t C, int64_t M, int64_t halves)
       : products(memory.take<int32_t>(2 * kSums)),
@@ -53,7 +53,7 @@ struct Block {
   }
   void finish(const Pending& of) const {
     if (!of.products) return;
-    const Rows& rows = at.rows;
+    const DigitRows& rows = at.rows;
     const int64_t begin = of.group * kGroup, left = rows.count - begin, height = rows.height(of.group);
     const Floats scale = load(triangle.above.scales + of.panel * kSide);
     for (int64_t r = 0; r < (left < height ? left : height); r++) {
@@ -74,7 +74,7 @@ struct Block {
     }
   }
   void run() const {
-    const Rows& rows = at.rows;
+    const DigitRows& rows = at.rows;
     const Packed& p = triangle.above;
     memset(at.sums, 0, size_t(rows.count * sums_width(a.M)) * sizeof(float));
     Pending before;

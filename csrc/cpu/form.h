@@ -30,7 +30,7 @@ H2OT_INLINE int64_t panel_room(int64_t C) {
 // The tokens of one sample as rows of floats (doubles for float64): those of the caller where they already are that,
 // else pooled and widened into a copy.
 template <class A>
-struct Rows {
+struct TokenRows {
   const A* data;
   int64_t stride;
   int64_t C;
@@ -63,7 +63,7 @@ H2OT_INLINE void store_turned(const Quad (&in)[4], float* out) {
 }
 
 // panel[c][p] = packed channel c of token[p]; infinity for p >= count, which no comparison takes for a neighbour.
-H2OT_INLINE void pack_floats(const Rows<float>& rows, const Packing<float>& packing, const int32_t* token,
+H2OT_INLINE void pack_floats(const TokenRows<float>& rows, const Packing<float>& packing, const int32_t* token,
                              int64_t count, float* panel) {
   const int64_t C = rows.C;
   const float scale = float(packing.scale);
@@ -84,7 +84,7 @@ H2OT_INLINE void pack_floats(const Rows<float>& rows, const Packing<float>& pack
     }
   }
 }
-H2OT_INLINE void pack_floats(const Rows<double>& rows, const Packing<double>& packing, const int32_t* token,
+H2OT_INLINE void pack_floats(const TokenRows<double>& rows, const Packing<double>& packing, const int32_t* token,
                              int64_t count, float* panel) {
   for (int64_t p = 0; p < kPanel; p++) {
     const double* row = p < count ? rows[token[p]] : nullptr;
@@ -95,7 +95,8 @@ H2OT_INLINE void pack_floats(const Rows<double>& rows, const Packing<double>& pa
 }
 
 template <class A>
-void pack_integers(const Rows<A>& rows, const Packing<A>& packing, const int32_t* token, int64_t count, float* panel) {
+void pack_integers(const TokenRows<A>& rows, const Packing<A>& packing, const int32_t* token, int64_t count,
+                   float* panel) {
   constexpr int64_t kStep = 256;  // channels at a time
   const int64_t prefix = prefix_of(rows.C);
   int16_t q[4][kStep] __attribute__((aligned(64)));
@@ -131,7 +132,7 @@ void pack_integers(const Rows<A>& rows, const Packing<A>& packing, const int32_t
 
 // Returns whether all numbers fit their digits.
 template <class A>
-bool pack_into_digits([[maybe_unused]] const Rows<A>& rows, [[maybe_unused]] const Packing<A>& packing,
+bool pack_into_digits([[maybe_unused]] const TokenRows<A>& rows, [[maybe_unused]] const Packing<A>& packing,
                       [[maybe_unused]] const int32_t* token, [[maybe_unused]] int64_t count,
                       [[maybe_unused]] float* panel) {
   if constexpr (kHasDigits<A>) {
@@ -160,7 +161,7 @@ enum class Values { floats, words, vnni_words, digits };
 // Tokens as a search packs them, and what its tile distances are worth.
 template <class A>
 struct Form {
-  Rows<A> rows;
+  TokenRows<A> rows;
   Packing<A> packing;
   Bound bound;
   Values values;

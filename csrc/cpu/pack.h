@@ -78,7 +78,7 @@ template <class A>
 struct Sample {
   static constexpr int64_t kSome = 16;  // tokens that the centre, and in pack_as_read the scale, are taken from
   int64_t N, C, n;
-  Rows<A> rows;
+  TokenRows<A> rows;
   Form<A> form, fine;  // for all pairs: integers where they pay, else floats; for near-duplicates: floats
   bool* valid;         // [N]
   int32_t* token;      // [n]
