@@ -83,7 +83,7 @@ struct Sample {
   bool* valid;         // [N]
   int32_t* token;      // [n]
   A* copy;             // [N][C], or null where the rows are the caller's
-  A* size;             // [N] the largest magnitude, later the distance from the centre, of each token
+  A* size;             // [N] the largest magnitude of each token; in fit_integers, of each slot, how far the centre is
   A* centre;           // [C]
   double most;         // the largest magnitude of a valid token (float64: of its difference from the first)
 
@@ -133,7 +133,7 @@ struct Sample {
     return true;
   }
   // The same, with a scale and values that all tokens fit.
-  void use_integers(const Parallel& pool, int64_t grain) {
+  void fit_integers(const Parallel& pool, int64_t grain) {
     set_centre();
     const bool digits = takes_digits();
     const A scale = A(fine.packing.scale);
@@ -258,7 +258,7 @@ bool read_sample(const Tokens& x, int64_t b, const bool* mask, const Parallel& p
     sample.most = v > sample.most ? v : sample.most;
   }
   sample.use_floats();
-  if (kQuantises && sample.n > kPanel && x.C >= kQuantisedChannels) sample.use_integers(pool, grain);
+  if (kQuantises && sample.n > kPanel && x.C >= kQuantisedChannels) sample.fit_integers(pool, grain);
   return false;
 }
 
