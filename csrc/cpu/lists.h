@@ -10,6 +10,7 @@ namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
+// A token, and what it is sorted by: its squared distance in float64, or, in other lists, a key or a distance.
 struct Neighbour {
   double s;
   int32_t slot;

@@ -1,4 +1,5 @@
-// What scoring keeps per sample, and the decisions that both searches (score_stored.h, score_streamed.h) share.
+// What scoring keeps per sample, and the decisions that its searches (score_stored.h, score_streamed.h, score_nearby.h)
+// share.
 //
 // Slots 0 .. n - 1 are the valid tokens in ascending order.
 #pragma once
