@@ -1,4 +1,5 @@
-// h2ot_kernels._C: what is not an operator. Tied to one Python version; the operator library is not.
+// h2ot_kernels._C: what is not an operator: build information, the instruction set in use and its override, launch
+// plans, samples of arrays. Tied to one Python version; the operator library is not.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -81,7 +82,7 @@ pybind11::dict described(const Plan& plan) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and the CPU capability in use.";
+  m.doc() = "Build information, the CPU capability in use, plans of kernels, samples of arrays.";
   m.def(
       "build_info",
       [] {
