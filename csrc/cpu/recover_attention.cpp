@@ -113,6 +113,10 @@ struct Forward {
 template <class T>
 Status forward(const RecoverAttentionArgs& a, const Parallel& pool) {
   typedef Accumulator<T> E;
+  if (a.K == 0) {
+    memset(a.out, 0, size_t(a.B * a.F * a.C) * sizeof(T));
+    return Status::ok;
+  }
   const Layout<E> at(a);
   E* shared_panels = nullptr;
   if (a.query_rows == 1) {
@@ -120,10 +124,6 @@ Status forward(const RecoverAttentionArgs& a, const Parallel& pool) {
     shared_panels = static_cast<E*>(scratch(Slot::shared, size * int64_t(sizeof(E))));
     if (!shared_panels) return Status::out_of_memory;
     pack_shared_queries<T>(a, at, shared_panels, pool);
-  }
-  if (a.K == 0) {
-    memset(a.out, 0, size_t(a.B * a.F * a.C) * sizeof(T));
-    return Status::ok;
   }
   return attend_heads<Forward<T, E>>(a, pool, kPanel<E>, task_grain(a, at.D, kPanel<E>),
                                      [&](Carver& memory) { return Forward<T, E>(memory, a, at, shared_panels); });
