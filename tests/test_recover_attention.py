@@ -110,6 +110,24 @@ def test_large_logits_stay_finite(runner):
 
 
 @pytest.mark.parametrize("runner", runners("recover_attention"))
+@pytest.mark.parametrize(
+    ("dtype", "large"), [(torch.float32, 1e20), (torch.bfloat16, 1e20), (torch.float64, 1e160)], ids=str
+)
+def test_first_keys_whose_products_overflow_weigh_nothing(dtype, large, runner):
+    """Whole blocks of keys with logits of -inf, before some that are finite."""
+    K, few, C = 140, 10, 16
+    query, key, value = torch.ones(1, 20, C), -torch.ones(1, K, C), torch.randn(1, K, C)
+    query, key = query.double() * large, key.double() * large
+    key[:, K - few :] = torch.randn(1, few, C) / large
+    leaves = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+    ours = runner(h2ot.recover_attention, *leaves, 1)
+    rest = [x.detach().double()[:, -few:] if x.shape[1] == K else x.detach().double() for x in leaves]
+    torch.testing.assert_close(ours.double(), python_ref.recover_attention(*rest, 1), rtol=0.02, atol=0.02)
+    for x in torch.autograd.grad(ours.sum(), leaves):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("runner", runners("recover_attention"))
 def test_scale_and_query_shapes_agree(runner):
     query, (key, value) = torch.randn(6, 8), torch.randn(2, 3, 5, 8)
     one = runner(h2ot.recover_attention, query, key, value, 2, scale=0.7)

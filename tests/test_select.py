@@ -83,6 +83,14 @@ def test_attention_pruning(shape, runner):
     assert torch.equal(ours, strided)
 
 
+@pytest.mark.parametrize("runner", runners("prune_attention"))
+def test_first_frames_whose_products_overflow_receive_nothing(runner):
+    query, key = torch.full((1, 1, 280, 8), 1e20), torch.full((1, 1, 280, 8), -1e20)
+    key[:, :, 220:] = torch.randn(1, 1, 60, 8) * 1e-20
+    ours = runner(h2ot.prune_attention, query, key, 20)
+    assert torch.equal(ours, 220 + python_ref.prune_attention(query[:, :, 220:].double(), key[:, :, 220:].double(), 20))
+
+
 def test_sampler_follows_the_integer_rule():
     for F, K in ((243, 81), (243, 1), (9, 9), (351, 117), (2, 1), (1, 1)):
         expected = [(F - 1) // 2] if K == 1 else [i * (F - 1) // (K - 1) for i in range(K)]

@@ -9,7 +9,7 @@ from ..backend import implement
 from ..library import declare_custom
 from ..select import ATTENTION
 from .common import divide, launch, modulo, pow2, wide, widen
-from .recover_attention import _logits
+from .recover_attention import _logits, lowest
 from .select import select_tokens
 
 ONCE = 256  # frames up to which a program has all keys in one tile, and makes every logit once
@@ -57,7 +57,7 @@ def level_kernel(
     frame = block * QUERIES + tl.arange(0, QUERIES)
     query_at = b * query_b + p * query_p + h * query_h + frame.to(tl.int64) * query_f
     like = widen(tl.zeros([1], query.dtype.element_ty))
-    top = tl.full([QUERIES], float("-inf"), like.dtype)
+    top = lowest(QUERIES, like.dtype)
     mass = tl.zeros([QUERIES], like.dtype)
     for first in range(0, F, KEYS):
         other = first + tl.arange(0, KEYS)

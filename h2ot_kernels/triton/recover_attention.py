@@ -27,6 +27,15 @@ def _logits(
 
 
 @triton.jit
+def lowest(count: tl.constexpr, dtype: tl.constexpr):
+    """[count] of the lowest number, below all logits but -inf: beside it a block of those weighs 0, beside -inf NaN."""
+    if dtype == tl.float64:
+        return tl.full([count], -1.7976931348623157e308, dtype)
+    else:
+        return tl.full([count], -3.4028234663852886e38, dtype)
+
+
+@triton.jit
 def attend(
     program, query, key, value,
     F, K, H, D, query_b, query_f, query_c, key_b, key_k, key_c, value_b, value_k, value_c, scale: tl.float64,
@@ -45,7 +54,7 @@ def attend(
     b = (program // parts // frames // H).to(tl.int64)
     query_at = b * query_b + frame.to(tl.int64) * query_f + head.to(tl.int64) * D * query_c
     like = widen(tl.zeros([1], value.dtype.element_ty))
-    top = tl.full([FRAMES], float("-inf"), like.dtype)
+    top = lowest(FRAMES, like.dtype)
     mass = tl.zeros([FRAMES], like.dtype)
     total = tl.zeros([FRAMES, BLOCK], like.dtype)
     if WHOLE:
@@ -110,7 +119,7 @@ def statistics_kernel(
     query_at = b * query_b + frame.to(tl.int64) * query_f + head.to(tl.int64) * D * query_c
     grad_at = b * grad_b + frame.to(tl.int64) * grad_f + head.to(tl.int64) * D * grad_c
     like = widen(tl.zeros([1], value.dtype.element_ty))
-    top = tl.full([FRAMES], float("-inf"), like.dtype)
+    top = lowest(FRAMES, like.dtype)
     mass = tl.zeros([FRAMES], like.dtype)
     mean = tl.zeros([FRAMES], like.dtype)
     for first in range(0, K, KEYS):
