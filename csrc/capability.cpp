@@ -41,16 +41,18 @@ struct Runnable {
   char names[64] = "";
 
   Runnable() {
+#if defined(H2OT_HAS_AVX2) || defined(H2OT_HAS_AVX512)
+    // Both are compiled with these, too.
+    const bool has_fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
 #ifdef H2OT_HAS_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
+    if (has_fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       add(&avx512::table);
     }
 #endif
 #ifdef H2OT_HAS_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      add(&avx2::table);
-    }
+    if (has_fma && __builtin_cpu_supports("avx2")) add(&avx2::table);
 #endif
 #ifdef __aarch64__
     add(&neon::table);  // every 64-bit ARM processor has NEON with fused multiply-adds
