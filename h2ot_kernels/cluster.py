@@ -156,30 +156,42 @@ def _merge_fake(x, labels, num_clusters, weight):
 
 def _merge_setup(ctx, inputs, output):
     x, labels, _, weight = inputs
-    ctx.save_for_backward(x, labels, weight, *output)
+    of_weight = (x, output[0]) if ctx.needs_input_grad[3] else ()
+    ctx.save_for_backward(labels, weight, output[1], *of_weight)
 
 
-def _merge_backward(ctx, grad, grad_total):
-    """d out_c / d x_i = w_i / total_c, d out_c / d w_i = (x_i - out_c) / total_c: gathers by label, differentiable."""
-    x, labels, weight, merged, total = ctx.saved_tensors
-    wide, (K, C) = total.dtype, merged.shape[1:]
-    inside, member = (labels >= 0) & (labels < K), labels.clamp(0, K - 1)
-    total_of = torch.where(inside, total.gather(1, member), 0.0)
-    counted = total_of != 0
-    per_token = torch.where(counted, 1 / torch.where(counted, total_of, 1.0), 0.0)
-    counted, member_of = counted[..., None], member[..., None].expand(-1, -1, C)
-    # What is of no cluster has gradient 0, whatever it and the first cluster hold.
-    grad_of = torch.where(counted, grad.to(wide).gather(1, member_of), 0.0)
-    grad_x = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        share = per_token if weight is None else per_token * torch.where(inside, weight, 0.0)
-        grad_x = (grad_of * share[..., None]).to(x.dtype)
-    if ctx.needs_input_grad[3]:
-        centred = torch.where(counted, x.to(wide) - merged.to(wide).gather(1, member_of), 0.0)
-        grad_weight = (grad_of * centred).sum(-1) * per_token
-        if grad_total is not None:
-            grad_weight = grad_weight + torch.where(inside, grad_total.gather(1, member), 0.0)
-    return grad_x, None, None, grad_weight
+def merge_backward(merge):
+    """The gradient of a merging operator: gathers by label, differentiable; `merge` is the operator.
+
+    d out_c / d x_i = w_i / total_c, d out_c / d w_i = (x_i - out_c) / total_c, with out_c before it is rounded.
+    """
+
+    def backward(ctx, grad, grad_total):
+        labels, weight, total, *of_weight = ctx.saved_tensors
+        wide, (K, C) = total.dtype, grad.shape[1:]
+        inside, member = (labels >= 0) & (labels < K), labels.clamp(0, K - 1)
+        total_of = torch.where(inside, total.gather(1, member), 0.0)
+        counted = total_of != 0
+        total_of = torch.where(counted, total_of, 1.0)  # not its inverse, which may be infinite
+        counted, member_of = counted[..., None], member[..., None].expand(-1, -1, C)
+        # What is of no cluster has gradient 0, whatever it and the first cluster hold.
+        grad_of = torch.where(counted, grad.to(wide).gather(1, member_of), 0.0)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            share = (1.0 if weight is None else torch.where(inside, weight, 0.0)) / total_of
+            grad_x = (grad_of * share[..., None]).to(grad.dtype)
+        if ctx.needs_input_grad[3]:
+            x, merged = of_weight
+            if merged.dtype != wide:
+                x = x.to(wide)
+                merged, _ = merge(x, labels, K, weight)
+            centred = torch.where(counted, x - merged.gather(1, member_of), 0.0)
+            grad_weight = (grad_of * centred).sum(-1) / total_of
+            if grad_total is not None:
+                grad_weight = grad_weight + torch.where(inside, grad_total.gather(1, member), 0.0)
+        return grad_x, None, None, grad_weight
+
+    return backward
 
 
 def _distance_flops(x, index, *rest) -> int:
@@ -204,7 +216,6 @@ ASSIGN_BY_PARENT = {
 MERGE = {
     "schema": "(Tensor x, Tensor labels, SymInt num_clusters, Tensor? weight) -> (Tensor, Tensor)",
     "fake": _merge_fake,
-    "backward": _merge_backward,
     "setup_context": _merge_setup,
 }
 
@@ -237,8 +248,10 @@ def _merged(op):
     return lambda *args: op(*args)[0]
 
 
+_ops = torch.ops.h2ot_kernels
 _cluster = declare("cluster_tokens", **CLUSTER)
 _assign = declare("assign_clusters", **ASSIGN)
+_merge = declare("merge_tokens", **MERGE, backward=merge_backward(lambda *args: _ops.merge_tokens(*args)))
 
 implement("cluster_tokens", "cpp", _cluster)
 implement("cluster_tokens", "cuda", _cluster)
@@ -249,5 +262,5 @@ implement("assign_clusters", "cuda", _assign)
 implement("assign_clusters", "reference", _reference_assign)
 implement("assign_by_parent", "cpp", declare("assign_by_parent", **ASSIGN_BY_PARENT))
 implement("assign_by_parent", "reference", _reference_by_parent)
-implement("merge_tokens", "cpp", _merged(declare("merge_tokens", **MERGE)))
+implement("merge_tokens", "cpp", _merged(_merge))
 implement("merge_tokens", "reference", _reference_merge)

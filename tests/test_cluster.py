@@ -1,5 +1,7 @@
 """Labels exactly, merged tokens within bound, gradients against finite differences."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -161,6 +163,50 @@ def test_gradcheck_first_and_second_order(runner):
     ):
         assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("runner", runners("merge_tokens"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_merging_within_bound(dtype, runner):
+    """The gradient to the weights knows the means as they were before they were rounded to 16 bits."""
+    x, labels, seed = torch.randn(2, 60, 33).add(8).to(dtype), torch.randint(-1, 7, (2, 60)), torch.randn(2, 7, 33)
+    weight = torch.rand(2, 60, dtype=torch.promote_types(dtype, torch.float32))
+
+    def gradients(call, *given):
+        given = [x.detach().clone().requires_grad_() for x in given]
+        merged = call(given[0], labels, 7, given[1])
+        return torch.autograd.grad(merged, given, seed.to(dtype).to(merged.dtype))
+
+    ours = gradients(partial(runner, h2ot.merge_tokens), x, weight)
+    exact = gradients(python_ref.merge_tokens, x.double(), weight.double())
+    same_precision = gradients(python_ref.merge_tokens, x, weight)
+    for one in zip(ours, exact, same_precision, strict=True):
+        assert_within(*one, 33)
+
+
+@pytest.mark.parametrize("runner", [p for p in runners("merge_tokens") if p.values[0].backend != "reference"])
+def test_the_inverse_of_a_small_weight_is_not_needed(runner):
+    """1 / 1e-40 is infinite in float32; the share of a weight is not."""
+    x, labels = torch.randn(1, 3, 2, requires_grad=True), torch.tensor([[0, 0, 1]])
+    weight = torch.tensor([[1e-40, 3e-40, 1e-40]])
+    to_x = torch.autograd.grad(runner(h2ot.merge_tokens, x, labels, 2, weight).sum(), x)[0]
+    torch.testing.assert_close(to_x[0, :, 0], torch.tensor([0.25, 0.75, 1.0]), rtol=1e-4, atol=0)
+
+
+def test_tokens_may_be_overwritten_where_only_a_gradient_to_the_weights_needs_them():
+    x, labels = torch.randn(2, 9, 4), torch.randint(0, 3, (2, 9))
+    for weight in (None, torch.rand(2, 9)):
+        leaf = x.clone().requires_grad_()
+        tokens = leaf * 1
+        merged = h2ot.merge_tokens(tokens, labels, 3, weight)
+        wanted = torch.autograd.grad(h2ot.merge_tokens(leaf, labels, 3, weight).sum(), leaf)[0]
+        tokens.add_(1)
+        assert torch.equal(torch.autograd.grad(merged.mul_(1).sum(), leaf)[0], wanted)
+    weight.requires_grad_()
+    merged = h2ot.merge_tokens(x, labels, 3, weight)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        merged.sum().backward()
 
 
 @pytest.mark.parametrize("runner", runners("merge_tokens"))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import implement
-from ..cluster import ASSIGN, MERGE, _merged
+from ..cluster import ASSIGN, MERGE, _merged, merge_backward
 from ..library import declare_custom
 from .common import divide, launch, modulo, narrow, wide, widen
 from .distance import bounds, next_candidate, pair_squares
@@ -141,5 +141,8 @@ def merge_tokens(x: Tensor, labels: Tensor, num_clusters: int, weight: Tensor | 
     return out, total
 
 
+_merge = declare_custom(
+    "merge_tokens_triton", function=merge_tokens, **MERGE, backward=merge_backward(lambda *args: _merge(*args))
+)
 implement("assign_clusters", "triton", declare_custom("assign_clusters_triton", function=assign_clusters, **ASSIGN))
-implement("merge_tokens", "triton", _merged(declare_custom("merge_tokens_triton", function=merge_tokens, **MERGE)))
+implement("merge_tokens", "triton", _merged(_merge))
