@@ -177,6 +177,16 @@ class Linear(nn.Linear):
         self._kept = None
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
+        """What `to`, `cuda` and the like call: what is kept for another dtype or device may never be asked for."""
+        if self._kept is None:
+            return super()._apply(fn, recurse)
+        form = self.weight.device, self.weight.dtype
+        super()._apply(fn, recurse)
+        if (self.weight.device, self.weight.dtype) != form:
+            self._kept = None
+        return self
+
 
 def call(layer: nn.Module, x: Tensor, activation: str = "none", **around) -> Tensor | tuple[Tensor, ...]:
     """What `Linear.forward` gives of these: inside the layer's call where that is nobody's but ours, else in turn."""

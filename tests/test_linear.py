@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -68,6 +69,21 @@ def test_packed_weights_follow_the_weights():
         assert not torch.equal(ours(x), before)
         ours.load_state_dict({"weight": torch.ones(40, 48), "bias": torch.zeros(40)})
         torch.testing.assert_close(ours(x), x.sum(1, keepdim=True).expand(-1, 40))
+
+
+@pytest.mark.parametrize("form", [torch.float64, torch.bfloat16, "meta"])
+def test_neither_packed_nor_old_weights_outlive_a_change_of_dtype_or_device(form):
+    """A layer that is moved to a GPU is not asked on the CPU again."""
+    ours, _ = pair()
+    with torch.inference_mode():
+        ours(torch.randn(4, 48))
+    kept = ours._kept
+    old, packed = weakref.ref(ours.weight.untyped_storage()), weakref.ref(kept["packed"][2])
+    assert ours.to("cpu", torch.float32)._kept is kept  # nothing changes
+    del kept
+    ours.to(form)
+    assert old() is None
+    assert packed() is None
 
 
 def test_training_and_gradients_are_those_of_linear():
