@@ -64,7 +64,7 @@ def patch(target, **kernels: bool) -> "Patch":
     attributes such as MotionBERT's `mode`, a drop path that does nothing in inference) is that of the patch. Parts are
     known by their exact class: with a subclass of nn.Dropout or the like, which may do more, the original runs.
     torch.compile sees a later patch and its end; before torch 2.12 a graph compiled earlier keeps its numbers and its
-    speed until torch._dynamo.reset().
+    speed until torch._dynamo.reset(). Calls that are in progress in other threads while a patch ends may fail.
 
     Raises TypeError for another target or an unknown switch, ValueError (with the reasons) where nothing at all could
     be replaced. The patch itself changes no random state.
