@@ -6,6 +6,7 @@ more than 100 ns to be found. (Large results of operators ask for them where the
 
 import contextlib
 import mmap
+import os
 import threading
 
 import torch
@@ -52,3 +53,13 @@ def _chunk(fewest: int) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel without them: ordinary pages do
         memory.madvise(mmap.MADV_HUGEPAGE, before, size)
     return whole[before : before + size]
+
+
+def _unlock() -> None:
+    """In a forked process: a thread that holds the lock stays behind."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)

@@ -3,6 +3,8 @@
 import gc
 import itertools
 import mmap
+import os
+import signal
 import weakref
 
 import pytest
@@ -70,6 +72,18 @@ def test_in_any_mode():
     assert [copy.tolist() for copy in (first, second, third)] == [[2.0] * 3, [1.0] * 3, [3.0] * 3]
     assert not first.is_inference()
     assert not second.requires_grad
+
+
+@needs_pages
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_has_not():
+    """A worker of a DataLoader that starts while a thread of its parent packs weights."""
+    with huge_pages._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(in_huge_pages(torch.ones(3)).tolist() != [1.0] * 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_where_there_are_none(monkeypatch):
