@@ -162,7 +162,8 @@ class Linear(nn.Linear):
     def kept(self, name: str, key: tuple, sources: list[Tensor], make: Callable[[], Made]) -> Made:
         """make(), kept under name until key or one of the tensors that it is made of changes."""
         state = (key, [(tensor.data_ptr(), tensor._version, tensor.stride()) for tensor in sources])
-        kept = self._kept and self._kept.get(name)
+        all_kept = self._kept  # read once: another thread may call train()
+        kept = all_kept and all_kept.get(name)
         if kept and kept[0] == state and kept[1].same():
             return kept[2]
         samples = Samples(sources)
