@@ -157,8 +157,8 @@ MUTANTS = {
     "padding is an error": ("gather.cu", "(frame[u] == -1 && move.embed == nullptr)", "false"),
     "padding under an embedding": ("gather.cu", "frame[u] == -1 && move.embed == nullptr", "frame[u] == -1"),
     "padding while searching": ("gather.cu", "value < frame && value != -1", "value < frame"),
-    "the frame axis merges": ("gather_plan.cpp", "apart = frame || ", "apart = "),
-    "the batch merges under an index of its own": ("gather_plan.cpp", "(axis > 0 || a.index_rows == 1)", "true"),
+    "the frame axis merges": ("../walk.h", "apart = frame || ", "apart = "),
+    "the batch merges under an index of its own": ("../walk.h", "(axis > 0 || a.index_rows == 1)", "true"),
     "the divisor's factor": ("gather_plan.cpp", "/ uint64_t(value) + 1", "/ uint64_t(value)"),
 }
 HUNTED = [

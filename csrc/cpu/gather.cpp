@@ -1,4 +1,5 @@
 // Frames taken out of a tensor, and put back into zeros: one walk over the rows of the output.
+#include "../walk.h"
 #include "kernels.h"
 #include "vectors.h"
 #include "worker.h"
@@ -9,45 +10,23 @@ namespace {
 
 constexpr int64_t kAllRows = INT64_MAX;
 
-// The output, axes merged where one stride walks both. The last axis is the row; `frame` is the axis whose position f
-// is read from source[f] (of the source row of that sample), or is zero where source[f] is negative.
-struct Walk {
+// The output, by its last axis, the row. Position f on the axis `frame` is read from source[f] (of the source row of
+// that sample), or is zero where source[f] is negative.
+struct Walk : Axes {
   const char* x;
   char* out;
   int64_t item, group;  // bytes of an element; batch rows of one source row
-  int dims, frame;
-  int64_t size[kMaxDims + 1], stride[kMaxDims + 1];
   const int64_t* source;
-};
 
-// Merges neighbouring axes, but never the frame axis, nor the batch where its rows have indices of their own, nor the
-// last axis where an embedding lies along it.
-template <class Args>
-Walk make_walk(const Args& a, const void* x, int64_t item, const int64_t* source, bool keep_last) {
-  Walk w = {static_cast<const char*>(x), static_cast<char*>(a.out), item, kAllRows, 0, 0, {}, {}, source};
-  if (a.index_rows > 1) w.group = a.size[0] / a.index_rows;
-  bool open = false;  // whether the axis before may take this one in
-  for (int axis = 0; axis < a.dims; axis++) {
-    const bool frame = axis == a.frame_axis;
-    const bool merge =
-        open && !frame && !(keep_last && axis == a.dims - 1) && w.stride[w.dims - 1] == a.stride[axis] * a.size[axis];
-    if (merge) {
-      w.size[w.dims - 1] *= a.size[axis];
-      w.stride[w.dims - 1] = a.stride[axis];
-    } else {
-      w.size[w.dims] = a.size[axis];
-      w.stride[w.dims] = a.stride[axis];
-      if (frame) w.frame = w.dims;
-      w.dims++;
-    }
-    open = !frame && (axis > 0 || a.index_rows == 1);
-  }
-  if (w.frame == w.dims - 1) {  // frames innermost: rows of one element
-    w.size[w.dims] = w.stride[w.dims] = 1;
-    w.dims++;
-  }
-  return w;
-}
+  template <class Args>
+  Walk(const Args& a, const void* from, const int64_t* sources, bool keep_last)
+      : Axes(merge_axes(a, keep_last)),
+        x(static_cast<const char*>(from)),
+        out(static_cast<char*>(a.out)),
+        item(item_bytes(a.dtype)),
+        group(a.index_rows > 1 ? a.size[0] / a.index_rows : kAllRows),
+        source(sources) {}
+};
 
 template <int kBytes>
 H2OT_INLINE void copy_strided(char* out, const char* x, int64_t count, int64_t stride) {
@@ -67,7 +46,7 @@ H2OT_INLINE void ask_for_row(const char* x, char* out, int64_t bytes) {
 // Calls row(out, source or null, frame position) for the rows [begin, end) of the output.
 template <class Row>
 H2OT_INLINE void walk_rows(const Walk& w, int64_t begin, int64_t end, const Row& row) {
-  const int last = w.dims - 1;
+  const int last = w.count - 1;
   const int64_t frames = w.size[w.frame], out_bytes = w.size[last] * w.item;
   const int64_t ahead = w.stride[last] == 1 ? out_bytes : 0;
   int64_t at[kMaxDims + 1];
@@ -102,14 +81,14 @@ H2OT_INLINE void walk_rows(const Walk& w, int64_t begin, int64_t end, const Row&
 }
 
 H2OT_INLINE int64_t num_rows(const Walk& w) {
-  int64_t rows = w.size[w.dims - 1] > 0;
-  for (int axis = 0; axis < w.dims - 1; axis++) rows *= w.size[axis];
+  int64_t rows = w.size[w.count - 1] > 0;
+  for (int axis = 0; axis < w.count - 1; axis++) rows *= w.size[axis];
   return rows;
 }
-H2OT_INLINE int64_t row_grain(const Walk& w) { return 1 + 65536 / (w.size[w.dims - 1] * w.item + 16); }
+H2OT_INLINE int64_t row_grain(const Walk& w) { return 1 + 65536 / (w.size[w.count - 1] * w.item + 16); }
 
 void move_rows(const Walk& w, const Parallel& pool) {
-  const int64_t count = w.size[w.dims - 1], stride = w.stride[w.dims - 1], bytes = count * w.item;
+  const int64_t count = w.size[w.count - 1], stride = w.stride[w.count - 1], bytes = count * w.item;
   parallel_for(pool, num_rows(w), row_grain(w), [&](int64_t begin, int64_t end) {
     walk_rows(w, begin, end, [&](char* out, const char* x, int64_t) {
       if (!x) {
@@ -129,7 +108,7 @@ void move_rows(const Walk& w, const Parallel& pool) {
 
 template <class T>
 void move_rows_embedded(const Walk& w, const T* embed, const Parallel& pool) {
-  const int64_t count = w.size[w.dims - 1], stride = w.stride[w.dims - 1];
+  const int64_t count = w.size[w.count - 1], stride = w.stride[w.count - 1];
   parallel_for(pool, num_rows(w), row_grain(w), [&](int64_t begin, int64_t end) {
     walk_rows(w, begin, end, [&](char* to, const char* from, int64_t f) {
       T* const out = reinterpret_cast<T*>(to);
@@ -144,14 +123,12 @@ void move_rows_embedded(const Walk& w, const T* embed, const Parallel& pool) {
   });
 }
 
-H2OT_INLINE int64_t item_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 }  // namespace
 
 Status gather(const GatherArgs& a, const Parallel& pool) {
   const int64_t from = a.pos_embed ? 0 : -1;  // padding has no embedding
   if (!in_range(a.index, a.index_rows * a.size[a.frame_axis], from, a.F)) return Status::index_out_of_range;
-  const Walk w = make_walk(a, a.x, item_bytes(a.dtype), a.index, a.pos_embed != nullptr);
+  const Walk w(a, a.x, a.index, a.pos_embed != nullptr);
   if (a.pos_embed) {
     for_dtype(a.dtype,
               [&](auto element) { move_rows_embedded(w, static_cast<const decltype(element)*>(a.pos_embed), pool); });
@@ -175,7 +152,7 @@ Status scatter(const ScatterArgs& a, const Parallel& pool) {
       source[row * F + index[k]] = k;
     }
   }
-  move_rows(make_walk(a, a.grad, item_bytes(a.dtype), source, false), pool);
+  move_rows(Walk(a, a.grad, source, false), pool);
   return Status::ok;
 }
 

@@ -102,7 +102,7 @@ def build(
 
     watcher: "watch" or "traffic", what is told of every access where flags are WATCHED.
     """
-    files = sorted([*(sources / "cuda").iterdir(), sources / "launch.h", *_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
+    files = sorted([*(sources / "cuda").iterdir(), *sources.glob("*.h"), *_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
     folder = folder / _digest(*flags, *files)
     is_watched = "-fsanitize=thread" in flags
     driver = folder / (f"{name}-{watcher}" if is_watched else name)

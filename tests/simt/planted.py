@@ -37,9 +37,9 @@ def bodies(source: str) -> list[tuple[int, int]]:
 
 def check_places(mistakes: dict[str, tuple[str, str, str]]) -> None:
     """AssertionError: a mistake, name -> (file, text, replacement), whose text is not there just once any more."""
-    sources = {path.name: path.read_text() for path in (ROOT / "csrc" / "cuda").iterdir()}
     for name, (file, text, _) in mistakes.items():
-        assert sources[file].count(text) == 1, f"{name}: {text!r} stands in {file} {sources[file].count(text)} times"
+        count = (ROOT / "csrc" / "cuda" / file).read_text().count(text)
+        assert count == 1, f"{name}: {text!r} stands in {file} {count} times"
 
 
 def planted(source: str, mistakes: dict[int, tuple[str, str]]) -> str:
