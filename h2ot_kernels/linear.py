@@ -175,7 +175,8 @@ class Linear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def train(self, mode: bool = True) -> "Linear":
-        self._kept = None
+        if mode:  # eval() before every request packs nothing again
+            self._kept = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":

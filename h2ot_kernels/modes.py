@@ -11,7 +11,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within the block model and all its modules are in eval mode; after it each is in the mode it was in before."""
     modes = [(module, module.training) for module in model.modules()]
     if not any(training for _, training in modes):
-        yield  # eval() would make layers forget their packed weights
+        yield
         return
     was = model.training
     model.eval()

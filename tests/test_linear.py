@@ -91,6 +91,9 @@ def test_training_and_gradients_are_those_of_linear():
     x = torch.randn(4, 48)
     with torch.inference_mode():
         ours(x)
+        kept = ours._kept
+        ours.eval()(x)  # as some do before every request
+    assert ours._kept is kept is not None
     for layer in (ours, plain):
         layer.train()
         layer(x).square().sum().backward()

@@ -267,7 +267,7 @@ def test_the_operator_refuses_other_sizes():
         (x, packed, bias, None, 40, 0, False),
         (x[:0], packed, bias, None, 40, 1, False),
     ):
-        with pytest.raises(ValueError, match=r"h2ot_kernels\.linear_tiles: wanted"):
+        with pytest.raises(ValueError, match="^linear_tiles: wanted"):
             linear_tiles(*wrong)
     second, added = pack_tiles(torch.randn(24, 40), 1), torch.randn(5, 24)
     assert mlp_tiles(x, packed, bias, 40, second, None, added, 24).shape == (5, 24)
@@ -280,10 +280,10 @@ def test_the_operator_refuses_other_sizes():
         (x, packed, bias, 40, second, None, added, 0),
         (x, packed, bias, 40, second, None, added, 24, x[0, 1:], None, 1e-5),
     ):
-        with pytest.raises(ValueError, match=r"h2ot_kernels\.linear_tiles: wanted"):
+        with pytest.raises(ValueError, match="^linear_tiles: wanted"):
             mlp_tiles(*wrong)
     for wrong in ((weight, 3), (weight, 0), (weight.double(), 1), (weight[:, :8], 1), (weight[0], 1)):
-        with pytest.raises(ValueError, match=r"h2ot_kernels\.linear_tiles: wanted"):
+        with pytest.raises(ValueError, match="^linear_tiles: wanted"):
             pack_tiles(*wrong)
 
 
