@@ -1,6 +1,5 @@
 // The CUDA implementations of the operators, through PyTorch's stable ABI only: a library of its own, loaded where
-// torch has CUDA. Schemas, fakes and checks stand in the Python stems; kernels issue on torch's current stream and
-// never wait.
+// torch has CUDA. Schemas and fakes stand in the Python stems; kernels issue on torch's current stream and never wait.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// Recovery's operators on the CPU: attention, the tail behind it, interpolation, their gradients. Schemas, fakes and
-// argument checks stand in the Python stems (h2ot_kernels/recover_*.py).
+// Recovery's operators on the CPU: attention, the tail behind it, interpolation, their gradients (registration.cpp has
+// the others, and says what stands where).
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

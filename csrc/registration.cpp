@@ -2,10 +2,10 @@
 // Recovery stands in recover_registration.cpp, what only hosts use in the others: products, norms, graph layers,
 // recovery in rotated channels.
 //
-// Schemas, fakes, gradients and argument checks stand in the Python stems (h2ot_kernels/<stem>.py). What only the
-// data can tell (an index out of range) is found by the kernels and raised here as std::out_of_range: the one
-// standard exception that every torch makes more of in Python than a RuntimeError, an IndexError, in eager mode and
-// under torch.compile alike.
+// Schemas, fakes, gradients and the public functions' checks stand in the Python stems (h2ot_kernels/<stem>.py); what
+// every caller is asked is in require.h. What only the data can tell (an index out of range) is found by the kernels
+// and raised here as std::out_of_range: the one standard exception that every torch makes more of in Python than a
+// RuntimeError, an IndexError, in eager mode and under torch.compile alike.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

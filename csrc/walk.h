@@ -8,13 +8,13 @@ namespace h2ot {
 namespace {  // every instruction set compiles its own
 
 struct Axes {
-  int count = 0, frame = 0;
+  int dims = 0, frame = 0;
   int64_t size[kMaxDims + 1], stride[kMaxDims + 1];
 
   void add(int64_t length, int64_t step) {
-    size[count] = length;
-    stride[count] = step;
-    count++;
+    size[dims] = length;
+    stride[dims] = step;
+    dims++;
   }
 };
 
@@ -27,17 +27,17 @@ Axes merge_axes(const Args& a, bool keep_last) {
   bool open = false;  // whether the axis before may take this one in
   for (int axis = 0; axis < a.dims; axis++) {
     const bool frame = axis == a.frame_axis, apart = frame || (keep_last && axis == a.dims - 1);
-    const int before = axes.count - 1;
+    const int before = axes.dims - 1;
     if (open && !apart && (a.size[axis] == 1 || axes.stride[before] == a.stride[axis] * a.size[axis])) {
       if (a.size[axis] > 1) axes.stride[before] = a.stride[axis];
       axes.size[before] *= a.size[axis];
     } else {
-      if (frame) axes.frame = axes.count;
+      if (frame) axes.frame = axes.dims;
       axes.add(a.size[axis], a.stride[axis]);
     }
     open = !frame && (axis > 0 || a.index_rows == 1);
   }
-  if (axes.frame == axes.count - 1) axes.add(1, 1);
+  if (axes.frame == axes.dims - 1) axes.add(1, 1);
   return axes;
 }
 

@@ -10,9 +10,6 @@ from torch import nn
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within the block model and all its modules are in eval mode; after it each is in the mode it was in before."""
     modes = [(module, module.training) for module in model.modules()]
-    if not any(training for _, training in modes):
-        yield
-        return
     was = model.training
     model.eval()
     try:

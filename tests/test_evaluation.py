@@ -13,6 +13,7 @@ from torch import nn
 from h2ot_kernels import evaluation, hosts
 from h2ot_kernels.__main__ import main as command_line
 from h2ot_kernels.evaluation.human36m import IMAGE_SIZES, OF_32
+from h2ot_kernels.linear import Linear
 from h2ot_kernels.modes import in_eval_mode
 
 from .host_cases import SIZES, small
@@ -148,10 +149,13 @@ def test_every_module_is_in_the_mode_it_was_in():
     assert model.training
 
 
-def test_packed_weights_outlive_a_video_of_a_model_in_eval_mode(monkeypatch):
-    model = small("h2ot_mixste").float().eval()
-    monkeypatch.setattr(model, "train", None)  # what would make its layers forget them
-    evaluation.lift(model, torch.randn(27, 17, 2))
+def test_packed_weights_outlive_a_video_of_a_model_in_eval_mode():
+    model, video = small("h2ot_mixste").float().eval(), torch.randn(27, 17, 2)
+    evaluation.lift(model, video)
+    kept = {layer: layer._kept for layer in model.modules() if isinstance(layer, Linear) and layer._kept}
+    assert kept
+    evaluation.lift(model, video)
+    assert all(layer._kept is was for layer, was in kept.items())
 
 
 def write_dataset(folder, *, world):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .linear_layers import samples_of_some_cpus
 from .test_torch import OPS, samples
 
 X, SCORE, INDEX = torch.randn(2, 9, 4), torch.randn(2, 9).double(), torch.tensor([[0, 4, 8], [1, 2, 3]])
@@ -65,7 +66,8 @@ def misfits(value) -> Iterator[torch.Tensor | int]:
     if isinstance(value, torch.Tensor):
         for axis in range(value.dim()):
             yield torch.cat([value, value.narrow(axis, 0, 1)], axis)
-            yield from (value.narrow(axis, 0, size) for size in {0, 1, value.shape[axis] - 1})
+            # Copies: what is read behind their end is nobody's.
+            yield from (value.narrow(axis, 0, size).clone() for size in {0, 1, value.shape[axis] - 1})
         yield value[None]
         yield value[0]
         yield value.flatten()[0]
@@ -77,7 +79,8 @@ def misfits(value) -> Iterator[torch.Tensor | int]:
 def test_takes_what_fits():
     """What is taken of misfits has the result that shapes and dtypes promise; ./dev sanitize watches what is read."""
     taken = refused = 0
-    for operator, arguments in samples():
+    backward = OPS.recover_attention_backward, (torch.randn(2, 7, 4), QUERY, X, X, 1, 0.5)
+    for operator, arguments in (*samples(), *samples_of_some_cpus(), backward):
         given = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
         for n, value in enumerate(given):
             for misfit in misfits(value):

@@ -46,7 +46,7 @@ H2OT_INLINE void ask_for_row(const char* x, char* out, int64_t bytes) {
 // Calls row(out, source or null, frame position) for the rows [begin, end) of the output.
 template <class Row>
 H2OT_INLINE void walk_rows(const Walk& w, int64_t begin, int64_t end, const Row& row) {
-  const int last = w.count - 1;
+  const int last = w.dims - 1;
   const int64_t frames = w.size[w.frame], out_bytes = w.size[last] * w.item;
   const int64_t ahead = w.stride[last] == 1 ? out_bytes : 0;
   int64_t at[kMaxDims + 1];
@@ -81,14 +81,14 @@ H2OT_INLINE void walk_rows(const Walk& w, int64_t begin, int64_t end, const Row&
 }
 
 H2OT_INLINE int64_t num_rows(const Walk& w) {
-  int64_t rows = w.size[w.count - 1] > 0;
-  for (int axis = 0; axis < w.count - 1; axis++) rows *= w.size[axis];
+  int64_t rows = w.size[w.dims - 1] > 0;
+  for (int axis = 0; axis < w.dims - 1; axis++) rows *= w.size[axis];
   return rows;
 }
-H2OT_INLINE int64_t row_grain(const Walk& w) { return 1 + 65536 / (w.size[w.count - 1] * w.item + 16); }
+H2OT_INLINE int64_t row_grain(const Walk& w) { return 1 + 65536 / (w.size[w.dims - 1] * w.item + 16); }
 
 void move_rows(const Walk& w, const Parallel& pool) {
-  const int64_t count = w.size[w.count - 1], stride = w.stride[w.count - 1], bytes = count * w.item;
+  const int64_t count = w.size[w.dims - 1], stride = w.stride[w.dims - 1], bytes = count * w.item;
   parallel_for(pool, num_rows(w), row_grain(w), [&](int64_t begin, int64_t end) {
     walk_rows(w, begin, end, [&](char* out, const char* x, int64_t) {
       if (!x) {
@@ -108,7 +108,7 @@ void move_rows(const Walk& w, const Parallel& pool) {
 
 template <class T>
 void move_rows_embedded(const Walk& w, const T* embed, const Parallel& pool) {
-  const int64_t count = w.size[w.count - 1], stride = w.stride[w.count - 1];
+  const int64_t count = w.size[w.dims - 1], stride = w.stride[w.dims - 1];
   parallel_for(pool, num_rows(w), row_grain(w), [&](int64_t begin, int64_t end) {
     walk_rows(w, begin, end, [&](char* to, const char* from, int64_t f) {
       T* const out = reinterpret_cast<T*>(to);

@@ -21,7 +21,7 @@ uint64_t nan_of(Dtype dtype) {
 
 // The widest load that every row, and everything in it, is aligned to.
 int32_t unit_bytes(const Axes& axes, int32_t item, const void* x, const void* out, const void* embed) {
-  const int last = axes.count - 1;
+  const int last = axes.dims - 1;
   if (axes.stride[last] != 1 || axes.size[last] == 1) return item;
   const uint64_t places = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(out) |
                           reinterpret_cast<uintptr_t>(embed) | uint64_t(axes.size[last] * item);
@@ -36,14 +36,14 @@ int32_t unit_bytes(const Axes& axes, int32_t item, const void* x, const void* ou
 template <class Args>
 Move plan_move(const Args& a, const void* x, const void* embed, int64_t frames, int64_t K) {
   const Axes axes = merge_axes(a, embed != nullptr);
-  const int last = axes.count - 1;
+  const int last = axes.dims - 1;
   Move move = {};
   move.x = static_cast<const unsigned char*>(x);
   move.out = static_cast<unsigned char*>(a.out);
   move.index = a.index;
   move.embed = embed;
   move.units = 1;
-  for (int axis = 0; axis < axes.count; axis++) move.units *= axes.size[axis];
+  for (int axis = 0; axis < axes.dims; axis++) move.units *= axes.size[axis];
   if (move.units == 0) return move;
   move.K = K;
   move.frames = frames;
