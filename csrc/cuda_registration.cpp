@@ -91,8 +91,8 @@ cuda::CudaScoreArgs selection_args(const Tensor& x, int64_t k, const MaybeTensor
 Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
                      const MaybeTensor& noise) {
   constexpr Require require = {"prune_cluster"};
-  require_scoring(require, x, k, mask, noise);
-  require_selection(require, x.size(0), x.size(1), num_tokens, keep);
+  const auto size = require_scoring(require, x, k, mask, noise);
+  require_selection(require, size[0], size[1], num_tokens, keep);
   const DeviceGuard guard(x.get_device_index());
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
@@ -105,14 +105,14 @@ std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_t
                                                   const MaybeTensor& keep, const MaybeTensor& mask,
                                                   const MaybeTensor& noise) {
   constexpr Require require = {"cluster_tokens"};
-  require_scoring(require, x, k, mask, noise);
-  require_selection(require, x.size(0), x.size(1), num_tokens, keep);
+  const auto size = require_scoring(require, x, k, mask, noise);
+  require_selection(require, size[0], size[1], num_tokens, keep);
   const DeviceGuard guard(x.get_device_index());
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_noise = dense(noise, ScalarType::Double);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
-  const std::vector<int64_t> size = {x.size(0), x.size(1)};
   const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);
-  const Tensor labels = make(x, size, ScalarType::Long), score = make(x, size, ScalarType::Double);
+  const Tensor labels = make(x, {size[0], size[1]}, ScalarType::Long);
+  const Tensor score = make(x, {size[0], size[1]}, ScalarType::Double);
   cuda::CudaScoreArgs args = selection_args(x, k, dense_keep, dense_mask, dense_noise, index);
   args.score.score = write<double>(score);
   args.labels = write<int64_t>(labels);

@@ -94,8 +94,8 @@ struct Selectable {
 Tensor prune_cluster(const Tensor& x, int64_t num_tokens, int64_t k, const MaybeTensor& keep, const MaybeTensor& mask,
                      const MaybeTensor& noise) {
   constexpr Require require = {"prune_cluster"};
-  require_scoring(require, x, k, mask, noise);
-  require_selection(require, x.size(0), x.size(1), num_tokens, keep);
+  const auto size = require_scoring(require, x, k, mask, noise);
+  require_selection(require, size[0], size[1], num_tokens, keep);
   const Selectable tokens(x, k, mask, noise);
   check(kernels().score(tokens.args, pool()), "prune_cluster");
   return select(tokens.score, num_tokens, keep, tokens.args.valid, "prune_cluster");
@@ -105,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_t
                                                   const MaybeTensor& keep, const MaybeTensor& mask,
                                                   const MaybeTensor& noise) {
   constexpr Require require = {"cluster_tokens"};
-  require_scoring(require, x, k, mask, noise);
-  require_selection(require, x.size(0), x.size(1), num_tokens, keep);
+  const auto size = require_scoring(require, x, k, mask, noise);
+  require_selection(require, size[0], size[1], num_tokens, keep);
   const Selectable tokens(x, k, mask, noise);
   const MaybeTensor dense_keep = dense(keep, ScalarType::Long);
   const Tensor index = make(x, {x.size(0), num_tokens}, ScalarType::Long);

@@ -43,19 +43,21 @@ inline void check_token_limit(int64_t count, const char* argument = "x", int64_t
   }
 }
 
-inline void require_tokens(Require require, const Tensor& x, const MaybeTensor& mask) {
+// The sizes of tokens.
+inline auto require_tokens(Require require, const Tensor& x, const MaybeTensor& mask) {
   const auto size = x.sizes();
-  require((size.size() == 3 || size.size() == 4) && (size[0] == 0 || x.numel() > 0),
+  require((size.size() == 3 || size.size() == 4) && std::find(size.begin() + 1, size.end(), 0) == size.end(),
           "x [B, N, C] or [B, F, J, C], with tokens, joints and channels");
   require(!mask || has_size(*mask, {size[0], size[1]}), "mask [B, N]");
   check_token_limit(size[1]);
+  return size;
 }
-inline void require_scoring(Require require, const Tensor& x, int64_t k, const MaybeTensor& mask,
+inline auto require_scoring(Require require, const Tensor& x, int64_t k, const MaybeTensor& mask,
                             const MaybeTensor& noise, bool exclude_self = false, double cutoff = 0) {
-  require_tokens(require, x, mask);
-  const int64_t N = x.size(1);
-  require(!noise || has_size(*noise, {x.size(0), N}), "noise [B, N]");
-  require(cutoff > 0 || (k >= 1 && k <= N - exclude_self), "k from 1 to the number of tokens it averages");
+  const auto size = require_tokens(require, x, mask);
+  require(!noise || has_size(*noise, {size[0], size[1]}), "noise [B, N]");
+  require(cutoff > 0 || (k >= 1 && k <= size[1] - exclude_self), "k from 1 to the number of tokens it averages");
+  return size;
 }
 inline void require_selection(Require require, int64_t B, int64_t N, int64_t num_tokens, const MaybeTensor& keep) {
   require(num_tokens >= 1 && num_tokens <= N, "num_tokens from 1 to the number of tokens");
@@ -69,7 +71,8 @@ inline void require_scores(const Tensor& score, int64_t num_tokens, const MaybeT
   require_selection(require, B, N, num_tokens, keep);
 }
 inline void require_index(Require require, const Tensor& index, int64_t B) {
-  require(index.dim() == 2 && index.scalar_type() == ScalarType::Long && shares(index.size(0), B),
+  const auto size = index.sizes();
+  require(size.size() == 2 && index.scalar_type() == ScalarType::Long && shares(size[0], B),
           "index int64 [B, K], or rows that B is a multiple of");
 }
 
@@ -77,7 +80,7 @@ inline void require_index(Require require, const Tensor& index, int64_t B) {
 inline void require_out(Require require, const Tensor& out, const Tensor& x, int64_t from, int64_t to, int64_t length) {
   bool fits = out.dim() == x.dim() && out.scalar_type() == x.scalar_type() && out.is_contiguous();
   const Moved moved(x, from, to);
-  for (int64_t axis = 0; fits && axis < x.dim(); axis++) {
+  for (int64_t axis = 0, dims = x.dim(); fits && axis < dims; axis++) {
     fits = out.size(axis) == (axis == to ? length : moved.size[axis]);
   }
   require(fits, "out, contiguous, of the result's shape and dtype");

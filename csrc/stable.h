@@ -85,13 +85,15 @@ inline Tensor in_huge_pages(Tensor x) {
 // A new contiguous tensor beside `like`, its dtype a code of the shim. aten::new_empty passes the dispatcher twice: 1
 // us.
 inline Tensor make_coded(const Tensor& like, const std::vector<int64_t>& size, int32_t dtype) {
-  std::vector<int64_t> stride(size.size());
+  constexpr size_t kMost = 64;
+  if (size.size() > kMost) throw std::invalid_argument("h2ot_kernels: wanted a result of at most 64 axes");
+  int64_t stride[kMost];
   int64_t step = 1;
   for (size_t axis = size.size(); axis-- > 0; step *= std::max<int64_t>(size[axis], 1)) stride[axis] = step;
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride.data(), dtype, device,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), stride, dtype, device,
                                                   like.get_device_index(), &made));
   return in_huge_pages(Tensor(made));
 }
@@ -109,10 +111,11 @@ struct Moved {
   int64_t size[kMaxDims], stride[kMaxDims];
 
   Moved(const Tensor& x, int64_t from, int64_t to) {
-    if (x.dim() > kMaxDims || std::min(from, to) < 1 || std::max(from, to) >= x.dim()) {
+    const int64_t dims = x.dim();  // a call into torch
+    if (dims > kMaxDims || std::min(from, to) < 1 || std::max(from, to) >= dims) {
       throw std::invalid_argument("h2ot_kernels: wanted at most 8 axes, and frames on one behind the batch");
     }
-    for (int64_t axis = 0, source = 0; axis < x.dim(); axis++) {
+    for (int64_t axis = 0, source = 0; axis < dims; axis++) {
       if (source == from) source++;
       const int64_t taken = axis == to ? from : source++;
       size[axis] = x.size(taken);
