@@ -81,8 +81,6 @@ def test_more_axes_than_gathering_takes(axes):
     x = rows.view(*(1,) * (axes - 2), 500, 64)
     assert torch.equal(add_norm(x, x, norm, F32)[1].flatten(0, -2), add_norm(rows, rows, norm, F32)[1])
     assert torch.equal(layer(x).flatten(0, -2), layer(rows))
-    with pytest.raises(ValueError, match="at most 64 axes"):
-        add_norm(rows.view(*(1,) * 63, 500, 64), None, norm, F32)
 
 
 @pytest.mark.parametrize("C", [1, 31, 512])

@@ -57,6 +57,11 @@ def test_takes_refuses(name):
     assert not takes(*REFUSED[name])
 
 
+def test_more_axes_than_a_result_has():
+    with pytest.raises(ValueError, match="at most 64 axes"):
+        add_norm(X.view(*(1,) * 63, 4, 8), None, NORM, F32)
+
+
 def test_takes_refuses_where_somebody_looks(monkeypatch):
     with FakeTensorMode():
         assert not takes(torch.empty(4, 8), torch.empty(4, 8), NORM, F32)
