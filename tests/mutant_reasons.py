@@ -45,9 +45,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "for (; past > step; past -= step) plan.first[++before] = t;",
     ): "a frame that is a kept one is kept by weight 1 instead of weight 0",
     (
-        "csrc/cpu/score.cpp",
-        "if (streamed.open[i] && state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",
-        "if (streamed.open[i] || state.near_count[i] < 0) state.set_nearest_exactly(i, room.list);",
+        "csrc/cpu/score_streamed.h",
+        "if (open[i] && state->near_count[i] < 0) state->set_nearest_exactly(i, room.list);",
+        "if (open[i] || state->near_count[i] < 0) state->set_nearest_exactly(i, room.list);",
     ): "rows that are proven are decided again, the same",
     (
         "csrc/cpu/score_stored.h",

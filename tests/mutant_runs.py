@@ -25,10 +25,8 @@ FLOATS = ("tests/test_linear_floats.py", "tests/test_linear_floats_used.py")
 SCORING = (FUZZ, "tests/test_cluster.py", "tests/test_score.py")
 BY_STEM = {
     **{stem: (FUZZ, f"tests/test_{stem}.py") for stem in STEMS},
-    **dict.fromkeys(
-        ("score", "score_state", "score_matrix", "score_stored", "score_streamed", "score_gaussian", "pack"), SCORING
-    ),
-    **dict.fromkeys(("distance", "product", "quantise"), SCORING),
+    **dict.fromkeys((f"score_{part}" for part in ("state", "rows", "peaks", "matrix", "stored", "streamed")), SCORING),
+    **dict.fromkeys(("score", "score_gaussian", "pack", "distance", "product", "quantise"), SCORING),
     "attention_score": (FUZZ, "tests/test_select.py"),
     "recover_attention": (FUZZ, "tests/test_recover_attention.py", "tests/test_dropin_head.py"),
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),

@@ -12,14 +12,13 @@ template <class T>
 struct Assigner {
   typedef Accumulator<T> A;
   const AssignArgs& args;
-  const Parallel& pool;
+  Workers workers;
   Sample<A> sample;
   int64_t centres = 0, others = 0;
   int32_t *centre, *position, *other;  // [K] tokens, [K] their positions in index, [N] tokens to label
   float* panels;                       // the centres'
-  bool failed = false;
 
-  Assigner(const AssignArgs& a, const Parallel& p) : args(a), pool(p) {}
+  Assigner(const AssignArgs& a, const Parallel& pool) : args(a), workers{pool} {}
 
   void carve(Carver& memory) {
     sample.carve(memory, args.x.N, args.x.C, readable_in_place<T>(args.x));
@@ -116,6 +115,7 @@ struct Assigner {
     if (memory == nullptr) return Status::out_of_memory;
     Carver carver(memory);
     carve(carver);
+    const Parallel& pool = workers.pool;
     const int64_t N = args.x.N, K = args.K;
     const int64_t* index = args.index + (args.index_rows == 1 ? 0 : b * K);
     int64_t* labels = args.labels + b * N;
@@ -138,18 +138,15 @@ struct Assigner {
     }
     pack_panels(sample.form, centre, centres, pool, panels);
     parallel_for(pool, groups_of(others, kPanel), 1, [&](int64_t begin, int64_t end) {
-      void* scratch = worker_scratch.reserve(worker_bytes());
-      if (scratch == nullptr) {
-        __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
-        return;
-      }
+      void* scratch = workers.reserve(worker_bytes());
+      if (scratch == nullptr) return;
       const TileHold registers(sample.form);
       EarlyStop stops(sample.form);
       for (int64_t p = begin; p < end; p++) {
         label(other + p * kPanel, smaller(kPanel, others - p * kPanel), labels, scratch, stops);
       }
     });
-    return failed ? Status::out_of_memory : Status::ok;
+    return workers.status();
   }
 };
 

@@ -21,6 +21,20 @@ inline void give_back(const Parallel& pool) {
   });
 }
 
+// The threads that work on one sample, and whether one of them got no memory.
+struct Workers {
+  const Parallel& pool;
+  bool failed = false;
+
+  // Memory of the running thread, `bytes` of it; null, and then noted, when there is none.
+  void* reserve(int64_t bytes) {
+    void* memory = worker_scratch.reserve(bytes);
+    if (memory == nullptr) __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    return memory;
+  }
+  Status status() const { return failed ? Status::out_of_memory : Status::ok; }
+};
+
 // run(b, pool), a Status, for every sample: whole rounds of samples side by side, one per thread; the rest with all
 // threads on each.
 template <class F>

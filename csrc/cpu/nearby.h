@@ -3,6 +3,7 @@
 #pragma once
 
 #include "balls.h"
+#include "each_sample.h"
 #include "lists.h"
 
 namespace h2ot {
@@ -107,15 +108,14 @@ struct NearbySearch {
     return H2OT_ISA::prove(sample, sample.fine, found, at, i, found.is_full(at) ? -1 : found.count(at), list);
   }
 
-  // f(begin, end, memory) for blocks of `count` rows whose lists are `length` long; reserve(bytes) gives the running
-  // thread's memory or null.
-  template <class Reserve, class F>
-  void for_blocks(int64_t count, int64_t length, const Parallel& pool, const Reserve& reserve, const F& f) const {
+  // f(begin, end, memory) for blocks of `count` rows whose lists are `length` long.
+  template <class F>
+  void for_blocks(int64_t count, int64_t length, Workers& workers, const F& f) const {
     const int64_t C = sample.C;
     Carver sizes(nullptr);
     Memory().carve(sizes, C, columns.count, length);
-    parallel_for(pool, groups_of(count, kBlock), 1, [&](int64_t begin, int64_t end) {
-      void* bytes = reserve(sizes.bytes());
+    parallel_for(workers.pool, groups_of(count, kBlock), 1, [&](int64_t begin, int64_t end) {
+      void* bytes = workers.reserve(sizes.bytes());
       if (bytes == nullptr) return;
       Carver carver(bytes);
       Memory memory;

@@ -19,6 +19,23 @@ struct Gaussian {
   int64_t* sum;  // [n rounded up to panels] terms times 2^40
   double width;  // area cutoff^2: terms are exp(-s / width)
 
+  void add_all(const Parallel& pool) const {
+    const int64_t panels = groups_of(state.sample.n, kPanel);
+    for (int64_t i = 0; i < panels * kPanel; i++) sum[i] = 0;
+    // A task takes one panel from either end: earlier panels have more later tokens to look at.
+    parallel_for(pool, groups_of(panels, 2), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p++) {
+        add(p);
+        if (panels - 1 - p != p) add(panels - 1 - p);
+      }
+    });
+  }
+
+  double density(int64_t i, bool exclude_self) const {
+    return double(sum[i] + (exclude_self ? 0 : int64_t(kSteps))) / kSteps;
+  }
+
+ private:
   // Adds the pairs of panel p with itself and all later ones to both tokens. Count: kPanel C differences for each later
   // token, and as many in float64, with an exponential, for the pairs in reach.
   void add(int64_t p) const {
@@ -52,11 +69,6 @@ struct Gaussian {
     add_to(first, of_row);
   }
 
-  double density(int64_t i, bool exclude_self) const {
-    return double(sum[i] + (exclude_self ? 0 : int64_t(kSteps))) / kSteps;
-  }
-
- private:
   void add_to(int64_t first, const int64_t* steps) const {
     for (int64_t p = 0; p < kPanel; p++) __atomic_fetch_add(sum + first + p, steps[p], __ATOMIC_RELAXED);
   }

@@ -1,10 +1,9 @@
-// The steps of scoring for tokens that are gathered, by NearbySearch: neighbours, parents, the largest distance,
-// labels. On a walk the time grows as N^1.2. What a search does not prove is decided over all in
-// float64.
+// Search among tokens that are gathered, by NearbySearch. On a walk the time grows as N^1.2. What a search does not
+// prove is decided over all in float64.
 #pragma once
 
 #include "nearby.h"
-#include "score_state.h"
+#include "score_rows.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -17,6 +16,7 @@ constexpr auto any_ball = [](int64_t, int64_t) { return [](int64_t) { return tru
 
 template <class A>
 struct Nearby {
+  static constexpr bool kLabels = true;
   static constexpr int64_t kList = 4;  // candidates that prove the nearest one
 
   State<A>* state;
@@ -27,6 +27,7 @@ struct Nearby {
   int32_t *row, *other;  // [N] some of them: those that ask, those that are asked; lent
   double* of_ball;       // [balls]
   double far_apart;      // a large distance, squared
+  int64_t length;        // of a list of neighbours
 
   // Floats of a panel, which has room for the places, too.
   static int64_t room(int64_t C) { return larger(panel_room(C), kPanel * kPanel); }
@@ -40,17 +41,19 @@ struct Nearby {
     of_ball = memory.take<double>(most);
   }
 
-  // m and the `length` - 1 nearest or fewer of every slot; near_count is -1 where they are not proven.
-  // reserve(bytes): memory of the running thread, or null.
-  template <class Reserve>
-  void find_nearest(int64_t length, const Parallel& pool, const Reserve& reserve) {
+  // Whether the tokens are gathered, so that balls pay.
+  bool takes(const Parallel& pool) { return places.gathered(placed, pool); }
+
+  // The nearest are `length` - 1 or fewer.
+  void find_nearest(Workers& workers) {
+    const Parallel& pool = workers.pool;
     const int64_t n = state->sample.n;
     places.order(placed, place, pool);
     const int32_t far = places.far_from(0, placed, n);
     far_apart = state->sample.distance(far, places.far_from(far, placed, n));
     balls.build(state->sample, place, n, kPanel, state->panels, pool);
     const NearbySearch<A> search = {state->sample, balls, place};
-    search.for_blocks(n, length, pool, reserve, [&](int64_t begin, int64_t end, auto& memory) {
+    search.for_blocks(n, length, workers, [&](int64_t begin, int64_t end, auto& memory) {
       search.search(begin, end, memory, another_token, any_ball);
       Neighbour list[kLongest + kSpare];
       for (int64_t at = begin; at < end; at++) {
@@ -60,11 +63,12 @@ struct Nearby {
         if (proven >= state->wanted) state->set_nearest(i, list, proven);
       }
     });
+    for_rows(workers, n, 0, [&](int64_t i, const RowRoom& room) {
+      if (state->near_count[i] < 0) state->set_nearest_exactly(i, room.list);
+    });
   }
 
-  // The parents of the slots that find_parent_nearby does not find.
-  template <class Reserve>
-  void find_parents(const Parallel& pool, const Reserve& reserve) {
+  void find_parents(Workers& workers) {
     int64_t rows = 0;
     for (int64_t at = 0; at < state->sample.n; at++) {
       if (!state->find_parent_nearby(place[at])) row[rows++] = place[at];
@@ -83,7 +87,7 @@ struct Nearby {
       return [=](int64_t ball) { return densest[ball] <= sparsest; };
     };
     const NearbySearch<A> search = {state->sample, balls, row};
-    search.for_blocks(rows, kList, pool, reserve, [&](int64_t begin, int64_t end, auto& memory) {
+    search.for_blocks(rows, kList, workers, [&](int64_t begin, int64_t end, auto& memory) {
       search.search(begin, end, memory, denser, with_denser);
       Neighbour list[kList];
       for (int64_t at = begin; at < end; at++) {
@@ -100,24 +104,24 @@ struct Nearby {
     });
   }
 
-  double largest(const Parallel& pool) const {
-    return largest_distance(state->sample, balls, far_apart, pool, of_ball);
+  double largest(Workers& workers) const {
+    return largest_distance(state->sample, balls, far_apart, workers.pool, of_ball);
   }
 
-  // labels[t]: at a selected token its position, else -1; becomes that of the nearest selected one. The balls are then
-  // those of the selected.
-  template <class Reserve>
-  void label(int64_t* labels, const Parallel& pool, const Reserve& reserve) {
+  // labels [N] by the nearest of the selected tokens index [K], whose balls take the place of all tokens'.
+  void label(const int64_t* index, int64_t K, int64_t* labels, Workers& workers) {
     const Sample<A>& sample = state->sample;
+    for (int64_t t = 0; t < sample.N; t++) labels[t] = -1;
+    for (int64_t j = 0; j < K; j++) labels[index[j]] = sample.valid[index[j]] ? j : -1;
     int64_t centres = 0, rows = 0;
     for (int64_t at = 0; at < sample.n; at++) {
       const bool selected = labels[sample.token[place[at]]] >= 0;
       (selected ? other[centres++] : row[rows++]) = place[at];
     }
     if (centres == 0) return;
-    balls.build(sample, other, centres, kPanel, state->panels, pool);
+    balls.build(sample, other, centres, kPanel, state->panels, workers.pool);
     const NearbySearch<A> search = {sample, balls, row};
-    search.for_blocks(rows, kList, pool, reserve, [&](int64_t begin, int64_t end, auto& memory) {
+    search.for_blocks(rows, kList, workers, [&](int64_t begin, int64_t end, auto& memory) {
       search.search(begin, end, memory, any_token, any_ball);
       Neighbour list[kList];
       for (int64_t at = begin; at < end; at++) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "score_matrix.h"
+#include "score_rows.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
@@ -9,34 +10,97 @@ namespace {
 
 constexpr int64_t kStoredTokens = 1536;
 
-// What one thread needs for a row: a list of neighbours, and room for the parts of a row.
-struct RowRoom {
-  Neighbour* list;           // [n + kKept]
-  float *rest, *fine, *far;  // [stride] each
-
-  static int64_t bytes(int64_t n, int64_t stride) {
-    Carver count(nullptr);
-    RowRoom().carve(count, n, stride);
-    return count.bytes();
-  }
-  void carve(Carver& memory, int64_t n, int64_t stride) {
-    list = memory.take<Neighbour>(n + kKept);
-    rest = memory.take<float>(stride);
-    fine = memory.take<float>(stride);
-    far = memory.take<float>(stride);
-  }
-};
-
 template <class A>
 struct Stored : Matrix<A> {
+  static constexpr bool kLabels = true;
+
   using Matrix<A>::state, Matrix<A>::panels, Matrix<A>::stride, Matrix<A>::row, Matrix<A>::bound, Matrix<A>::fine;
   using Matrix<A>::undecided, Matrix<A>::refined, Matrix<A>::far, Matrix<A>::cut, Matrix<A>::open;
   float* apart;  // [stride] 0 for the selected slots, else infinity
   int64_t centres;
+  bool packed;        // the panels are
+  bool need_largest;  // so no block may be left out
 
   void carve(Carver& memory, int64_t N, bool labels) {
     Matrix<A>::carve(memory, N);
     apart = labels ? memory.take<float>(stride) : nullptr;
+  }
+
+  void find_nearest(Workers& workers) {
+    const bool refines = state->sample.form.quantised();
+    this->search(workers.pool, packed, need_largest);
+    for_rows_twice(
+        workers, [&](int64_t i, const RowRoom& room, bool may_wait) { set_nearest(i, room, may_wait && refines); },
+        [&] { this->refine(workers.pool); });
+  }
+
+  void find_parents(Workers& workers) {
+    for_rows_twice(
+        workers, [&](int64_t i, const RowRoom& room, bool may_wait) { set_parent(i, room, may_wait); },
+        [&] { this->complete(workers.pool); });
+  }
+
+  // labels [N] by the nearest of the selected tokens index [K].
+  void label(const int64_t* index, int64_t K, int64_t* labels, Workers& workers) {
+    const Sample<A>& sample = state->sample;
+    set_centres(index, K, labels);
+    if (centres == 0) return;
+    const auto set_label = [&](int64_t i, const RowRoom& room, bool may_wait) {
+      int64_t& of_row = labels[sample.token[i]];
+      if (of_row >= 0) return;
+      const int32_t nearest = nearest_centre(i, room, may_wait);
+      if (!may_wait || !open[i]) of_row = nearest < 0 ? -1 : labels[sample.token[nearest]];
+    };
+    for_rows_twice(workers, set_label, [&] { this->complete(workers.pool); });
+  }
+
+  // The largest squared distance over all pairs; no block is far.
+  double largest(Workers&) const {
+    const int64_t n = state->sample.n;
+    const auto largest_of = [&](int64_t i) {
+      int32_t most = 0;
+      for (int64_t j = i + 1; j < n; j++) {
+        int32_t bits;
+        memcpy(&bits, row(i) + j, 4);
+        most = bits > most ? bits : most;
+      }
+      float v;
+      memcpy(&v, &most, 4);
+      return v;
+    };
+    float most = 0;
+    for (int64_t i = 0; i < n; i++) {
+      const float v = largest_of(i);
+      most = v > most ? v : most;
+    }
+    if (most == 0 && state->all_equal()) return 0;
+    const float from = bound.floor_of(bound.least(most));
+    double found = 0;
+    for (int64_t i = 0; i < n; i++) {
+      if (largest_of(i) < from) continue;
+      for (int64_t j = i + 1; j < n; j++) {
+        if (row(i)[j] < from) continue;
+        const double s = state->sample.distance(i, j);
+        found = s > found ? s : found;
+      }
+    }
+    return found;
+  }
+
+ private:
+  // f(i, room, true) for all rows and, after `between`, f(i, room, false) for those that are open then.
+  template <class F, class G>
+  void for_rows_twice(Workers& workers, const F& f, const G& between) const {
+    const int64_t n = state->sample.n;
+    for_rows(workers, n, stride, [&](int64_t i, const RowRoom& room) {
+      open[i] = false;
+      f(i, room, true);
+    });
+    if (workers.failed || !this->any_open()) return;
+    between();
+    for_rows(workers, n, stride, [&](int64_t i, const RowRoom& room) {
+      if (open[i]) f(i, room, false);
+    });
   }
 
   // Row i by what its values are worth: those of far blocks in room.far, of refined ones in room.fine, the others in
@@ -139,39 +203,6 @@ struct Stored : Matrix<A> {
     state->resolve(i, room.list, count, 1);
     state->delta[i] = room.list[0].s;
     state->parent[i] = room.list[0].slot;
-  }
-
-  // The largest squared distance over all pairs; no block is far.
-  double largest() const {
-    const int64_t n = state->sample.n;
-    const auto largest_of = [&](int64_t i) {
-      int32_t most = 0;
-      for (int64_t j = i + 1; j < n; j++) {
-        int32_t bits;
-        memcpy(&bits, row(i) + j, 4);
-        most = bits > most ? bits : most;
-      }
-      float v;
-      memcpy(&v, &most, 4);
-      return v;
-    };
-    float most = 0;
-    for (int64_t i = 0; i < n; i++) {
-      const float v = largest_of(i);
-      most = v > most ? v : most;
-    }
-    if (most == 0 && state->all_equal()) return 0;
-    const float from = bound.floor_of(bound.least(most));
-    double found = 0;
-    for (int64_t i = 0; i < n; i++) {
-      if (largest_of(i) < from) continue;
-      for (int64_t j = i + 1; j < n; j++) {
-        if (row(i)[j] < from) continue;
-        const double s = state->sample.distance(i, j);
-        found = s > found ? s : found;
-      }
-    }
-    return found;
   }
 
   // Takes the valid tokens of index [K] (ascending) as centres; labels [N]: their positions in index, else -1.

@@ -3,21 +3,60 @@
 // the fine form, against all columns.
 #pragma once
 
-#include "score_state.h"
+#include "score_peaks.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
 
-constexpr int32_t kUnknownParent = -2;
-
 template <class A>
 struct Streamed {
-  State<A>* state;
-  Lists lists;
-  float* furthest;  // [n] the largest tile distance seen from the row side, or null
-  bool* open;       // [n] rows whose list proves too little
+  static constexpr bool kLabels = false;
 
+  State<A>* state;
+  PeakSearch<A> peaks;
+  Lists lists;
+  bool* open;       // [n] rows whose list proves too little
+  float* furthest;  // [n] the largest tile distance seen from the row side, or null
+  double* of_row;   // [n], with `furthest`
+
+  void carve(Carver& memory, int64_t N, int64_t list, bool need_largest) {
+    lists.carve(memory, N, list);
+    open = memory.take<bool>(N);
+    furthest = need_largest ? memory.take<float>(N) : nullptr;
+    of_row = need_largest ? memory.take<double>(N) : nullptr;
+    peaks.state = state;
+    peaks.open = open;
+    peaks.carve(memory, N);
+  }
+
+  void find_nearest(Workers& workers) {
+    const Sample<A>& sample = state->sample;
+    const bool refines = sample.form.quantised();
+    pack_panels(sample.form, sample.token, sample.n, workers.pool, state->panels);
+    for (int64_t i = 0; furthest && i < sample.n; i++) furthest[i] = 0;
+    search_all(workers.pool);
+    for_rows(workers, sample.n, 0, [&](int64_t i, const RowRoom& room) {
+      open[i] = !set_nearest(lists, sample.form, i, i, room.list);
+      if (open[i] && !refines) state->set_nearest_exactly(i, room.list);
+    });
+    if (refines && !workers.failed) refine(workers);
+  }
+
+  void find_parents(Workers& workers) { peaks.find_parents(workers); }
+
+  // The largest squared distance: of rows whose largest tile distance may be the largest of all.
+  double largest(Workers& workers) const {
+    const Sample<A>& sample = state->sample;
+    float most = 0;
+    for (int64_t i = 0; i < sample.n; i++) most = furthest[i] > most ? furthest[i] : most;
+    if (most == 0 && state->all_equal()) return 0;
+    const Bound& bound = sample.form.bound;
+    const float from = bound.floor_of(bound.least(most));
+    return largest_of_rows(sample, workers.pool, of_row, [&](int64_t i) { return furthest[i] >= from; });
+  }
+
+ private:
   // Offers every pair of a tile (`height` slots from `row`, a panel of slots from `column`) to both its slots.
   void offer_tile(const float* tile, int64_t height, int64_t row, int64_t column) {
     const int64_t n = state->sample.n, rows = smaller(height, n - row);
@@ -50,12 +89,6 @@ struct Streamed {
         furthest[i] = most;
       }
     }
-  }
-
-  void clear() const {
-    const int64_t n = state->sample.n;
-    for (int64_t i = 0; i < n; i++) open[i] = false;
-    for (int64_t i = 0; furthest && i < n; i++) furthest[i] = 0;
   }
 
   // All pairs between the panels [row_begin, row_end) and [column_begin, column_end): the same range, or a later one.
@@ -127,156 +160,34 @@ struct Streamed {
     return true;
   }
 
-  // The largest squared distance: rows whose largest tile distance may be the largest of all, in float64.
-  double largest(const Parallel& pool, double* of_row) const {
+  // The open rows again, in the fine form; a few of them, and those that are not proven then, over all tokens in
+  // float64.
+  void refine(Workers& workers) {
+    constexpr int64_t kFew = 8;
     const Sample<A>& sample = state->sample;
-    float most = 0;
-    for (int64_t i = 0; i < sample.n; i++) most = furthest[i] > most ? furthest[i] : most;
-    if (most == 0 && state->all_equal()) return 0;
-    const Bound& bound = sample.form.bound;
-    const float from = bound.floor_of(bound.least(most));
-    parallel_for(pool, sample.n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        of_row[i] = 0;
-        for (int64_t j = i + 1; furthest[i] >= from && j < sample.n; j++) {
-          const double s = sample.distance(i, j);
-          of_row[i] = s > of_row[i] ? s : of_row[i];
-        }
-      }
+    int64_t rows = 0;
+    int32_t *row = peaks.peak, *column = peaks.column;
+    for (int64_t i = 0; i < sample.n; i++) {
+      column[i] = int32_t(i);
+      if (!open[i]) continue;
+      row[rows++] = int32_t(i);
+      state->near_count[i] = -1;
+    }
+    if (rows > kFew) {
+      typedef RowSearch<A> Search;
+      const Search search = {sample, sample.fine, row, nullptr, column};
+      Search::for_blocks(rows, sample.C, lists.length, workers,
+                         [&](int64_t begin, int64_t end, typename Search::Memory& memory) {
+                           search.search(begin, end, memory);
+                           Neighbour list[kLongest + kSpare];
+                           for (int64_t i = begin; i < end; i++) {
+                             set_nearest(memory.lists, sample.fine, i - begin, row[i], list);
+                           }
+                         });
+    }
+    for_rows(workers, sample.n, 0, [&](int64_t i, const RowRoom& room) {
+      if (open[i] && state->near_count[i] < 0) state->set_nearest_exactly(i, room.list);
     });
-    double largest = 0;
-    for (int64_t i = 0; i < sample.n; i++) largest = of_row[i] > largest ? of_row[i] : largest;
-    return largest;
-  }
-};
-
-// Some slots (rows) against all slots in some order (columns): the nearest of each row's first `among` columns.
-template <class A>
-struct RowSearch {
-  static constexpr int64_t kBlock = 4;  // panels of rows per task
-
-  const Sample<A>& sample;
-  const Form<A>& form;
-  const int32_t* row;     // slots
-  const int64_t* among;   // per row, not descending; null: all
-  const int32_t* column;  // [n] slots
-
-  struct Memory {
-    float *rows, *columns;
-    Lists lists;
-
-    void carve(Carver& memory, int64_t C, int64_t list) {
-      rows = memory.take<float>(kBlock * panel_room(C));
-      columns = memory.take<float>(panel_room(C));
-      lists.carve(memory, kBlock * kPanel, list);
-    }
-    static int64_t bytes(int64_t C, int64_t list) {
-      Carver count(nullptr);
-      Memory().carve(count, C, list);
-      return count.bytes();
-    }
-  };
-
-  void pack(const int32_t* slot, int64_t count, float* panel) const {
-    int32_t token[kPanel];
-    for (int64_t p = 0; p < count; p++) token[p] = sample.token[slot[p]];
-    form.pack(token, count, panel);
-  }
-  int64_t columns_of(int64_t i) const { return among ? among[i] : sample.n; }
-
-  // Rows [begin, end), at most kBlock panels of them: row i is row i - begin of memory.lists.
-  void search(int64_t begin, int64_t end, Memory& memory) const {
-    const int64_t size = form.panel_size(), height = form.height();
-    Lists& lists = memory.lists;
-    lists.clear(end - begin);
-    for (int64_t first = begin; first < end; first += kPanel) {
-      pack(row + first, smaller(kPanel, end - first), memory.rows + (first - begin) / kPanel * size);
-    }
-    const TileHold registers(form);
-    EarlyStop stops(form);
-    float tile[kMostRows * kPanel] __attribute__((aligned(64)));
-    for (int64_t at = 0; at < columns_of(end - 1); at += kPanel) {
-      pack(column + at, smaller(kPanel, sample.n - at), memory.columns);
-      for (int64_t r = begin; r < end; r += height) {
-        const int64_t last = smaller(r + height, end), panel = (r - begin) / kPanel;
-        if (columns_of(last - 1) <= at) continue;
-        const float* a = form.at(memory.rows + panel * size, (r - begin) % kPanel);
-        const auto far = [&] {
-          form.lower_tile(a, memory.columns, tile);
-          return !any_within(tile, height, lists.threshold + r - begin);
-        };
-        if (stops(far)) continue;
-        form.template tile<2>(a, memory.columns, tile);
-        for (int64_t i = r; i < last; i++) {
-          for (int64_t p = 0; p < kPanel; p += kFloats) {
-            const float* v = tile + (i - r) * kPanel + p;
-            uint32_t bits = at_most(load(v), fill(lists.threshold[i - begin]));
-            for (; bits; bits &= bits - 1) {
-              const int64_t lane = __builtin_ctz(bits), c = at + p + lane;
-              if (c < columns_of(i) && column[c] != row[i]) lists.offer(i - begin, v[lane], column[c]);
-            }
-          }
-        }
-      }
-    }
-  }
-};
-
-// The search for denser tokens of the slots that have none among their proven neighbours: against columns in order of
-// density, so that the denser tokens of each slot are a prefix.
-template <class A>
-struct PeakSearch {
-  static constexpr int64_t kList = 4;  // candidates per slot
-
-  Streamed<A>* streamed;
-  Neighbour* order;  // [n] (key, slot) ascending: the densest first
-  int32_t* column;   // [n] its slots
-  int32_t* peak;     // [peaks] slots, ascending in density order
-  int64_t* denser;   // [peaks] how many tokens are denser
-  int64_t peaks;
-
-  void carve(Carver& memory, int64_t N) {
-    order = memory.take<Neighbour>(N);
-    column = memory.take<int32_t>(N);
-    peak = memory.take<int32_t>(N);
-    denser = memory.take<int64_t>(N);
-  }
-
-  // The slots to search for are those whose parent is kUnknownParent.
-  void collect() {
-    const State<A>& state = *streamed->state;
-    const int64_t n = state.sample.n;
-    for (int64_t i = 0; i < n; i++) order[i] = {state.key[i], int32_t(i)};
-    sort_neighbours(order, n);
-    peaks = 0;
-    int64_t equal_from = 0;
-    for (int64_t at = 0; at < n; at++) {
-      const int32_t slot = order[at].slot;
-      column[at] = slot;
-      if (order[at].s != order[equal_from].s) equal_from = at;
-      if (state.parent[slot] != kUnknownParent) continue;
-      peak[peaks] = slot;
-      denser[peaks++] = state.strict ? equal_from : at;
-    }
-  }
-
-  void search(int64_t begin, int64_t end, typename RowSearch<A>::Memory& memory) const {
-    State<A>& state = *streamed->state;
-    bool is_fine = false;
-    for (int64_t i = begin; i < end; i++) is_fine |= streamed->open[peak[i]];
-    const Form<A>& form = is_fine ? state.sample.fine : state.sample.form;
-    RowSearch<A>{state.sample, form, peak, denser, column}.search(begin, end, memory);
-    for (int64_t i = begin; i < end; i++) {
-      Neighbour list[kList];
-      if (denser[i] == 0) {
-        state.parent[peak[i]] = -1;
-      } else if (prove(state.sample, form, memory.lists, i - begin, peak[i], denser[i], list) > 0) {
-        state.delta[peak[i]] = list[0].s;
-        state.parent[peak[i]] = list[0].slot;
-      } else {
-        state.find_parent_exactly(peak[i]);
-      }
-    }
   }
 };
 
