@@ -194,8 +194,8 @@ struct Mean {
         weight(args.weight ? static_cast<const A*>(args.weight) + b * args.N : nullptr),
         token(first),
         count(tokens),
-        total(0) {
-    for (int64_t at = 0; at < count; at++) total += weight_of(at);
+        total(weight ? 0 : A(tokens)) {
+    for (int64_t at = 0; weight && at < count; at++) total += weight_of(at);
   }
 
   A weight_of(int64_t at) const { return weight ? weight[token[at]] : A(1); }
