@@ -47,7 +47,8 @@ class CMakeBuild(build_ext):
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         cmake = shutil.which("cmake", path=path) or "cmake"
         for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *configure], ["--build", build], ["--install", build]):
-            subprocess.run([cmake, *command], check=True, env=os.environ | {"PATH": path})
+            if subprocess.run([cmake, *command], env=os.environ | {"PATH": path}, check=False).returncode:
+                raise SystemExit("cmake failed; what it said stands above")
 
     def get_outputs(self):
         package = Path(self.get_ext_fullpath("h2ot_kernels._C")).parent

@@ -13,9 +13,10 @@ H2OT_KERNELS_TRITON_LAUNCH: "ordinary" leaves every launch to Triton; without it
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -65,6 +66,8 @@ def load_library(stem: str) -> str | None:
 def why_no_cpp() -> str | None:
     """None when the C++ library is loaded, else the reason."""
     reason = load_library("h2ot_kernels_cpu")
+    if reason is None and importlib.util.find_spec("h2ot_kernels._C") is None:  # a build for another Python
+        reason = f"h2ot_kernels._C is not built for {sys.implementation.cache_tag} (pip install --no-build-isolation .)"
     if reason is None:
         _choose_capability()
     return reason

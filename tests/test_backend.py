@@ -222,6 +222,13 @@ def test_capability_override():
     assert _C.capability() == plainest
 
 
+def test_a_build_for_another_python_is_a_reason(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert backend.why_no_cpp.__wrapped__().startswith(
+        f"h2ot_kernels._C is not built for {sys.implementation.cache_tag}"
+    )
+
+
 def test_a_library_that_cannot_be_loaded_is_a_reason_and_a_warning(tmp_path, monkeypatch):
     (tmp_path / "libbroken.so").write_text("no library")
     monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))

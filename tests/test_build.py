@@ -33,13 +33,18 @@ def symbols(path, *options):
 
 @pytest.fixture
 def build_ext(monkeypatch, tmp_path):
-    """The command of setup.py that builds into tmp_path, and what it would run."""
+    """The command of setup.py that builds into tmp_path, and what it would run; building fails where `fails` is set."""
     monkeypatch.chdir(tmp_path)
     command = setuptools.distutils.core.run_setup(ROOT / "setup.py", stop_after="init").get_command_obj("build_ext")
     command.build_lib = str(tmp_path)
     command.ensure_finalized()
     ran = []
-    monkeypatch.setattr(subprocess, "run", lambda given, **how: ran.extend(given))
+
+    def run(given, **how):
+        ran.extend(given)
+        return subprocess.CompletedProcess(given, int("--build" in given and "fails" in os.environ))
+
+    monkeypatch.setattr(subprocess, "run", run)
     return command, ran
 
 
@@ -71,6 +76,15 @@ def test_another_compiler_than_gxx_is_refused(tmp_path):
     done = subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, *made_up], capture_output=True, text=True, check=False)
     assert done.returncode
     assert "written for g++: got Clang" in done.stderr
+
+
+def test_a_build_that_fails_says_so_in_one_line(build_ext, monkeypatch):
+    """cmake's own words stand above it, and no traceback between."""
+    monkeypatch.setenv("fails", "1")
+    command, ran = build_ext
+    with pytest.raises(SystemExit, match="cmake failed"):
+        command.run()
+    assert "--install" not in ran
 
 
 @needs_nm
