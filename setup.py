@@ -16,17 +16,27 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def wants_cuda() -> bool:
+    given = os.environ.get("H2OT_KERNELS_CUDA") or "0"
+    if given not in ("0", "1"):
+        raise SystemExit(f"H2OT_KERNELS_CUDA: got {given!r}, wanted 0 or 1")
+    return given == "1"
+
+
 class CMakeBuild(build_ext):
     def run(self):
+        cuda = wants_cuda()
         import torch
 
         package = Path(self.get_ext_fullpath("h2ot_kernels._C")).resolve().parent
+        if not cuda:  # that of an earlier build would be loaded, or packed, beside what it was not built with
+            (package / "libh2ot_kernels_cuda.so").unlink(missing_ok=True)
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
         options = {
             "TORCH_DIR": Path(torch.__file__).parent,
             "Python_EXECUTABLE": sys.executable,
             "H2OT_VERSION": self.distribution.get_version(),
-            "H2OT_CUDA": "ON" if os.environ.get("H2OT_KERNELS_CUDA") == "1" else "OFF",
+            "H2OT_CUDA": "ON" if cuda else "OFF",
             "CMAKE_INSTALL_PREFIX": package,
         }
         configure = ["-U", "H2OT_CUDA_ARCHITECTURES"]  # what an earlier build was given
@@ -37,7 +47,8 @@ class CMakeBuild(build_ext):
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         cmake = shutil.which("cmake", path=path) or "cmake"
         for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *configure], ["--build", build], ["--install", build]):
-            subprocess.run([cmake, *command], check=True, env=os.environ | {"PATH": path})
+            if subprocess.run([cmake, *command], env=os.environ | {"PATH": path}, check=False).returncode:
+                raise SystemExit("cmake failed; what it said stands above")
 
     def get_outputs(self):
         package = Path(self.get_ext_fullpath("h2ot_kernels._C")).parent

@@ -8,13 +8,15 @@ H2OT_KERNELS_BACKEND: the backend of calls that name none.
 H2OT_KERNELS_CAPABILITY: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "neon"), one that this
 machine can run; without it the best of them.
 H2OT_KERNELS_TILES: whether kernels may use a tile unit (AMX), "1" or "0", which leaves it alone; without it they may.
+H2OT_KERNELS_TRITON_LAUNCH: "ordinary" leaves every launch to Triton; without it repeated ones go past it.
 """
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -64,6 +66,8 @@ def load_library(stem: str) -> str | None:
 def why_no_cpp() -> str | None:
     """None when the C++ library is loaded, else the reason."""
     reason = load_library("h2ot_kernels_cpu")
+    if reason is None and importlib.util.find_spec("h2ot_kernels._C") is None:  # a build for another Python
+        reason = f"h2ot_kernels._C is not built for {sys.implementation.cache_tag} (pip install --no-build-isolation .)"
     if reason is None:
         _choose_capability()
     return reason
@@ -373,6 +377,9 @@ def _check_environment() -> str | None:
     tiles = os.environ.get("H2OT_KERNELS_TILES") or "1"  # csrc/capability.cpp reads it
     if tiles not in ("0", "1"):
         raise ValueError(f"H2OT_KERNELS_TILES: got {tiles!r}, wanted 0 or 1")
+    launch = os.environ.get("H2OT_KERNELS_TRITON_LAUNCH") or "ordinary"  # triton/repeated.py reads it
+    if launch != "ordinary":
+        raise ValueError(f"H2OT_KERNELS_TRITON_LAUNCH: got {launch!r}, wanted ordinary or nothing")
     return name
 
 

@@ -179,9 +179,20 @@ def test_capability_of_the_environment(name):
         assert run.stdout.split() == [name or runnable[0]]
 
 
-@pytest.mark.parametrize(("value", "said"), [("", ""), ("0", ""), ("1", ""), ("off", "got 'off', wanted 0 or 1")])
-def test_tiles_of_the_environment(value, said):
-    given = os.environ | {"H2OT_KERNELS_TILES": value}
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("TILES", "", ""),
+        ("TILES", "0", ""),
+        ("TILES", "1", ""),
+        ("TILES", "off", "got 'off', wanted 0 or 1"),
+        ("TRITON_LAUNCH", "", ""),
+        ("TRITON_LAUNCH", "ordinary", ""),
+        ("TRITON_LAUNCH", "Ordinary", "got 'Ordinary', wanted ordinary or nothing"),
+    ],
+)
+def test_words_of_the_environment(name, value, said):
+    given = os.environ | {f"H2OT_KERNELS_{name}": value}
     run = subprocess.run([sys.executable, "-c", "import h2ot_kernels"], env=given, capture_output=True, check=False)
     assert (run.returncode == 0) == (not said)
     assert said in run.stderr.decode()
@@ -209,6 +220,13 @@ def test_capability_override():
     with pytest.raises(ValueError, match="capability 'sse9' cannot run here"):
         _C.set_capability("sse9")
     assert _C.capability() == plainest
+
+
+def test_a_build_for_another_python_is_a_reason(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert backend.why_no_cpp.__wrapped__().startswith(
+        f"h2ot_kernels._C is not built for {sys.implementation.cache_tag}"
+    )
 
 
 def test_a_library_that_cannot_be_loaded_is_a_reason_and_a_warning(tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import h2ot_kernels
 
@@ -29,6 +31,62 @@ def symbols(path, *options):
     return subprocess.run(["nm", "-C", *options, path], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+@pytest.fixture
+def build_ext(monkeypatch, tmp_path):
+    """The command of setup.py that builds into tmp_path, and what it would run; building fails where `fails` is set."""
+    monkeypatch.chdir(tmp_path)
+    command = setuptools.distutils.core.run_setup(ROOT / "setup.py", stop_after="init").get_command_obj("build_ext")
+    command.build_lib = str(tmp_path)
+    command.ensure_finalized()
+    ran = []
+
+    def run(given, **how):
+        ran.extend(given)
+        return subprocess.CompletedProcess(given, int("--build" in given and "fails" in os.environ))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return command, ran
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "OFF"), ("", "OFF"), ("0", "OFF"), ("1", "ON")])
+def test_a_cuda_library_of_an_earlier_build_does_not_stay(build_ext, monkeypatch, tmp_path, given, wanted):
+    monkeypatch.delenv("H2OT_KERNELS_CUDA", raising=False)
+    if given is not None:
+        monkeypatch.setenv("H2OT_KERNELS_CUDA", given)
+    old = tmp_path / "h2ot_kernels" / "libh2ot_kernels_cuda.so"
+    old.parent.mkdir()
+    old.touch()
+    command, ran = build_ext
+    command.run()
+    assert f"-DH2OT_CUDA={wanted}" in ran
+    assert old.exists() == (wanted == "ON")
+
+
+def test_a_build_refuses_what_is_no_answer_to_whether_cuda_is_wanted(build_ext, monkeypatch):
+    monkeypatch.setenv("H2OT_KERNELS_CUDA", "ON")
+    command, ran = build_ext
+    with pytest.raises(SystemExit, match="H2OT_KERNELS_CUDA: got 'ON', wanted 0 or 1"):
+        command.run()
+    assert not ran
+
+
+def test_another_compiler_than_gxx_is_refused(tmp_path):
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    made_up = ["-DCMAKE_CXX_COMPILER_ID_RUN=ON", "-DCMAKE_CXX_COMPILER_ID=Clang", "-DH2OT_DRIVER=ON"]
+    done = subprocess.run([cmake, "-S", ROOT, "-B", tmp_path, *made_up], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "written for g++: got Clang" in done.stderr
+
+
+def test_a_build_that_fails_says_so_in_one_line(build_ext, monkeypatch):
+    """cmake's own words stand above it, and no traceback between."""
+    monkeypatch.setenv("fails", "1")
+    command, ran = build_ext
+    with pytest.raises(SystemExit, match="cmake failed"):
+        command.run()
+    assert "--install" not in ran
+
+
 @needs_nm
 def test_operator_library_uses_the_stable_abi_only():
     library = Path(h2ot_kernels.__file__).parent / "libh2ot_kernels_cpu.so"
@@ -36,6 +94,13 @@ def test_operator_library_uses_the_stable_abi_only():
     assert any("torch" in name for name in undefined)
     assert not [name for name in undefined if re.search(r"\b(at|c10|torch)::", name)]
     assert not [name for name in undefined if name.startswith("Py")]
+
+
+def test_libraries_name_no_folder_of_the_machine_that_built_them():
+    folders = [os.fsencode(folder) for folder in (ROOT, sysconfig.get_path("include"), sysconfig.get_path("purelib"))]
+    libraries = Path(h2ot_kernels.__file__).parent
+    for library in [*libraries.glob("_C.*.so"), libraries / "libh2ot_kernels_cpu.so"]:
+        assert not [folder for folder in folders if folder in library.read_bytes()], library
 
 
 @needs_nm

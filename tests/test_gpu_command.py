@@ -282,16 +282,16 @@ def dev_gpu(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
-    def run_it(builds):
+    def run_it(builds, *arguments, code=0):
         """(its builds and what it then ran, stderr). builds: what H2OT_KERNELS_CUDA must be for a build to succeed."""
         for name, text in (("python3", PYTHON.format(builds=builds)), ("nvcc", "#!/bin/sh\n"), ("c++", "#!/bin/sh\n")):
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
-        (tmp_path / "calls").unlink(missing_ok=True)
+        (tmp_path / "calls").write_text("")
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": str(tmp_path / "python3")}
-        command = ["bash", tmp_path / "dev", "gpu", "--stage", "memcheck"]
+        command = ["bash", tmp_path / "dev", *(arguments or ("gpu", "--stage", "memcheck"))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == code, done.stderr
         return (tmp_path / "calls").read_text().splitlines(), done.stderr
 
     return run_it
@@ -308,8 +308,6 @@ def test_dev_builds_for_the_device_and_goes_on_without_the_cuda_library(tmp_path
     assert re.fullmatch(r"-m bench.gpu --spent \d+ --stage memcheck", last)
     assert ("going on without it" in said) == (builds == 0)
     assert (tmp_path / "build" / "log").read_text() == "said of 1\n"  # what bench.gpu shows of it
-    left = [path.read_text() for path in tmp_path.glob("h2ot_kernels/libh2ot_kernels_cuda.so")]
-    assert left == (["new\n"] if builds else [])  # not that of an earlier build
 
 
 @needs_bash
@@ -317,3 +315,9 @@ def test_dev_builds_again_only_where_the_cuda_library_is_gone(tmp_path, dev_gpu)
     assert [len(dev_gpu(builds=1)[0]) for _ in range(2)] == [2, 1]
     (tmp_path / "h2ot_kernels" / "libh2ot_kernels_cuda.so").unlink()
     assert len(dev_gpu(builds=1)[0]) == 2
+
+
+@needs_bash
+@pytest.mark.parametrize("command", ["setup", "lint", "wheel", "docs"])
+def test_dev_passes_over_no_argument(dev_gpu, command):
+    assert dev_gpu(0, command, "--fix", code=1) == ([], f"dev: '{command}' takes no arguments, got: --fix\n")

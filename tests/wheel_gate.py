@@ -1,6 +1,7 @@
 """The wheel gate: `python -m tests.wheel_gate` builds the wheel, installs it into a clean environment, uses it there.
 
-The sources are copied first, so that nothing built or left over in the working tree can get into the wheel. The clean
+The sources are copied first, so that nothing built or left over in the working tree can get into the wheel, and the
+wheel is made of the source distribution of that copy (MANIFEST.in), which so holds all that a build needs. The clean
 environment sees this one's packages (torch is not downloaded again), but not the project: neither its directory nor an
 editable installation of it, and everything runs from another directory.
 """
@@ -16,7 +17,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("h2ot_kernels", "python_ref", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("h2ot_kernels", "python_ref", "csrc", "CMakeLists.txt", "MANIFEST.in", "setup.py", "pyproject.toml",
+           "README.md", "LICENSE")  # fmt: skip
+SDIST = "import sys, setuptools.build_meta as build; build.build_sdist(sys.argv[1])"
 LEFT_OUT = shutil.ignore_patterns("*.so", "__pycache__")
 USE = """
 import sys
@@ -44,7 +47,7 @@ CUDA = {"H2OT_KERNELS_CUDA": "1", "H2OT_KERNELS_CUDA_ARCHITECTURES": "80"} if sh
 
 
 def build(folder: Path) -> Path:
-    """The wheel, built from a copy of the sources in folder."""
+    """The wheel of the source distribution of a copy of the sources, all in folder."""
     source = folder / "source"
     source.mkdir()
     for name in SOURCES:
@@ -52,7 +55,9 @@ def build(folder: Path) -> Path:
             shutil.copytree(ROOT / name, source / name, ignore=LEFT_OUT)
         else:
             shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, source]
+    subprocess.run([sys.executable, "-c", SDIST, folder], cwd=source, stdout=subprocess.DEVNULL, check=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder, sdist]
     subprocess.run(command, check=True, env=os.environ | CUDA)
     (wheel,) = folder.glob("*.whl")
     return wheel
