@@ -10,6 +10,7 @@ from torch import nn
 import h2ot_kernels as h2ot
 
 from .host_cases import small
+from .runners import DEVICE
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -19,6 +20,12 @@ def test_no_samples(backend):
     assert h2ot.select_tokens(torch.zeros(0, 9), 3, keep=none[:, :2], **given).shape == (0, 3)
     assert h2ot.prune_cluster(torch.zeros(0, 9, 4), 3, keep=none[:, :2], **given).shape == (0, 3)
     assert h2ot.score_tokens(torch.zeros(0, 9, 4), lengths=[], **given).score.shape == (0, 9)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
+def test_poses_without_joints_do_not_move(backend):
+    pose = torch.zeros(2, 9, 0, 2, device=DEVICE)
+    assert h2ot.prune_motion(pose, 3, keep=4, backend=backend).tolist() == [[0, 1, 4]] * 2
 
 
 def test_lengths_that_are_no_integers():
