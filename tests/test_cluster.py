@@ -219,7 +219,10 @@ def test_labels_and_index_out_of_range_are_refused_or_count_as_none(runner):
             with pytest.raises(IndexError, match="labels|index"):
                 runner(h2ot.merge_tokens, x, labels, 3)
         else:
-            assert torch.equal(runner(h2ot.merge_tokens, x, labels, 3), h2ot.merge_tokens(x[:, :4], labels[:, :4], 3))
+            leaf = x.clone().requires_grad_()
+            merged = runner(h2ot.merge_tokens, leaf, labels, 3)
+            assert torch.equal(merged, h2ot.merge_tokens(x[:, :4], labels[:, :4], 3))
+            assert (torch.autograd.grad(merged.sum(), leaf)[0][0, 4] == 0).all()
     for position in (-2, 5, 1 << 40):
         index = torch.tensor([[0, position]])
         if raises:

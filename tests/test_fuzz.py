@@ -231,7 +231,9 @@ def merging(draw) -> None:
     dtype = draw(st.sampled_from(DTYPES))
     x = laid_out(torch.randn(B, N, C).to(dtype), draw(st.sampled_from(LAYOUTS)))
     labels = on_any_strides(draw, torch.randint(-1, K, (B, N)))
-    weight = on_any_strides(draw, torch.rand(B, N)) if draw(st.booleans()) else None
+    weight = None
+    if draw(st.booleans()):
+        weight = on_any_strides(draw, torch.rand(B, N).to(draw(st.sampled_from(DTYPES))))
     exact = python_ref.merge_tokens(x.double(), labels, K, None if weight is None else weight.double())
     ours = unmodified(h2ot.merge_tokens, x, labels, K, weight)
     assert_within(ours, exact, python_ref.merge_tokens(x, labels, K, weight), N)

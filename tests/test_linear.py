@@ -71,6 +71,27 @@ def test_packed_weights_follow_the_weights():
         torch.testing.assert_close(ours(x), x.sum(1, keepdim=True).expand(-1, 40))
 
 
+def test_packed_weights_follow_one_element_and_an_exchange():
+    """Which the samples of a weight's elements do not see: its version and its address do."""
+    layer, one = Linear(300, 300, bias=False).eval(), torch.eye(300)
+    with torch.no_grad():
+        for row, column in ((2, 100), (151, 33)):
+            layer(one)
+            layer.weight[row, column] += 1
+            torch.testing.assert_close(layer(one), layer.weight.mT)
+        for _ in range(2):  # of one version
+            layer.weight = nn.Parameter(torch.randn(300, 300))
+            torch.testing.assert_close(layer(one), layer.weight.mT)
+
+
+def test_weights_made_in_inference_mode_which_have_no_version():
+    with torch.inference_mode():
+        layer, x = Linear(48, 40, bias=False).eval(), torch.randn(4, 48)
+        for _ in range(2):
+            assert torch.equal(layer(x), functional.linear(x, layer.weight))
+            layer.weight[7, 31] += 1
+
+
 @pytest.mark.parametrize("form", [torch.float64, torch.bfloat16, "meta"])
 def test_neither_packed_nor_old_weights_outlive_a_change_of_dtype_or_device(form):
     """A layer that is moved to a GPU is not asked on the CPU again."""

@@ -27,6 +27,7 @@ SHAPES = [
     (2, 27, 9, 64, 8, False),
     (1, 243, 81, 64, 4, True),
     (2, 5, 3, 6, 2, True),
+    (35, 5, 3, 6, 2, True),  # the gradient of the query is summed by groups of samples
     (1, 1, 1, 1, 1, False),
     (2, 13, 117, 100, 4, True),
     (0, 9, 3, 8, 2, True),
