@@ -28,7 +28,7 @@ from .runners import PTX
 from .sample import SEED
 
 BACKEND = "triton" if PTX else "cpp"
-LAYOUTS = ("contiguous", "permuted", "sliced", "offset", "expanded")
+LAYOUTS = ("contiguous", "permuted", "sliced", "padded", "offset", "expanded")
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -41,6 +41,11 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
         wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), gap, dtype=x.dtype)
         wide[..., 1::2] = x
         return wide[..., 1::2]
+    if layout == "padded":
+        wide = torch.full([size + 1 for size in x.shape], gap, dtype=x.dtype)
+        inside = wide[tuple(slice(size) for size in x.shape)]
+        inside.copy_(x)
+        return inside
     if layout == "offset":
         flat = torch.full((x.numel() + 3,), gap, dtype=x.dtype)
         flat[3:] = x.flatten()
