@@ -181,3 +181,14 @@ def test_residual_scale_and_chunks(dtype):
         for part, expected in zip(ours(x, chunks=4), plain.to(dtype)(x).chunk(4, -1), strict=True):
             assert part.is_contiguous()
             torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_norm_inside_a_product_has_an_eps_of_its_own(dtype):
+    ours, plain = pair()
+    ours, plain, norm = ours.to(dtype), plain.to(dtype), nn.LayerNorm(48, eps=0.5).to(dtype)
+    x = torch.randn(3, 5, 48).to(dtype)
+    with torch.inference_mode():
+        mine, same = ours(x, norm=norm), plain(norm(x))
+        exact = plain.double()(norm.double()(x.double()))
+    assert_within(mine, exact, same, 48)
