@@ -90,6 +90,12 @@ def test_weights_made_in_inference_mode_which_have_no_version():
         for _ in range(2):
             assert torch.equal(layer(x), functional.linear(x, layer.weight))
             layer.weight[7, 31] += 1
+        vector = nn.Parameter(torch.randn(40))
+    layer = pair()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, scale=vector), vector * functional.linear(x, layer.weight, layer.bias))
+        layer.bias = vector
+        torch.testing.assert_close(layer(x), functional.linear(x, layer.weight, vector))
 
 
 @pytest.mark.parametrize("form", [torch.float64, torch.bfloat16, "meta"])
