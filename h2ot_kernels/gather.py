@@ -26,7 +26,8 @@ def gather_tokens(
     index: int64, [B, K] or [1, K], strictly ascending; or [B / R, K], each row serving R consecutive rows of x
         (the layout [(B J), F, C] with an index per sample). Entries of -1 at the end of a row are padding
         (`select_tokens` with a num_tokens per sample): zeros, without gradient. Not together with pos_embed.
-    pos_embed: [1, K, C] or [K, C], added along the frame axis and the last axis (HoT's embedding after pruning).
+    pos_embed: [1, K, C] or [K, C], added along the frame axis and the last axis (HoT's embedding after pruning); one of
+        another dtype is rounded to x's first.
     dim: the frame axis of x (2 of keys and values [B, H, F, D]). out_dim: where it stands in the result (default: dim).
     out: contiguous, of the result's shape and dtype, apart from the inputs: takes the result and is returned, without
         gradients (undefined after an error that the index causes).

@@ -47,7 +47,7 @@ def recover_rotated(
     dtype = _product_dtype(value.dtype)
     form = dtype, tiles_run()
     triangle, rotation = proj.kept("rotation", form, [proj.weight], lambda: _rotation(proj.weight.detach(), *form))
-    sizes = (*token.shape, *token.stride(), *(vector is None for vector in vectors))
+    sizes = (*token.shape, *(vector is None for vector in vectors))
     token, head, bias = proj.kept("rotated", sizes, sources, lambda: _rotated(rotation, *vectors))
     attending = (x.to(dtype) for x in (query, key, value))
     return _op(*attending, num_heads, scale, token, triangle, head, bias, eps).to(value.dtype)

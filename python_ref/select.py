@@ -79,7 +79,7 @@ def sampled_frames(F: int, K: int, keep: Iterable[int] = ()) -> list[int]:
 def motion_scores(pose: Tensor) -> Tensor:
     """[B, F, J, 2] -> [B, F] float64: sum of |p_t - p_(t-1)| over joints, then coordinates, in order; 0 at t = 0."""
     step = pose.double().diff(dim=1).abs().flatten(2)
-    total = torch.zeros_like(step[..., 0])
+    total = step.new_zeros(step.shape[:2])
     for coordinate in step.unbind(-1):
         total = total + coordinate
     return torch.cat([total.new_zeros(pose.shape[0], 1), total], 1)

@@ -35,7 +35,9 @@ def bound(exact: Tensor, same_precision: Tensor, dtype: torch.dtype, terms: int,
     return max(4 * own, walks * 2 * torch.finfo(dtype).eps * max(terms, 1) ** 0.5 * scale)
 
 
-def attention_scales(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, H: int) -> list[float]:
+def attention_scales(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, H: int, scale: float | None = None
+) -> list[float]:
     """Of recover_attention and its gradients to query, key and value: the largest sum of their terms' magnitudes.
 
     The gradient to the logits is P (dP - sum P dP), a difference of what may be equal.
@@ -44,10 +46,10 @@ def attention_scales(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, 
     q, k, v, w = (
         x.double().expand(B, -1, -1).unflatten(-1, (H, C // H)).transpose(1, 2) for x in (query, key, value, weight)
     )
-    scale = (C // H) ** -0.5
+    scale = (C // H) ** -0.5 if scale is None else scale
     P = (q @ k.mT * scale).softmax(-1)
     dP = w.abs() @ v.abs().mT
-    logits = P * (dP + (P * dP).sum(-1, keepdim=True)) * scale
+    logits = P * (dP + (P * dP).sum(-1, keepdim=True)) * abs(scale)
     to_query = logits @ k.abs()
     if query.shape[0] < B:
         to_query = to_query.sum(0)

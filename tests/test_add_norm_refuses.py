@@ -23,6 +23,12 @@ class OwnNorm(nn.LayerNorm):
     pass
 
 
+def of_two_dtypes(C):
+    norm = norm_of(C).requires_grad_(False)
+    norm.bias.data = norm.bias.data.to(BF16)
+    return norm
+
+
 X, Y, NORM = torch.randn(4, 8), torch.randn(4, 8), norm_of(8).requires_grad_(False)
 REFUSED = {
     "another shape": (X, Y[:1], NORM, F32),
@@ -44,6 +50,7 @@ REFUSED = {
     "integers": (X.int(), Y.int(), NORM, torch.int32),
     "float32 weights of float64": (X.double(), Y.double(), NORM, F64),
     "half weights of float32": (X, Y, norm_of(8, BF16).requires_grad_(False), F32),
+    "vectors of two dtypes": (X.to(BF16), Y.to(BF16), of_two_dtypes(8), BF16),
     "a subclass": (X.as_subclass(Subclass), Y, NORM, F32),
     "meta": (X.to("meta"), Y.to("meta"), NORM, F32),
     "sparse": (X, Y.to_sparse(), NORM, F32),

@@ -68,7 +68,7 @@ def test_documented_results():
 @pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
 def test_out_within_an_input_is_refused(backend):
     """In eager mode; beside the inputs, in the same memory, is fine."""
-    memory = torch.zeros(400, device=DEVICE)
+    memory = torch.zeros(440, device=DEVICE)
     x, index = memory[200:272].view(2, 9, 4).copy_(X), INDEX.to(DEVICE)
     kept = x[:, :3]  # spans 48 of x's 72 numbers
     query = memory[:36].view(9, 4).copy_(X[0])
@@ -82,9 +82,9 @@ def test_out_within_an_input_is_refused(backend):
                 h2ot.gather_tokens(x, index, out=at(start, 2, 3, 4))
         with pytest.raises(ValueError, match="out: got memory within that of pos_embed"):
             h2ot.gather_tokens(x, index, at(300, 3, 4), out=at(311, 2, 3, 4))
-        for start, name in ((35, "query"), (220, "value")):
+        for start, name in ((35, "query"), (220, "value"), (359, "key")):
             with pytest.raises(ValueError, match=f"out: got memory within that of {name}"):
-                h2ot.recover_attention(query, kept, kept, 2, out=at(start, 2, 9, 4))
+                h2ot.recover_attention(query, at(360, 2, 3, 4), kept, 2, out=at(start, 2, 9, 4))
         with pytest.raises(ValueError, match="out: got memory within that of x"):
             h2ot.recover_interpolate(kept, index, 9, out=at(247, 2, 9, 4))
         for start in (176, 272):

@@ -34,6 +34,16 @@ def test_wrong_kept_tokens_are_errors(runner):
             runner(h2ot.cluster_tokens, x, 1, keep=keep)
 
 
+@pytest.mark.parametrize("runner", runners("cluster_tokens"))
+def test_each_sample_keeps_tokens_of_its_own(runner):
+    x, keep = torch.randn(3, 20, 4), torch.tensor([[1, 19], [0, 7], [2, 2]])
+    expected = python_ref.prune_cluster(x.double(), 4, keep=keep)
+    assert torch.equal(runner(h2ot.prune_cluster, x, 4, keep=keep), expected)
+    clusters = runner(h2ot.cluster_tokens, x, 4, keep=keep)
+    assert torch.equal(clusters.index, expected)
+    assert torch.equal(clusters.labels, python_ref.assign_clusters(x.double(), expected))
+
+
 @pytest.mark.parametrize("runner", [p for p in runners("cluster_tokens") if p.values[0].backend == "cpp"])
 @pytest.mark.parametrize(("kind", "N"), [("random", 20), ("places", 100), ("places", 1601)])
 def test_centres_whose_squared_distance_overflows_attract_nobody(kind, N, runner):
@@ -219,7 +229,10 @@ def test_labels_and_index_out_of_range_are_refused_or_count_as_none(runner):
             with pytest.raises(IndexError, match="labels|index"):
                 runner(h2ot.merge_tokens, x, labels, 3)
         else:
-            assert torch.equal(runner(h2ot.merge_tokens, x, labels, 3), h2ot.merge_tokens(x[:, :4], labels[:, :4], 3))
+            leaf = x.clone().requires_grad_()
+            merged = runner(h2ot.merge_tokens, leaf, labels, 3)
+            assert torch.equal(merged, h2ot.merge_tokens(x[:, :4], labels[:, :4], 3))
+            assert (torch.autograd.grad(merged.sum(), leaf)[0][0, 4] == 0).all()
     for position in (-2, 5, 1 << 40):
         index = torch.tensor([[0, position]])
         if raises:

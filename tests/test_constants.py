@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import h2ot_kernels as h2ot
@@ -132,8 +133,10 @@ def test_a_capture_reads_what_is_there_and_leaves_nothing(monkeypatch):
     assert constants.shared((0, 5), device) is warm
 
 
-def test_transforms_leave_nothing():
+def test_transforms_and_modes_leave_nothing():
     torch.func.functionalize(lambda x: x + h2ot.prune_sample(11, 4))(torch.zeros(1, 4))
+    with FakeTensorMode():
+        h2ot.select_tokens(torch.zeros(2, 11), 4, keep=[1, 5, 9])
     assert not constants._MADE
     compiled = torch.compile(lambda x: h2ot.select_tokens(x, 4, keep=[1, 5, 9]), backend="eager", fullgraph=True)
     x = torch.randn(2, 11)

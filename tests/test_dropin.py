@@ -221,20 +221,23 @@ def test_cross_attention_has_the_official_name_and_arguments():
     assert dropin.hot.Cross_Attention is dropin.hot.CrossAttention
 
 
-@pytest.mark.parametrize("repeated", [True, False])
-def test_cross_attention_projects_a_shared_token_once(repeated):
+@pytest.mark.parametrize(("repeated", "qk_scale"), [(True, None), (False, 0.3)])
+def test_cross_attention_projects_a_shared_token_once(repeated, qk_scale):
     torch.manual_seed(0)
-    ours = dropin.hot.CrossAttention(C, 4, qkv_bias=True).double().eval()
+    ours = dropin.hot.CrossAttention(C, 4, qkv_bias=True, qk_scale=qk_scale).double().eval()
     theirs = official.CrossAttention(C, 4, qkv_bias=True).double().eval()
     theirs.load_state_dict(ours.state_dict())
-    token, kept = torch.randn(1, 9, C).double(), torch.randn(5, 4, C).double()
-    token = token.repeat(5, 1, 1) if repeated else torch.randn(5, 9, C).double()
+    theirs.scale = qk_scale or theirs.scale
+    token, kept = torch.randn(1, 9, C).double(), torch.randn(2, 5, 4, C).double()
+    token = token.repeat(5, 1, 1)
+    if not repeated:
+        token[1:-1] = torch.randn(3, 9, C)  # the first is the last
     shapes = []
     ours.linear_q.register_forward_hook(lambda module, args, out: shapes.append(len(out)))
     with torch.no_grad():
-        torch.testing.assert_close(ours(token, kept, kept), theirs(token, kept, kept), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours(token, *kept), theirs(token, *kept), rtol=1e-10, atol=1e-12)
     assert shapes == [1 if repeated else 5]
-    torch.testing.assert_close(ours(token, kept, kept), theirs(token, kept, kept), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours(token, *kept), theirs(token, *kept), rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="attn_drop"):
         dropin.hot.CrossAttention(C, 4, attn_drop=0.1)
 

@@ -45,6 +45,11 @@ def test_padding_is_labelled_as_in_official_code(form):
         assert torch.equal(torch.as_tensor(mine), torch.as_tensor(other))
 
 
+def test_padding_is_selected_before_the_center():
+    index_down, _ = dropin.hot.cluster_dpc_knn_center(torch.randn(1, 9, C), 8, 2, 0, torch.arange(9)[None] < 4)
+    assert index_down.sort().values.tolist() == [list(range(1, 9))]
+
+
 def test_a_selected_token_of_padding_has_a_cluster_of_its_own():
     x, mask = torch.randn(1, 9, C).double(), torch.arange(9)[None] < 4
     index_down, idx_cluster = dropin.hot.cluster_dpc_knn(x, 6, 2, mask, masked_label=0)

@@ -10,6 +10,7 @@ from torch import nn
 import h2ot_kernels as h2ot
 
 from .host_cases import small
+from .runners import DEVICE
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -19,6 +20,12 @@ def test_no_samples(backend):
     assert h2ot.select_tokens(torch.zeros(0, 9), 3, keep=none[:, :2], **given).shape == (0, 3)
     assert h2ot.prune_cluster(torch.zeros(0, 9, 4), 3, keep=none[:, :2], **given).shape == (0, 3)
     assert h2ot.score_tokens(torch.zeros(0, 9, 4), lengths=[], **given).score.shape == (0, 9)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
+def test_poses_without_joints_do_not_move(backend):
+    pose = torch.zeros(2, 9, 0, 2, device=DEVICE)
+    assert h2ot.prune_motion(pose, 3, keep=4, backend=backend).tolist() == [[0, 1, 4]] * 2
 
 
 def test_lengths_that_are_no_integers():
@@ -45,7 +52,8 @@ def test_numbers_of_numpy():
         scores = h2ot.score_tokens(x, scale=np.float32(2))
     assert torch.equal(scores.score, h2ot.score_tokens(x, scale=2.0).score)
     lengths = h2ot.score_tokens(x, lengths=np.array([9, 4])).score
-    assert torch.equal(lengths, h2ot.score_tokens(x, lengths=torch.tensor([9, 4])).score)
+    for dtype in (torch.int64, torch.int32):
+        assert torch.equal(lengths, h2ot.score_tokens(x, lengths=torch.tensor([9, 4], dtype=dtype)).score)
 
 
 @pytest.mark.parametrize("keep", [range(1, 2), (1,), [np.int64(1)], torch.tensor([1])])

@@ -13,6 +13,7 @@ from torch import nn
 from h2ot_kernels import evaluation, hosts
 from h2ot_kernels.__main__ import main as command_line
 from h2ot_kernels.evaluation.human36m import IMAGE_SIZES, OF_32
+from h2ot_kernels.evaluation.run import _frame_windows
 from h2ot_kernels.linear import Linear
 from h2ot_kernels.modes import in_eval_mode
 
@@ -106,6 +107,11 @@ def test_frame_windows_repeat_the_ends():
     assert torch.equal(x[0, :, :, :2], keypoints[[0, 0, 0, 1, 2]])
     assert torch.equal(x[2, :, :, :2], keypoints[[0, 1, 2, 2, 2]])
     assert (x[..., 2] == 1).all()
+
+
+def test_a_window_of_an_even_number_of_frames_has_its_own_at_the_centre():
+    windows = _frame_windows(torch.arange(4.0).view(4, 1, 1), 4)
+    assert windows.flatten(1).tolist() == [[0, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, 3], [2, 3, 3, 3]]
 
 
 @pytest.mark.parametrize("name", ["hot_mixste", "h2ot_motionagformer", "tpc_mhformer"])

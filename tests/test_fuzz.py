@@ -8,6 +8,7 @@ storage changes, that between the elements included.
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,23 +28,34 @@ from .runners import PTX
 from .sample import SEED
 
 BACKEND = "triton" if PTX else "cpp"
-LAYOUTS = ("contiguous", "permuted", "sliced", "offset", "expanded")
+LAYOUTS = ("contiguous", "permuted", "sliced", "padded", "offset", "expanded")
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The values of x on other strides; "expanded": those of its first sample for all. Gaps hold NaN."""
+    """The values of x on other strides; "expanded": those of its first sample for all. Gaps hold what no value is."""
+    gap = float("nan") if x.is_floating_point() else 2**40 if x.dtype == torch.int64 else True
     if layout == "permuted":
         axes = range(x.dim() - 1, -1, -1)
         return x.permute(*axes).contiguous().permute(*axes)
     if layout == "sliced":
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), gap, dtype=x.dtype)
         wide[..., 1::2] = x
         return wide[..., 1::2]
+    if layout == "padded":
+        wide = torch.full([size + 1 for size in x.shape], gap, dtype=x.dtype)
+        inside = wide[tuple(slice(size) for size in x.shape)]
+        inside.copy_(x)
+        return inside
     if layout == "offset":
-        flat = torch.full((x.numel() + 3,), float("nan"), dtype=x.dtype)
+        flat = torch.full((x.numel() + 3,), gap, dtype=x.dtype)
         flat[3:] = x.flatten()
         return flat[3:].view(x.shape)
     return x[:1].expand(x.shape) if layout == "expanded" and x.shape[0] else x
+
+
+def on_any_strides(draw, x: torch.Tensor) -> torch.Tensor:
+    """What stands beside the tokens: indices, masks, weights, gradients."""
+    return laid_out(x, draw(st.sampled_from(LAYOUTS[:-1])))
 
 
 def storage(x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +83,7 @@ def drawn_index(draw, rows: int, N: int, padded: bool = False) -> torch.Tensor:
     if padded:
         for row in index:
             row[integers(draw, 0, K) :] = -1
-    return index
+    return on_any_strides(draw, index)
 
 
 def hunt(check, record_property) -> None:
@@ -121,10 +133,14 @@ def scoring(draw) -> None:
     if case.J == 3 and case.kind in ("integers", "lattice"):
         case = replace(case, J=4)  # thirds are rounded: which of two sums that tie is smaller hangs on their last bit
     x, given_ = laid_out(case.tokens(), layout), case.arguments()
+    for name, value in given_.items():
+        if isinstance(value, torch.Tensor):
+            given_[name] = on_any_strides(draw, value)
     scores = unmodified(h2ot.score_tokens, x, case.k, **given_)
     assert_scores(scores, oracle_scores(case))
     index = unmodified(h2ot.prune_cluster, x, K, case.k, keep=case.keep, **given_)
     assert torch.equal(index, oracle_index(case))
+    index = on_any_strides(draw, index)
     named = {name: value for name, value in given_.items() if name in ("mask", "lengths", "metric")}
     assert torch.equal(unmodified(h2ot.assign_clusters, x, index, **named), oracle_labels(case))
     if BACKEND == "cpp" and not (case.noisy or any(given_.get(name) for name in ("scale", "exclude_self", "cutoff"))):
@@ -133,7 +149,8 @@ def scoring(draw) -> None:
         assert torch.equal(clusters.labels, oracle_labels(case))
         assert torch.equal(clusters.score, scores.score)
     if h2ot.can_run("assign_by_parent", BACKEND, "cpu")[0]:
-        by_parent = unmodified(h2ot.assign_clusters, x, index, parent=scores.parent, **named)
+        parent = on_any_strides(draw, scores.parent)
+        by_parent = unmodified(h2ot.assign_clusters, x, index, parent=parent, **named)
         assert torch.equal(by_parent, oracle_labels(case, by_parent=True))
 
 
@@ -146,7 +163,8 @@ def selecting(draw) -> None:
     score = laid_out(score.to(draw(st.sampled_from(DTYPES))), draw(st.sampled_from(LAYOUTS)))
     K = integers(draw, 1, N)
     keep = torch.randint(0, N, (draw(st.sampled_from([1, max(B, 1)])), integers(draw, 0, K)))
-    mask = torch.rand(B, N) < 0.7 if draw(st.booleans()) else None
+    keep = on_any_strides(draw, keep)
+    mask = on_any_strides(draw, torch.rand(B, N) < 0.7) if draw(st.booleans()) else None
     lengths = torch.randint(0, N + 1, (B,)) if draw(st.booleans()) else None
     valid = python_ref.score.valid_tokens(torch.zeros(B, N, 1), mask, lengths)
     keep = keep if B else None
@@ -167,42 +185,60 @@ def attending(draw) -> None:
     dtype = draw(st.sampled_from(DTYPES))
     query, key = (laid_out(torch.randn(shape).to(dtype), draw(st.sampled_from(LAYOUTS))) for _ in range(2))
     K = integers(draw, 1, shape[-2])
-    score = torch.ops.h2ot_kernels.attention_scores(query, key, shape[-1] ** -0.5)
-    exact = python_ref.attention_scores(query.double(), key.double())
-    assert_within(score, exact, python_ref.attention_scores(query, key), shape[-1])
-    assert torch.equal(unmodified(h2ot.prune_attention, query, key, K), python_ref.select_tokens(score, K))
+    scale = draw(st.sampled_from([None, -0.3]))
+    score = torch.ops.h2ot_kernels.attention_scores(query, key, scale or shape[-1] ** -0.5)
+    exact = python_ref.attention_scores(query.double(), key.double(), scale)
+    assert_within(score, exact, python_ref.attention_scores(query, key, scale), shape[-1])
+    kept = unmodified(h2ot.prune_attention, query, key, K, scale=scale)
+    assert torch.equal(kept, python_ref.select_tokens(score, K))
 
 
-def gradient(function, x, weight):
-    leaf = x.detach().requires_grad_()
-    return torch.autograd.grad((function(leaf) * weight).sum(), leaf)[0]
+def gradients(function, leaves, weight):
+    """Of the sum of function's result times weight, whose strides they meet."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    return torch.autograd.grad(function(*leaves), leaves, weight)
 
 
 def gathering(draw) -> None:
-    """gather_tokens and its gradient on integers: exactly those of the definition."""
+    """gather_tokens and its gradients on integers: exactly those of the definition."""
     F, dims = integers(draw, 1, 30), integers(draw, 2, 5)
     dim, out_dim = integers(draw, 1, dims - 1), integers(draw, 1, dims - 1)
     shape = [integers(draw, 0, 3), *(integers(draw, 0, 6) for _ in range(dims - 1))]
     shape[dim] = F
     x = torch.randint(-8, 9, shape).to(draw(st.sampled_from(DTYPES)))
     x = laid_out(x, draw(st.sampled_from(LAYOUTS)))
-    index = drawn_index(draw, draw(st.sampled_from([1, max(shape[0], 1)])) if shape[0] else 1, F, padded=True)
-    given_ = {"dim": dim, "out_dim": out_dim}
-    expected = python_ref.gather_tokens(x, index, **given_)
-    ours = unmodified(h2ot.gather_tokens, x, index, **given_)
+    embedded = out_dim < dims - 1 and draw(st.booleans())
+    rows = draw(st.sampled_from([1, max(shape[0], 1)])) if shape[0] else 1
+    index, given_ = drawn_index(draw, rows, F, padded=not embedded), {"dim": dim, "out_dim": out_dim}
+    inputs = [x]
+    if embedded:
+        channels = shape[-1 if dim < dims - 1 else -2]
+        embed = torch.randint(-8, 9, (index.shape[1], channels)).to(x.dtype)
+        inputs.append(on_any_strides(draw, embed))
+
+    def call(function, x, *embed):
+        return function(x, index, *embed, **given_)
+
+    expected = call(python_ref.gather_tokens, *inputs)
+    ours = call(partial(unmodified, h2ot.gather_tokens), *inputs)
     assert torch.equal(ours, expected)
     assert ours.is_contiguous()
-    weight = torch.randint(-3, 4, expected.shape).to(x.dtype)
-    found = gradient(lambda leaf: unmodified(h2ot.gather_tokens, leaf, index, **given_), x, weight)
-    assert torch.equal(found, gradient(lambda leaf: python_ref.gather_tokens(leaf, index, **given_), x, weight))
+    weight = on_any_strides(draw, torch.randint(-1, 2, expected.shape).to(x.dtype))
+    found, wanted = (
+        gradients(partial(call, function), inputs, weight)
+        for function in (partial(unmodified, h2ot.gather_tokens), python_ref.gather_tokens)
+    )
+    assert all(map(torch.equal, found, wanted))
 
 
 def merging(draw) -> None:
     B, N, C, K = integers(draw, 0, 3), integers(draw, 0, 30), integers(draw, 0, 33), integers(draw, 1, 9)
     dtype = draw(st.sampled_from(DTYPES))
     x = laid_out(torch.randn(B, N, C).to(dtype), draw(st.sampled_from(LAYOUTS)))
-    labels = torch.randint(-1, K, (B, N))
-    weight = torch.rand(B, N) if draw(st.booleans()) else None
+    labels = on_any_strides(draw, torch.randint(-1, K, (B, N)))
+    weight = None
+    if draw(st.booleans()):
+        weight = on_any_strides(draw, torch.rand(B, N).to(draw(st.sampled_from(DTYPES))))
     exact = python_ref.merge_tokens(x.double(), labels, K, None if weight is None else weight.double())
     ours = unmodified(h2ot.merge_tokens, x, labels, K, weight)
     assert_within(ours, exact, python_ref.merge_tokens(x, labels, K, weight), N)
@@ -217,17 +253,19 @@ def recovering(draw) -> None:
     rows = draw(st.sampled_from([1, B])) if B else 1
     x = [torch.randn(rows, F, C), torch.randn(B, K, C), torch.randn(B, K, C)]
     x = [laid_out(part.to(dtype), draw(st.sampled_from(LAYOUTS[:-1]))) for part in x]
-    weight = torch.randn(B, F, C)
+    weight = on_any_strides(draw, torch.randn(B, F, C).to(dtype))
+    scale = draw(st.sampled_from([None, -0.3]))
 
     def results(function, dtype):
         leaves = [part.detach().to(dtype).requires_grad_() for part in x]
-        out = function(*leaves, H)
-        return out.detach(), *torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)
+        out = function(*leaves, H, scale=scale)
+        return out.detach(), *torch.autograd.grad(out, leaves, weight.to(dtype))
 
-    ours = results(lambda *args: unmodified(h2ot.recover_attention, *args), dtype)
+    ours = results(partial(unmodified, h2ot.recover_attention), dtype)
     exact, same = (results(python_ref.recover_attention, precision) for precision in (torch.float64, dtype))
-    for found, wanted, torch_own, scale in zip(ours, exact, same, attention_scales(*x, weight, H), strict=True):
-        assert_within(found, wanted, torch_own, max(B, 1) * K * F, scale)
+    scales = attention_scales(*x, weight, H, scale)
+    for found, wanted, torch_own, largest in zip(ours, exact, same, scales, strict=True):
+        assert_within(found, wanted, torch_own, max(B, 1) * K * F, largest)
 
     if BACKEND == "cpp" and rows == 1 and B:  # the fused tail: the same bits on any strides
         tail = [
@@ -253,10 +291,10 @@ def interpolating(draw) -> None:
     exact = python_ref.recover_interpolate(x.double(), index, F, **options)
     ours = unmodified(h2ot.recover_interpolate, x, index, F, **options)
     assert_within(ours, exact, python_ref.recover_interpolate(x, index, F, **options), 2)
-    weight = torch.randn(exact.shape)
-    found = gradient(lambda leaf: unmodified(h2ot.recover_interpolate, leaf, index, F, **options), x, weight.to(dtype))
-    of_exact, of_torch = (
-        gradient(lambda leaf: python_ref.recover_interpolate(leaf, index, F, **options), x.to(wide), weight.to(wide))
+    weight = on_any_strides(draw, torch.randn(exact.shape).to(dtype))
+    (found,) = gradients(lambda leaf: unmodified(h2ot.recover_interpolate, leaf, index, F, **options), [x], weight)
+    (of_exact,), (of_torch,) = (
+        gradients(lambda leaf: python_ref.recover_interpolate(leaf, index, F, **options), [x.to(wide)], weight.to(wide))
         for wide in (torch.float64, dtype)
     )
     assert_within(found, of_exact, of_torch, F)

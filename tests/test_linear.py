@@ -71,6 +71,33 @@ def test_packed_weights_follow_the_weights():
         torch.testing.assert_close(ours(x), x.sum(1, keepdim=True).expand(-1, 40))
 
 
+def test_packed_weights_follow_one_element_and_an_exchange():
+    """Which the samples of a weight's elements do not see: its version and its address do."""
+    layer, one = Linear(300, 300, bias=False).eval(), torch.eye(300)
+    with torch.no_grad():
+        for row, column in ((2, 100), (151, 33)):
+            layer(one)
+            layer.weight[row, column] += 1
+            torch.testing.assert_close(layer(one), layer.weight.mT)
+        for _ in range(2):  # of one version
+            layer.weight = nn.Parameter(torch.randn(300, 300))
+            torch.testing.assert_close(layer(one), layer.weight.mT)
+
+
+def test_weights_made_in_inference_mode_which_have_no_version():
+    with torch.inference_mode():
+        layer, x = Linear(48, 40, bias=False).eval(), torch.randn(4, 48)
+        for _ in range(2):
+            assert torch.equal(layer(x), functional.linear(x, layer.weight))
+            layer.weight[7, 31] += 1
+        vector = nn.Parameter(torch.randn(40))
+    layer = pair()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, scale=vector), vector * functional.linear(x, layer.weight, layer.bias))
+        layer.bias = vector
+        torch.testing.assert_close(layer(x), functional.linear(x, layer.weight, vector))
+
+
 @pytest.mark.parametrize("form", [torch.float64, torch.bfloat16, "meta"])
 def test_neither_packed_nor_old_weights_outlive_a_change_of_dtype_or_device(form):
     """A layer that is moved to a GPU is not asked on the CPU again."""
@@ -160,3 +187,14 @@ def test_residual_scale_and_chunks(dtype):
         for part, expected in zip(ours(x, chunks=4), plain.to(dtype)(x).chunk(4, -1), strict=True):
             assert part.is_contiguous()
             torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_norm_inside_a_product_has_an_eps_of_its_own(dtype):
+    ours, plain = pair()
+    ours, plain, norm = ours.to(dtype), plain.to(dtype), nn.LayerNorm(48, eps=0.5).to(dtype)
+    x = torch.randn(3, 5, 48).to(dtype)
+    with torch.inference_mode():
+        mine, same = ours(x, norm=norm), plain(norm(x))
+        exact = plain.double()(norm.double()(x.double()))
+    assert_within(mine, exact, same, 48)

@@ -73,11 +73,14 @@ def test_sampler_traced_on_shapes_first_is_right_afterwards():
     assert module(torch.zeros(1, 29, 4))[1].tolist() == [[0, 5, 11, 16, 22, 28]]
 
 
-def test_cluster_draws_noise_from_a_generator_as_the_official_code_does():
-    module = pruning.TokenPruningCluster(K)
-    noise = torch.rand(B, F, generator=torch.Generator().manual_seed(7)) * 1e-6
-    drawn = module.select(X, noise=torch.Generator().manual_seed(7))
-    assert torch.equal(drawn, h2ot.prune_cluster(X, K, noise=noise))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_cluster_draws_noise_from_a_generator_as_the_official_code_does(dtype):
+    """In the tokens' dtype. Of tokens that are equally far apart it alone decides."""
+    x = torch.eye(F, dtype=dtype).expand(B, F, F)
+    noise = torch.rand(B, F, generator=torch.Generator().manual_seed(7), dtype=dtype) * 1e-6
+    drawn = pruning.TokenPruningCluster(K).select(x, noise=torch.Generator().manual_seed(7))
+    assert torch.equal(drawn, h2ot.prune_cluster(x, K, noise=noise))
+    assert not torch.equal(drawn, h2ot.prune_cluster(x, K, noise=noise.flip(1)))
 
 
 def test_cluster_leaves_masked_frames_out():

@@ -13,6 +13,7 @@ from torch import nn
 import h2ot_kernels as h2ot
 import python_ref
 from h2ot_kernels.backend import dispatch
+from h2ot_kernels.linear import Linear
 from h2ot_kernels.recover_attention import project
 
 from .cases import DTYPES
@@ -26,6 +27,7 @@ SHAPES = [
     (2, 27, 9, 64, 8, False),
     (1, 243, 81, 64, 4, True),
     (2, 5, 3, 6, 2, True),
+    (35, 5, 3, 6, 2, True),  # the gradient of the query is summed by groups of samples
     (1, 1, 1, 1, 1, False),
     (2, 13, 117, 100, 4, True),
     (0, 9, 3, 8, 2, True),
@@ -135,13 +137,16 @@ def test_scale_and_query_shapes_agree(runner):
     assert torch.equal(one, runner(h2ot.recover_attention, query[None], key, value, 2, scale=0.7))
     each = runner(h2ot.recover_attention, query.expand(3, -1, -1), key, value, 2, scale=0.7)
     torch.testing.assert_close(one, each, rtol=1e-6, atol=1e-6)
+    turned = runner(h2ot.recover_attention, -query, key, value, 2, scale=-0.7)  # the largest logit weighs least
+    torch.testing.assert_close(one, turned, rtol=1e-6, atol=1e-6)
     uniform = runner(h2ot.recover_attention, query, key, value, 2, scale=0.0)
     torch.testing.assert_close(uniform, value.mean(1, keepdim=True).expand(-1, 6, -1))
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("scale", [None, -0.7])
+def test_gradcheck(scale):
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 6), (2, 3, 6), (2, 3, 6))]
-    assert torch.autograd.gradcheck(lambda *args: h2ot.recover_attention(*args, 2), tensors)
+    assert torch.autograd.gradcheck(lambda *args: h2ot.recover_attention(*args, 2, scale=scale), tensors)
 
 
 def test_second_order_raises():
@@ -155,7 +160,7 @@ def test_second_order_raises():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("joints", "F", "K", "C", "H"), [(5, 27, 9, 64, 8), (3, 5, 2, 12, 2), (1, 1, 1, 8, 1)])
 def test_fused_tail_within_bound(joints, F, K, C, H, dtype, runner):
-    proj, norm, head = nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 3)
+    proj, norm, head = Linear(C, C).eval(), nn.LayerNorm(C, eps=0.1), nn.Linear(C, 3)
     nn.init.normal_(norm.weight)
     token, query, (key, value) = torch.randn(1, F, C), torch.randn(1, F, C), torch.randn(2, 2 * joints, K, C)
     tensors = [x.to(dtype) for x in (token, query, key, value)]

@@ -162,6 +162,15 @@ def test_recovers_the_same_bits_by_any_number_of_threads(capability):
     assert all(torch.equal(x, found[0]) for x in found)
 
 
+def test_what_is_kept_knows_which_vector_and_how_many_frames_it_was_made_of():
+    """From the same numbers in the same memory."""
+    tail, token, attended = Tail(40, there=(True, True, False, True)), torch.randn(40, 40), torch.randn(2, 40, 40)
+    for rows in (token.mT, token, token[:9]):
+        assert_right(tail, rows, attended[:, : len(rows)])
+    tail.norm.weight, tail.norm.bias = None, tail.norm.weight
+    assert_right(tail, token[:9], attended[:, :9])
+
+
 def called(tail, token, kept, **options):
     """The operators of a whole recover_pose."""
     with Recorder() as recorder:

@@ -91,6 +91,21 @@ def test_noise_and_mask_of_any_strides(runner):
     assert torch.equal(shared, runner(h2ot.prune_cluster, x, 3, noise=noise[:, :1].mT.repeat(3, 1)))
 
 
+@pytest.mark.parametrize("runner", runners("score_tokens"))
+def test_with_noise_equal_densities_are_not_denser(runner):
+    x, noise = torch.randint(-2, 3, (2, 20, 3)).float(), torch.zeros(2, 20)
+    assert_scores(runner(h2ot.score_tokens, x, noise=noise), python_ref.score_tokens(x.double(), noise=noise))
+
+
+@pytest.mark.parametrize("runner", runners("score_tokens"))
+def test_noise_of_float64_counts_to_its_last_bits_and_nothing_has_a_gradient(runner):
+    x = torch.zeros(2, 9, 4, requires_grad=True)  # densities of 1, which the noise alone orders
+    noise = (0.5 + 1e-12 * torch.rand(2, 9, dtype=torch.float64)).requires_grad_()
+    ours = runner(h2ot.score_tokens, x, noise=noise)
+    assert_scores(ours, python_ref.score_tokens(x.detach(), noise=noise.detach()))
+    assert not any(values.requires_grad for values in ours)
+
+
 def assert_same(runner, ours, expected):
     """The same bits. Native Triton lays its tiles out by the strides: there sums of float64 have another order."""
     native = runner.backend == "triton" and not runner.interpreted

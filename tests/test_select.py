@@ -43,6 +43,21 @@ def test_a_number_of_tokens_per_sample(runner):
     assert runner(h2ot.select_tokens, score, [0, 0, 0, 0]).shape == (4, 0)
 
 
+@pytest.mark.parametrize("runner", runners("prune_cluster"))
+@pytest.mark.parametrize("num_tokens", [3, [3]])
+def test_tokens_that_are_not_finite_come_after_duplicates(num_tokens, runner):
+    """Both have a score of -inf."""
+    x = torch.tensor([[[float("nan")], [1.0], [1.0], [1.0], [5.0]]])
+    assert runner(h2ot.prune_cluster, x, num_tokens).tolist() == [[1, 2, 4]]
+
+
+@pytest.mark.parametrize("runner", runners("select_tokens"))
+def test_a_token_to_keep_that_is_named_again_counts_once(runner):
+    score = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+    for keep in ([3, 3, 3], torch.tensor([3, 3, 3])):
+        assert runner(h2ot.select_tokens, score, 2, keep=keep).tolist() == [[1, 3]]
+
+
 @pytest.mark.parametrize("runner", runners("select_tokens"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_of_every_dtype(dtype, runner):
@@ -75,10 +90,16 @@ def test_attention_scores_within_bound(shape, dtype):
 @pytest.mark.parametrize("shape", [(2, 8, 27, 64), (2, 3, 4, 27, 20)])
 def test_attention_pruning(shape, runner):
     query, key = torch.randn(shape), torch.randn(shape)
-    ours = runner(h2ot.prune_attention, query, key, 9, keep=13)
-    assert torch.equal(ours, python_ref.prune_attention(query.double(), key.double(), 9, keep=13))
+    for scale in (None, -0.3):
+        ours = runner(h2ot.prune_attention, query, key, 9, keep=13, scale=scale)
+        assert torch.equal(ours, python_ref.prune_attention(query.double(), key.double(), 9, keep=13, scale=scale))
     strided = runner(
-        h2ot.prune_attention, query.mT.contiguous().mT, torch.cat([key, key], -1)[..., : shape[-1]], 9, keep=13
+        h2ot.prune_attention,
+        query.mT.contiguous().mT,
+        torch.cat([key, key], -1)[..., : shape[-1]],
+        9,
+        keep=13,
+        scale=scale,
     )
     assert torch.equal(ours, strided)
 
