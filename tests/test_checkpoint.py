@@ -26,6 +26,24 @@ def test_checkpoint_round_trip(tmp_path, name, prefix, wrap):
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [np.random.RandomState(1), np.random.default_rng(1).normal(size=3), np.float32(1e-4), np.int64(3)],
+    ids=["generator", "array", "float32", "int64"],
+)
+def test_what_stands_beside_the_weights_is_passed_over(tmp_path, beside):
+    """MixSTE's training saves its generator as "random_state"."""
+    source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+    torch.save({"epoch": 3, "random_state": beside, "model_pos": source.state_dict()}, tmp_path / "model.bin")
+    assert torch.equal(hosts.load_checkpoint(target, tmp_path / "model.bin").weight, source.weight)
+
+
+def test_weights_that_are_numpy_arrays_are_no_state_dict(tmp_path):
+    torch.save({"weight": np.zeros((3, 2)), "bias": np.zeros(3)}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="holds no state_dict"):
+        hosts.load_checkpoint(nn.Linear(2, 3), tmp_path / "model.pth")
+
+
 def test_checkpoint_that_does_not_fit_names_every_key(tmp_path):
     state = small("hot_mixste").state_dict()
     del state["x_token"], state["head.1.bias"]

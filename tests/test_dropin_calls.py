@@ -46,6 +46,13 @@ class Temporal(motionbert.Attention):
         return super().forward(tokens, seqlen)
 
 
+class Mmpose(motionbert.Attention):
+    """mmpose's name of the argument."""
+
+    def forward(self, x, seq_len=1):
+        return super().forward(x, seq_len)
+
+
 def block():
     made = Block(C, H, 2.0)
     made.attn, made.mlp = Attention(C, H), Mlp(C, 2 * C)
@@ -71,6 +78,9 @@ CALLS = [
     (lambda: Temporal(C, H, "spatial"), "attention", lambda m: m(X, None), True),
     (lambda: motionbert.Attention(C, H, "temporal"), "attention", lambda m: m(X, 2), True),
     (lambda: motionbert.Attention(C, H, "temporal"), "attention", lambda m: m(seqlen=2, x=X), True),
+    (lambda: Mmpose(C, H, "temporal"), "attention", lambda m: m(X, 2), True),
+    (lambda: Mmpose(C, H, "temporal"), "attention", lambda m: m(X, seq_len=3), True),
+    (lambda: Mmpose(C, H, "spatial"), "attention", lambda m: m(X, 2), True),
 ]
 
 

@@ -120,6 +120,23 @@ def test_equals_the_official_formulation_with_all_gradients(name, training):
             assert_near(poses(model(x, noise=noise)), theirs.detach(), 1e-9)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_mhformer_of_few_frames_has_embeddings_of_its_own(training):
+    """Official models of up to 27 frames; here without dropout, which is random."""
+    still = NO_DROP["mhformer"]
+    model = small("tpc_mhformer", embedding_dropout=0.0, **still).train(training)
+    partner = official("tpc_mhformer", small("tpc_mhformer", **still), **still)
+    for s in (1, 2, 3):
+        conv = getattr(partner, f"embedding_{s}")
+        layers = conv, torch.nn.BatchNorm1d(conv.out_channels, momentum=0.1), torch.nn.ReLU(), torch.nn.Dropout(0.0)
+        setattr(partner, f"embedding_{s}", torch.nn.Sequential(*layers).double())
+    partner.load_state_dict(model.state_dict())
+    partner.train(training)
+    x, noise = inputs("mhformer")
+    assert_near(poses(model(x, noise=noise)), poses(partner(x, noise=noise)), 1e-9)
+    assert_near(model.embedding_2[1].running_mean, partner.embedding_2[1].running_mean, 1e-9)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_sample_alone_as_in_a_batch(name):
     model = small(name).eval()

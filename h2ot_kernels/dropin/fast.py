@@ -67,7 +67,7 @@ class Fast:
 
     `kernel`: the switch. `known`: what was found out about the own forward. All are read from the class: a module may
     have attributes of these names. `inputs`: how many of the first arguments are tokens; `by_name`: further ones that
-    the fast forward takes; `in_training`: whether it runs there.
+    the fast forward takes, where the own one does; `in_training`: whether it runs there.
     """
 
     kernel: str
@@ -121,9 +121,9 @@ def fast_class(mixin: type, original: type, ranks: tuple[int, ...] = (), known: 
     parameters = list(inspect.signature(original.forward).parameters.values())[1:]
     positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    taken = (*positional[: mixin.inputs], *mixin.by_name)
+    taken = (*positional[: mixin.inputs], *[p.name for p in parameters if p.name in mixin.by_name])
     in_front = positional[: len(taken)] == taken
-    calls = Calls(positional, defaults, taken, mixin.inputs + len(mixin.by_name) if in_front else -1, ranks)
+    calls = Calls(positional, defaults, taken, len(taken) if in_front else -1, ranks)
     documented = {"__module__": original.__module__, "__doc__": original.__doc__}
     names = {"original": original, "calls": calls, "known": known} | documented
     if not issubclass(mixin, nn.Module):
@@ -258,11 +258,11 @@ class FastAttentionFrames(FastAttention):
 
 
 class FastAttentionInPlace(Tried):
-    """MotionBERT's spatial attention: `FastAttention` whatever `seqlen` is."""
+    """MotionBERT's spatial attention: `FastAttention` whatever the number of frames is."""
 
     kernel = "attention"
     in_training = True
-    by_name = ("seqlen",)
+    by_name = ("seqlen", "seq_len")  # of which the own forward has one; the second is mmpose's
 
     def _is_fast_for(self, x: Tensor, seqlen: int) -> bool:
         return stores_nothing(self, x)

@@ -81,9 +81,10 @@ def attention_class(module: nn.Module) -> type:
     _wants_heads(module)
     _wants_passive(module, "qkv", "proj")
     C = module.proj.in_features
-    if "seqlen" in inspect.signature(type(module).forward).parameters:
+    frames = inspect.signature(type(module).forward).parameters.keys() & set(fast.FastAttentionInPlace.by_name)
+    if frames:
         sizes = (2, 3, 5), (1, 1, LONG), (1, LONG, 1)
-        attempts = [Attempt(((B * F, J, C),), {"seqlen": F}) for B, F, J in sizes]
+        attempts = [Attempt(((B * F, J, C),), dict.fromkeys(frames, F)) for B, F, J in sizes]
         attempts.append(Attempt(((6, 5, C),)))
         return _that_agrees(module, (fast.FastAttentionInPlace, fast.FastAttentionAcross), attempts)
     return _that_agrees(module, (fast.FastAttention, fast.FastAttentionFrames), _of_tokens(C, TOKENS))

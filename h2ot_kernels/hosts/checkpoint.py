@@ -6,7 +6,6 @@ import struct
 import zipfile
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,17 +13,28 @@ WRAPPERS = ("model_pos", "model", "state_dict")
 # What torch.load raises for files that are no checkpoints, or damaged ones.
 BROKEN = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, TypeError, ValueError)
 BROKEN += (ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile)
-# Training dictionaries hold numpy scalars (the best error so far): they are read, nothing else of numpy is.
-_SCALAR = np.float64(0).__reduce__()[0]
-_NUMPY_SCALARS = [_SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
-_NUMPY_SCALARS += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
+# What numpy's scalars (the best error so far), arrays and random generators are pickled by, whatever its release.
+_NUMPY = ("dtype", "ndarray", "random._mt19937.MT19937")
+_NUMPY += tuple(f"{core}.multiarray.{maker}" for core in ("core", "_core") for maker in ("scalar", "_reconstruct"))
+_NUMPY += tuple(f"random._pickle.__{maker}_ctor" for maker in ("bit_generator", "randomstate"))
+
+
+class _Beside:
+    """Stands for what a training dictionary holds of numpy's beside the weights: nothing of it is made."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Load the weights in the file `path` into model, strictly, and return model.
 
     The file is read with `weights_only=True`: a state_dict, or a dictionary that holds one as "model_pos", "model" or
-    "state_dict". A `module.` prefix (DataParallel) is dropped.
+    "state_dict", beside plain data and numpy's (the state of a generator, as in MixSTE's files), which is not looked
+    at. A `module.` prefix (DataParallel) is dropped.
     Raises ValueError that names every missing and unexpected key and every wrong shape or kind of tensor (the model is
     then unchanged), or says why the file cannot be read; OSError where there is none, or a folder; TypeError for a path
     or model of another kind.
@@ -56,7 +66,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def _read(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals([(_Beside, f"numpy.{name}") for name in _NUMPY]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN as error:
         # Of torch's words the reason: its advice is to load the file without looking at what is in it.

@@ -26,6 +26,8 @@ class MHFormer(Host):
     by side in one [B, F, 3C]: that is also what the cluster pruner reads.
     num_frames, num_joints: F, J. channels: C, of a stream. hidden: of the MLP over all three. encoder_depth: blocks of
     an encoder. encoder_heads divides F. dropout, drop_path_rate: in training.
+    embedding_dropout: a number gives each embedding a BatchNorm1d, a ReLU and this dropout, as official models of up to
+    27 frames have (0.25); None: a Conv1d alone, as those of more.
     hourglass: stages, pruner, recover (None or "interpolation"), pipeline, keep, k, see `Host`.
 
     >>> import torch
@@ -49,6 +51,7 @@ class MHFormer(Host):
         encoder_heads: int = 9,
         dropout: float = 0.1,
         drop_path_rate: float = 0.2,
+        embedding_dropout: float | None = None,
         **hourglass,
     ):
         super().__init__((num_frames, num_joints, in_channels), 3, **hourglass)
@@ -61,7 +64,11 @@ class MHFormer(Host):
         rows, common = in_channels * num_joints, (dropout, drop_path_rate)
         # The order of parameters and modules is that of the official state_dict.
         for s in STREAMS:
-            self.add_module(f"embedding_{s}", nn.Conv1d(rows, channels, 1))
+            embedding = nn.Conv1d(rows, channels, 1)
+            if embedding_dropout is not None:
+                beside = nn.BatchNorm1d(channels), nn.ReLU(), nn.Dropout(embedding_dropout)
+                embedding = nn.Sequential(embedding, *beside)
+            self.add_module(f"embedding_{s}", embedding)
         self.Transformer_hypothesis = HypothesisTransformer(num_frames, channels, num_heads, hidden, *common)
         self.regression = nn.Sequential(nn.BatchNorm1d(3 * channels), nn.Conv1d(3 * channels, 3 * num_joints, 1))
         for s in STREAMS:
@@ -96,8 +103,10 @@ class MHFormer(Host):
         return y.unflatten(-1, (-1, 3))
 
 
-def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """A Conv1d on channels last: [B, T, in_channels] -> [B, T, out_channels]; whoever watches sees channels first."""
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A Conv1d on channels last: [B, T, in_channels] -> [B, T, out_channels]; whoever watches, and what is more than a
+    Conv1d, sees channels first.
+    """
     if is_own(conv, nn.Conv1d) and (conv.kernel_size, conv.stride, conv.padding, conv.groups) == POINTWISE:
         return functional.linear(x, conv.weight[..., 0], conv.bias)
     return conv(x.mT).mT
