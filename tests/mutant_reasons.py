@@ -15,6 +15,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if (c <= L) {",
     ): "with nothing left over no lane is counted",
     (
+        "csrc/cpu/select.cpp",
+        "uint64_t* const keys = carver.take<uint64_t>(2 * a.N + 1);",
+        "uint64_t* const keys = carver.take<uint64_t>(2 * a.N + 2);",
+    ): "room for one more",
+    (
+        "csrc/cpu/select.cpp",
+        "const bool rows = a.stride_d == 1 && a.stride_j == a.D && a.J * a.D >= 4;",
+        "const bool rows = a.stride_d == 1 && a.stride_j == a.D && a.J * a.D > 4;",
+    ): "four coordinates in the other form, to the same bits",
+    (
+        "csrc/cpu/pack.h",
+        "if (panels && !mask && x.N > kPanel && sample.takes_digits()) {",
+        "if (panels && !mask && x.N >= kPanel && sample.takes_digits()) {",
+    ): "a panel of tokens in one pass or two, to the same bits (the tile unit's)",
+    (
         "csrc/cpu/pack.h",
         "if (!(scale > 0x1p-100 && scale < 0x1p100)) return false;",
         "if (!(scale > 0x1p-100 || scale < 0x1p100)) return false;",
