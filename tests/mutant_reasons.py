@@ -31,6 +31,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a panel of tokens in one pass or two, to the same bits (the tile unit's)",
     (
         "csrc/cpu/pack.h",
+        "const A d = sample.row(i)[c] - first[c], size = d < 0 ? -d : d;",
+        "const A d = sample.row(i)[c] - first[c], size = d <= 0 ? -d : d;",
+    ): "minus zero for zero",
+    (
+        "csrc/cpu/pack.h",
         "if (!(scale > 0x1p-100 && scale < 0x1p100)) return false;",
         "if (!(scale > 0x1p-100 || scale < 0x1p100)) return false;",
     ): "the limits only choose between two searches with the same result",
