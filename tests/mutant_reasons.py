@@ -25,6 +25,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "const bool rows = a.stride_d == 1 && a.stride_j == a.D && a.J * a.D > 4;",
     ): "four coordinates in the other form, to the same bits",
     (
+        "csrc/cpu/select.cpp",
+        "for (int64_t b = 0; b < a.B && a.F > 0; b++) a.score[b * a.F] = 0;",
+        "for (int64_t b = 0; b < a.B && a.F >= 0; b++) a.score[b * a.F] = 0;",
+    ): "the operator wants one token at least, so there are frames",
+    (
         "csrc/cpu/pack.h",
         "if (panels && !mask && x.N > kPanel && sample.takes_digits()) {",
         "if (panels && !mask && x.N >= kPanel && sample.takes_digits()) {",
