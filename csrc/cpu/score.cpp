@@ -57,8 +57,7 @@ struct Scorer {
     stored.state = streamed.state = nearby.state = exact.state = &state;
     if (search == Search::stored) {
       state.carve(memory, N, panel_room(C), smaller(k, kKept));
-      stored.carve(memory, N, clusters != nullptr);
-      stored.need_largest = need_largest;
+      stored.carve(memory, N, clusters != nullptr, need_largest);
     } else if (search == Search::exact) {
       state.carve(memory, N, 0, smaller(N, kKept));
       exact.carve(memory, N, need_largest);
@@ -66,10 +65,7 @@ struct Scorer {
       const int64_t list = smaller(N, k + kSpare);
       state.carve(memory, N, Nearby<A>::room(C), list);
       streamed.carve(memory, N, list, need_largest);
-      nearby.carve(memory, N, C);
-      nearby.length = list;
-      nearby.row = streamed.peaks.peak;
-      nearby.other = streamed.peaks.column;
+      nearby.carve(memory, N, C, list, streamed.peaks.peak, streamed.peaks.column);
     }
   }
 

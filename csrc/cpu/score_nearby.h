@@ -32,7 +32,10 @@ struct Nearby {
   // Floats of a panel, which has room for the places, too.
   static int64_t room(int64_t C) { return larger(panel_room(C), kPanel * kPanel); }
 
-  void carve(Carver& memory, int64_t N, int64_t C) {
+  void carve(Carver& memory, int64_t N, int64_t C, int64_t list, int32_t* lent, int32_t* lent_too) {
+    length = list;
+    row = lent;
+    other = lent_too;
     const int64_t most = groups_of(N, kPanel);
     places = {&state->sample, state->panels};
     balls.carve(memory, most, C);

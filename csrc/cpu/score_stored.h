@@ -21,8 +21,9 @@ struct Stored : Matrix<A> {
   bool packed;        // the panels are
   bool need_largest;  // so no block may be left out
 
-  void carve(Carver& memory, int64_t N, bool labels) {
+  void carve(Carver& memory, int64_t N, bool labels, bool largest_too) {
     Matrix<A>::carve(memory, N);
+    need_largest = largest_too;
     apart = labels ? memory.take<float>(stride) : nullptr;
   }
 
