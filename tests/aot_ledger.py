@@ -16,7 +16,7 @@ from .aot_rows import ARCHITECTURES, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "bench" / "results" / "aot" / "rows.txt"
-SHARE = 8  # one in so many of the recorded builds is compiled again
+SHARE = 16  # one in so many of the recorded builds is compiled again
 HEAD = """\
 # What ./dev aot compiled; written by ./dev aot --record (tests/aot_ledger.py). An entry is a build:
 # its key, its seal, the kernel, the configuration; then for each architecture

@@ -2,10 +2,14 @@
 
 The driver (tests/driver) answers for torch's CPU operators, so the case lists, bounds and errors are those of every
 other instruction set; each call is made by one thread and by two, between guard bands. A driver with a planted mistake
-must fail them. Exit code 1: a failure, or a planted mistake that was not seen. A JSON line with the counts is last.
+must fail them. While nothing has changed since all of them passed (unchanged.py), a share of them runs, drawn by
+--seed; --all: the others, too. Exit code 1: a failure, or a planted mistake that was not seen. A JSON line with the
+counts is last.
 """
 
+import argparse
 import json
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -15,13 +19,12 @@ import torch
 
 from h2ot_kernels import _C
 
+from . import sample, unchanged
 from .driver import ROOT, Driver, build
 
 BUILD = ROOT / "build" / "arm"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 CROSS = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
-STEMS = ["score", "select", "cluster", "gather", "recover_attention", "recover_interpolation"]
-STEMS += ["recover_rotated", "add_norm", "graph", "linear_floats", "fuzz"]
 # B N^2 C of a case: above LARGE it meets one test only, of the call that scores, selects and labels; above MOST none.
 LARGE, MOST = 2.5e7, 1.95e8
 # In the search that all of scoring shares: the last lane of a vector is never found.
@@ -29,10 +32,12 @@ PLANTED = ("csrc/cpu/distance.h", "uint32x4_t{1, 2, 4, 8}", "uint32x4_t{1, 2, 4,
 
 
 class Selection:
-    """The tests of this instruction set, without the cases that are too large; how many passed and failed."""
+    """The tests of this instruction set, without the cases that are too large; with a seed a share of them. How many
+    passed and failed.
+    """
 
-    def __init__(self):
-        self.passed, self.failed, self.left_out = 0, 0, []
+    def __init__(self, seed: int | None):
+        self.seed, self.passed, self.failed, self.left_out = seed, 0, 0, []
 
     def pytest_collection_modifyitems(self, items):
         chosen = []
@@ -48,6 +53,9 @@ class Selection:
                 continue
             else:
                 chosen.append(item)
+        if self.seed is not None:
+            others = set(sample.thinned({item.nodeid: [item] for item in chosen}, self.seed))
+            chosen = [item for item in chosen if item not in others]
         items[:] = chosen
 
     def pytest_runtest_logreport(self, report):
@@ -55,9 +63,9 @@ class Selection:
         self.failed += report.failed
 
 
-def check(driver: Path, *arguments: str) -> tuple[Selection, int]:
+def check(driver: Path, seed: int | None, *arguments: str) -> tuple[Selection, int]:
     """The tests, with this driver in place of the CPU operators, and the number of its calls."""
-    selection = Selection()
+    selection = Selection(seed)
     with Driver(EMULATOR, driver) as running:
         name = running.capability
         assert name == "neon", name
@@ -90,14 +98,21 @@ def made(mistake: tuple[str, str, str] | None = None) -> Path:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="./dev arm", description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every test, whatever was proven before")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of those that run of the proven")
+    given = parser.parse_args()
     if missing := [name for name in (COMPILER, EMULATOR) if not shutil.which(name)]:
         sys.exit(f"arm: {' and '.join(missing)} not found (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)")
+    seed = given.seed if not given.all and unchanged.is_unchanged(unchanged.ARM) else None
+    if seed is not None:
+        print(f"arm: nothing has changed since every test passed; one in {sample.UNCHANGED} runs (--seed {seed})")
     torch.set_num_threads(1)  # of the oracle; on a busy machine more of them wait for each other
-    real, calls = check(made(), *(f"tests/test_{stem}.py" for stem in STEMS))
+    real, calls = check(made(), seed, *unchanged.tests_of(unchanged.ARM))
     left_out = sorted(set(real.left_out))
     print(f"arm: cases that are too large for the emulator, left out: {len(left_out)}", *left_out, sep="\n  ")
     quiet = ["--no-header", "--tb=no", "-r", "N"]
-    wrong, _ = check(made(PLANTED), *quiet, "tests/test_score.py", "-k", "duplicates or smooth")
+    wrong, _ = check(made(PLANTED), None, *quiet, "tests/test_score.py", "-k", "duplicates or smooth")
     counts = {"capability": "neon", "tests": real.passed, "failed": real.failed, "calls": calls}
     counts |= {"cases_left_out": len(left_out), "planted": f"{wrong.failed} of {wrong.passed + wrong.failed} failed"}
     (BUILD / "kernels" / "driver").unlink()  # the one with the mistake

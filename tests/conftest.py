@@ -4,6 +4,7 @@ With H2OT_KERNELS_PTX=90 their PTX for that architecture runs instead (tests/ptx
 One process per core tests with one thread each; what depends on the number of threads sets it.
 """
 
+import functools
 import gc
 import os
 import random
@@ -26,10 +27,10 @@ from hypothesis import HealthCheck, settings
 
 from h2ot_kernels import _C
 
-# What tests/test_fuzz.py draws: the same inputs in every run (few as PTX, for each is compiled, and by the seed of
-# ./dev ptx), or (--hypothesis-profile=nightly) new and many more.
+# What tests/test_fuzz.py draws: the same inputs in every run (few as PTX, for each is compiled, and by the run's seed,
+# unless nothing is left out), or (--hypothesis-profile=nightly) new and many more.
 _TIMELESS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
-_FAST = 6 if "H2OT_KERNELS_PTX_SEED" in os.environ else 20
+_FAST = 6 if "H2OT_KERNELS_PTX" in os.environ and os.environ.get("H2OT_KERNELS_SEED") != "all" else 20
 settings.register_profile("fast", max_examples=_FAST, derandomize=True, **_TIMELESS)
 settings.register_profile("nightly", max_examples=2000, **_TIMELESS)
 settings.load_profile("fast")
@@ -39,18 +40,28 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="nothing is left out (tests/sample.py)")
 
 
-def _wants_all(config) -> bool:
-    """Where they are asked for, by name, too."""
-    return config.getoption("--all") or any("::" in argument for argument in config.args)
+def pytest_configure(config):
+    """What this run and its workers draw, before they start. What is asked for by name is wanted whole."""
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        os.environ["H2OT_KERNELS_SEED"] = "all"
+    os.environ.setdefault("H2OT_KERNELS_SEED", str(random.randrange(10**6)))
 
 
-def _left_out(config, items: list) -> list:
+def _left_out(items: list) -> list:
     """Nothing where Triton is native."""
     from . import sample
 
-    if torch.cuda.is_available() or _wants_all(config):
+    seed = sample.seed_of_run()
+    if seed is None or torch.cuda.is_available():
         return []
-    return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ, int(os.environ.get("H2OT_KERNELS_PTX_SEED", 0)))
+    return sample.left_out(items, "H2OT_KERNELS_PTX" in os.environ, seed, _proven())
+
+
+@functools.cache
+def _proven() -> tuple[str, ...]:
+    from . import unchanged
+
+    return tuple(name for name in (unchanged.CUDA, unchanged.TRITON) if unchanged.is_unchanged(name))
 
 
 # Each file is one worker's: those that take longest come first, so that none of them is the last. ptx_barriers and fuzz
@@ -69,13 +80,16 @@ def _place(item) -> int:
 def pytest_report_header(config):
     from .runners import DEVICE, available
 
-    return [f"device: {DEVICE}, torch {torch.__version__}, CPU capability: {_C.capability()}", *available()]
+    drawn = f"drawn by H2OT_KERNELS_SEED={os.environ['H2OT_KERNELS_SEED']}"
+    proven = f"unchanged since they were proven: {', '.join(_proven()) or 'none of the proofs'} (tests/unchanged.py)"
+    device = f"device: {DEVICE}, torch {torch.__version__}, CPU capability: {_C.capability()}"
+    return [device, *available(), drawn, proven]
 
 
 def pytest_collection_modifyitems(config, items):
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=_place)
-    if out := set(_left_out(config, items)):
+    if out := set(_left_out(items)):
         items[:] = [item for item in items if item not in out]
         config.hook.pytest_deselected(items=list(out))
     if torch.cuda.is_available():
@@ -94,9 +108,9 @@ def pytest_collection_finish(session):
 
 def pytest_terminal_summary(terminalreporter, config):
     """What was left out; and what tests counted: how often the kept tokens are right, nothing excluded."""
-    from .sample import AS_PTX, INTERPRETED, NOTE
+    from .sample import AS_PTX, INTERPRETED, NOTE, seed_of_run
 
-    if not torch.cuda.is_available() and not config.getoption("--all"):
+    if not torch.cuda.is_available() and seed_of_run() is not None:
         terminalreporter.write_line(NOTE.format(AS_PTX if "H2OT_KERNELS_PTX" in os.environ else INTERPRETED))
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
@@ -114,17 +128,17 @@ def capability(request):
 @pytest.fixture
 def drawn_mistakes(request, record_property):
     """Takes mistakes in the CUDA source, gives those of this run (tests/sample.py), and has their number printed."""
-    from . import sample
+    from . import sample, unchanged
     from .simt import planted
 
     def draw(mistakes: dict) -> dict:
         planted.check_places(mistakes)
-        if _wants_all(request.config):
+        seed = sample.seed_of_run()
+        if seed is None:
             return mistakes
-        seed = int(os.environ.get("H2OT_KERNELS_MISTAKES_SEED", random.randrange(10**6)))
-        chosen = sample.planted_share(mistakes, seed)
-        said = f"{len(chosen)} of {len(mistakes)} mistakes planted (H2OT_KERNELS_MISTAKES_SEED={seed})"
-        record_property("count", f"{request.node.nodeid}: {said}")
+        share = sample.PLANTED * (sample.UNCHANGED if unchanged.CUDA in _proven() else 1)
+        chosen = sample.planted_share(mistakes, seed, share)
+        record_property("count", f"{request.node.nodeid}: {len(chosen)} of {len(mistakes)} mistakes planted")
         return chosen
 
     return draw

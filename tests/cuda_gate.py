@@ -1,7 +1,7 @@
 """The compile-only gate of the CUDA library: `python -m tests.cuda_gate [--arch 90 ...] [--all] [--record]`.
 
 nvcc compiles the kernels, with warnings as errors, for every architecture where anything has changed since the ledger
-was written (tests/cuda_ledger.py; --all, --record: always), else for two that are drawn; and once the host's side of
+was written (tests/cuda_ledger.py; --all, --record: always), else for one that is drawn; and once the host's side of
 those files and the two torch-facing files. A row per kernel and architecture; fails on a spill, on more shared memory
 than every device has, or where the disassembly lacks the instructions that a kernel is written for. Needs nvcc, not a
 GPU; says so and passes where there is none.

@@ -12,30 +12,30 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from h2ot_kernels import env_report
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "bench" / "results" / "reliability" / "last.json"
+from . import unchanged
+from .unchanged import ARM, CUDA, ONNX, RESULT, ROOT, TRITON
+
 PYTEST = ["-m", "pytest", "-p", "no:xdist"]
-SIMULATED = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_cuda_simt*.py"))
 PROOFS = {
-    "promises": [*PYTEST, "tests/test_bad_input.py", "tests/test_bad_index.py", "tests/test_determinism.py",
+    "promises": [*PYTEST, "--all", "tests/test_bad_input.py", "tests/test_bad_index.py", "tests/test_determinism.py",
                  "tests/test_concurrency.py", "tests/test_size.py", "tests/test_checkpoint.py",
                  "tests/test_keypoints.py"],
     "kernels": [*PYTEST, "--all", "tests/test_score.py", "tests/test_triton_score.py", "tests/test_select.py",
                 "tests/test_gather.py", "tests/test_cluster.py", "tests/test_recover_attention.py",
                 "tests/test_recover_interpolation.py", "tests/test_official_ops.py"],
-    "cuda source, simulated": [*PYTEST, "--all", *SIMULATED, "tests/test_cuda_plan.py"],
+    CUDA: [*PYTEST, "--all", *unchanged.tests_of(CUDA), "tests/test_cuda_plan.py"],
     "triton, planted": [*PYTEST, "--all", "tests/test_triton_mutants.py"],
-    "triton, its PTX": ["-m", "tests.ptx", "--all"],
+    TRITON: ["-m", "tests.ptx", "--all"],
     "triton, every architecture": ["-m", "tests.aot", "--all"],
     "cuda, every architecture": ["-m", "tests.cuda_gate", "--all"],
     "fuzz": [*PYTEST, "--hypothesis-profile=nightly", "tests/test_fuzz.py"],
     "tidy": ["-m", "tests.tidy"],
     "sanitize": ["-m", "tests.sanitize"],
-    "arm": ["-m", "tests.arm"],
+    ARM: ["-m", "tests.arm", "--all"],
+    ONNX: ["-m", "tests.onnx_gate", "--all"],
     "mutants": ["-m", "tests.mutants", "--again"],
 }  # fmt: skip
 _TESTS = re.compile(r"(\d+) (passed|failed|skipped|deselected|error)")
@@ -57,12 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     environment, report = os.environ | {"PYTHONPATH": str(ROOT)}, env_report()
     for name in given.only:
         began = time.monotonic()
+        of = {"key": unchanged.key(name)} if name in unchanged.TESTS else {}
         done = subprocess.run(
             [sys.executable, *PROOFS[name]], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         today = datetime.date.today().isoformat()
         row = {"passed": done.returncode == 0, "date": today, "seconds": round(time.monotonic() - began)}
-        results[name] = row | {"cpu": report["cpu"], "counted": counted(done.stdout)}
+        results[name] = row | of | {"cpu": report["cpu"], "counted": counted(done.stdout)}
         print(f"{name}: {json.dumps(results[name])}", flush=True)
         if done.returncode:
             print(done.stdout[-4000:], done.stderr[-4000:], sep="\n", flush=True)

@@ -96,7 +96,7 @@ def test_the_ledger_is_read_as_it_was_written():
     assert aot_ledger.read("") == ({}, [])
 
 
-def test_one_in_eight_is_compiled_again_and_the_seed_says_which():
+def test_a_share_is_compiled_again_and_the_seed_says_which():
     keys = list(ENTRIES)
     drawn = aot_ledger.drawn(keys, seed=5)
     assert drawn == aot_ledger.drawn(keys, seed=5) != aot_ledger.drawn(keys, seed=6)

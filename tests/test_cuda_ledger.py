@@ -25,9 +25,9 @@ def test_what_was_written_is_read_under_its_own_key_only(ledger):
     assert cuda_ledger.read("b") == {}
 
 
-def test_two_architectures_are_drawn_and_all_of_them_in_time():
+def test_one_architecture_is_drawn_and_all_of_them_in_time():
     draws = [cuda_ledger.drawn(ARCHITECTURES, seed) for seed in range(40)]
-    assert {len(drawn) for drawn in draws} == {2}
+    assert {len(drawn) for drawn in draws} == {1}
     assert {architecture for drawn in draws for architecture in drawn} == set(ARCHITECTURES)
     assert cuda_ledger.drawn(ARCHITECTURES, 3) == draws[3]
 
@@ -80,7 +80,7 @@ def test_what_the_gate_compiles(arguments, recorded, chosen, code, ledger, monke
     assert cuda_gate.main() == code
     said = capsys.readouterr().out
     assert asked == list(chosen)
-    assert ("as recorded: nothing has changed" in said) == (len(chosen) == 2)
+    assert ("as recorded: nothing has changed" in said) == (recorded is not None and not arguments)
     assert ("recorded by the same key: 25" in said) == (code == 1)
     if arguments == ["--record"]:
         assert set(json.loads(ledger.read_text())["registers"]["pool"].values()) == {24}

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .sample import planted_share, seed_of_run
+
 ROOT = Path(__file__).resolve().parents[1]
 SCORE = "tests/test_triton_score.py"
 STREAMED = f"{SCORE}::test_streaming_equals_the_oracle"
@@ -122,21 +124,29 @@ def scratch(folder: Path) -> Path:
     return folder
 
 
+def source(file: str) -> Path:
+    return Path("h2ot_kernels") / "triton" / file
+
+
 def planted(file: str, text: str, replacement: str, folder: Path) -> Path:
-    path = scratch(folder) / "h2ot_kernels" / "triton" / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"{file}: {text!r} stands there {source.count(text)} times"
-    path.write_text(source.replace(text, replacement))
+    path = scratch(folder) / source(file)
+    path.write_text(path.read_text().replace(text, replacement))
     return folder
 
 
-def test_planted_mutants_are_caught(tmp_path):
-    unchanged = scratch(tmp_path / "unchanged")
+def test_planted_mutants_are_caught(tmp_path, record_property):
+    for file, text, _, _ in MUTANTS.values():
+        count = (ROOT / source(file)).read_text().count(text)
+        assert count == 1, f"{file}: {text!r} stands there {count} times"
+    seed = seed_of_run()
+    chosen = MUTANTS if seed is None else planted_share(MUTANTS, seed)
+    record_property("count", f"{len(chosen)} of {len(MUTANTS)} mistakes planted in the Triton kernels")
+    as_it_is = scratch(tmp_path / "as_it_is")
     folders = {
-        planted(*mistake, tmp_path / name.replace(" ", "_")): (name, test) for name, (*mistake, test) in MUTANTS.items()
+        planted(*mistake, tmp_path / name.replace(" ", "_")): (name, test) for name, (*mistake, test) in chosen.items()
     }
     tests = sorted({test for _, test in folders.values()})
-    found = passed([*((folder, [test]) for folder, (_, test) in folders.items()), (unchanged, tests)], tmp_path)
-    assert found.pop(unchanged), (unchanged / "output").read_text()
+    found = passed([*((folder, [test]) for folder, (_, test) in folders.items()), (as_it_is, tests)], tmp_path)
+    assert found.pop(as_it_is), (as_it_is / "output").read_text()
     assert not [folders[folder][0] for folder, survived in found.items() if survived]
     assert set(found) == set(folders)

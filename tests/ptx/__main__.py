@@ -9,9 +9,7 @@ import random
 import subprocess
 import sys
 
-STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
-TRITON = ("triton", "triton_score", "triton_gather", "triton_pairs", "triton_forms", "triton_tiles")
-FILES = [*STEMS, *TRITON, "fuzz", "ptx_barriers"]
+from ..unchanged import TRITON, tests_of
 
 
 def main() -> int:
@@ -22,16 +20,13 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of the cases drawn, without --all")
     given, others = parser.parse_known_args()
+    seed = "all" if given.all else str(given.seed)
     parallel = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
     whole = ["--all"] if given.all else []
-    tests = ["-k", "triton or Triton or any_valid_input or barrier", *(f"tests/test_{file}.py" for file in FILES)]
+    tests = ["-k", "triton or Triton or any_valid_input or barrier", *tests_of(TRITON)]
     command = [sys.executable, "-m", "pytest", *tests, *whole, *(others or parallel)]
-    if not given.all:
-        print(f"ptx: cases drawn by --seed {given.seed}", flush=True)
     # On the CPU where there is a GPU, too.
-    chosen = {"H2OT_KERNELS_PTX": str(given.arch), "CUDA_VISIBLE_DEVICES": ""}
-    if not given.all:
-        chosen |= {"H2OT_KERNELS_PTX_SEED": str(given.seed)}
+    chosen = {"H2OT_KERNELS_PTX": str(given.arch), "CUDA_VISIBLE_DEVICES": "", "H2OT_KERNELS_SEED": seed}
     return subprocess.run(command, env=os.environ | chosen, check=False).returncode
 
 

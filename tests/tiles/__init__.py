@@ -25,7 +25,12 @@ VECTORS = {
     "avx512": f"{WIDE} -DH2OT_ISA=avx512",
 }
 BAND = 1024
-FLOATS = ROOT / "csrc" / "cpu" / "linear_floats.cpp"
+EMULATED = ROOT / "tests" / "tiles" / "emulated.h"
+SOURCES = [
+    *(path for pattern in ("*.h", "cpu/*.h", "amx/*") for path in sorted((ROOT / "csrc").glob(pattern))),
+    ROOT / "csrc" / "cpu" / "linear_floats.cpp",
+    EMULATED,
+]
 
 
 def _has(*flags: str) -> bool:
@@ -54,18 +59,17 @@ def build(folder: Path, source: str, *replaced: tuple[str, str, str], target: st
 
     target: UNIT, emulated, DOTS or one of VECTORS.
     """
-    unit = ROOT / "tests" / "tiles" / "emulated.h"
-    for file in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h"), *ROOT.glob("csrc/amx/*"), FLOATS, unit]:
+    for file in SOURCES:
         text = file.read_text()
         for name, old, new in replaced:
             if name == file.name:
                 assert text.count(old) == 1, old
                 text = text.replace(old, new)
-        to = folder / (file.name if file == unit else file.relative_to(ROOT / "csrc"))
+        to = folder / (file.name if file == EMULATED else file.relative_to(ROOT / "csrc"))
         to.parent.mkdir(exist_ok=True)
         to.write_text(text)
     library = folder / "kernel.so"
-    given = ["-include", folder / unit.name, f"-I{folder}", ROOT / "tests/tiles" / source]
+    given = ["-include", folder / EMULATED.name, f"-I{folder}", ROOT / "tests/tiles" / source]
     subprocess.run(["g++", *FLAGS.split(), *target.split(), *given, "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
