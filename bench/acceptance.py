@@ -4,6 +4,7 @@
 is faster. "plain": calls from Python; "graph": replays of CUDA graphs.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ PLAIN, GRAPH = ("official", "ours"), ("official, graph", "ours, graph")
 
 def read(*files: Path, since: str = "") -> list[dict]:
     """The rows of those result files that exist, measured at that date or later."""
-    lines = [line for file in files if file.exists() for line in file.read_text().splitlines(keepends=True)]
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # else its process was stopped in the middle
+    rows = []
+    for line in (line for file in files if file.exists() for line in file.read_text().splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):  # cut off, where its process was stopped
+            rows.append(json.loads(line))
     return [row for row in rows if row.get("date", "") >= since]
 
 

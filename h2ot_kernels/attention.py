@@ -8,6 +8,8 @@ from .backend import is_cpp
 from .linear import Linear, attention_in_one_call
 from .recover_attention import recover_attention
 
+MOST_ROWS = 65535  # blocks on a grid's second axis
+
 
 def attend_rows(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
     """softmax(Q K^T scale) V per head: query [B or 1, F, C], key and value [B, K, C] -> [B, F, C]. Differentiable.
@@ -66,7 +68,7 @@ def attend_packed(qkv: Tensor, num_heads: int, dim: int) -> tuple[Tensor, Tensor
         rows = qkv.reshape(T, -1, 3, num_heads, C // num_heads).permute(2, 1, 3, 0, 4)
         axes = (2, 0, 1, 3)
     query, key, value = rows.unbind(0)
-    attended = functional.scaled_dot_product_attention(query, key, value)
+    attended = _fused(query, key, value)
     return attended.permute(axes).reshape(*sizes, C), query, key
 
 
@@ -74,4 +76,26 @@ def attend_by_torch(query: Tensor, key: Tensor, value: Tensor, num_heads: int, s
     """`attend_rows` by `scaled_dot_product_attention`."""
     heads = [x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
     heads[0] = heads[0].expand(value.shape[0], -1, -1, -1)
-    return functional.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).flatten(2)
+    return _fused(*heads, scale).transpose(1, 2).flatten(2)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """By torch's fused attention, as many rows at once as it takes: query [rows, H, T, D] -> the same of the value's.
+
+    An exported graph keeps its rows free.
+    """
+    if torch.compiler.is_exporting() or value.shape[0] <= (most := _rows_at_once(query)):
+        return functional.scaled_dot_product_attention(query, key, value, scale=scale)
+    parts = zip(query.split(most), key.split(most), value.split(most), strict=True)
+    return torch.cat([functional.scaled_dot_product_attention(*part, scale=scale) for part in parts])
+
+
+def _rows_at_once(query: Tensor) -> int:
+    """FlashAttention, torch's for 16 bits, does not ask: it launches a block for each row on a grid's second axis, and
+    its backward pass counts the query's gradient, in tiles of 128 x 32, in 32 bits (until its pull request 2260).
+    """
+    if not torch.is_grad_enabled() or query.element_size() > 2:
+        return MOST_ROWS
+    _, H, T, D = query.shape
+    tiles = H * -(-T // 128) * -(-D // 32)
+    return min(MOST_ROWS, max(2**31 // (128 * 32) // max(tiles, 1), 1))

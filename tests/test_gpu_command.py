@@ -106,6 +106,7 @@ def test_the_summary_says_what_was_measured_in_this_run(tmp_path):
     model |= {"frames_per_second": 48600, "graph_frames_per_second": 60750, "date": "2026-05-05"}
     model |= {"of_baseline": {"frames_per_second": 1.8}}
     lines = [json.dumps(found) + "\n" for found in (old, row, other, wrong, compiled, patch)]
+    lines.insert(2, '{"op": "cut off' + lines[0])  # as the next stage leaves it
     (tmp_path / "results.jsonl").write_text("".join(lines) + '{"op": "cut off')
     (tmp_path / "hosts.jsonl").write_text(json.dumps(model) + "\n")
     (tmp_path / "logs").mkdir()
@@ -206,6 +207,17 @@ def made_up_gpu(monkeypatch):
     monkeypatch.setattr(backend, "why_no_cuda", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(h2ot_kernels, "env_report", lambda: {"device": "a GPU"})
+
+
+def test_rows_that_no_table_can_show_do_not_stop_the_stages(tmp_path, monkeypatch, made_up_gpu):
+    row = json.dumps({"verdict": {}, "date": "9999"}) + "\n"
+    codes = {"measures": f"open({str(tmp_path / 'results.jsonl')!r}, 'w').write({row!r})", "works": "print('fine')"}
+    planned = [gpu.Stage(name, 20, (sys.executable, "-c", code)) for name, code in codes.items()]
+    monkeypatch.setattr(gpu, "stages", lambda out: planned)
+    assert gpu.main(["--out", str(tmp_path)]) == 0
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| works | passed |" in summary
+    assert "KeyError" in summary
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
