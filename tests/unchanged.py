@@ -38,6 +38,7 @@ _SOURCES = {
     ARM: ("csrc/*.*", "csrc/cpu/*", "tests/arm.py", "tests/driver/*", "CMakeLists.txt"),
     ONNX: ("h2ot_kernels/*.py", "h2ot_kernels/hosts/*.py", "bench/bench_onnx.py", "bench/hosts.py", "dev"),
 }
+_DEFINITIONS = [f"python_ref/{stem}.py" for stem in ("__init__", "graph", *_KERNELS)]
 _CHOICE = {"sample.py", "unchanged.py"}  # which tests run, not how they end
 _COMPILERS = {CUDA: "g++", TRITON: "g++", ARM: "aarch64-linux-gnu-g++"}
 
@@ -59,8 +60,8 @@ def _imported(path: Path) -> Iterable[Path]:
 
 def files(proof: str) -> list[Path]:
     """What decides how a proof ends."""
-    found = {path for pattern in (*_SOURCES[proof], "python_ref/*.py") for path in ROOT.glob(pattern)}
-    found |= {ROOT / "tests" / "conftest.py"} if TESTS[proof] else set()
+    patterns = *_SOURCES[proof], *_DEFINITIONS, *(["tests/conftest.py"] if TESTS[proof] else [])
+    found = {path for pattern in patterns for path in ROOT.glob(pattern)}
     found |= set(cuda_ledger.sources()) if proof == CUDA else set()
     ahead = [ROOT / name for name in tests_of(proof)]
     while ahead:
