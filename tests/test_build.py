@@ -70,6 +70,22 @@ def test_a_build_refuses_what_is_no_answer_to_whether_cuda_is_wanted(build_ext, 
     assert not ran
 
 
+def test_a_strict_editable_install_links_every_library(build_ext, tmp_path):
+    command, _ = build_ext
+    libraries = [tmp_path / "h2ot_kernels" / name for name in ("_C.so", "libh2ot_kernels_cpu.so")]
+    libraries[0].parent.mkdir()
+    for library in libraries:
+        library.touch()
+    assert sorted(command.get_outputs()) == sorted(map(str, libraries))
+    assert command.get_output_mapping() == {}
+    command.inplace, command.build_lib = True, "wheel"
+    there = Path(command.get_ext_fullpath("h2ot_kernels._C")).parent
+    wanted = {f"wheel/h2ot_kernels/{path.name}": str(path) for path in there.glob("*.so")}
+    assert "wheel/h2ot_kernels/libh2ot_kernels_cpu.so" in wanted
+    assert command.get_output_mapping() == wanted
+    assert sorted(command.get_outputs()) == sorted(wanted)
+
+
 def test_another_compiler_than_gxx_is_refused(tmp_path):
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     made_up = ["-DCMAKE_CXX_COMPILER_ID_RUN=ON", "-DCMAKE_CXX_COMPILER_ID=Clang", "-DH2OT_DRIVER=ON"]
