@@ -51,6 +51,14 @@ class CMakeBuild(build_ext):
                 raise SystemExit("cmake failed; what it said stands above")
 
     def get_outputs(self):
+        return list(self.get_output_mapping()) if self.inplace else self._libraries()
+
+    def get_output_mapping(self):
+        """Where a wheel would have what is built in place: a strict editable install links what stands here."""
+        package = Path(self.build_lib) / "h2ot_kernels"
+        return {str(package / Path(path).name): path for path in self._libraries()} if self.inplace else {}
+
+    def _libraries(self) -> list[str]:
         package = Path(self.get_ext_fullpath("h2ot_kernels._C")).parent
         return [str(path) for path in package.glob("*.so")]
 

@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import os
 import sys
+
+UNREAD = 141  # as a shell says of a program that SIGPIPE ended
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. 0: done; 1: the demo found a wrong result; 2: bad input, said in one line on standard error (of
-    a checkpoint that does not fit, a line for each parameter).
+    a checkpoint that does not fit, a line for each parameter); 141: whoever reads the output (`| head`) has enough.
     """
     parser = argparse.ArgumentParser(prog="h2ot_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -16,8 +19,15 @@ def main(arguments: list[str] | None = None) -> int:
     env = commands.add_parser("env", help="what a bug report needs, as JSON")
     env.set_defaults(run=_env)
     _add_explain(commands.add_parser("explain", help="which backend would run an operation, and why not the others"))
-    options = parser.parse_args(arguments)
-    return options.run(options)
+    try:
+        try:
+            options = parser.parse_args(arguments)
+            return options.run(options)
+        finally:
+            print(end="", flush=True)  # what is left, while it can still be told that nobody reads it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python itself flushes once more
+        return UNREAD
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +72,10 @@ def _demo(options: argparse.Namespace) -> int:
             device=options.device,
             seconds=options.seconds,
         )
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
-        return _refuse(str(error))
+        return _refuse(_said(error, options))
     return 0 if is_right(report) else 1
 
 
@@ -92,6 +104,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _refuse("--device cuda: this torch sees no GPU")
     seq2frame = {"pipeline": "seq2frame"} if options.model.startswith("tpc") else {}
     try:
+        if options.model not in hosts.HOSTS:
+            raise ValueError(f"--model: got {options.model!r}, wanted one of {', '.join(hosts.LIFTING)}")
         hosts.require_lifting("--model", options.model)
         check_named(options.device)
         if options.batch < 1:
@@ -105,7 +119,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             model, videos, with_flip=not options.no_flip, batch=options.batch, device=options.device
         )
     except (ValueError, OSError) as error:
-        return _refuse(str(error))
+        return _refuse(_said(error, options))
     if options.json:
         print(json.dumps([dataclasses.asdict(score) for score in scores], indent=1))
     else:
@@ -142,6 +156,15 @@ def _explain(options: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         return _refuse(str(error).splitlines()[0])
     return 0
+
+
+def _said(error: Exception, options: argparse.Namespace) -> str:
+    """What error says, in the words of a command line: arguments of functions are called as the options are."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    name, colon, rest = str(error).partition(":")
+    name = "model" if name == "models" else name
+    return f"--{name}{colon}{rest}" if name in vars(options) else str(error)
 
 
 def _refuse(message: str) -> int:

@@ -33,8 +33,11 @@ class Halves(Packed):
 
 
 def adds_to_float(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are `Halves`, which can add what they give to a float32 residual (autocast)."""
-    return dtype == torch.bfloat16 and dots_run()
+    """Whether products of this dtype are `Halves`, which can add what they give to a float32 residual (autocast).
+
+    torch.compile's graphs have none of them.
+    """
+    return dtype == torch.bfloat16 and not torch.compiler.is_compiling() and dots_run()
 
 
 def pack(weight: Tensor, chunks: int) -> Tensor:

@@ -79,7 +79,8 @@ class Representation(nn.Module):
 
 
 class OfficialMotionBERT(nn.Module):
-    """x [B, F, J, 3] -> poses [B, F, J, 3]; recover=None: (poses of the kept frames, index).
+    """x [B, F, J, 3] -> poses [B, F, J, 3]; recover=None: (poses of the kept frames, index). Unpruned, F may be less
+    than num_frames.
 
     stages, pruner, recover, keep_centre, pos_embed: see `OfficialMixSTE`.
     """
@@ -122,7 +123,7 @@ class OfficialMotionBERT(nn.Module):
         """index [B, K] (several stages: one each): input frames to keep; noise [B, N]: that of the clustering."""
         B, F, J, _ = x.shape
         x = self.joints_embed(x.reshape(B * F, J, -1)) + self.pos_embed
-        x = (x.reshape(B, F, J, -1) + self.temp_embed).reshape(B * F, J, -1)
+        x = (x.reshape(B, F, J, -1) + self.temp_embed[:, :F]).reshape(B * F, J, -1)
         pruning = FramePruning(F, self.stages, self.pruner, self.keep_centre, index, noise)
         frames = F
         for i in range(len(self.blocks_st)):

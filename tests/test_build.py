@@ -70,6 +70,48 @@ def test_a_build_refuses_what_is_no_answer_to_whether_cuda_is_wanted(build_ext, 
     assert not ran
 
 
+def test_a_strict_editable_install_links_every_library(build_ext, tmp_path):
+    command, _ = build_ext
+    libraries = [tmp_path / "h2ot_kernels" / name for name in ("_C.so", "libh2ot_kernels_cpu.so")]
+    libraries[0].parent.mkdir()
+    for library in libraries:
+        library.touch()
+    assert sorted(command.get_outputs()) == sorted(map(str, libraries))
+    assert command.get_output_mapping() == {}
+    command.inplace, command.build_lib = True, "wheel"
+    there = Path(command.get_ext_fullpath("h2ot_kernels._C")).parent
+    wanted = {f"wheel/h2ot_kernels/{path.name}": str(path) for path in there.glob("*.so")}
+    assert "wheel/h2ot_kernels/libh2ot_kernels_cpu.so" in wanted
+    assert command.get_output_mapping() == wanted
+    assert sorted(command.get_outputs()) == sorted(wanted)
+
+
+def test_dev_builds_again_where_a_source_or_the_version_differs(tmp_path):
+    """With a Python that does nothing, in a tree of one file of each kind."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    package = tmp_path / "h2ot_kernels"
+    for folder in (python.parent, package, tmp_path / "csrc" / "cpu"):
+        folder.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "csrc/a.h", "csrc/cpu/a.cpp", "h2ot_kernels/_C.so"):
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "dev", tmp_path)
+
+    def builds():
+        done = subprocess.run([tmp_path / "dev", "setup"], capture_output=True, text=True, check=True)
+        return "dev: building" in done.stdout
+
+    (package / "__init__.py").write_text('__version__ = "0.1.0"\n')
+    assert [builds(), builds()] == [True, False]
+    (package / "__init__.py").write_text('"""More words."""\n\n__version__ = "0.1.0"\n')
+    assert not builds()
+    (package / "__init__.py").write_text('__version__ = "0.2.0"\n')
+    assert [builds(), builds()] == [True, False]
+    (tmp_path / "csrc" / "a.h").write_text("int x;")
+    assert [builds(), builds()] == [True, False]
+
+
 def test_another_compiler_than_gxx_is_refused(tmp_path):
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     made_up = ["-DCMAKE_CXX_COMPILER_ID_RUN=ON", "-DCMAKE_CXX_COMPILER_ID=Clang", "-DH2OT_DRIVER=ON"]

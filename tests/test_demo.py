@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -241,13 +242,20 @@ def test_the_command_line_has_no_traceback(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["demo", "--seconds", "0"], "seconds: got 0"),
-        (["demo", "--seconds", "nan"], "seconds: got nan"),
-        (["demo", "--checkpoint", "absent.pt"], "name one with --model"),
+        (["demo", "--seconds", "0"], ": --seconds: got 0"),
+        (["demo", "--seconds", "nan"], ": --seconds: got nan"),
+        (
+            ["demo", "--checkpoint", "absent.pt"],
+            ": --checkpoint: fits one model, got 0 named models; name one with --m",
+        ),
+        (["demo", "--checkpoint", "absent.pt", "--model", "mixste"], ": absent.pt: No such file or directory\n"),
         (["demo", "--model", "absent"], "--model: unknown absent"),
-        (["demo", "--model", "mixste", "ftp_pose"], "models: got 'ftp_pose', which lifts no keypoints, wanted one of"),
-        (["evaluate", "--model", "absent", "--checkpoint", "a", "--keypoints", "b"], "name: got 'absent'"),
-        (["evaluate", "--model", "mixste", "--checkpoint", "absent.pt", "--keypoints", "b"], "absent.pt"),
+        (["demo", "--model", "mixste", "ftp_pose"], ": --model: got 'ftp_pose', which lifts no keypoints, want"),
+        (
+            ["evaluate", "--model", "absent", "--checkpoint", "a", "--keypoints", "b"],
+            ": --model: got 'absent', wanted o",
+        ),
+        (["evaluate", "--model", "mixste", "--checkpoint", "absent.pt", "--keypoints", "b"], ": absent.pt: No such"),
         (["evaluate", "--model", "mixste", "--checkpoint", "a", "--keypoints", "b", "--batch", "0"], "--batch: got 0"),
         (["explain", "absent"], "op: got 'absent'"),
     ],
@@ -257,6 +265,17 @@ def test_bad_arguments_are_one_line(arguments, said, capsys):
     shown = capsys.readouterr().err
     assert said in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_nobody_reads_is_no_error(buffered):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "h2ot_kernels", "env"]
+    finished = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(writer)
+    assert (finished.returncode, finished.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("command", ["demo", "evaluate"])

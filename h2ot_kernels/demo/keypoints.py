@@ -83,7 +83,8 @@ def read_clip(path: str | Path) -> Clip:
     except _UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "allow_pickle" in reason or "pickled" in reason:
-            reason = "it holds pickled Python objects, which are not read; save plain numeric arrays instead"
+            known = "it" if reason.startswith("Object arrays") else "it is no file of numpy's, or"
+            reason = f"{known} holds pickled Python objects, which are not read; save plain numeric arrays instead"
         raise KeypointError(f"{path}: cannot be read: {reason}; {WANTED}") from error
 
 

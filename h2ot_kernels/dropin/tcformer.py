@@ -86,7 +86,8 @@ def merge_tokens(token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_
         here, at = idx_token >= 0, idx_token.clamp(min=0)
         out["idx_token"] = torch.where(here, labels.gather(1, at), -1)
         if token_dict.get("agg_weight") is not None:
-            dtype = torch.result_type(x if token_weight is None else token_weight, 1e-6)  # of integers: torch's default
+            dtype = x.dtype if token_weight is None else token_weight.dtype
+            dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
             share = (counted / (total + 1e-6).gather(1, member)).to(dtype)
             followed = torch.where(here[..., None], index_points(share[..., None], at), 0.0)
             out["agg_weight"] = token_dict["agg_weight"] * followed

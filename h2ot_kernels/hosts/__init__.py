@@ -55,7 +55,7 @@ def build(name: str, **overrides) -> nn.Module:
     """The host `name`, weights random, in training mode as any new module; overrides: arguments of its class.
 
     Raises ValueError for an unknown name, TypeError or ValueError as the class does. What it takes: a float tensor
-    [B, *model.in_shape].
+    [B, *model.in_shape]; "motionbert" fewer frames, too, as the official one (`Host.may_be_shorter`).
 
     >>> from h2ot_kernels import hosts
     >>> model = hosts.build("h2ot_mixste", num_frames=27, channels=32, depth=4, stages={1: 13, 2: 9})

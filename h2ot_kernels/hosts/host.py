@@ -15,13 +15,14 @@ class Host(nn.Module):
     """A video pose transformer with an hourglass: 2D keypoints [B, F, J, in_channels] in, 3D poses out.
 
     A host writes `lift` and names its `embedding`, the layer whose dtype and device x has to have; its blocks are
-    numbered 0 to depth - 1. in_shape: (F, J, in_channels).
+    numbered 0 to depth - 1. in_shape: (F, J, in_channels). With `takes_fewer` the unpruned model takes 1 to F frames.
     stages, pruner, recover, pipeline, keep, k: see `Hourglass`; no stages: the unpruned model. pos_embed: a learnable
     embedding is added after the (single) pruning stage, as HoT does.
     Raises ValueError for a stage that no block follows, or pos_embed without exactly one stage.
     """
 
     embedding: str | None = None  # its name
+    takes_fewer = False
 
     def __init__(
         self,
@@ -80,12 +81,16 @@ class Host(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor | Kept]:
         """x [B, F, J, in_channels] -> poses [B, F, J, 3]; seq2frame: [B, 1, J, 3], the centre.
 
+        F: in_shape[0]; where `may_be_shorter`, 1 to that, and as many poses.
         With recover=None (TPC), or return_index=True: (poses, index); recover=None in seq2seq gives the K kept frames.
         index: the kept input frames, int64 [B, K] or [1, K]; with several stages a tuple of one a stage. Given back as
         `index=` they are kept again (test-time flip). scores, mask, noise: see `Hourglass.prune`.
         """
         checks.tensor("x", x, (4,), "[B, F, J, in_channels]")
-        checks.has_shape("x", x, (x.shape[0], *self.in_shape), "[B, F, J, in_channels]")
+        frames, layout = self.in_shape[0], "[B, F, J, in_channels]"
+        if self.may_be_shorter:
+            frames, layout = x.shape[1] if 1 <= x.shape[1] <= frames else frames, "[B, 1 to F, J, in_channels]"
+        checks.has_shape("x", x, (x.shape[0], frames, *self.in_shape[1:]), layout)
         if self.embedding is not None:
             check_input("x", x, self.embedding, getattr(self, self.embedding))
         signals = {"index": index, "pose": x[..., :2], "scores": scores, "mask": mask, "noise": noise}
@@ -93,6 +98,15 @@ class Host(nn.Module):
         if return_index or (self.hourglass.recovery is None and self.hourglass.pipeline == "seq2seq"):
             return pose, kept[0] if len(kept) == 1 else kept
         return pose
+
+    @property
+    def may_be_shorter(self) -> bool:
+        """Whether a call may have fewer frames than in_shape[0], as the official model's: not where frames are pruned,
+        recovered from a token of every frame, or counted for the centre.
+        """
+        hourglass = self.hourglass
+        plain = not hourglass.stages and hourglass.recovery != "attention" and hourglass.pipeline == "seq2seq"
+        return self.takes_fewer and plain
 
     def prunes_by_attention(self, block: int) -> bool:
         """Whether a stage before `block` reads the temporal query and key of the block before it."""

@@ -39,7 +39,8 @@ class MotionBERT(Host):
     """2D keypoints and confidence [B, F, J, 3] -> 3D poses: `depth` layers of two streams with learnt weights.
 
     In one stream (`blocks_st`) space comes before time, in the other (`blocks_ts`) after it.
-    num_frames, num_joints: F, J. channels: C. representation: features before the last layer.
+    num_frames, num_joints: F, J; unpruned, a call may have fewer frames, as the official model's (the last clip of a
+    video), which take the first of `temp_embed`. channels: C. representation: features before the last layer.
     hourglass: stages, pruner, recover, pipeline, keep, k, pos_embed, see `Host`.
 
     >>> import torch
@@ -50,6 +51,7 @@ class MotionBERT(Host):
     """
 
     embedding = "joints_embed"
+    takes_fewer = True
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class MotionBERT(Host):
         self.ts_attn = nn.ModuleList(nn.Linear(2 * channels, 2) for _ in range(depth))
 
     def lift(self, x: Tensor, signals: dict) -> tuple[Tensor, Kept]:
-        x = self.joints_embed(x) + (self.pos_embed + self.temp_embed)
+        x = self.joints_embed(x) + (self.pos_embed + self.temp_embed[:, : x.shape[1]])
         kept, query, key = (), None, None
         for i, (st, ts, fusion) in enumerate(zip(self.blocks_st, self.blocks_ts, self.ts_attn, strict=True)):
             x, kept = self.hourglass.prune(i, x, kept, pos_embed=self.pos_embed_token, query=query, key=key, **signals)
@@ -88,6 +90,8 @@ class MotionBERT(Host):
             x = fused(fusion, first, second)
             if self.prunes_by_attention(i + 1):
                 query, key = joined([of_first, of_second])
+        if self.may_be_shorter:
+            return self._regress(self.norm(x)), kept
         tail = {"x_token": self.x_token, "cross_attention": self.cross_attention}
         return self.hourglass.recover(self.norm(x), kept, self._regress, **tail), kept
 
