@@ -1,5 +1,7 @@
 """Video pose transformers with official parameter names, whole and as hourglasses."""
 
+import inspect
+
 from torch import nn
 
 from .checkpoint import load_checkpoint
@@ -65,4 +67,14 @@ def build(name: str, **overrides) -> nn.Module:
     if name not in HOSTS:
         raise ValueError(f"name: got {name!r}, wanted one of {', '.join(HOSTS)}")
     host, preset = HOSTS[name]
+    if name in LIFTING:
+        _check_arguments(name, host, overrides)
     return host(**{**preset, **overrides})
+
+
+def _check_arguments(name: str, host: type[Host], given: dict) -> None:
+    """Raise TypeError for an argument that the host does not have, nor Host, which gets what it does not know."""
+    known = [one.name for one in inspect.signature(host).parameters.values() if one.kind != one.VAR_KEYWORD]
+    known += [one.name for one in inspect.signature(Host).parameters.values() if one.kind == one.KEYWORD_ONLY]
+    if unknown := [argument for argument in given if argument not in known]:
+        raise TypeError(f"{unknown[0]}: got an argument that {name} does not have, wanted some of {', '.join(known)}")

@@ -91,6 +91,8 @@ class Host(nn.Module):
         if self.may_be_shorter:
             frames, layout = x.shape[1] if 1 <= x.shape[1] <= frames else frames, "[B, 1 to F, J, in_channels]"
         checks.has_shape("x", x, (x.shape[0], frames, *self.in_shape[1:]), layout)
+        if not self.hourglass.stages and index is not None and len(index):
+            raise ValueError("index: got frames to keep, wanted None: this model prunes none")
         if self.embedding is not None:
             check_input("x", x, self.embedding, getattr(self, self.embedding))
         signals = {"index": index, "pose": x[..., :2], "scores": scores, "mask": mask, "noise": noise}
