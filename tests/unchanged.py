@@ -75,7 +75,8 @@ def files(proof: str) -> list[Path]:
 def key(proof: str) -> str:
     """Of those files, and of the versions."""
     compiler = shutil.which(_COMPILERS.get(proof, ""))
-    parts = [platform.python_version(), torch.__version__, np.__version__, triton.__version__]
+    releases = [".".join(version.split(".")[:2]) for version in (platform.python_version(), np.__version__)]
+    parts = [*releases, torch.__version__, triton.__version__]
     if compiler:
         parts.append(subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout)
     parts += [f"{path.relative_to(ROOT)}\n{path.read_text()}" for path in files(proof)]
