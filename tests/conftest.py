@@ -80,10 +80,7 @@ def _place(item) -> int:
 def pytest_report_header(config):
     from .runners import DEVICE, available
 
-    drawn = f"drawn by H2OT_KERNELS_SEED={os.environ['H2OT_KERNELS_SEED']}"
-    proven = f"unchanged since they were proven: {', '.join(_proven()) or 'none of the proofs'} (tests/unchanged.py)"
-    device = f"device: {DEVICE}, torch {torch.__version__}, CPU capability: {_C.capability()}"
-    return [device, *available(), drawn, proven]
+    return [f"device: {DEVICE}, torch {torch.__version__}, CPU capability: {_C.capability()}", *available()]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -110,8 +107,10 @@ def pytest_terminal_summary(terminalreporter, config):
     """What was left out; and what tests counted: how often the kept tokens are right, nothing excluded."""
     from .sample import AS_PTX, INTERPRETED, NOTE, seed_of_run
 
-    if not torch.cuda.is_available() and seed_of_run() is not None:
+    if (seed := seed_of_run()) is not None and not torch.cuda.is_available():
         terminalreporter.write_line(NOTE.format(AS_PTX if "H2OT_KERNELS_PTX" in os.environ else INTERPRETED))
+        proven = f"unchanged since it was proven, so a share runs: {', '.join(map(repr, _proven())) or 'nothing'}"
+        terminalreporter.write_line(f"{proven}; drawn by H2OT_KERNELS_SEED={seed}")
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:
             if name == "count" and report.when == "call":

@@ -293,6 +293,7 @@ def dev_gpu(tmp_path):
     for name in ("csrc/a.h", "csrc/cpu/a.cpp", "h2ot_kernels/_C.so", "h2ot_kernels/libh2ot_kernels_cuda.so"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    shutil.copy(ROOT / "h2ot_kernels" / "__init__.py", tmp_path / "h2ot_kernels")
 
     def run_it(builds, *arguments, code=0):
         """(its builds and what it then ran, stderr). builds: what H2OT_KERNELS_CUDA must be for a build to succeed."""
