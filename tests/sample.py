@@ -14,7 +14,6 @@ kind of tokens. Tests that go through cases of their own take what `drawn` gives
 What was proven whole and has not changed since (unchanged.py): of what the rules above leave one in UNCHANGED.
 """
 
-import math
 import os
 import random
 from collections.abc import Collection, Hashable, Iterable
@@ -45,9 +44,14 @@ def seed_of_run() -> int | None:
     return None if seed == "all" else int(seed)
 
 
+def _one_in(share: int, of: Iterable, seed: int) -> set:
+    of = list(of)
+    return set(random.Random(seed).sample(of, -(-len(of) // share)))
+
+
 def planted_share(mistakes: dict, seed: int, share: int = PLANTED) -> dict:
     """One in `share` of the mistakes, in their order."""
-    chosen = random.Random(seed).sample(sorted(mistakes), -(-len(mistakes) // share))
+    chosen = _one_in(share, sorted(mistakes), seed)
     return {name: mistakes[name] for name in mistakes if name in chosen}
 
 
@@ -127,7 +131,7 @@ def _left_out_of_triton(items: list, as_ptx: bool, seed: int) -> list:
     if not as_ptx:
         return out + [item for same in forms.values() for item in same[1:-1]]
     others = [item for same in forms.values() for item in same[1:]]
-    taken = set(random.Random(seed).sample(others, math.ceil(len(others) / SHARE)))
+    taken = _one_in(SHARE, others, seed)
     return out + [item for item in others if item not in taken]
 
 
@@ -139,5 +143,5 @@ def _run(item) -> tuple:
 
 def thinned(groups: dict[Hashable, list], seed: int, share: int = UNCHANGED) -> list:
     """All but one in `share` of the groups."""
-    taken = set(random.Random(seed).sample(list(groups), -(-len(groups) // share)))
+    taken = _one_in(share, groups, seed)
     return [item for group, same in groups.items() if group not in taken for item in same]
