@@ -16,7 +16,7 @@ import time
 from h2ot_kernels import env_report
 
 from . import unchanged
-from .unchanged import ARM, CUDA, ONNX, RESULT, ROOT, TRITON
+from .unchanged import ARM, CUDA, ONNX, RESULT, ROOT, SANITIZE, TRITON
 
 PYTEST = ["-m", "pytest", "-p", "no:xdist"]
 PROOFS = {
@@ -33,7 +33,7 @@ PROOFS = {
     "cuda, every architecture": ["-m", "tests.cuda_gate", "--all"],
     "fuzz": [*PYTEST, "--hypothesis-profile=nightly", "tests/test_fuzz.py"],
     "tidy": ["-m", "tests.tidy"],
-    "sanitize": ["-m", "tests.sanitize"],
+    SANITIZE: ["-m", "tests.sanitize", "--all"],
     ARM: ["-m", "tests.arm", "--all"],
     ONNX: ["-m", "tests.onnx_gate", "--all"],
     "mutants": ["-m", "tests.mutants", "--again"],

@@ -2,8 +2,9 @@
 
 address: AddressSanitizer and UndefinedBehaviorSanitizer over every operation, the fuzz and the case lists, on every
 instruction set. thread: ThreadSanitizer over Python threads that call mixed operations. Each is built in a directory of
-its own, loaded from a copy of the package (which the run asserts), and must report a planted error. Exit code 1: a
-finding, a wrong result, or a planted error that was not seen. A JSON line with the counts is printed last.
+its own, loaded from a copy of the package (which the run asserts), and must report a planted error. While nothing has
+changed since all was clean (unchanged.py), address runs a share of its tests, drawn by --seed; --all: the others, too.
+Exit code 1: a finding, a wrong result, or a planted error that was not seen. A JSON line with the counts is last.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
@@ -30,10 +33,6 @@ OPTIONS = {
     "thread": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:exitcode=66:halt_on_error=1", "OMP_NUM_THREADS": "1"},
 }
 FINDING = re.compile(r"(AddressSanitizer|ThreadSanitizer|runtime error): .*")
-KERNEL_TESTS = ["score", "select", "gather", "cluster", "recover_attention", "recover_interpolation", "size", "fuzz"]
-KERNEL_TESTS += ["recover_rotated", "recover_rotated_halves", "add_norm", "graph", "linear_halves", "linear_floats"]
-KERNEL_TESTS += ["recover_rotated_tiles", "linear_tiles", "attention_tiles", "attend", "samples", "linear_out"]
-KERNEL_TESTS += ["operators"]
 RACE = ("csrc/cpu/worker.h", "static thread_local Scratch slots", "static Scratch slots")
 
 
@@ -93,12 +92,10 @@ def assert_instrumented(which: str) -> None:
     assert re.search(checks[which], libraries[0].read_bytes())
 
 
-def watch_address() -> dict:
-    import pytest
-
+def watch_address(seed: int | None) -> dict:
     from h2ot_kernels import _C
 
-    from . import every_op
+    from . import every_op, unchanged
 
     calls, capabilities = 0, _C.runnable_capabilities().split(",")
     for capability in capabilities:
@@ -107,22 +104,32 @@ def watch_address() -> dict:
         assert not wrong, wrong
         calls += made
     _C.set_capability(capabilities[0])  # what products of pairs and tiles belong to
-    tests = [f"tests/test_{name}.py" for name in KERNEL_TESTS]
     large = "351x1536 or 5120" + "".join(f" or ((1601 or 243x) and {name})" for name in capabilities[1:])
     chosen = " or ".join([*capabilities, "native", "halves", "any_valid_input", "test_strides", "takes_what_fits"])
     apart = "planted or compiled or dots or emulated"  # sources that such tests compile are not instrumented
-    counter = Passed()
+    watched = Watched(seed)
     plain = ["-x", "-s", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]  # -s: findings are not captured
-    arguments = [*plain, "-k", f"({chosen}) and not ({large} or {apart})", *tests]
-    assert pytest.main(arguments, [counter]) == 0
-    return {"capabilities": capabilities, "calls": calls, "tests": counter.count}
+    tests = unchanged.tests_of(unchanged.SANITIZE)
+    assert pytest.main([*plain, "-k", f"({chosen}) and not ({large} or {apart})", *tests], [watched]) == 0
+    return {"capabilities": capabilities, "calls": calls, "tests": watched.passed}
 
 
-class Passed:
-    count = 0
+class Watched:
+    """With a seed a share of the tests. How many passed."""
+
+    def __init__(self, seed: int | None):
+        self.seed, self.passed = seed, 0
+
+    @pytest.hookimpl(trylast=True)  # of those that -k leaves
+    def pytest_collection_modifyitems(self, items):
+        if self.seed is not None:
+            from .sample import thinned
+
+            others = set(thinned({item.nodeid: [item] for item in items}, self.seed))
+            items[:] = [item for item in items if item not in others]
 
     def pytest_runtest_logreport(self, report):
-        self.count += report.when == "call" and report.passed
+        self.passed += report.when == "call" and report.passed
 
 
 def watch_thread() -> dict:
@@ -182,9 +189,22 @@ def first_finding(done: subprocess.CompletedProcess) -> str:
     return found.group()
 
 
+def share_of_proven(seed: int | None) -> tuple[str, ...]:
+    """Arguments of a run inside: which share, where nothing has changed; else none."""
+    from . import sample, unchanged
+
+    if not unchanged.is_unchanged(unchanged.SANITIZE):
+        return ()
+    seed = random.randrange(10**6) if seed is None else seed
+    print(f"sanitize: nothing has changed since all was clean; one test in {sample.UNCHANGED} (--seed {seed})")
+    return "--seed", str(seed)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev sanitize", description=__doc__.splitlines()[0])
     parser.add_argument("which", nargs="*", metavar="address | thread", help="default: both")
+    parser.add_argument("--all", action="store_true", help="every test, whatever was proven before")
+    parser.add_argument("--seed", type=int, help="of those that run of the proven; default: drawn")
     parser.add_argument("--inside", choices=LIBRARIES, help=argparse.SUPPRESS)
     parser.add_argument("--plant", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -194,13 +214,14 @@ def main(arguments: list[str] | None = None) -> int:
         assert_instrumented(given.inside)
         if given.plant:
             plant_address()
-        print(json.dumps(watch_address() if given.inside == "address" else watch_thread()))
+        print(json.dumps(watch_address(given.seed) if given.inside == "address" else watch_thread()))
         return 0
     if wrong := set(given.which) - set(LIBRARIES):
         parser.error(f"got {', '.join(wrong)}, wanted address or thread")
+    share = share_of_proven(given.seed) if "address" in (given.which or LIBRARIES) and not given.all else ()
     results, bad = {}, False
     for which in given.which or LIBRARIES:
-        done = inside(which, build(which, which, ROOT, runnable_sets()))
+        done = inside(which, build(which, which, ROOT, runnable_sets()), *share)
         findings = [match.group() for match in FINDING.finditer(done.stderr)]
         if done.returncode:
             bad = True

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from . import cuda_ledger, unchanged
-from .unchanged import ARM, CUDA, ONNX, TRITON
+from .unchanged import ARM, CUDA, ONNX, SANITIZE, TRITON
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def keys():
 
 # A file, and the proofs whose key it is in.
 @pytest.mark.parametrize(("name", "wanted"), [
-    ("python_ref/score.py", {CUDA, TRITON, ARM, ONNX}),
-    ("tests/cases.py", {CUDA, TRITON, ARM}),
-    ("tests/compare.py", {CUDA, TRITON, ARM}),
+    ("python_ref/score.py", {CUDA, TRITON, ARM, SANITIZE, ONNX}),
+    ("tests/cases.py", {CUDA, TRITON, ARM, SANITIZE}),
+    ("tests/compare.py", {CUDA, TRITON, ARM, SANITIZE}),
     ("tests/conftest.py", set()),
     ("h2ot_kernels/hosts/mixste.py", {ONNX}),
     ("bench/hosts.py", {ONNX}),
-    ("tests/test_score.py", {TRITON, ARM}),
-    ("csrc/launch.h", {CUDA, ARM}),
+    ("tests/test_score.py", {TRITON, ARM, SANITIZE}),
+    ("csrc/launch.h", {CUDA, ARM, SANITIZE}),
     ("csrc/cuda/warp.cuh", {CUDA}),
     ("csrc/cuda/plan.cpp", {CUDA}),
     ("tests/simt/watch.cpp", {CUDA, TRITON}),
@@ -44,11 +44,12 @@ def keys():
     ("h2ot_kernels/triton/score.py", {TRITON}),
     ("h2ot_kernels/library.py", {TRITON, ONNX}),
     ("tests/ptx/floats.cpp", {TRITON}),
-    ("csrc/cpu/simd.h", {ARM}),
+    ("csrc/cpu/simd.h", {ARM, SANITIZE}),
     ("tests/driver/driver.cpp", {ARM}),
-    ("CMakeLists.txt", {ARM}),
+    ("CMakeLists.txt", {ARM, SANITIZE}),
+    ("tests/test_attend.py", {SANITIZE}),
     ("tests/sample.py", set()),
-    ("csrc/amx/linear_tiles.cpp", set()),
+    ("csrc/amx/linear_tiles.cpp", {SANITIZE}),
 ])  # fmt: skip
 def test_a_key_changes_with_what_decides_its_proof(tree, name, wanted):
     before = keys()
@@ -68,3 +69,9 @@ def test_a_proof_counts_under_its_key_and_where_it_passed(tree):
         unchanged.RESULT.write_text(json.dumps({"proofs": {CUDA: row}}))
         assert unchanged.is_unchanged(CUDA) == wanted
         assert not unchanged.is_unchanged(TRITON)
+
+
+def test_what_the_sanitizer_watched_on_one_cpu_says_nothing_of_another(monkeypatch):
+    before = keys()
+    monkeypatch.setattr(unchanged._C, "runnable_capabilities", lambda: "avx512,avx2,portable,other")
+    assert {proof for proof, key in keys().items() if key != before[proof]} == {SANITIZE}

@@ -17,30 +17,35 @@ import numpy as np
 import torch
 import triton
 
+from h2ot_kernels import _C
+
 from . import cuda_ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "reliability" / "last.json"
-CUDA, TRITON, ARM, ONNX = "cuda source, simulated", "triton, its PTX", "arm", "onnx"
+CUDA, TRITON, ARM, SANITIZE, ONNX = "cuda source, simulated", "triton, its PTX", "arm", "sanitize", "onnx"
 _KERNELS = ("score", "select", "cluster", "gather", "recover_attention", "recover_interpolation")
 _TRITON = ("triton", "triton_score", "triton_gather", "triton_pairs", "triton_forms", "triton_tiles", "ptx_barriers")
 _CPU = ("recover_rotated", "add_norm", "graph", "linear_floats")
+_MORE = ("recover_rotated_halves", "recover_rotated_tiles", "linear_halves", "linear_tiles", "linear_out", "samples")
 # The tests of each, and what else decides how it ends (dev: versions). Python above kernels has tests of its own.
 TESTS = {
     CUDA: sorted(path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_cuda_simt*.py")),
     TRITON: [*_KERNELS, *_TRITON, "fuzz"],
     ARM: [*_KERNELS, *_CPU, "fuzz"],
+    SANITIZE: [*_KERNELS, *_CPU, *_MORE, "attend", "attention_tiles", "operators", "size", "fuzz"],
     ONNX: [],
 }
 _SOURCES = {
     CUDA: ("csrc/cuda/*",),
     TRITON: ("h2ot_kernels/triton/*.py", *(f"h2ot_kernels/{stem}.py" for stem in (*_KERNELS, "checks", "library"))),
     ARM: ("csrc/*.*", "csrc/cpu/*", "tests/arm.py", "tests/driver/*", "CMakeLists.txt"),
+    SANITIZE: ("csrc/*.*", "csrc/cpu/*", "csrc/amx/*", "tests/sanitize.py", "tests/every_op.py", "CMakeLists.txt"),
     ONNX: ("h2ot_kernels/*.py", "h2ot_kernels/hosts/*.py", "bench/bench_onnx.py", "bench/hosts.py", "dev"),
 }
 _DEFINITIONS = [f"python_ref/{stem}.py" for stem in ("__init__", "graph", *_KERNELS)]
 _CHOICE = {"sample.py", "unchanged.py"}  # which tests run, not how they end; of conftest.py a share shows a fault, too
-_COMPILERS = {CUDA: "g++", TRITON: "g++", ARM: "aarch64-linux-gnu-g++"}
+_COMPILERS = {CUDA: "g++", TRITON: "g++", ARM: "aarch64-linux-gnu-g++", SANITIZE: "g++"}
 
 
 def tests_of(proof: str) -> list[str]:
@@ -76,6 +81,8 @@ def key(proof: str) -> str:
     compiler = shutil.which(_COMPILERS.get(proof, ""))
     releases = [".".join(version.split(".")[:2]) for version in (platform.python_version(), np.__version__)]
     parts = [*releases, torch.__version__, triton.__version__]
+    if proof == SANITIZE:  # watched is what this CPU has instructions for
+        parts.append(f"{_C.runnable_capabilities()} {_C.tiles_run()} {_C.dots_run()}")
     if compiler:
         parts.append(subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout)
     parts += [f"{path.relative_to(ROOT)}\n{path.read_text()}" for path in files(proof)]
