@@ -25,7 +25,7 @@ from h2ot_kernels import dropin
 from h2ot_kernels.timing import Machine, interleave
 from python_ref import official, official_mixste
 
-from .run import environment_row
+from .rows import environment_row
 
 DTYPES = ("float32", "bfloat16")
 

@@ -23,7 +23,7 @@ from h2ot_kernels import hosts
 from h2ot_kernels.hosts.ftp_pose import FTPPose, load_frames
 from h2ot_kernels.timing import interleave
 
-from .run import environment_row
+from .rows import environment_row
 
 PAPER = 1.938  # the paper's speed over its unpruned baseline: "93.8 % faster"
 EPSILONS = tuple(round(0.1 * step, 1) for step in range(10))

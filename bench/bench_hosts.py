@@ -29,7 +29,7 @@ from h2ot_kernels.demo.models import base_of, deviation_bound
 from h2ot_kernels.hosts.flops import flops_by_convention
 from h2ot_kernels.timing import Timing, interleave
 
-from .run import environment_row
+from .rows import environment_row
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

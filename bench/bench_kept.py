@@ -22,7 +22,7 @@ from h2ot_kernels.demo.skeleton import walking_clip
 from h2ot_kernels.timing import interleave
 
 from . import hosts
-from .run import environment_row
+from .rows import environment_row
 
 
 def stages(name: str, frames: int, kept: int) -> dict[int, int]:

@@ -26,7 +26,7 @@ from h2ot_kernels.demo.skeleton import walking_clip
 from h2ot_kernels.timing import interleave
 from python_ref import official
 
-from .run import environment_row
+from .rows import environment_row
 
 C, NEIGHBOURS, SHARE = 128, 5, 4
 OFFICIAL_TOKENS = 16384  # its N x N arrays take 5 GB there

@@ -33,7 +33,7 @@ from h2ot_kernels.demo.models import deviation_bound
 from h2ot_kernels.timing import interleave
 
 from . import hosts
-from .run import environment_row
+from .rows import environment_row
 
 # Reduced hosts are held to rounding: of the largest coordinate, two or three blocks in float32, sums in another order.
 # That needs input at which a perturbation of 1e-6 changes no host's decisions, which a walk is not.

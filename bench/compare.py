@@ -1,75 +1,21 @@
 """Two result files beside each other: `./dev bench --compare A.jsonl B.jsonl`."""
 
-import json
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-NEEDED = ("op", "shape", "device", "threads", "torch", "date")
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a result file. Raises ValueError that names the line which is no row.
-
-    Rows of bench_hosts are of a model: they get the op "model", and, like those of bench_ftp_pose, the names that other
-    rows have for their values.
-    """
-    rows = []
-    try:
-        lines = path.read_text().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if isinstance(row, dict) and "model" in row:
-                row = _of_model(row)
-            if isinstance(row, dict) and row.get("op") == "ftp_pose":
-                row = _of_ftp_pose(row)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-        except KeyError as error:
-            raise ValueError(f"{path}:{number}: got {line[:40]!r}, wanted {error} among its names, too") from error
-        missing = [name for name in NEEDED if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise ValueError(f"{path}:{number}: got {line[:40]!r}, wanted an object with {', '.join(missing)}")
-        rows.append(row)
-    return rows
-
-
-def _of_model(row: dict) -> dict:
-    kind = f"{row['model']} {row['mode']}"
-    shared = {"op": "model", "shape": {"B": row["batch"]}, "kind": f"{kind} {row['whose']}"}
-    return row | shared | {"timings": {row["whose"]: {"p50": row["seconds"]}}}
-
-
-def _of_ftp_pose(row: dict) -> dict:
-    kind = f"{row['size']} epsilon {row['epsilon']} prune_at {row['prune_at']}"
-    timings = {"ours": row["timing"]} if row["timing"] else {}
-    return row | {"shape": {"B": row["batch"]}, "kind": kind, "timings": timings}
-
-
-def key(row: dict) -> tuple:
-    """What makes two rows the same measurement."""
-    return row["op"], tuple(sorted(row["shape"].items())), row.get("kind", ""), row.get("dtype", "float32")
-
-
-def name(row: dict) -> str:
-    """gather_tokens B1 J17 F243 C512 K81 smooth, and the dtype where it is not float32"""
-    sizes = (f"{size}{value}" for size, value in row["shape"].items())
-    dtype = row.get("dtype", "float32")
-    return " ".join([row["op"], *sizes, row.get("kind", ""), *([dtype] if dtype != "float32" else [])])
+from .rows import case_key, case_name, read_rows
 
 
 def changes(before: list[dict], after: list[dict]) -> list[dict]:
     """For every case and rival in both (the last row of each counts): medians in seconds and before / after."""
-    known = {key(row): row for row in before}
-    latest = {key(row): row for row in after}
+    known = {case_key(row): row for row in before}
+    latest = {case_key(row): row for row in after}
     return [
         {
-            "case": name(row),
+            "case": case_name(row),
             "rival": rival,
             "before": known[case]["timings"][rival]["p50"],
             "after": timing["p50"],

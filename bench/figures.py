@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .compare import name
+from .rows import case_name
 
 COLOURS = {"official": "#8c8c8c", "ours": "#0b6e4f", "compile": "#c98a00"}
 MARKERS = "osD^vP<X>*dph"
@@ -66,7 +66,7 @@ def speed_up(rows: list[dict]) -> Figure | None:
     axes.bar_label(bars, [f"{row['speed_up']:.1f}x" for row in shown], padding=3, fontsize=8)
     inside = axes.get_yaxis_transform()
     for place, row in enumerate(shown):  # above its bar: beside it the name would take half of the width
-        axes.text(0.01, place - 0.25, name(row), transform=inside, fontsize=7, va="bottom")
+        axes.text(0.01, place - 0.25, case_name(row), transform=inside, fontsize=7, va="bottom")
     axes.set_yticks([])
     axes.set(xscale="log", xlabel="official formulation / ours, medians")
     _few_ticks(axes, "{x:g}x")

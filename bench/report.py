@@ -14,8 +14,8 @@ import jinja2
 from matplotlib import pyplot as plt
 
 from . import acceptance, bench_kept, bench_onnx, run
-from .compare import key, name, read_rows
 from .figures import FIGURES, operations
+from .rows import case_key, case_name, read_rows
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 
@@ -32,7 +32,7 @@ def measure(rows: Path, seconds: float = 0.5) -> int:
 
 def latest(rows: list[dict]) -> list[dict]:
     """The last row of each measurement."""
-    return list({key(row): row for row in rows}.values())
+    return list({case_key(row): row for row in rows}.values())
 
 
 def by_machine(rows: list[dict]) -> dict[str, list[dict]]:
@@ -66,7 +66,7 @@ def operation_table(rows: list[dict]) -> dict | None:
         shares = [share for rival, share in shares if rival != "ours, cold L2" and share]
         lines.append(
             [
-                name(row),
+                case_name(row),
                 f"{row['speed_up']:.2f}x" if row["speed_up"] else "WRONG",
                 *(_milliseconds(timings.get(rival)) for rival in rivals),
                 _milliseconds(ours, "p99"),
@@ -124,7 +124,7 @@ def large_table(rows: list[dict]) -> dict | None:
         extra = [f"{row['extra_bytes'][rival] / 1e6:.1f}" if rival in row["extra_bytes"] else "-" for rival in rivals]
         times = [_milliseconds(row["timings"].get(rival)) for rival in rivals]
         pairs = zip(times, extra, strict=True)
-        lines.append([name(row) if row["timings"] else "WRONG", *(cell for pair in pairs for cell in pair)])
+        lines.append([case_name(row) if row["timings"] else "WRONG", *(cell for pair in pairs for cell in pair)])
     return {"title": "Many tokens", "columns": columns, "lines": lines} if lines else None
 
 
@@ -149,7 +149,7 @@ def patch_table(rows: list[dict]) -> dict | None:
     for row in (row for row in rows if row["op"].startswith("dropin_")):
         times = [_milliseconds(row.get("timings", {}).get(rival)) for rival in ("unpatched", "patched")]
         gain = f"{row['speed_up']:.2f}x" if row["is_right"] else "WRONG"
-        lines.append([name(row), *times, gain, f"{row['error']:.1e}"])
+        lines.append([case_name(row), *times, gain, f"{row['error']:.1e}"])
     return {"title": "Existing code, patched", "columns": columns, "lines": lines} if lines else None
 
 
@@ -161,7 +161,7 @@ def ftp_pose_table(rows: list[dict]) -> dict | None:
         peak, gain = row["peak_bytes"], row.get("speed_up")
         lines.append(
             [
-                name(row).removeprefix("ftp_pose "),
+                case_name(row).removeprefix("ftp_pose "),
                 str(row["kept_per_frame"]),
                 f"{row['flops'] / 1e9:.1f}",
                 _milliseconds(row["timings"].get("ours")),

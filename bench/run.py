@@ -14,7 +14,6 @@ A run of all cases on a CPU ends with what is asked of one (bench/targets.py), a
 """
 
 import argparse
-import datetime
 import json
 import math
 import sys
@@ -23,12 +22,13 @@ from pathlib import Path
 
 import torch
 
-from h2ot_kernels import can_run, env_report, use_backend
+from h2ot_kernels import can_run, use_backend
 from h2ot_kernels.backend import BACKENDS, interpreting
 from h2ot_kernels.comparison import Comparison, Result, compare
 from h2ot_kernels.timing import Machine
 
 from . import memory, peers
+from .rows import case_row, environment_row
 from .shapes import DTYPES, Case, all_ops, build, cases, gpu_cases, sweep
 
 KERNELS = ("cpp", "cuda", "triton")
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if no_memory is None and result.verdict.is_right and of_first:
                     known = machine.device, comparison
                     peak = {rival: memory.peak_bytes(case, rival, *known) for rival in ("official", "ours")}
-                values = row(case, result, machine, environment) | {"peak_bytes": peak}
+                values = case_row(case, result, machine, environment) | {"peak_bytes": peak}
                 file.write(json.dumps(values, allow_nan=False) + "\n")
                 file.flush()
                 rows.append(values)
@@ -167,38 +167,6 @@ def other_backends(comparison: Comparison, device: torch.device, names: tuple[st
             wrong += 1
             print(f"{label}: WRONG, not timed")
     return found, unfit, wrong
-
-
-def environment_row(device: str) -> dict:
-    """What a row says about where it was measured."""
-    report = env_report()
-    name = torch.cuda.get_device_name() if device == "cuda" else report["cpu"]
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": report["torch"],
-        "python": report["python"],
-        "cpu_capability": report.get("cpu_capability"),
-        "peers": peers.versions(torch.device(device)),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def row(case: Case, result: Result, machine: Machine, environment: dict) -> dict:
-    """One line of the results file; times in seconds, rates per second. Where threads are varied they are a size."""
-    dtype = getattr(torch, case.dtype)
-    shape = result.shape | ({"threads": case.threads} if case.threads else {})
-    return result.row() | {
-        "shape": shape,
-        "kind": case.kind,
-        "dtype": case.dtype,
-        "gpu_size": case in gpu_cases([case.op]),
-        "best_float32_flops": machine.flops(),
-        "best_flops": machine.flops(dtype),
-        "launch_seconds": machine.launch_seconds,
-        "replay_seconds": machine.replay_seconds,
-        **environment,
-    }
 
 
 def line(case: Case, result: Result) -> str:

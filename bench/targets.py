@@ -14,8 +14,8 @@ import h2ot_kernels as h2ot
 from h2ot_kernels.timing import interleave
 
 from . import bench_large, peak
-from .compare import name
 from .figures import slope
+from .rows import case_name
 from .shapes import Case, build
 
 LONG = (8192, 16384)  # tokens
@@ -55,10 +55,10 @@ def targets(rows: list[dict], threads: int, seconds: float) -> Iterator[Target]:
         yield Target(f"the same, geometric mean, {kind}", 9, 11, "x", {f"{len(ratios)} sizes": _mean(ratios)})
     against, shares = {}, {}
     for row in clusters:
-        against[name(row)], took = _against_products(row, seconds)
+        against[case_name(row)], took = _against_products(row, seconds)
         flops = row["shape"]["B"] * row["shape"]["N"] * (row["shape"]["N"] - 1) * row["shape"]["C"]
         if row["shape"]["C"] >= 256:
-            shares[name(row)] = 100 * flops / took / peak.multiply_adds(threads)
+            shares[case_name(row)] = 100 * flops / took / peak.multiply_adds(threads)
     yield Target("the same against torch.bmm(x, x.mT) alone", 3, 4, "x", against)
     yield Target("share of the multiply-adds' measured peak, C at least 256", 75, 85, "%", shares)
     for kind, floor, goal in (("random", 18, 30), ("smooth", 25, 45)):
@@ -74,7 +74,7 @@ def targets(rows: list[dict], threads: int, seconds: float) -> Iterator[Target]:
     yield Target("interpolation, 512 channels", 3, 20, "x", _speed_ups([row for row in features if row not in few]))
     yield Target("a call of the smallest size", 10, 4, "us", _calls(seconds, grad=False), more_is_better=False)
     yield Target("the same, recorded by autograd", 15, 8, "us", _calls(seconds, grad=True), more_is_better=False)
-    agreement = {name(row): row["verdict"]["agreement_ours"] for row in clusters if row["kind"] == "smooth"}
+    agreement = {case_name(row): row["verdict"]["agreement_ours"] for row in clusters if row["kind"] == "smooth"}
     yield Target("indices that are float64's, walks with a still stretch", 1, 1, "", agreement)
     clips = f"N {CLIPS[0]} to {CLIPS[-1]}"
     yield Target("exponent of the time in N, walks", 1.8, 1.8, "", {clips: _exponent(seconds)}, more_is_better=False)
@@ -99,7 +99,7 @@ def _rows(rows: list[dict], op: str, dtype: str = "float32") -> list[dict]:
 
 
 def _speed_ups(rows: list[dict]) -> dict[str, float]:
-    return {name(row): row["speed_up"] for row in rows}
+    return {case_name(row): row["speed_up"] for row in rows}
 
 
 def _mean(ratios: list[float]) -> float:

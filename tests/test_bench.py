@@ -9,6 +9,7 @@ import torch
 
 import python_ref
 from bench import acceptance, bench_dropin, bench_large, rivals, run, shapes
+from bench.rows import case_row, environment_row
 from h2ot_kernels.comparison import Comparison, Verdict, compare, same_index, same_labels, same_values
 from h2ot_kernels.timing import Machine, interleave
 
@@ -58,7 +59,7 @@ def test_every_operation_is_right_and_timed(machine, op, kind):
     assert result.verdict.is_right, result.verdict
     assert result.verdict.agreement_ours >= result.verdict.agreement_official
     assert set(result.timings) == {"official", "ours"}
-    row = json.loads(json.dumps(run.row(case, result, machine, run.environment_row("cpu")), allow_nan=False))
+    row = json.loads(json.dumps(case_row(case, result, machine, environment_row("cpu")), allow_nan=False))
     assert row["op"] == op
     assert row["timings"]["ours"]["p10"] <= row["timings"]["ours"]["p50"] <= row["timings"]["ours"]["p99"]
     assert row["speed_up"] == pytest.approx(row["timings"]["official"]["p50"] / row["timings"]["ours"]["p50"])

@@ -20,6 +20,7 @@ from .test_bench import TINY
 for needed in ("jinja2", "matplotlib", "rich", "onnxruntime"):
     pytest.importorskip(needed, reason=f"{needed} is not installed")
 from bench import bench_kept, bench_onnx, compare, figures, memory, peers, report, run, shapes  # noqa: E402
+from bench.rows import case_name, read_rows  # noqa: E402
 
 RESULTS = Path(report.__file__).parent / "results"
 COMMITTED = sorted(path for path in RESULTS.glob("*/*.jsonl") if path.parent.name != "reliability")
@@ -109,7 +110,7 @@ def test_a_gpu_has_calls_replays_and_shares_of_the_floor(tmp_path):
     model = model_row("ours", 0.2) | {"device": "a GPU", "graph_seconds": 0.125, "over_official_graph": 1.25}
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(found) + "\n" for found in (row, model, operation_row())))
-    text = report.write(compare.read_rows(file), tmp_path).read_text()
+    text = report.write(read_rows(file), tmp_path).read_text()
     assert text.count("Official over ours, on a GPU") == 1
     assert "<td>11 % / 50 % / 25 %</td>" in text
     assert "<td>4.00x</td>" in text
@@ -135,7 +136,7 @@ def test_a_phone_shows_it(tmp_path):
 def test_every_committed_row_is_shown(tmp_path):
     """In a table, or as an error of recovery in the curves that need it."""
     for path in COMMITTED:
-        rows = compare.read_rows(path)
+        rows = read_rows(path)
         shown = sum(
             len(found["lines"]) for make in report.TABLES if (found := make(rows)) and make is not report.gpu_table
         )
@@ -152,9 +153,9 @@ def test_machines_are_kept_apart_and_the_last_row_of_a_case_counts():
 
 
 def test_every_committed_row_can_be_read():
-    read = [row for path in RESULTS.glob("cpu*/*.jsonl") for row in compare.read_rows(path)]
+    read = [row for path in RESULTS.glob("cpu*/*.jsonl") for row in read_rows(path)]
     assert {"cluster_tokens", "model", "ftp_pose", "onnx_host", "host"} <= {row["op"] for row in read}
-    assert all(compare.name(row) and isinstance(row.get("timings", {}), dict) for row in report.latest(read))
+    assert all(case_name(row) and isinstance(row.get("timings", {}), dict) for row in report.latest(read))
 
 
 def test_slopes_are_the_exponents():
@@ -288,7 +289,7 @@ def test_the_sweep_varies_the_threads_of_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "build", lambda *given: seen.append(torch.get_num_threads()) or genuine(*given))
     assert run.main(["--sweep", "--no-memory", "--no-peers", "--seconds", "0.01", "--out", str(out)]) == 0
     assert (seen, torch.get_num_threads()) == ([threads, 1, 2], threads)
-    rows = compare.read_rows(out)
+    rows = read_rows(out)
     assert [row["shape"].get("threads") for row in rows] == [None, 1, 2]
     assert {row["threads"] for row in rows} == {threads}
     assert [row["shape"]["threads"] for row in figures.series(rows, "threads")] == [1, 2]
