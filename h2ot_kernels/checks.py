@@ -131,7 +131,7 @@ def choice(name: str, value: str, allowed: Sequence[str]) -> None:
 def token_limit(name: str, x: Tensor) -> None:
     """x [B, N, ...] has no more tokens a sample than kernels can number.
 
-    Of what is exported, where N stays free, the operator itself asks (`csrc/stable.h`).
+    Of what is exported, where N stays free, the operator itself asks (`csrc/require.h`).
     """
     if not torch.compiler.is_exporting() and x.shape[1] > MOST_TOKENS:
         raise ValueError(f"{name}: got {x.shape[1]} tokens a sample, wanted at most {MOST_TOKENS}")

@@ -41,7 +41,7 @@ def adds_to_float(dtype: torch.dtype) -> bool:
 
 
 def pack(weight: Tensor, chunks: int) -> Tensor:
-    """weight [chunks * M, C] of bfloat16 as panels [chunks, panels, steps, 2, 16, 16, 2] (csrc/launch.h)."""
+    """weight [chunks * M, C] of bfloat16 as panels [chunks, panels, steps, 2, 16, 16, 2] (csrc/launch_linear.h)."""
     M, C = weight.shape[0] // chunks, weight.shape[1]
     whole = functional.pad(weight.reshape(chunks, M, C), (0, -C % 32, 0, -M % PANEL))
     return whole.unflatten(1, (-1, 2, 16)).unflatten(-1, (-1, 16, 2)).permute(0, 1, 4, 2, 5, 3, 6).contiguous()

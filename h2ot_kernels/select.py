@@ -57,7 +57,7 @@ def select_tokens(
 def _least(num_tokens: int | list[int]) -> int:
     if not isinstance(num_tokens, list):
         return num_tokens
-    return min(num_tokens) if num_tokens else 0  # Dynamo knows no default=
+    return min(num_tokens) if num_tokens else checks.MOST_TOKENS  # Dynamo knows no default=
 
 
 def _select(score: Tensor, num_tokens: int | list[int], keep, mask, backend: str | None) -> Tensor:
@@ -65,6 +65,8 @@ def _select(score: Tensor, num_tokens: int | list[int], keep, mask, backend: str
     select = dispatch("select_tokens", score, backend)
     if not isinstance(num_tokens, list):
         return select(score, num_tokens, keep, mask)
+    if keep is not None and 0 in num_tokens:  # a call is made for none of these samples
+        raise IndexError(f"keep: got shape {checks.shape(keep)}, wanted none, as a sample has num_tokens = 0")
     index = score.new_full((score.shape[0], max(num_tokens) if num_tokens else 0), -1, dtype=torch.int64)
     for count in sorted(set(num_tokens) - {0}):
         rows = constants.integers([b for b, own in enumerate(num_tokens) if own == count], score.device)

@@ -123,6 +123,11 @@ BAD = {
         IndexError,
         "select_tokens: keep names more tokens than num_tokens",
     ),
+    "keep tensor of none": (
+        lambda: h2ot.prune_cluster(X, [0, 3], keep=torch.tensor([1])),
+        IndexError,
+        r"keep: got shape \[1, 1\], wanted none",
+    ),
     "cluster keep": (lambda: h2ot.prune_cluster(X, 3, keep=KEEP), IndexError, "select_tokens: keep holds"),
     "motion keep": (lambda: h2ot.prune_motion(POSE, 3, keep=KEEP), IndexError, "select_tokens: keep holds"),
     "attention scale": (lambda: h2ot.prune_attention(HEADS, HEADS, 3, scale="a"), TypeError, "scale: got str"),

@@ -1,6 +1,7 @@
 """Scoring against the float64 oracle: values to float64 rounding, parents, kept tokens and clusters exactly."""
 
 import functools
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 import h2ot_kernels as h2ot
 import python_ref
 
-from .cases import OPTION_CASES, TOKEN_CASES, oracle_index, oracle_labels, oracle_scores
-from .compare import assert_scores
+from .cases import OPTION_CASES, TOKEN_CASES, TokenCase, oracle_index, oracle_labels, oracle_scores
+from .compare import SCORE_ATOL, SCORE_RTOL, assert_scores
 from .runners import runners
 
 
@@ -149,6 +150,43 @@ def test_the_gaussian_density_uses_no_k(k, runner):
     x = torch.randn(2, 7, 3)
     without = runner(h2ot.score_tokens, x, k, density="gaussian", cutoff=0.5)
     assert_same(runner, without.score, runner(h2ot.score_tokens, x, density="gaussian", cutoff=0.5).score)
+
+
+ON_CPP = [p for p in runners("score_tokens") if p.values[0].backend == "cpp"]
+
+
+@pytest.mark.parametrize("runner", ON_CPP)
+@pytest.mark.parametrize("k", [2, 70])
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+def test_noise_that_is_nan_is_denser_than_nobody(kind, k, runner):
+    """Of many tokens, gathered or not: those with such noise spoil no order of the others."""
+    case = TokenCase(kind, B=1, N=1601, C=8, k=k)
+    noise = 1e-6 * torch.rand(1, case.N, dtype=torch.float64)
+    noise[:, ::20] = float("nan")
+    ours, exact = (
+        f(case.tokens(), k, noise=noise) for f in (partial(runner, h2ot.score_tokens), python_ref.score_tokens)
+    )
+    assert_scores(
+        h2ot.TokenScores(*(x.nan_to_num(-1.0) for x in ours)), h2ot.TokenScores(*(x.nan_to_num(-1.0) for x in exact))
+    )
+    assert (exact.parent[:, ::20] == -1).all()
+
+
+@pytest.mark.parametrize("runner", ON_CPP)
+@pytest.mark.parametrize(("N", "C"), [(40, 3), (300, 512), (1601, 8)])
+@pytest.mark.parametrize("exponent", [400, 508, 540, 1020])
+def test_float64_tokens_of_any_size(exponent, N, C, runner):
+    """Ordinary tokens beside some so large that squares nearly overflow, or do: then distances are infinite."""
+    x = TokenCase("smooth", B=1, N=N, C=C, dtype=torch.float64).tokens()
+    x[:, ::3] *= 2.0**exponent / 8
+    ours, exact = runner(h2ot.score_tokens, x), python_ref.score_tokens(x)
+    torch.testing.assert_close(ours[:3], exact[:3], rtol=SCORE_RTOL, atol=SCORE_ATOL, equal_nan=True)
+    near = exact.distance.isfinite()
+    assert torch.equal(ours.parent[near], exact.parent[near])
+    clusters = runner(h2ot.cluster_tokens, x, N // 3)
+    labels = python_ref.assign_clusters(x, clusters.index)
+    assert torch.equal(clusters.labels, labels)
+    assert torch.equal(runner(h2ot.assign_clusters, x, clusters.index), labels)
 
 
 def test_a_tf32_product_would_be_caught():

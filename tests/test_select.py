@@ -41,6 +41,8 @@ def test_a_number_of_tokens_per_sample(runner):
         for form in (counts, tuple(counts), torch.tensor(counts), torch.tensor(counts).int()):
             assert torch.equal(runner(h2ot.select_tokens, score, form, lengths=lengths, **given), expected)
     assert runner(h2ot.select_tokens, score, [0, 0, 0, 0]).shape == (4, 0)
+    for keep in (3, torch.tensor([3])):
+        assert runner(h2ot.select_tokens, score[:0], [], keep=keep).shape == (0, 0)
 
 
 @pytest.mark.parametrize("runner", runners("prune_cluster"))

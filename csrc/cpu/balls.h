@@ -116,7 +116,7 @@ struct Places {
     const double share = smaller_of(1, double(sample->n) / kMany), wanted = kNear * share * share;
     // The tile unit compares all pairs of so many tokens as fast.
     const int64_t few = sample->form.in_digits() ? smaller(64 * sample->C, 2 * int64_t(kMany)) : kFewest;
-    if (sample->n < larger(few, kFewest)) return false;
+    if (sample->n < larger(few, kFewest) || !sample->fine.packing.origin) return false;
     draw(pool);
     int64_t near = 0;
     for (int64_t asked = 0; asked < kAsked; asked++) {

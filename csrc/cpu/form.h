@@ -39,7 +39,7 @@ struct TokenRows {
 };
 
 // How rows become packed values, (row - origin) * scale: floats, or integers. Float32 rows packed as floats take no
-// origin off: row * scale.
+// origin off: row * scale. Without an origin float64 rows are packed as zeros.
 template <class A>
 struct Packing {
   const A* origin;
@@ -89,7 +89,10 @@ H2OT_INLINE void pack_floats(const TokenRows<double>& rows, const Packing<double
   for (int64_t p = 0; p < kPanel; p++) {
     const double* row = p < count ? rows[token[p]] : nullptr;
     for (int64_t c = 0; c < rows.C; c++) {
-      panel[c * kPanel + p] = row ? float((row[c] - packing.origin[c]) * packing.scale) : __builtin_inff();
+      const bool has_value = row && packing.origin;
+      panel[c * kPanel + p] = has_value ? float((row[c] - packing.origin[c]) * packing.scale)
+                              : row     ? 0
+                                        : __builtin_inff();
     }
   }
 }
@@ -144,10 +147,10 @@ bool pack_into_digits([[maybe_unused]] const TokenRows<A>& rows, [[maybe_unused]
 }
 
 // The power of two that brings `most` into [1/2, 1), as far as A can hold it: what is left of extreme magnitudes after
-// 2^100 (float) stays inside the range of squares, or inside `eta`.
+// 2^100 (float) stays inside the range of squares, or inside `eta`; 2^511 (double) is where squares end.
 template <class A>
 H2OT_INLINE double unit_scale(double most) {
-  constexpr int kLargest = sizeof(A) == 4 ? 100 : 400;
+  constexpr int kLargest = sizeof(A) == 4 ? 100 : 511;
   if (!(most > 0)) return 1;
   int exponent;
   frexp(most, &exponent);

@@ -20,7 +20,7 @@ H2OT_INLINE bool before(const Neighbour& a, const Neighbour& b) { return a.s < b
 
 // Moves heap[at] down to where nothing below it is to stand above it: above(a, b) where a is.
 template <class Above>
-void sift(Neighbour* heap, int64_t at, int64_t count, const Above& above) {
+void sink(Neighbour* heap, int64_t at, int64_t count, const Above& above) {
   const Neighbour moved = heap[at];
   for (int64_t child = 2 * at + 1; child < count; child = 2 * at + 1) {
     if (child + 1 < count && above(heap[child + 1], heap[child])) child++;
@@ -43,12 +43,12 @@ inline void sort_neighbours(Neighbour* list, int64_t count) {
     return;
   }
   const auto farther = [](const Neighbour& a, const Neighbour& b) { return before(b, a); };
-  for (int64_t at = count / 2; at-- > 0;) sift(list, at, count, farther);
+  for (int64_t at = count / 2; at-- > 0;) sink(list, at, count, farther);
   for (int64_t end = count; end-- > 1;) {
     const Neighbour last = list[end];
     list[end] = list[0];
     list[0] = last;
-    sift(list, 0, end, farther);
+    sink(list, 0, end, farther);
   }
 }
 

@@ -69,13 +69,13 @@ struct NearbySearch {
       if (least[q] < __builtin_inff()) memory.waiting[count++] = {least[q], int32_t(q)};
       return true;
     });
-    for (int64_t at = count / 2; at-- > 0;) sift(memory.waiting, at, count, nearer);
+    for (int64_t at = count / 2; at-- > 0;) sink(memory.waiting, at, count, nearer);
     for (; count > 0; count--) {
       const Neighbour ball = memory.waiting[0];
       if (!lists.may_take(from, to, ball.s, 0)) return;
       if (lists.may_take(from, to, ball.s, columns.first[ball.slot])) compare(r, ball.slot, memory, stops, accepts);
       memory.waiting[0] = memory.waiting[count - 1];
-      sift(memory.waiting, 0, count - 1, nearer);
+      sink(memory.waiting, 0, count - 1, nearer);
     }
   }
 

@@ -107,7 +107,12 @@ struct Sample {
   }
 
   void use_floats() {
-    fine = {rows, {n ? row(0) : nullptr, unit_scale<A>(most)}, tile_bound(C, sizeof(A) == 8 ? 1 : 0), Values::floats};
+    const double scale = unit_scale<A>(most);
+    fine = {rows, {n ? row(0) : nullptr, scale}, tile_bound(C, sizeof(A) == 8 ? 1 : 0), Values::floats};
+    if (sizeof(A) == 8 && !(most * scale < 1)) {  // squares overflow: nothing is packed, so nothing is proven
+      fine.packing.origin = nullptr;
+      fine.bound = {0, __builtin_inf()};
+    }
     form = fine;
   }
   bool takes_digits() const { return kHasDigits<A> && fits_digits(C) && tiles_run(); }

@@ -80,13 +80,13 @@ struct Nearby {
     for (int64_t p = 0; p < balls.count; p++) {
       densest[p] = __builtin_inf();
       for (int64_t at = balls.begin(p); at < balls.end(p); at++) {
-        densest[p] = smaller_of(densest[p], state->key[place[at]]);
+        densest[p] = smaller_of(state->key[place[at]], densest[p]);  // NaN, by noise, is not
       }
     }
     const auto denser = [&](int32_t i, int32_t j) { return state->denser(j, i); };
     const auto with_denser = [&](int64_t from, int64_t to) {
-      double sparsest = state->key[row[from]];
-      for (int64_t at = from; at < to; at++) sparsest = larger_of(sparsest, state->key[row[at]]);
+      double sparsest = -__builtin_inf();
+      for (int64_t at = from; at < to; at++) sparsest = larger_of(state->key[row[at]], sparsest);
       return [=](int64_t ball) { return densest[ball] <= sparsest; };
     };
     const NearbySearch<A> search = {state->sample, balls, row};

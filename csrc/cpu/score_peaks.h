@@ -32,7 +32,7 @@ struct PeakSearch {
   void find_parents(Workers& workers) {
     parallel_for(workers.pool, state->sample.n, kRowGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        if (!state->find_parent_nearby(i)) state->parent[i] = kUnknownParent;
+        if (!state->find_parent_nearby(i)) state->parent[i] = state->key[i] == state->key[i] ? kUnknownParent : -1;
       }
     });
     collect();
@@ -47,7 +47,10 @@ struct PeakSearch {
   // The slots to search for are those whose parent is kUnknownParent.
   void collect() {
     const int64_t n = state->sample.n;
-    for (int64_t i = 0; i < n; i++) order[i] = {state->key[i], int32_t(i)};
+    for (int64_t i = 0; i < n; i++) {
+      const double key = state->key[i];
+      order[i] = {key == key ? key : __builtin_inf(), int32_t(i)};  // NaN, by noise, is denser than nobody
+    }
     sort_neighbours(order, n);
     peaks = 0;
     int64_t equal_from = 0;

@@ -124,7 +124,7 @@ struct Stored : Matrix<A> {
     }
   }
 
-  // Whether s keeps out infinity, which in a split row is no value. Near the end of the range of floats it does not.
+  // Whether s keeps out infinity, which in a split row is no value. It does not where nothing is proven.
   bool reaches(double s) const { return bound.reach(s) < __builtin_inff(); }
 
   // Calls f(j) for all slots j whose value in row i, split, may belong to a squared distance of at most s (reaches).
