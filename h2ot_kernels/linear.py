@@ -190,6 +190,22 @@ class Linear(nn.Linear):
         return self
 
 
+def made_plain(model: nn.Module) -> nn.Module:
+    """model, each `Linear` in it now an nn.Linear with the same parameters: for tools that go by a layer's exact class
+    (`torch.ao.quantization.quantize_dynamic`) and would leave it out without a word. In place.
+
+    >>> from h2ot_kernels import hosts
+    >>> model = made_plain(hosts.build("h2ot_mixste", num_frames=27, channels=32, depth=3, stages={1: 9}))
+    >>> type(model.TTEblocks[0].attn.qkv)
+    <class 'torch.nn.modules.linear.Linear'>
+    """
+    for layer in model.modules():
+        if type(layer) is Linear:
+            vars(layer).pop("_kept", None)
+            layer.__class__ = nn.Linear
+    return model
+
+
 def call(layer: nn.Module, x: Tensor, activation: str = "none", **around) -> Tensor | tuple[Tensor, ...]:
     """What `Linear.forward` gives of these: inside the layer's call where that is nobody's but ours, else in turn."""
     if is_own(layer, Linear):
