@@ -16,7 +16,7 @@ from .linear_halves import Halves, adds_to_float
 from .linear_products import HAS_ONEDNN, Product, Widened, is_widened, product_of
 from .packed import ACTIVATIONS, NO_NORM, Packed
 from .samples import Samples
-from .watched import in_turn, is_own, is_silent
+from .watched import in_turn, is_own, is_plain, is_silent
 
 Made = TypeVar("Made")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,6 +101,9 @@ class Linear(nn.Linear):
         norm: nn.LayerNorm | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         x = x if norm is None else norm(x)
+        if chunks > 1 and not is_plain(self.weight):
+            y = functional.linear(x, self.weight, self.bias)
+            return tuple(ACTIVATIONS[activation](part) for part in y.chunk(chunks, -1))
         if chunks > 1:
             biases = [None] * chunks if self.bias is None else self.bias.chunk(chunks)
             parts = zip(self.weight.chunk(chunks), biases, strict=True)
