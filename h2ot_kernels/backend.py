@@ -2,13 +2,6 @@
 
 Every stem registers its implementations here with `implement(op, backend, function)`; all functions of one operation
 take the same arguments. A public function calls `dispatch(op, tensor, backend)(...)`.
-
-What is read from the environment when the package is imported; a name that is not one of these raises ValueError:
-H2OT_KERNELS_BACKEND: the backend of calls that name none.
-H2OT_KERNELS_CAPABILITY: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "neon"), one that this
-machine can run; without it the best of them.
-H2OT_KERNELS_TILES: whether kernels may use a tile unit (AMX), "1" or "0", which leaves it alone; without it they may.
-H2OT_KERNELS_TRITON_LAUNCH: "ordinary" leaves every launch to Triton; without it repeated ones go past it.
 """
 
 import contextlib
@@ -25,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import environment
 from .library import ranged
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
@@ -69,7 +63,7 @@ def why_no_cpp() -> str | None:
     if reason is None and importlib.util.find_spec("h2ot_kernels._C") is None:  # a build for another Python
         reason = f"h2ot_kernels._C is not built for {sys.implementation.cache_tag} (pip install --no-build-isolation .)"
     if reason is None:
-        _choose_capability()
+        environment.choose_capability()
     return reason
 
 
@@ -370,30 +364,4 @@ def _cpu_name() -> str:
     return names[0].split(":", 1)[1].strip() if names else "unknown"
 
 
-def _check_environment() -> str | None:
-    name = os.environ.get("H2OT_KERNELS_BACKEND") or None
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"H2OT_KERNELS_BACKEND: got {name!r}, wanted one of {', '.join(BACKENDS)}")
-    tiles = os.environ.get("H2OT_KERNELS_TILES") or "1"  # csrc/capability.cpp reads it
-    if tiles not in ("0", "1"):
-        raise ValueError(f"H2OT_KERNELS_TILES: got {tiles!r}, wanted 0 or 1")
-    launch = os.environ.get("H2OT_KERNELS_TRITON_LAUNCH") or "ordinary"  # triton/repeated.py reads it
-    if launch != "ordinary":
-        raise ValueError(f"H2OT_KERNELS_TRITON_LAUNCH: got {launch!r}, wanted ordinary or nothing")
-    return name
-
-
-def _choose_capability() -> None:
-    """Let the CPU kernels that H2OT_KERNELS_CAPABILITY names run."""
-    name = os.environ.get("H2OT_KERNELS_CAPABILITY")
-    if not name:
-        return
-    from . import _C
-
-    runnable = _C.runnable_capabilities().split(",")
-    if name not in runnable:
-        raise ValueError(f"H2OT_KERNELS_CAPABILITY: got {name!r}, wanted one of {', '.join(runnable)}")
-    _C.set_capability(name)
-
-
-_from_environment = _check_environment()
+_from_environment = environment.backend(BACKENDS)

@@ -27,9 +27,12 @@ def size_of(x: Tensor, axis: int) -> int:
 
 
 def tensor(name: str, x: Tensor, dims: Sequence[int], wanted: str, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
-    """x is a tensor of one of these ranks and dtypes; `wanted` describes its shape in the message."""
+    """x is a dense tensor of one of these ranks and dtypes; `wanted` describes its shape in the message."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor {wanted}")
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: got a tensor of layout {layout}, wanted a dense one {wanted}")
     if x.dim() not in dims:
         raise ValueError(f"{name}: got shape {shape(x)}, wanted {wanted}")
     if x.dtype not in dtypes:
@@ -208,6 +211,7 @@ def kept_values(keep, N: int, K: int) -> tuple[int, ...]:
     """`keep` (None, an int or a sequence of them) as integers in 0 .. N - 1, at most K different ones."""
     if keep is None:
         return ()
+    keep = keep.tolist() if hasattr(keep, "tolist") else keep  # a tensor, an array of numpy
     values = tuple(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else (keep,)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):

@@ -10,10 +10,11 @@ import python_ref
 
 from . import checks
 from .backend import dispatch, implement, is_reference
-from .library import declare
+from .library import declare, exportable
 from .score import METRICS, Variant, check_scoring, pair_flops, valid_of
 
 
+@exportable
 class TokenClusters(NamedTuple):
     """What `cluster_tokens` returns."""
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch.utils import _pytree
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "h2ot_kernels"
@@ -166,6 +167,12 @@ def _is_watched() -> bool:
         or torch._C._get_tracing_state()
         or torch.autograd.profiler._is_profiler_enabled
     )
+
+
+def exportable(result: type[tuple]) -> type[tuple]:
+    """Decorator of a named tuple: exported programs whose inputs or outputs are of it can be saved, too."""
+    _pytree._register_namedtuple(result, serialized_type_name=f"{NAMESPACE}.{result.__name__}")
+    return result
 
 
 def ranged(name: str) -> Callable:

@@ -16,7 +16,7 @@ from .linear_halves import Halves, adds_to_float
 from .linear_products import HAS_ONEDNN, Product, Widened, is_widened, product_of
 from .packed import ACTIVATIONS, NO_NORM, Packed
 from .samples import Samples
-from .watched import in_turn, is_own, is_silent
+from .watched import in_turn, is_own, is_plain, is_silent
 
 Made = TypeVar("Made")
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,6 +101,9 @@ class Linear(nn.Linear):
         norm: nn.LayerNorm | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         x = x if norm is None else norm(x)
+        if chunks > 1 and not is_plain(self.weight):
+            y = functional.linear(x, self.weight, self.bias)
+            return tuple(ACTIVATIONS[activation](part) for part in y.chunk(chunks, -1))
         if chunks > 1:
             biases = [None] * chunks if self.bias is None else self.bias.chunk(chunks)
             parts = zip(self.weight.chunk(chunks), biases, strict=True)
@@ -188,6 +191,22 @@ class Linear(nn.Linear):
         if (self.weight.device, self.weight.dtype) != form:
             self._kept = None
         return self
+
+
+def made_plain(model: nn.Module) -> nn.Module:
+    """model, each `Linear` in it now an nn.Linear with the same parameters: for tools that go by a layer's exact class
+    (`torch.ao.quantization.quantize_dynamic`) and would leave it out without a word. In place.
+
+    >>> from h2ot_kernels import hosts
+    >>> model = made_plain(hosts.build("h2ot_mixste", num_frames=27, channels=32, depth=3, stages={1: 9}))
+    >>> type(model.TTEblocks[0].attn.qkv)
+    <class 'torch.nn.modules.linear.Linear'>
+    """
+    for layer in model.modules():
+        if type(layer) is Linear:
+            vars(layer).pop("_kept", None)
+            layer.__class__ = nn.Linear
+    return model
 
 
 def call(layer: nn.Module, x: Tensor, activation: str = "none", **around) -> Tensor | tuple[Tensor, ...]:

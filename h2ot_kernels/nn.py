@@ -12,7 +12,7 @@ from .linear import Linear
 from .recover_attention import project, recover_attention, recover_pose
 from .recover_interpolation import recover_interpolate
 from .select import prune_attention, prune_cluster, prune_motion, prune_sample, select_tokens
-from .watched import is_own, is_silent
+from .watched import is_own, is_plain, is_silent
 
 
 class TokenPruning(nn.Module):
@@ -198,7 +198,7 @@ class TokenRecoveringAttention(nn.Module):
         others, rows = rows.shape[:-2], rows.flatten(0, -3).contiguous()
         query, key, value = project(token, rows, self.linear_q, self.linear_k, self.linear_v)
         fits = _is_norm_linear(head) and (is_own(self.proj, Linear) or is_own(self.proj, nn.Linear))
-        if fits and not torch.is_grad_enabled() and is_silent(head, *head):
+        if fits and not torch.is_grad_enabled() and is_silent(head, *head) and is_plain(head[1].weight):
             tail = (self.proj, *head, self.num_heads)
             recovered = recover_pose(token, query, key, value, *tail, num_joints=1).squeeze(1)
         else:

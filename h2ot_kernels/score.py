@@ -10,7 +10,9 @@ from python_ref.score import TokenScores
 
 from . import checks
 from .backend import dispatch, implement
-from .library import declare
+from .library import declare, exportable
+
+exportable(TokenScores)
 
 
 def score_tokens(

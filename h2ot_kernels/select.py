@@ -130,7 +130,7 @@ def prune_sample(num_frames: int, num_tokens: int, *, keep=None, device=None) ->
     """
     checks.integer("num_frames", num_frames, 1)
     checks.integer("num_tokens", num_tokens, 1, num_frames, "num_frames")
-    kept = checks.kept_values(keep.tolist() if isinstance(keep, Tensor) else keep, num_frames, num_tokens)
+    kept = checks.kept_values(keep, num_frames, num_tokens)
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return _sampled_in_a_graph(num_frames, num_tokens, kept, device)
     return constants.shared(_sampled(num_frames, num_tokens, kept), constants.resolved(device)).clone()

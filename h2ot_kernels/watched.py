@@ -13,6 +13,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
     _has_any_global_hook,
 )
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .packed import ACTIVATIONS
 
@@ -50,6 +51,13 @@ def is_own(layer: nn.Module, kind: type[nn.Module]) -> bool:
         or _global_backward_hooks
         or _global_backward_pre_hooks
     )
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether it has parts that can be taken, and memory that kernels can read: subclasses (torchao's quantized ones)
+    may know products only. A tracer's stand-ins are as plain as what they stand for.
+    """
+    return type(weight) in (nn.Parameter, Tensor) or not is_traceable_wrapper_subclass(weight)
 
 
 def in_turn(

@@ -162,6 +162,19 @@ def test_environment_variable(name, outcome):
     assert outcome in run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("name", ["BACKEND", "CAPABILITY", "TILES", "TRITON_LAUNCH"])
+def test_a_wrong_environment_ends_the_command_line_in_one_line(name):
+    run = subprocess.run(
+        [sys.executable, "-m", "h2ot_kernels", "explain", "gather_tokens"],
+        env=os.environ | {f"H2OT_KERNELS_{name}": "absent"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert run.stderr.startswith(f"h2ot_kernels: H2OT_KERNELS_{name}: got 'absent', wanted ")
+
+
 @pytest.mark.parametrize("name", ["", "avx51", *_C.runnable_capabilities().split(",")])
 def test_capability_of_the_environment(name):
     run = subprocess.run(

@@ -65,6 +65,23 @@ def test_documented_results():
     assert h2ot.prune_cluster(X, 3, mask=mask).tolist() == [[0, 1, 5], [0, 1, 2]]
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(
+    ("name", "made"),
+    {
+        "sparse_coo": X.to_sparse(),
+        "_mkldnn": X.to_mkldnn(),
+        "nested": torch.nested.nested_tensor([X[0], X[1, :7]], layout=torch.jagged),
+    }.items(),
+)
+def test_what_is_not_dense_is_refused(name, made, backend):
+    message = f"x: got a tensor of layout {name}, wanted a dense one"
+    with h2ot.use_backend(backend):
+        for call in (lambda: h2ot.prune_cluster(made, 3), lambda: h2ot.gather_tokens(made, INDEX)):
+            with pytest.raises(TypeError, match=message):
+                call()
+
+
 @pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])
 def test_out_within_an_input_is_refused(backend):
     """In eager mode; beside the inputs, in the same memory, is fine."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from h2ot_kernels import hosts
 
-from .host_cases import small
+from .host_cases import NAMES, inputs, poses, small
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -24,6 +24,23 @@ def test_checkpoint_round_trip(tmp_path, name, prefix, wrap):
     torch.save(state, tmp_path / "model.pth")
     assert hosts.load_checkpoint(target, tmp_path / "model.pth") is target
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_host_made_without_memory_and_then_filled_is_whole(name, assign):
+    """The state_dict fills all of it, what the host knows without one (the skeleton) too."""
+    source, (x, _) = small(name).eval(), inputs(name)
+    with torch.device("meta"):
+        target = small(name).eval()
+    if not assign:
+        target.to_empty(device="cpu")
+        made, state = dict(source.named_buffers()), source.state_dict()
+        assert all(torch.equal(found, made[key]) for key, found in target.named_buffers() if key not in state)
+    target.load_state_dict(source.state_dict(), assign=assign)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(poses(target(x)), poses(source(x)))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_numbers_of_numpy():
         assert torch.equal(lengths, h2ot.score_tokens(x, lengths=torch.tensor([9, 4], dtype=dtype)).score)
 
 
-@pytest.mark.parametrize("keep", [range(1, 2), (1,), [np.int64(1)], torch.tensor([1])])
+@pytest.mark.parametrize("keep", [range(1, 2), (1,), [np.int64(1)], np.array([1]), np.int64(1), torch.tensor([1])])
 def test_sampled_frames_to_keep(keep):
     assert h2ot.prune_sample(9, 3, keep=keep).tolist() == [[1, 4, 8]]
 

@@ -201,3 +201,43 @@ def test_a_layer_is_nobodys_but_ours_in_the_usual_case(monkeypatch):
     finally:
         handle.remove()
     assert len(turns) == 1
+
+
+class OnlyProducts(torch.Tensor):
+    """A weight as tools for quantization make them: a subclass that `functional.linear` takes, and nothing else."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        made = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        made.weight = weight
+        return made
+
+    def __tensor_flatten__(self):
+        return ["weight"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return OnlyProducts(inner["weight"])
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            return func(args[0], args[1].weight, *args[2:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default), func
+        return cls(func(args[0].weight))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EACH_LAYER)
+def test_weights_of_a_subclass_need_know_products_only(name):
+    model, given = tiny(name)
+    expected = poses(model(*given))
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(OnlyProducts(layer.weight.detach()), requires_grad=False)
+    assert_near(poses(model(*given)), expected, 1e-4)

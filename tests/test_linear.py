@@ -10,10 +10,11 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from h2ot_kernels.linear import ACTIVATIONS, Linear
+from h2ot_kernels.linear import ACTIVATIONS, Linear, made_plain
 from h2ot_kernels.linear_products import Widened, is_widened
 
 from .compare import assert_within
+from .host_cases import inputs, small
 
 
 def pair(bias=True):
@@ -198,3 +199,18 @@ def test_a_norm_inside_a_product_has_an_eps_of_its_own(dtype):
         mine, same = ours(x, norm=norm), plain(norm(x))
         exact = plain.double()(norm.double()(x.double()))
     assert_within(mine, exact, same, 48)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # that such quantization will be removed
+def test_made_plain_a_host_is_quantized_whole():
+    """As it is, layers of a subclass stay as they were."""
+    pytest.importorskip("torch.ao.nn.quantized.dynamic")
+    model, x = small("h2ot_mixste").float().eval(), inputs()[0].float()
+    expected = model(x)
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert made_plain(model) is model
+    torch.testing.assert_close(model(x), expected)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert {type(quantized.get_submodule(name)) for name in layers} == {torch.ao.nn.quantized.dynamic.Linear}
+    assert (quantized(x) - expected).norm() < 0.1 * expected.norm()

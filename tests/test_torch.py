@@ -225,6 +225,18 @@ def test_every_operation_is_exported_with_dynamic_batch_saved_and_loaded(tmp_pat
         torch.testing.assert_close(loaded(x), model(x))
 
 
+def test_an_exported_program_whose_result_has_names_is_saved(tmp_path):
+    class Named(nn.Module):
+        def forward(self, x):
+            return h2ot.score_tokens(x), h2ot.cluster_tokens(x, 3)
+
+    x = rand(2, 9, 4)
+    torch.export.save(torch.export.export(Named(), (x,)), tmp_path / "named.pt2")
+    scores, clusters = torch.export.load(tmp_path / "named.pt2").module()(x)
+    assert torch.equal(scores.score, h2ot.score_tokens(x).score)
+    assert torch.equal(clusters.labels, h2ot.cluster_tokens(x, 3).labels)
+
+
 @torch.no_grad()
 def test_the_fused_tail_compiles_once_for_all_batch_sizes():
     torch._dynamo.reset()

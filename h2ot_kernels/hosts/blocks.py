@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..attention import attend_in_one_call, attend_packed, attend_rows, takes_one_product
 from ..checks import integer, size_of
 from ..linear import Linear, call, mlp
-from ..watched import is_own
+from ..watched import is_own, is_plain
 
 QueryKey = tuple[Tensor, Tensor]
 
@@ -153,7 +153,7 @@ def fused(layer: nn.Linear, first: Tensor, second: Tensor) -> Tensor:
 
     The two are never concatenated where nobody watches layer.
     """
-    if is_own(layer, nn.Linear) or is_own(layer, Linear):
+    if (is_own(layer, nn.Linear) or is_own(layer, Linear)) and is_plain(layer.weight):
         C, weight = first.shape[-1], layer.weight
         logits = functional.linear(first, weight[:, :C], layer.bias) + functional.linear(second, weight[:, C:])
     else:

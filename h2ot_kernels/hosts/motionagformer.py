@@ -1,7 +1,10 @@
 """MotionAGFormer and its hourglasses (HoT, H2OT), with the official parameter names."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from ..graph import graph_update, takes
 from ..hourglass import Kept
@@ -157,14 +160,37 @@ class SpatialGraph(Graph):
 
     def __init__(self, channels: int, joints: tuple[tuple[int, ...], ...]):
         super().__init__(channels, len(joints))
-        adjacency = torch.tensor([[other in neighbours for other in range(len(joints))] for neighbours in joints])
-        self.register_buffer("skeleton", adjacency, persistent=False)
+        self.joints = joints
+        self.register_buffer("skeleton", self._skeleton(), persistent=False)
+        self.register_load_state_dict_post_hook(_refill)
+
+    def _skeleton(self, device: torch.device | None = None) -> Tensor:
+        linked = [[other in neighbours for other in range(len(self.joints))] for neighbours in self.joints]
+        return torch.tensor(linked, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpatialGraph":
+        super()._apply(fn, recurse)
+        _refill(self)
+        return self
 
     def links(self) -> tuple[Tensor, int]:
         return self.skeleton, 0
 
     def adjacency(self, x: Tensor) -> Tensor:
         return self.skeleton
+
+
+def _refill(graph: SpatialGraph, keys=None) -> None:
+    """The skeleton is in no state_dict: nothing else fills it after `to_empty`, or of a model made on "meta"."""
+    skeleton = graph.skeleton
+    device = next(graph.parameters(), skeleton).device
+    if device.type == "meta" or is_fake(skeleton):
+        return
+    made = graph._skeleton(device)
+    if skeleton.is_meta:
+        graph.skeleton = made
+    elif not torch.equal(skeleton, made):
+        skeleton.copy_(made)
 
 
 class TemporalGraph(Graph):
