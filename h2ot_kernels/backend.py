@@ -141,7 +141,8 @@ def can_run(op: str, backend: str, device: str | torch.device) -> tuple[bool, st
         raise TypeError(f"device: got {type(device).__name__}, wanted a device or its name")
     op, device = _RUNS_AS.get(op, op), torch.device(device).type
     if op not in _implementations:
-        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(sorted(_implementations))}")
+        public = {*_implementations, *_RUNS_AS} & vars(sys.modules[__package__]).keys()
+        raise ValueError(f"op: got {op!r}, wanted one of {', '.join(sorted(public))}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(BACKENDS)}")
     if backend == "reference":

@@ -41,7 +41,8 @@ def choose_capability() -> None:
 
 def _refusal(name: str, value: str, wanted: str) -> BaseException:
     message = f"{name}: got {value!r}, wanted {wanted}"
-    if sys.argv[:1] != ["-m"]:  # which it is while `python -m` imports the package, before __main__.py runs
+    # sys.argv is that while `python -m` imports a package, before its __main__.py runs.
+    if sys.argv[:1] != ["-m"] or __package__ not in sys.orig_argv:
         return ValueError(message)
     print(f"h2ot_kernels: {message}", file=sys.stderr)
     return SystemExit(2)

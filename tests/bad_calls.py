@@ -248,7 +248,7 @@ BAD = {
     "backend asked for": (lambda: h2ot.use_backend("fast").__enter__(), ValueError, "backend: got 'fast'"),
     "device of an op": (lambda: h2ot.can_run("gather_tokens", "cpp", X), TypeError, "device: got (Fake)?Tensor"),
     "backend of an op": (lambda: h2ot.can_run("gather_tokens", "fast", "cpu"), ValueError, "backend: got 'fast'"),
-    "op": (lambda: h2ot.explain("sort"), ValueError, "op: got 'sort', wanted one of assign_by_parent"),
+    "op": (lambda: h2ot.explain("sort"), ValueError, "op: got 'sort', wanted one of assign_clusters"),
     "host": (lambda: h2ot.hosts.build("mix"), ValueError, "name: got 'mix', wanted one of mixste"),
     "no host": (lambda: h2ot.hosts.count_flops(LINEAR), TypeError, "model: got Linear, wanted a host"),
     "convention": (lambda: h2ot.hosts.count_flops(LINEAR, "all"), ValueError, "convention: got 'all'"),

@@ -43,6 +43,15 @@ def test_a_host_made_without_memory_and_then_filled_is_whole(name, assign):
             assert torch.equal(poses(target(x)), poses(source(x)))
 
 
+def test_weights_for_a_host_without_memory_are_refused(tmp_path):
+    torch.save(small("h2ot_mixste").state_dict(), tmp_path / "weights.pth")
+    with torch.device("meta"):
+        model = small("h2ot_mixste")
+    with pytest.raises(ValueError, match="on meta, wanted weights with memory"):
+        hosts.load_checkpoint(model, tmp_path / "weights.pth")
+    hosts.load_checkpoint(model.to_empty(device="cpu"), tmp_path / "weights.pth")
+
+
 @pytest.mark.parametrize(
     "beside",
     [np.random.RandomState(1), np.random.default_rng(1).normal(size=3), np.float32(1e-4), np.int64(3)],

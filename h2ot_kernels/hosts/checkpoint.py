@@ -36,8 +36,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     "state_dict", beside plain data and numpy's (the state of a generator, as in MixSTE's files), which is not looked
     at. A `module.` prefix (DataParallel) is dropped.
     Raises ValueError that names every missing and unexpected key and every wrong shape or kind of tensor (the model is
-    then unchanged), or says why the file cannot be read; OSError where there is none, or a folder; TypeError for a path
-    or model of another kind.
+    then unchanged), or says why the file cannot be read, or that the model is on "meta"; OSError where there is no
+    file, or a folder; TypeError for a path or model of another kind.
 
     >>> import tempfile, torch
     >>> from h2ot_kernels import hosts
@@ -52,7 +52,10 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     if not isinstance(path, (str, os.PathLike)):
         known = "; model.load_state_dict takes it as it is" if isinstance(path, Mapping) else ""
         raise TypeError(f"path: got {type(path).__name__}, wanted the name of a file{known}")
-    state, wanted = _read(path), model.state_dict()
+    wanted = model.state_dict()
+    if without := [name for name, tensor in wanted.items() if tensor.is_meta]:
+        raise ValueError(f"model: got {without[0]} on meta, wanted weights with memory (model.to_empty)")
+    state = _read(path)
     problems = [f"missing: {name}" for name in wanted if name not in state]
     problems += [f"unexpected: {name}" for name in state if name not in wanted]
     for name, tensor in wanted.items():
