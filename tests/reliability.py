@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./dev reliability", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PROOFS, metavar="NAME", default=list(PROOFS))
     given = parser.parse_args(arguments)
-    results = json.loads(RESULT.read_text())["proofs"] if RESULT.exists() else {}
+    results = {}
     environment, report = os.environ | {"PYTHONPATH": str(ROOT)}, env_report()
     for name in given.only:
         began = time.monotonic()
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(done.stdout[-4000:], done.stderr[-4000:], sep="\n", flush=True)
     machine = {name: report[name] for name in ("python", "torch", "threads", "backends", "build")}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine, "proofs": results}, indent=1) + "\n")
+    known = json.loads(RESULT.read_text())["proofs"] if RESULT.exists() else {}  # of another run beside this one, too
+    RESULT.write_text(json.dumps({"machine": machine, "proofs": known | results}, indent=1) + "\n")
     print(f"written to {RESULT.relative_to(ROOT)}")
     return int(not all(results[name]["passed"] for name in given.only))
 
