@@ -205,7 +205,7 @@ def test_a_norm_inside_a_product_has_an_eps_of_its_own(dtype):
 @pytest.mark.filterwarnings("ignore")  # that such quantization will be removed
 def test_made_plain_a_host_is_quantized_whole():
     """As it is, layers of a subclass stay as they were."""
-    pytest.importorskip("torch.ao.nn.quantized.dynamic")
+    pytest.importorskip("torch.ao.nn.quantized.dynamic", reason="this torch has no quantize_dynamic any more")
     model, x = small("h2ot_mixste").float().eval(), inputs()[0].float()
     expected = model(x)
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
