@@ -15,7 +15,7 @@ from h2ot_kernels import _C
 from h2ot_kernels.recover_attention import recover_attention
 
 from .compare import assert_within
-from .tiles import BAND, DOTS, UNIT, at, build, fails, guarded, needs_dots, needs_either, needs_emulation
+from .tiles import BAND, DOTS, UNIT_AND_PAIRS, at, build, fails, guarded, needs_dots, needs_either
 
 BF16 = torch.bfloat16
 # B, F, K, H, D: below, at and above a tile of keys, a step of them, a panel of queries, a step of channels
@@ -37,7 +37,7 @@ def native(query, key, value, num_heads, scale):
 class Compiled:
     """The kernel for the emulated unit or for vectors; the bytes beside its result stay as they are."""
 
-    def __init__(self, folder: Path, *replaced: tuple[str, str, str], target: str = UNIT):
+    def __init__(self, folder: Path, *replaced: tuple[str, str, str], target: str = UNIT_AND_PAIRS):
         self.library = build(folder, "attention.cpp", *replaced, target=target)
 
     def __call__(self, query, key, value, num_heads, scale):
@@ -65,7 +65,7 @@ def dots(tmp_path_factory):
     return Compiled(tmp_path_factory.mktemp("dots"), target=DOTS)
 
 
-RUNS = {"native": needs_either, "emulated": needs_emulation, "dots": needs_dots}
+RUNS = {"native": needs_either, "emulated": needs_dots, "dots": needs_dots}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=needs) for name, needs in RUNS.items()])
@@ -187,7 +187,10 @@ MISTAKES = {
     "values of a pair are neighbours": ("attention.cpp", "other = k + kSide, c", "other = k + 1, c"),
     "tokens are not transposed": ("attention.cpp", "      transpose(rows);", ""),
     "queries beyond the last are written": ("attention.cpp", "if (q >= queries) break;", ""),
-    "channels beyond the last are written": ("attention.cpp", "if (channels >= kSide) {", "if (true) {"),
+    "channels beyond the last are written": ("attention.cpp", "channels < kStepChannels ?", "false ?"),
+    "channels are not in turn": ("attention.cpp", "lane % 2 * kFloats + lane / 2", "lane"),
+    "one tile of values twice": ("attention.cpp", "multiply<2>(values, next,", "multiply<2>(values, 0,"),
+    "all heads share a query": ("attention.cpp", "(h * head.panels + panel)", "panel"),
     "the largest of a lane misses keys": ("attention.cpp", "for (; k < K; k++,", "for (; k + 1 < K; k++,"),
     "weights are cut": ("attention.cpp", "(as_words(first) + 0x8000u) >> 16", "as_words(first) >> 16"),
     "keys of the sample before": ("heads.h", "(task == begin || panel == 0)", "(task == begin)"),
@@ -200,14 +203,14 @@ MISTAKES_OF_DOTS = {
     "sums of both halves in one": ("half_products.h", "kSumsStep + half * kSide)", "kSumsStep)"),
     "a row's pairs of its neighbour": ("half_products.h", "r * kStepHalves + 2 * pair", "r * kStepHalves + 2"),
 }  # fmt: skip
-PLANTED = [pytest.param(UNIT, mistake, id=name, marks=needs_emulation) for name, mistake in MISTAKES.items()]
+PLANTED = [pytest.param(UNIT_AND_PAIRS, mistake, id=name, marks=needs_dots) for name, mistake in MISTAKES.items()]
 PLANTED += [pytest.param(DOTS, mistake, id=name, marks=needs_dots) for name, mistake in MISTAKES_OF_DOTS.items()]
 
 
 @pytest.mark.parametrize(("target", "mistake"), PLANTED)
 def test_planted_mistakes_are_seen(target, mistake, tmp_path):
     wrong = Compiled(tmp_path, mistake, target=target)
-    tests = [functools.partial(check, wrong, sizes) for sizes in SIZES]
+    tests = [functools.partial(check, wrong, sizes, query_rows=rows) for sizes in SIZES for rows in (None, 1)]
     tests += [functools.partial(test, wrong) for test in (test_on_average_as_accurate_as_pytorch, test_large_logits)]
     assert any(fails(test) for test in tests)
 

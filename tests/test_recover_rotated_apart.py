@@ -113,7 +113,7 @@ MISTAKES = {
     "channels behind the last count": ("rotated_tiles.cpp", "at.rows.stride + c, C - c)", "at.rows.stride + c, kSide)"),
     "a product begins a step late": ("rotated_tiles.cpp", "panel * kSide / kDepth", "(panel * kSide + 48) / kDepth"),
     "the last product is not finished": ("rotated_tiles.cpp", LAST, "add_plain_rows();"),
-    "frames begin anew with each block": ("rotated_tiles.cpp", "add_channels(a, first + row,", "add_channels(a, row,"),
+    "frames begin anew with each block": ("rotated_tiles.cpp", "(first + row) * width", "row * width"),
     "results begin anew with each part": ("rotated_tiles.cpp", "(a, b, first + r, sums", "(a, b, r, sums"),
     "rows without digits are left out": ("rotated_tiles.cpp", "at.rows.has_plain && r", "false && r"),
     "their sums are added to": ("rotated_tiles.cpp", "memset(sums_of(r), 0,", "memset(sums_of(r), 0, 0 *"),

@@ -22,6 +22,7 @@ static_assert(kSumsStep == kPanel);
 struct Head {
   int64_t D, depth, tiles;  // channels; steps of kStepChannels; tiles of kSide of the result
   int64_t steps, panels;    // steps of kStepKeys keys; panels of queries
+  int64_t panel_size;       // of a packed panel of queries
   float rate;               // scale / ln 2
 
   explicit Head(const RecoverAttentionArgs& a)
@@ -30,6 +31,7 @@ struct Head {
         tiles(groups_of(D, kSide)),
         steps(groups_of(a.K, kStepKeys)),
         panels(groups_of(a.F, kPanel)),
+        panel_size(2 * depth * kTileHalves),
         rate(float(a.scale * 1.4426950408889634)) {}
 };
 
@@ -40,15 +42,15 @@ struct Arrays {
   uint16_t* queries;  // [2][depth][kSide pairs of channels][kSide queries][2]
   float* logits;      // [steps kStepKeys][kPanel]
   uint16_t* weights;  // [steps][2][kSide pairs of keys][kSide queries][2]
-  float* out;         // [tiles kSide][kPanel]
+  float* out;         // [tiles kSide, whole steps][kPanel]
 
   Arrays(Carver& memory, const Head& head) {
     keys = memory.take<uint16_t>(2 * head.steps * head.depth * kTileHalves);
     values = memory.take<uint16_t>(head.tiles * head.steps * kTileHalves);
-    queries = memory.take<uint16_t>(2 * head.depth * kTileHalves);
+    queries = memory.take<uint16_t>(head.panel_size);
     logits = memory.take<float>(head.steps * kStepKeys * kPanel);
     weights = memory.take<uint16_t>(head.steps * 2 * kTileHalves);
-    out = memory.take<float>(head.tiles * kSide * kPanel);
+    out = memory.take<float>(head.depth * kStepChannels * kPanel);
   }
 };
 
@@ -64,8 +66,10 @@ H2OT_INLINE Words pairs_of(const uint16_t* row, int64_t c, int64_t D) {
   return words;
 }
 
-// Queries, `count` of them, as two columns of tiles; zeros for the others.
-void pack_queries(const uint16_t* x, int64_t stride, int64_t count, const Head& head, uint16_t* to) {
+// The queries of a panel as two columns of tiles; zeros behind the last one.
+void pack_queries(const RecoverAttentionArgs& a, const Head& head, int64_t b, int64_t h, int64_t panel, uint16_t* to) {
+  const int64_t first = panel * kPanel, count = a.F - first, stride = a.query_at.stride_n;
+  const uint16_t* const x = head_of<uint16_t>(a.query, a.query_at, b, h * head.D) + first * stride;
   for (int64_t tile = 0; tile < 2; tile++) {
     for (int64_t step = 0; step < head.depth; step++, to += kTileHalves) {
       Words rows[kSide];
@@ -107,18 +111,24 @@ void pack_values(const uint16_t* value, int64_t stride, int64_t K, const Head& h
   }
 }
 
-void multiply_keys(const Head& head, const Arrays& at) {
+void multiply_keys(const Head& head, const Arrays& at, const uint16_t* queries) {
   const int64_t next = head.depth * kTileHalves;
   for (int64_t step = 0; step < head.steps; step++) {
-    multiply<2>(at.keys + 2 * step * next, next, at.queries, next, kTileHalves, groups_of(head.D, 2),
+    multiply<2>(at.keys + 2 * step * next, next, queries, next, kTileHalves, groups_of(head.D, 2),
                 at.logits + step * kStepKeys * kPanel);
   }
 }
 
 void multiply_values(const Head& head, const Arrays& at) {
-  for (int64_t tile = 0; tile < head.tiles; tile++) {
-    multiply<1>(at.values + tile * head.steps * kTileHalves, 0, at.weights, kTileHalves, 2 * kTileHalves,
-                head.steps * kSide, at.out + tile * kSide * kPanel);
+  const int64_t next = head.steps * kTileHalves, pairs = head.steps * kSide;
+  for (int64_t tile = 0; tile < head.tiles; tile += 2) {
+    const uint16_t* const values = at.values + tile * next;
+    float* const out = at.out + tile * kSide * kPanel;
+    if (tile + 1 < head.tiles) {
+      multiply<2>(values, next, at.weights, kTileHalves, 2 * kTileHalves, pairs, out);
+    } else {
+      multiply<1>(values, next, at.weights, kTileHalves, 2 * kTileHalves, pairs, out);
+    }
   }
 }
 
@@ -138,12 +148,12 @@ H2OT_INLINE Floats largest_of(const float* logits, int64_t K) {
   return larger(larger(most[0], most[1]), larger(most[2], most[3]));
 }
 
-// 2^(logit rate - most), NaN for NaN, not below 2^-126: 2^n times a cubic in the rest, within 8e-5 of it.
+// 2^(logit rate - most), NaN for NaN: 2^n, n the whole number below, times a cubic in the rest, within 8e-5 of it.
 H2OT_INLINE Floats weight_of(Floats logit, float rate, Floats most) {
-  const Floats lowest = splat<float>(-126.0f), given = logit * rate - most, x = lowest > given ? lowest : given;
-  const Floats n = _mm512_maskz_roundscale_ps(kAll, x, _MM_FROUND_TO_NEAREST_INT), f = x - n;
-  const Floats power = ((0x1.c3f748p-5f * f + 0x1.f0de1ap-3f) * f + 0x1.62f31ap-1f) * f + 0x1.fff692p-1f;
-  return _mm512_maskz_scalef_ps(kAll, power, n);
+  const __m512 x = reinterpret_cast<__m512>(logit * rate - most);
+  const Floats f = reinterpret_cast<Floats>(_mm512_maskz_reduce_ps(kAll, x, _MM_FROUND_TO_NEG_INF));
+  const Floats power = ((0x1.3f9662p-4f * f + 0x1.cefc5ap-3f) * f + 0x1.64444ep-1f) * f + 0x1.fff632p-1f;
+  return reinterpret_cast<Floats>(_mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(power), x));
 }
 
 // Two vectors as pairs of bfloat16 numbers, to nearest; what is just between becomes the larger.
@@ -175,21 +185,29 @@ H2OT_INLINE Floats soften(const float* logits, int64_t K, float rate, uint16_t* 
   return sum;
 }
 
-// Sixteen channels of up to sixteen queries, which stand in the lanes, times `share`.
-H2OT_INLINE void put_tile(const float* sums, Floats share, int64_t queries, int64_t channels, BFloat16* out,
-                          int64_t stride) {
+// Two vectors as pairs of bfloat16 numbers, to nearest, to even between two; 0 for what is subnormal.
+H2OT_INLINE Words nearest_pairs(Floats first, Floats second) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+  constexpr Halves kInTurn = lanes_of<Halves>([](int lane) { return lane % 2 * kFloats + lane / 2; });
+  const auto rounded = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+  return reinterpret_cast<Words>(
+      _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(kInTurn), reinterpret_cast<__m512i>(rounded)));
+}
+
+// Up to kStepChannels channels of up to sixteen queries, which stand in the lanes, times `share`.
+H2OT_INLINE void put_channels(const float* sums, Floats share, int64_t queries, int64_t channels, uint16_t* out,
+                              int64_t stride) {
   Words x[kSide];
 #pragma GCC unroll 16
-  for (int64_t i = 0; i < kSide; i++) x[i] = as_words(load(sums + i * kPanel) * share);
+  for (int64_t i = 0; i < kSide; i++) {
+    x[i] = nearest_pairs(load(sums + 2 * i * kPanel) * share, load(sums + (2 * i + 1) * kPanel) * share);
+  }
   transpose(x);
+  const __mmask32 wanted = channels < kStepChannels ? (__mmask32(1) << channels) - 1 : ~__mmask32(0);
 #pragma GCC unroll 16
   for (int64_t q = 0; q < kSide; q++) {
     if (q >= queries) break;
-    if (channels >= kSide) {
-      store_narrow(out + q * stride, as_floats(x[q]));
-    } else {
-      store_part(out + q * stride, as_floats(x[q]), channels);
-    }
+    _mm512_mask_storeu_epi16(out + q * stride, wanted, reinterpret_cast<__m512i>(x[q]));
   }
 }
 
@@ -201,8 +219,10 @@ struct Forward {
   const Head& head;
   Arrays at;
 
-  Forward(Carver& memory, const RecoverAttentionArgs& args, const Head& sizes)
-      : a(args), head(sizes), at(memory, head) {}
+  const uint16_t* packed_queries;  // [H][panels], where all samples share them; else null
+
+  Forward(Carver& memory, const RecoverAttentionArgs& args, const Head& sizes, const uint16_t* packed)
+      : a(args), head(sizes), at(memory, head), packed_queries(packed) {}
 
   void take_head(int64_t b, int64_t h) const {
     const uint16_t* const key = head_of<uint16_t>(a.key, a.key_at, b, h * head.D);
@@ -215,10 +235,14 @@ struct Forward {
   }
   void attend(int64_t b, int64_t h, int64_t panel, BFloat16* rows) const {
     const int64_t first = panel * kPanel, count = a.F - first < kPanel ? a.F - first : kPanel;
-    const uint16_t* const query = head_of<uint16_t>(a.query, a.query_at, a.query_rows == 1 ? 0 : b, h * head.D);
-    pack_queries(query + first * a.query_at.stride_n, a.query_at.stride_n, count, head, at.queries);
+    const uint16_t* queries = at.queries;
+    if (packed_queries) {
+      queries = packed_queries + (h * head.panels + panel) * head.panel_size;
+    } else {
+      pack_queries(a, head, a.query_rows == 1 ? 0 : b, h, panel, at.queries);
+    }
     ask_for_rows<true>(rows + h * head.D, a.C, head.D, 0, count);
-    multiply_keys(head, at);
+    multiply_keys(head, at, queries);
     Floats sums[2];
     for (int64_t half = 0; half < 2; half++) {
       sums[half] = soften(at.logits + half * kSide, a.K, head.rate, at.weights + half * kTileHalves);
@@ -226,10 +250,9 @@ struct Forward {
     multiply_values(head, at);
     for (int64_t half = 0; half < 2; half++) {
       const Floats share = 1 / sums[half];
-      for (int64_t tile = 0; tile < head.tiles; tile++) {
-        const float* const sums_of_tile = at.out + tile * kSide * kPanel + half * kSide;
-        BFloat16* const to = rows + half * kSide * a.C + h * head.D + tile * kSide;
-        put_tile(sums_of_tile, share, count - half * kSide, head.D - tile * kSide, to, a.C);
+      uint16_t* const to = reinterpret_cast<uint16_t*>(rows) + half * kSide * a.C + h * head.D;
+      for (int64_t c = 0; c < head.D; c += kStepChannels) {
+        put_channels(at.out + c * kPanel + half * kSide, share, count - half * kSide, head.D - c, to + c, a.C);
       }
     }
   }
@@ -240,7 +263,19 @@ struct Forward {
 Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
   const Head head(a);
   const int64_t grain = 1 + 2000000 / (a.K * head.D * kPanel + 1);
-  return attend_heads<Forward>(a, pool, kPanel, grain, [&](Carver& memory) { return Forward(memory, a, head); });
+  uint16_t* packed = nullptr;
+  if (a.query_rows == 1 && a.B > 1) {
+    const int64_t panels = a.H * head.panels;
+    packed = static_cast<uint16_t*>(scratch(Slot::shared, panels * head.panel_size * int64_t(sizeof(uint16_t))));
+    if (!packed) return Status::out_of_memory;
+    parallel_for(pool, panels, 1 + 65536 / head.panel_size, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        pack_queries(a, head, 0, i / head.panels, i % head.panels, packed + i * head.panel_size);
+      }
+    });
+  }
+  return attend_heads<Forward>(a, pool, kPanel, grain,
+                               [&](Carver& memory) { return Forward(memory, a, head, packed); });
 }
 
 }  // namespace H2OT_ISA

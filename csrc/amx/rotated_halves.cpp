@@ -36,9 +36,7 @@ void run_block(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t co
     multiply<2>(at.rows + s * kTileHalves, steps * kTileHalves, triangle, kTileHalves, 2 * kTileHalves,
                 groups_of(C - c, 2), at.products);
     triangle += (steps - s) * kRotatedTile;
-    for (int64_t r = 0; r < count; r++) {
-      add_panel(a, first + r, c, at.products + r * kRotatedPanel, at.sums + r * width);
-    }
+    add_panel(a, first, count, c, at.products, at.sums);
   }
   for (int64_t r = 0; r < count; r++) finish_row<BFloat16>(a, b, first + r, at.sums + r * width);
 }

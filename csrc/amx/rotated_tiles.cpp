@@ -49,7 +49,10 @@ struct Block {
     const int64_t C = a.attention.C, c = panel * kSide;
     const Floats x = load_some(at.rows.x + row * at.rows.stride + c, C - c);
     const Floats product[] = {above + x * load(triangle.diagonal + c)};
-    add_channels(a, first + row, c, product, sums_of(row));
+    const int64_t width = rotated_width(C);
+    const float *const token = a.token + (first + row) * width + c, *const head = a.head + c;
+    if (a.M == 3) return add_row<3>(product, token, head, width, a.M, sums_of(row));
+    add_row<0>(product, token, head, width, a.M, sums_of(row));
   }
   void finish(const Pending& of) const {
     if (!of.products) return;

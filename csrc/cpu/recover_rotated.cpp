@@ -25,7 +25,7 @@ void run_block(const RecoverRotatedArgs& a, int64_t b, int64_t first, int64_t ro
     product(rows, kRotatedVectors, depth, attended + c, C, Fixed<1>(), triangle, Fixed<kRotatedPanel>(),
             WriteTo<float>{products, kRotatedPanel});
     triangle += depth * kRotatedPanel;
-    for (int64_t r = 0; r < rows; r++) add_panel(a, first + r, c, products + r * kRotatedPanel, sums + r * width);
+    add_panel(a, first, rows, c, products, sums);
   }
   for (int64_t r = 0; r < rows; r++) finish_row<float>(a, b, first + r, sums + r * width);
 }

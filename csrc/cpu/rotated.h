@@ -12,13 +12,12 @@ constexpr int kRotatedVectors = kRotatedPanel / kLanes<float>;
 H2OT_INLINE int64_t rotated_width(int64_t C) { return rounded_up(C, kRotatedPanel); }
 H2OT_INLINE int64_t sums_width(int64_t M) { return (1 + M) * kLanes<float>; }
 
-// Adds kVectors vectors of products of a row of query `frame`, from rotated channel c on, token included.
-template <int kVectors>
-H2OT_INLINE void add_channels(const RecoverRotatedArgs& a, int64_t frame, int64_t c, const Floats (&product)[kVectors],
-                              float* sums) {
+// Adds kVectors vectors of products of a row, from a rotated channel on, with `token` and `head` from there on, too, to
+// the row's sums. kM: the outputs, if they are known; their number is M.
+template <int kM, int kVectors>
+H2OT_INLINE void add_row(const Floats (&product)[kVectors], const float* token, const float* head, int64_t width,
+                         int64_t M, float* sums) {
   constexpr int L = kLanes<float>;
-  const int64_t width = rotated_width(a.attention.C);
-  const float* const token = a.token + frame * width + c;
   Floats z[kVectors], square = load(sums);
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; v++) {
@@ -26,20 +25,32 @@ H2OT_INLINE void add_channels(const RecoverRotatedArgs& a, int64_t frame, int64_
     square += z[v] * z[v];
   }
   store(sums, square);
-  for (int64_t m = 0; m < a.M; m++) {
-    const float* const head = a.head + m * width + c;
+#pragma GCC unroll 4
+  for (int64_t m = 0; m < (kM ? kM : M); m++) {
     Floats dot = load(sums + (1 + m) * L);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; v++) dot += z[v] * load(head + v * L);
+    for (int v = 0; v < kVectors; v++) dot += z[v] * load(head + m * width + v * L);
     store(sums + (1 + m) * L, dot);
   }
 }
-// A whole panel of them.
-H2OT_INLINE void add_panel(const RecoverRotatedArgs& a, int64_t frame, int64_t c, const float* products, float* sums) {
-  Floats product[kRotatedVectors];
+
+template <int kM>
+H2OT_INLINE void add_rows(const RecoverRotatedArgs& a, int64_t first, int64_t count, int64_t c, const float* products,
+                          float* sums) {
+  const int64_t width = rotated_width(a.attention.C), M = a.M;
+  const float *const token = a.token + first * width + c, *const head = a.head + c;
+  for (int64_t r = 0; r < count; r++) {
+    Floats product[kRotatedVectors];
 #pragma GCC unroll 8
-  for (int v = 0; v < kRotatedVectors; v++) product[v] = load(products + v * kLanes<float>);
-  add_channels(a, frame, c, product, sums);
+    for (int v = 0; v < kRotatedVectors; v++) product[v] = load(products + r * kRotatedPanel + v * kLanes<float>);
+    add_row<kM>(product, token + r * width, head, width, M, sums + r * sums_width(M));
+  }
+}
+// A panel of products of `count` rows, of queries `first` and later.
+H2OT_INLINE void add_panel(const RecoverRotatedArgs& a, int64_t first, int64_t count, int64_t c, const float* products,
+                           float* sums) {
+  if (a.M == 3) return add_rows<3>(a, first, count, c, products, sums);  // coordinates
+  add_rows<0>(a, first, count, c, products, sums);
 }
 
 template <class T>
