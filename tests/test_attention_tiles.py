@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from h2ot_kernels import _C
 from h2ot_kernels.recover_attention import recover_attention
+from h2ot_kernels.timing import interleave
 
 from .compare import assert_within
 from .tiles import BAND, DOTS, UNIT_AND_PAIRS, at, build, fails, guarded, needs_dots, needs_either
@@ -157,6 +158,15 @@ def test_threads_and_strides_change_no_bit():
             assert torch.equal(native(query, key, value, 4, 0.2), wanted)
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_either
+def test_sharp_weights_take_no_longer():
+    """A subnormal weight would take the machine as long as fifty others: 10 times as long in all, when it was tried."""
+    query, key, value = made(4, 128, 128, 4, 64)
+    calls = {factor: functools.partial(native, factor * query, key, value, 4, 0.125) for factor in (1.0, 100.0)}
+    took = interleave(calls, seconds=0.2, min_calls=20)
+    assert took[100.0].p10 < 4 * took[1.0].p10
 
 
 @needs_either
