@@ -117,14 +117,15 @@ bool dots_run() {
 }
 
 Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
-  constexpr int64_t kFewKeys = 64, kFewQueries = 16;  // below, the kernels of float32 are as fast
-  [[maybe_unused]] const bool fits =
-      a.dtype == Dtype::bf16 && a.scale > 0 && a.C > 0 && a.K >= kFewKeys && a.F >= kFewQueries;
+  constexpr int64_t kFewQueries = 16, kLongHead = 32;  // below, the kernels of float32 are as fast
+  [[maybe_unused]] constexpr int64_t kFewKeys = 64, kFewKeysOfUnit = 16, kFewKeysOfShortHeads = 48;
+  [[maybe_unused]] const bool fits = a.dtype == Dtype::bf16 && a.scale > 0 && a.C > 0 && a.F >= kFewQueries;
 #ifdef H2OT_AMX
-  if (fits && tiles_run()) return amx::attend(a, pool);
+  const int64_t fewest = a.C >= kLongHead * a.H ? kFewKeysOfUnit : kFewKeysOfShortHeads;
+  if (fits && a.K >= fewest && tiles_run()) return amx::attend(a, pool);
 #endif
 #ifdef H2OT_BF16_DOTS
-  if (fits && dots_run()) return bf16_dots::attend(a, pool);
+  if (fits && a.K >= kFewKeys && dots_run()) return bf16_dots::attend(a, pool);
 #endif
   return kernels().recover_attention(a, pool);
 }
