@@ -197,12 +197,15 @@ class TokenRecoveringAttention(nn.Module):
         rows = x.movedim(frame_dim, -2)
         others, rows = rows.shape[:-2], rows.flatten(0, -3).contiguous()
         query, key, value = project(token, rows, self.linear_q, self.linear_k, self.linear_v)
-        fits = _is_norm_linear(head) and (is_own(self.proj, Linear) or is_own(self.proj, nn.Linear))
-        if fits and not torch.is_grad_enabled() and is_silent(head, *head) and is_plain(head[1].weight):
+        unseen = (is_own(self.proj, Linear) or is_own(self.proj, nn.Linear)) and not torch.is_grad_enabled()
+        if unseen and _is_norm_linear(head) and is_silent(head, *head) and is_plain(head[1].weight):
             tail = (self.proj, *head, self.num_heads)
             recovered = recover_pose(token, query, key, value, *tail, num_joints=1).squeeze(1)
         else:
-            recovered = token + self.proj(recover_attention(query, key, value, self.num_heads))
+            recovered = self.proj(recover_attention(query, key, value, self.num_heads))
+            # In place where nobody else has it: another 34 MB a call for 4 clips of 512 channels take 8000 page faults.
+            alone = unseen and is_plain(self.proj.weight) and recovered.dtype == token.dtype
+            recovered = recovered.add_(token) if alone else token + recovered
             recovered = recovered if head is None else head(recovered)
         return recovered.unflatten(0, others).movedim(-2, frame_dim)
 

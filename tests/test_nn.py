@@ -220,6 +220,23 @@ def test_hooks_on_a_fused_tail_are_called(hooked):
     assert seen == [3 if hooked in ("head", "linear") else 16]
 
 
+@pytest.mark.parametrize("what", ["alone", "hooked", "autocast", "recorded"])
+def test_a_recovery_adds_its_token_to_what_nobody_else_has(what):
+    recover, seen = pruning.TokenRecoveringAttention(16, 2).eval(), []
+    if what == "hooked":
+        recover.proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    token, tokens = torch.randn(1, 9, 16), torch.randn(6, 4, 16)
+    before = token.clone()
+    with torch.set_grad_enabled(what == "recorded"), torch.autocast("cpu", enabled=what == "autocast"):
+        recovered = recover(token, tokens)
+    attended = h2ot.recover_attention(recover.linear_q(token), recover.linear_k(tokens), recover.linear_v(tokens), 2)
+    expected, atol = token + recover.proj(attended), 0.05 if what == "autocast" else 1e-5
+    torch.testing.assert_close(recovered, expected, atol=atol, rtol=0)
+    assert torch.equal(token, before)
+    if what == "hooked":
+        torch.testing.assert_close(seen[0], expected - token)
+
+
 class InMillimetres(nn.Sequential):
     def forward(self, x):
         return 1000 * super().forward(x)
