@@ -117,8 +117,8 @@ bool dots_run() {
 }
 
 Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
-  constexpr int64_t kFewQueries = 16, kLongHead = 32;  // below, the kernels of float32 are as fast
-  [[maybe_unused]] constexpr int64_t kFewKeys = 64, kFewKeysOfUnit = 16, kFewKeysOfShortHeads = 48;
+  constexpr int64_t kFewQueries = 16;  // below, and below so many keys, the kernels of float32 are as fast
+  [[maybe_unused]] constexpr int64_t kFewKeys = 64, kFewKeysOfUnit = 16, kFewKeysOfShortHeads = 48, kLongHead = 32;
   [[maybe_unused]] const bool fits = a.dtype == Dtype::bf16 && a.scale > 0 && a.C > 0 && a.F >= kFewQueries;
 #ifdef H2OT_AMX
   const int64_t fewest = a.C >= kLongHead * a.H ? kFewKeysOfUnit : kFewKeysOfShortHeads;

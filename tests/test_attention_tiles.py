@@ -201,7 +201,7 @@ MISTAKES = {
     "values of a pair are neighbours": ("attention.cpp", "other = k + kSide, c", "other = k + 1, c"),
     "tokens are not transposed": ("attention.cpp", "      transpose(rows);", ""),
     "queries beyond the last are written": ("attention.cpp", "if (q >= queries) break;", ""),
-    "channels beyond the last are written": ("attention.cpp", "channels < kStepChannels ?", "false ?"),
+    "channels beyond the last are written": ("attention.cpp", "if (channels >= kStepChannels) {", "if (true) {"),
     "channels are not in turn": ("attention.cpp", "lane % 2 * kFloats + lane / 2", "lane"),
     "one tile of values twice": ("attention.cpp", "multiply<2>(values, next,", "multiply<2>(values, 0,"),
     "all heads share a query": ("attention.cpp", "(h * head.panels + panel)", "panel"),

@@ -205,11 +205,15 @@ H2OT_INLINE void put_channels(const float* sums, Floats share, int64_t queries, 
     x[i] = nearest_pairs(load(sums + 2 * i * kPanel) * share, load(sums + (2 * i + 1) * kPanel) * share);
   }
   transpose(x);
-  const __mmask32 wanted = channels < kStepChannels ? (__mmask32(1) << channels) - 1 : ~__mmask32(0);
+  const auto wanted = __mmask32((uint64_t(1) << (channels < kStepChannels ? channels : kStepChannels)) - 1);
 #pragma GCC unroll 16
   for (int64_t q = 0; q < kSide; q++) {
     if (q >= queries) break;
-    _mm512_mask_storeu_epi16(out + q * stride, wanted, reinterpret_cast<__m512i>(x[q]));
+    if (channels >= kStepChannels) {
+      memcpy(out + q * stride, &x[q], sizeof x[q]);
+    } else {
+      _mm512_mask_storeu_epi16(out + q * stride, wanted, reinterpret_cast<__m512i>(x[q]));
+    }
   }
 }
 
