@@ -117,7 +117,7 @@ def test_a_row_that_is_not_as_recorded_fails(change):
 
 
 def test_a_recorded_row_with_a_problem_fails_and_none_is_recorded():
-    for change in ({"spills": 8}, {"shared": 99 * 1024 + 1}):
+    for change in ({"spills": 8}, {"shared": 99 * 1024 + 1}, {"load_bytes": 0}):
         bad = {"0" * 16: [replace(row, **change) for row in ROWS]}
         entries, faults = aot_ledger.read(aot_ledger.text_of(bad))
         assert not faults
