@@ -163,3 +163,14 @@ def test_what_is_stale_is_said_and_recording_mends_it():
     assert list(after) == wanted
     assert aot_ledger.stale(after, wanted, wanted) == ""
     assert new not in aot_ledger.renewed(ENTRIES, {new: ROWS[:3]}, wanted)
+
+
+def test_a_trap_passes_only_where_it_is_known():
+    known = {"kernel": "received_once_kernel", "configuration": "fp32 QUERIES=64 KEYS=256 BLOCK=16", "arch": 100}
+    assert not Row(**known).problem
+    for change in (
+        {"kernel": "mean_kernel"},
+        {"configuration": "bf16,fp32 QUERIES=64 KEYS=256 BLOCK=16"},
+        {"arch": 120},
+    ):
+        assert Row(**(known | change)).problem == "reads nothing: a trap in place of the kernel"
