@@ -9,6 +9,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "h2ot_kernels"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_CPU, _CUDA = (torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _SCALARS = (int, bool, float, type(None))  # asking whether they are tensors is dear
 
 
@@ -28,10 +30,11 @@ def declare(
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified)(fake)
+    op = _counted(name, flops)
     if backward is None:
-        return _counted(name, flops)
+        return op
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return _recorded(_counted(name, flops), backward, setup_context)
+    return _direct(op, _kernel(op), backward, setup_context, is_custom=False)
 
 
 def declare_custom(
@@ -50,7 +53,7 @@ def declare_custom(
     op.register_fake(fake)
     if backward is not None:
         op.register_autograd(backward, setup_context=setup_context)
-    return _direct(_counted(name, flops), function, backward, setup_context)
+    return _direct(_counted(name, flops), function, backward, setup_context, is_custom=True)
 
 
 def into_out(returning: dict) -> dict:
@@ -80,77 +83,69 @@ def _counted(name: str, flops: Callable | None):
     return packet.default
 
 
-def _recording(run: Callable, backward: Callable, setup_context: Callable) -> type[torch.autograd.Function]:
+def _recording(run: Callable, backward: Callable, setup_context: Callable) -> Callable:
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
             output = run(*args)
-            setup_context(ctx, args, output)
+            if setup_context is not None:
+                setup_context(ctx, args, output)
             return output
 
         @staticmethod
         def backward(ctx, *grads):
             return backward(ctx, *grads)
 
-    return Recorded
+    return super(torch.autograd.Function, Recorded).apply  # what is left out looks for functorch's transforms: 2 us
 
 
-def _recorded(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """op with its registered gradient, recorded before the dispatcher is asked: half of an eager call's overhead.
-
-    Compiled code, functorch's transforms and tensor subclasses see the operator itself.
+def _kernel(op: Callable) -> Callable:
+    """op's kernel for where its first argument is, without what a call of op looks for on the way to it: half the time
+    of a small one.
     """
+    redispatch = op._handle.redispatch_boxed
 
-    def below_autograd(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+    def run(*args):
+        first = args[0]
+        keys = _CPU if first.is_cpu else _CUDA if first.is_cuda else None
+        return op(*args) if keys is None else redispatch(keys, *args)
 
-    recorded = _recording(below_autograd, backward, setup_context)
-
-    def call(*args):
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return op(*args)
-        needs_grad = _needs_grad(args)
-        if needs_grad is None or torch._C._are_functorch_transforms_active():
-            return op(*args)
-        if needs_grad and torch.is_grad_enabled():
-            return recorded.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return call
+    return run
 
 
-def _direct(op: Callable, function: Callable, backward: Callable | None, setup_context: Callable | None) -> Callable:
-    """The kernel of a custom operator, called without the operator where nobody can see the difference.
+def _direct(
+    op: Callable, function: Callable, backward: Callable | None, setup_context: Callable | None, *, is_custom: bool
+) -> Callable:
+    """op by `function`, its kernel, without the operator where nobody can see the difference.
 
-    The way through torch.library.custom_op takes longer than the kernel. The operator itself is for compiled code,
-    tracing, functorch's transforms, modes, the profiler, tensor subclasses, gradients of what has none, and tensors
-    whose memory holds their negative (`x.conj().imag`): the dispatcher hands over their values.
+    The way there takes longer than a small kernel. The operator itself is for compiled code, tracing, functorch's
+    transforms and what they left, modes, the profiler, tensor subclasses, gradients of what has none, tensors on
+    several devices, and those whose memory holds their negative (`x.conj().imag`) or that are zeros without any: the
+    dispatcher hands over their values.
+    is_custom: a kernel in Python, whose operator is as slow in inference mode; there the way to others is short.
     """
     recorded = backward and _recording(function, backward, setup_context)
 
     def call(*args):
-        if torch.compiler.is_compiling() or _is_watched():
+        if torch.compiler.is_compiling() or (torch.is_inference_mode_enabled() and not is_custom) or _is_watched():
             return op(*args)
-        needs_grad = _needs_grad(args, reads_memory=True)
+        needs_grad = _needs_grad(args)
         if needs_grad and torch.is_grad_enabled():
-            return recorded.apply(*args) if recorded else op(*args)
+            return recorded(*args) if recorded else op(*args)
         return op(*args) if needs_grad is None else function(*args)
 
     return call
 
 
-def _needs_grad(args: tuple, reads_memory: bool = False) -> bool | None:
-    """Whether a tensor among args requires a gradient; None where one is of a subclass, which wants the operator.
-
-    reads_memory: what would run instead of the operator does, so None, too, where memory holds a tensor's negative.
-    """
-    needs_grad = False
+def _needs_grad(args: tuple) -> bool | None:
+    """Whether a tensor among args requires a gradient; None where a kernel cannot read them all as they stand."""
+    needs_grad, on_cpu = False, None
     for x in args:
         kind = type(x)
         if kind in _PLAIN:
-            if reads_memory and x.is_neg():
+            if on_cpu is None:
+                on_cpu = x.is_cpu
+            if x.is_cpu is not on_cpu or x.is_neg() or x._is_zerotensor() or _is_wrapped(x):
                 return None
             needs_grad = needs_grad or x.requires_grad
         elif kind not in _SCALARS and isinstance(x, torch.Tensor):

@@ -1,4 +1,4 @@
-"""An eager call of a Triton operator runs its kernel directly; whoever watches operators still sees the operator."""
+"""An eager call of an operator runs its kernel directly; whoever watches operators still sees the operator."""
 
 import pytest
 import torch
@@ -11,9 +11,6 @@ import h2ot_kernels as h2ot
 from h2ot_kernels import backend
 
 from .runners import DEVICE, Recorder
-
-if not backend.can_run("gather_tokens", "triton", DEVICE)[0]:
-    pytest.skip(backend.can_run("gather_tokens", "triton", DEVICE)[1], allow_module_level=True)
 
 OPS = torch.ops.h2ot_kernels
 INDEX = torch.tensor([[0, 4, 8], [1, 2, 3]], device=DEVICE)
@@ -34,10 +31,22 @@ CALLS = {
     "prune_cluster": lambda: (rand(2, 9, 4), 3, 2, None, None, None),
 }
 DIFFERENTIABLE = ("gather_tokens", "merge_tokens", "recover_interpolate", "recover_attention")
+_HAS_TRITON, _WHY_NOT = backend.can_run("gather_tokens", "triton", DEVICE)
+needs_triton = pytest.mark.skipif(not _HAS_TRITON, reason=_WHY_NOT)
+TRITON = [pytest.param(name, "triton", marks=needs_triton, id=f"{name}-triton") for name in CALLS]
+DIRECT = [*TRITON, *((name, "cpp") for name in DIFFERENTIABLE)]  # others of C++ are their operators
+BY = [pytest.param("triton", marks=needs_triton), "cpp"]
+RECORDED = [*TRITON[: len(DIFFERENTIABLE)], *DIRECT[len(TRITON) :]]
 
 
-def parts(name):
-    return backend._implementations[name]["triton"], getattr(OPS, f"{name}_triton").default, CALLS[name]()
+def named(name, by):
+    return f"{name}_triton" if by == "triton" else name
+
+
+def parts(name, by="triton"):
+    if by == "cpp" and DEVICE != "cpu":
+        pytest.skip("the arguments are on a GPU")
+    return backend._implementations[name][by], getattr(OPS, named(name, by)).default, CALLS[name]()
 
 
 def first_of(result):
@@ -58,12 +67,13 @@ def operators_called(monkeypatch):
     return met
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_an_eager_call_is_the_operator_without_the_dispatcher(name, operators_called):
-    direct, op, arguments = parts(name)
+@pytest.mark.parametrize(("name", "by"), DIRECT)
+def test_an_eager_call_is_the_operator_without_the_dispatcher(name, by, operators_called):
+    direct, op, arguments = parts(name, by)
     wanted = op(*arguments)
     operators_called.clear()
-    for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+    short = [torch.inference_mode()] if by == "triton" else []  # there the way to others is short
+    for context in (torch.no_grad(), torch.enable_grad(), *short):
         with context:
             found = direct(*arguments)
         both = (x if isinstance(x, tuple) else (x,) for x in (found, wanted))
@@ -73,9 +83,9 @@ def test_an_eager_call_is_the_operator_without_the_dispatcher(name, operators_ca
     assert operators_called == []
 
 
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_gradients_are_those_of_the_operator(name, operators_called):
-    direct, op, arguments = parts(name)
+@pytest.mark.parametrize(("name", "by"), RECORDED)
+def test_gradients_are_those_of_the_operator(name, by, operators_called):
+    direct, op, arguments = parts(name, by)
     tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
     for x in tensors:
         x.requires_grad_()
@@ -86,7 +96,7 @@ def test_gradients_are_those_of_the_operator(name, operators_called):
         results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
-    assert f"h2ot_kernels::{name}_triton" not in operators_called
+    assert f"h2ot_kernels::{named(name, by)}" not in operators_called
 
 
 def negated(x):
@@ -94,9 +104,9 @@ def negated(x):
     return torch._neg_view(x.neg()) if x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_memory_that_holds_the_negative(name):
-    direct, _, arguments = parts(name)
+@pytest.mark.parametrize(("name", "by"), DIRECT)
+def test_memory_that_holds_the_negative(name, by):
+    direct, _, arguments = parts(name, by)
     lazily = [negated(x) if isinstance(x, torch.Tensor) else x for x in arguments]
     assert lazily[0].is_neg()
     assert torch.equal(first_of(direct(*lazily)), first_of(direct(*arguments)))
@@ -110,24 +120,36 @@ def test_memory_that_holds_the_negative(name):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize(("name", "by"), DIRECT)
+def test_zeros_without_memory(name, by):
+    """Autograd makes such tensors for what no gradient reaches; their address is null."""
+    direct, _, (x, *rest) = parts(name, by)
+    zeros = torch._efficientzerotensor(x.shape, device=DEVICE)
+    assert zeros._is_zerotensor()
+    assert torch.equal(first_of(direct(zeros, *rest)), first_of(direct(torch.zeros_like(x), *rest)))
+
+
+@needs_triton
 def test_out_whose_memory_holds_the_negative_is_refused():
     """Not filled with the negative of the result."""
     with pytest.raises((RuntimeError, ValueError)):
         h2ot.gather_tokens(rand(2, 9, 4), INDEX, out=negated(rand(2, 3, 4)), backend="triton")
 
 
-def test_second_order_gradients():
+@pytest.mark.parametrize("by", BY)
+def test_second_order_gradients(by):
     x, weight = rand(2, 9, 4, grad=True), rand(2, 3, 4, grad=True)
 
     def function(x, weight):
-        kept = h2ot.gather_tokens(x, INDEX, backend="triton")
-        return h2ot.recover_interpolate(kept * weight, INDEX, 9, backend="triton")
+        kept = parts("gather_tokens", by)[0](x, INDEX, None, 1, 1)
+        return parts("recover_interpolate", by)[0](kept * weight, INDEX, 9, False)
 
     doubles = [v.detach().double().requires_grad_() for v in (x, weight)]
     assert torch.autograd.gradcheck(function, doubles, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, doubles, fast_mode=True)
 
 
+@needs_triton
 def test_what_has_no_gradient_still_says_so():
     """score_tokens is not differentiable: the operator's own answer, when a gradient is asked of it."""
     direct, op, (x, *rest) = parts("score_tokens")
@@ -148,37 +170,40 @@ class Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_modes_and_the_profiler_see_the_operator(name):
-    direct, _, arguments = parts(name)
+@pytest.mark.parametrize(("name", "by"), DIRECT)
+def test_modes_and_the_profiler_see_the_operator(name, by):
+    direct, _, arguments = parts(name, by)
     with Recorder() as recorder:
         direct(*arguments)
-    assert f"h2ot_kernels::{name}_triton" in recorder.names
+    assert f"h2ot_kernels::{named(name, by)}" in recorder.names
     with Functions() as functions:
         direct(*arguments)
-    assert any(f"{name}_triton" in seen for seen in functions.names)
+    assert any(named(name, by) in seen for seen in functions.names)
     with torch.profiler.profile() as profile:
         direct(*arguments)
-    assert f"h2ot_kernels::{name}_triton" in {event.key for event in profile.key_averages()}
+    assert f"h2ot_kernels::{named(name, by)}" in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize(
     "options", [{"tracing_mode": "real"}, {"tracing_mode": "fake"}, {"pre_dispatch": True}], ids=str
 )
-def test_tracing_sees_the_operator(options):
-    direct, op, (*tensors, dim, out_dim) = parts("gather_tokens")
+@pytest.mark.parametrize("by", BY)
+def test_tracing_sees_the_operator(by, options):
+    direct, op, (*tensors, dim, out_dim) = parts("gather_tokens", by)
     graph = make_fx(lambda *tensors: direct(*tensors, dim, out_dim), **options)(*tensors)
     assert op in {node.target for node in graph.graph.nodes}
     assert torch.equal(graph(*tensors), direct(*tensors, dim, out_dim))
 
 
-def test_jit_tracing_sees_the_operator():
-    direct, _, (x, *rest) = parts("gather_tokens")
-    assert "h2ot_kernels::gather_tokens_triton" in str(torch.jit.trace(lambda x: direct(x, *rest), (x,)).graph)
+@pytest.mark.parametrize("by", BY)
+def test_jit_tracing_sees_the_operator(by):
+    direct, _, (x, *rest) = parts("gather_tokens", by)
+    assert f"h2ot_kernels::{named('gather_tokens', by)}" in str(torch.jit.trace(lambda x: direct(x, *rest), (x,)).graph)
 
 
-def test_fakes_flops_and_transforms():
-    direct, _, arguments = parts("recover_attention")
+@pytest.mark.parametrize("by", BY)
+def test_fakes_flops_and_transforms(by):
+    direct, _, arguments = parts("recover_attention", by)
     with FlopCounterMode(display=False) as counter:
         direct(*arguments)
     assert counter.get_total_flops() == 4 * 2 * 7 * 9 * 4
@@ -186,20 +211,45 @@ def test_fakes_flops_and_transforms():
         fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
         assert direct(*fakes).shape == (2, 7, 4)
     x = rand(3, 2, 9, 4)
-    gather = parts("gather_tokens")[0]
+    gather = parts("gather_tokens", by)[0]
     assert torch.equal(
         torch.func.vmap(lambda x: gather(x, INDEX, None, 1, 1))(x),
         torch.stack([gather(sample, INDEX, None, 1, 1) for sample in x]),
     )
 
 
-def test_a_fake_outside_its_mode_meets_the_operator():
-    direct, _, (x, *rest) = parts("gather_tokens")
+@pytest.mark.parametrize("by", BY)
+def test_a_fake_outside_its_mode_meets_the_operator(by):
+    direct, _, (x, *rest) = parts("gather_tokens", by)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     assert direct(mode.from_tensor(x), *rest).shape == (2, 3, 4)
 
 
-def test_compiled_code_calls_the_operator():
+@pytest.mark.parametrize("by", BY)
+def test_what_a_transform_left_meets_the_operator(by):
+    """A tensor of `torch.func.grad` that outlives it has no memory of its own."""
+    direct, _, (x, *rest) = parts("gather_tokens", by)
+    left = []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(x)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
+    assert torch.equal(direct(left[0], *rest), direct(x, *rest))
+    out = direct(x, INDEX, left[0][0, :3], 1, 1)
+    assert torch.equal(out, direct(x, INDEX, x[0, :3], 1, 1))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_tensors_without_memory_or_on_two_devices_are_nothing_for_the_cpus_kernel(needs_grad):
+    """The operator's own answer, which is made of shapes alone: nothing is read at an address that is not the CPU's."""
+    direct, _, (x, index, embed, *rest) = parts("gather_tokens", "cpp")
+    for arguments in ([x.to("meta"), index.to("meta"), None], [x, index, embed.to("meta")]):
+        arguments[0].requires_grad_(needs_grad)
+        out = direct(*arguments, *rest)
+        assert out.requires_grad == needs_grad
+        assert out.shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_compiled_code_calls_the_operator(by):
     torch._dynamo.reset()
     graphs = []
 
@@ -208,6 +258,7 @@ def test_compiled_code_calls_the_operator():
         return graph
 
     x = rand(2, 9, 4)
-    compiled = torch.compile(lambda x: h2ot.gather_tokens(x, INDEX, backend="triton"), fullgraph=True, backend=keep)
-    assert torch.equal(compiled(x), h2ot.gather_tokens(x, INDEX, backend="triton"))
-    assert OPS.gather_tokens_triton.default in {node.target for node in graphs[0].graph.nodes}
+    op = parts("gather_tokens", by)[1]
+    compiled = torch.compile(lambda x: h2ot.gather_tokens(x, INDEX, backend=by), fullgraph=True, backend=keep)
+    assert torch.equal(compiled(x), h2ot.gather_tokens(x, INDEX, backend=by))
+    assert op in {node.target for node in graphs[0].graph.nodes}
