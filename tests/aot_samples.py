@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 
@@ -92,6 +93,12 @@ def attention_calls() -> Iterator[Callable]:
         for F, D in ((243, 64), (9, 16)) if few else itertools.product((9, 100, 243, 300), (16, 64)):
             heads = tensor(2, 17, 8, F, D, dtype=dtype)
             yield partial(attention_scores.prune_attention, heads, heads, 9, None, 0.125)
+    yield partial(with_tensor_memory, tensor(2, 17, 8, 243, 64))
+
+
+def with_tensor_memory(heads: torch.Tensor) -> None:
+    with mock.patch.object(attention_scores, "has_tensor_memory", return_value=True):
+        attention_scores.attention_scores(heads, heads, 0.125)
 
 
 def cluster_calls() -> Iterator[Callable]:

@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+from h2ot_kernels.triton import common
+from h2ot_kernels.triton.attention_scores import scores_tile
+
 from . import aot_key, aot_ledger
-from .aot_rows import ARCHITECTURES, Build, Row
+from .aot_rows import ARCHITECTURES, TRAPS, Build, Row
 
 FACTOR = tl.constexpr(3)
 ROWS = [Row("kernel", "fp32 ROWS=8", arch, 40, 0, 1024, 16, "mma 16", recorded=True) for arch in ARCHITECTURES]
@@ -174,3 +178,19 @@ def test_a_trap_passes_only_where_it_is_known():
         {"arch": 120},
     ):
         assert Row(**(known | change)).problem == "reads nothing: a trap in place of the kernel"
+
+
+def test_nothing_launches_a_trap(monkeypatch):
+    def tiles(tensor_memory):
+        every = (scores_tile(F, D, torch.float32, tensor_memory) for F in range(1, 600) for D in (5, 16, 64, 200))
+        return {f"fp32 QUERIES={tile['QUERIES']} KEYS={tile['KEYS']}" for tile in every}
+
+    known = {configuration for kernel, configuration, _ in TRAPS}
+    assert known <= tiles(tensor_memory=False)
+    assert not known & tiles(tensor_memory=True)
+    for capability, expected in (((9, 0), False), ((10, 0), True), ((10, 3), True), ((11, 0), False), ((12, 0), False)):
+        common.has_tensor_memory.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert common.has_tensor_memory(torch.device("cuda", 0)) is expected
+        assert not common.has_tensor_memory(torch.device("cpu"))
+    common.has_tensor_memory.cache_clear()

@@ -22,7 +22,7 @@ INDEX = torch.tensor([[0, 4, 8], [1, 2, 3]], device=DEVICE)
 
 # Allocation, types and questions; views. Everything else of a tensor is arithmetic or a copy.
 ALLOWED_TORCH = {"empty", "Tensor", "dtype", "bool", "uint8", "int32", "int64", "float16", "bfloat16", "float32"}
-ALLOWED_TORCH |= {"float64", "ops", "cuda"}
+ALLOWED_TORCH |= {"float64", "ops", "cuda", "device"}
 VIEWS = {"new_empty", "stride", "size", "dim", "numel", "element_size", "view", "reshape", "unsqueeze", "expand"}
 VIEWS |= {"unflatten", "flatten", "movedim", "transpose", "permute", "squeeze", "is_contiguous", "get_device"}
 HOST = {"index", "type", "device", "shape", "dtype", "values", "data_ptr"}  # Python's own names, and an address
@@ -162,12 +162,13 @@ def test_the_gate_covers_every_tile(compiled_by_the_gate):
         "attention_pairs_kernel": [recover_pose.pose_tile(K, D) for K in range(1, 130) for D in (5, 16, 32, 64, 200)],
         **{
             kernel: [
-                attention_scores.scores_tile(F, D, dtype)
+                attention_scores.scores_tile(F, D, dtype, tensor_memory)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
                 for F in frames
                 for D in (5, 16, 64, 128)
+                for tensor_memory in (False, True)
             ]
-            for kernel, frames in (("received_once_kernel", (1, 9, 16)), ("level_kernel", (257, 1000)))
+            for kernel, frames in (("received_once_kernel", (1, 9, 16, 243)), ("level_kernel", (257, 1000)))
         },
         "mean_kernel": [{"ROWS": 128, "FRAMES": 16}],
     }

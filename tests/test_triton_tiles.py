@@ -7,7 +7,7 @@ from torch import nn
 import h2ot_kernels as h2ot
 import python_ref
 from h2ot_kernels import backend
-from h2ot_kernels.triton import common, recover_tail, score, score_large
+from h2ot_kernels.triton import attention_scores, common, recover_tail, score, score_large
 
 from .compare import assert_scores, assert_within
 from .runners import DEVICE
@@ -48,3 +48,14 @@ def test_triton_tail_of_many_rows(dtype, C, M, monkeypatch):
 
     exact, same = pose(torch.float64, "cpu", "reference"), pose(dtype, "cpu", "reference")
     assert_within(pose(dtype, DEVICE, "triton"), exact, same, C)
+
+
+@pytest.mark.parametrize("F", [129, 243])
+def test_attention_scores_of_a_device_with_tensor_memory(F, monkeypatch):
+    monkeypatch.setattr(attention_scores, "has_tensor_memory", lambda device: True)
+    query, key = torch.randn(2, 1, 2, F, 20)
+    with common.record() as launches:
+        ours = attention_scores.attention_scores(query.to(DEVICE), key.to(DEVICE), 0.3)
+    assert [launch.constants.get("QUERIES") for launch in launches] == [32, None]
+    exact = python_ref.attention_scores(query.double(), key.double(), 0.3)
+    assert_within(ours.cpu(), exact, python_ref.attention_scores(query, key, 0.3), 20)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import implement
 from ..library import declare_custom
 from ..select import ATTENTION
-from .common import divide, launch, modulo, pow2, wide, widen
+from .common import divide, has_tensor_memory, launch, modulo, pow2, wide, widen
 from .recover_attention import _logits, lowest
 from .select import select_tokens
 
@@ -108,8 +108,9 @@ def mean_kernel(received, score, rows, F, count, ROWS: tl.constexpr, FRAMES: tl.
     tl.store(score + b * F + frame, mean, frame < F)
 
 
-def scores_tile(F: int, D: int, dtype: torch.dtype) -> dict[str, int]:
-    """Queries, keys and channels of one tile.
+def scores_tile(F: int, D: int, dtype: torch.dtype, tensor_memory: bool = False) -> dict[str, int]:
+    """Queries, keys and channels of one tile. tensor_memory: whether results of products of 64 queries lie there;
+    those of 256 keys by three of TF32 want 528 of its 512 columns.
 
     >>> scores_tile(243, 64, torch.float32)
     {'QUERIES': 64, 'KEYS': 256, 'BLOCK': 16, 'num_warps': 8, 'num_stages': 2}
@@ -117,8 +118,9 @@ def scores_tile(F: int, D: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float64:
         return {"QUERIES": 16, "KEYS": 16, "BLOCK": 16, "num_warps": 4, "num_stages": 2}
     keys = pow2(F, 64, ONCE) if F <= ONCE else 64
+    too_many = tensor_memory and dtype == torch.float32 and keys > 128
     return {
-        "QUERIES": 64 if F <= ONCE else 32,
+        "QUERIES": 32 if F > ONCE or too_many else 64,
         "KEYS": keys,
         "BLOCK": 16 if D <= 16 or (F <= ONCE and dtype == torch.float32) else 32 if F > ONCE else 64,
         "num_warps": 8 if keys > 128 else 4,
@@ -133,7 +135,7 @@ def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     B, P, H, F, D = query.shape
     precise = wide(query.dtype)
     score = query.new_empty((B, F), dtype=precise)
-    config = scores_tile(F, D, query.dtype)
+    config = scores_tile(F, D, query.dtype, has_tensor_memory(query.device))
     sizes = (P, H, F, D, *query.stride(), *key.stride(), scale)
     blocks = triton.cdiv(F, config["QUERIES"])
     once = config["KEYS"] >= F

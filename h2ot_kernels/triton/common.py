@@ -1,6 +1,7 @@
 """What every Triton stem shares: launching, rounding and products, with all that differs in Triton's interpreter."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -58,6 +59,12 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         repeated.launch(kernel, grid, first.get_device(), arguments, constants)
     else:
         kernel[grid](*arguments, **constants)
+
+
+@functools.cache
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether Triton keeps the results of products in tensor memory there: compute capability 10 (B200, B300)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
 def pow2(n: int, low: int = 1, high: int | None = None) -> int:
