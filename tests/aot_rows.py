@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 # Shared memory of one thread block in KiB, by compute capability.
 ARCHITECTURES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-# What Triton 3.6 cannot make and nothing launches there (`attention_scores.scores_tile` of a device with tensor memory).
+# What Triton 3.6 cannot make and nothing launches there: `attention_scores.scores_tile`, devices with tensor memory.
 TRAPS = {("received_once_kernel", "fp32 QUERIES=64 KEYS=256", 100)}
 
 
