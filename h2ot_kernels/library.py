@@ -165,8 +165,11 @@ def _is_watched() -> bool:
 
 
 def exportable(result: type[tuple]) -> type[tuple]:
-    """Decorator of a named tuple: exported programs whose inputs or outputs are of it can be saved, too."""
+    """Decorator of a named tuple of tensors: what holds it can be saved and loaded, exported programs and files of
+    `torch.save`, which `torch.load` reads with weights_only, too.
+    """
     _pytree._register_namedtuple(result, serialized_type_name=f"{NAMESPACE}.{result.__name__}")
+    torch.serialization.add_safe_globals([result])
     return result
 
 

@@ -1,6 +1,7 @@
 """What PyTorch users rely on: opcheck, compile, export, checkpointing, autocast, profiler, FLOP counts, fakes."""
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -235,6 +236,18 @@ def test_an_exported_program_whose_result_has_names_is_saved(tmp_path):
     scores, clusters = torch.export.load(tmp_path / "named.pt2").module()(x)
     assert torch.equal(scores.score, h2ot.score_tokens(x).score)
     assert torch.equal(clusters.labels, h2ot.cluster_tokens(x, 3).labels)
+
+
+@pytest.mark.parametrize(
+    "make", [h2ot.score_tokens, partial(h2ot.cluster_tokens, num_tokens=3)], ids=["score", "cluster"]
+)
+def test_a_result_with_names_is_saved_and_loaded(make, tmp_path):
+    result = make(rand(2, 9, 4))
+    torch.save({"result": result}, tmp_path / "result.pt")
+    loaded = torch.load(tmp_path / "result.pt", weights_only=True)["result"]
+    assert type(loaded) is type(result)
+    for ours, saved in zip(loaded, result, strict=True):
+        assert torch.equal(ours, saved)
 
 
 @torch.no_grad()
