@@ -1,9 +1,13 @@
-"""Models in eval mode for a while."""
+"""Models in eval mode for a while; whether autocast is on."""
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
+
+_KINDS = ("cpu", "cuda", "xpu", "mps", "xla", "hpu", "mtia", "maia")  # torch 2.10 cannot ask in what it compiles
+_CASTING = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
 
 
 @contextlib.contextmanager
@@ -18,3 +22,9 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was)  # what a module's own train() does, happens
         for module, training in modes:
             module.training = training
+
+
+def is_autocast_on(device: str) -> bool:
+    """For a device's type, which may have no autocast."""
+    has_it = device in _CASTING if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+    return has_it and torch.is_autocast_enabled(device)

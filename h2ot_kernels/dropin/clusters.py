@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..cluster import assign_clusters, cluster_tokens
+from ..modes import is_autocast_on
 from ..score import score_tokens
 from ..select import select_tokens
 
@@ -96,6 +97,4 @@ def select_and_assign(
 
 def distance_dtype(x: Tensor) -> torch.dtype:
     """Of `torch.cdist(x, x)`: x's, but autocast, on devices that have it, makes it float32 at least."""
-    device = x.device.type
-    wide = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
+    return torch.promote_types(x.dtype, torch.float32) if is_autocast_on(x.device.type) else x.dtype

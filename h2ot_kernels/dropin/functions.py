@@ -136,7 +136,8 @@ def _with_the_parameters_of(
     def with_its_parameters(*args, **kwargs):
         given = args[instance:]
         taken = dict(zip(shared, given, strict=False)) | kwargs
-        is_usual = len(taken) == len(given) + len(kwargs) and wanted <= taken.keys() <= shared.keys()
+        is_usual = len(taken) == len(given) + len(kwargs)  # by `in`: torch 2.10 compiles no comparison of sets
+        is_usual = is_usual and all(name in taken for name in wanted) and all(name in shared for name in taken)
         if not is_usual or any(_is_exchanged(args[0], owner, name) for name in its_own):
             return function(*args, **kwargs)
         return form(**{shared[name]: value for name, value in (defaults | taken).items()})

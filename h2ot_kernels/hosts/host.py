@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..hourglass import Hourglass, Kept
+from ..modes import is_autocast_on
 from ..nn import TokenRecoveringAttention
 from ..watched import is_own
 
@@ -129,9 +130,9 @@ def check_input(name: str, x: Tensor, layer_name: str, layer: nn.Module) -> None
     """
     if not any([is_own(layer, kind) for kind in (nn.Linear, nn.Conv1d, nn.Conv2d)]):
         return
-    weight, device = layer.weight, x.device.type
+    weight = layer.weight
     checks.same_device(name, x, f"{layer_name}.weight", weight)
     if x.dtype != weight.dtype:
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if not casts or torch.float64 in (x.dtype, weight.dtype):  # which autocast leaves as it is
+        dtypes = x.dtype, weight.dtype
+        if not is_autocast_on(x.device.type) or torch.float64 in dtypes:  # which autocast leaves as it is
             checks.same_dtype(name, x, f"{layer_name}.weight", weight)
