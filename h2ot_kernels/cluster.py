@@ -249,9 +249,10 @@ def _merged(op):
     return lambda *args: op(*args)[0]
 
 
+_ops = torch.ops.h2ot_kernels
 _cluster = declare("cluster_tokens", **CLUSTER)
 _assign = declare("assign_clusters", **ASSIGN)
-_merge = declare("merge_tokens", **MERGE, backward=merge_backward(lambda *args: _merge(*args)))
+_merge = declare("merge_tokens", **MERGE, backward=merge_backward(lambda *args: _ops.merge_tokens(*args)))
 
 implement("cluster_tokens", "cpp", _cluster)
 implement("cluster_tokens", "cuda", _cluster)

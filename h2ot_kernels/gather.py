@@ -1,5 +1,6 @@
 """Taking the kept frames out of a tensor, in the layout that the next block wants."""
 
+import torch
 from torch import Tensor
 
 import python_ref
@@ -148,9 +149,10 @@ def _reference(x, index, pos_embed, dim, out_dim):
     return python_ref.gather_tokens(x, index, pos_embed, dim=dim, out_dim=out_dim)
 
 
-_gather = declare("gather_tokens", **GATHER, backward=gather_backward(lambda *args: _scatter(*args)))
-_scatter = declare("scatter_tokens", **SCATTER, backward=scatter_backward(_gather))
+_ops = torch.ops.h2ot_kernels
+_gather = declare("gather_tokens", **GATHER, backward=gather_backward(lambda *args: _ops.scatter_tokens(*args)))
 _gather_out = declare("gather_tokens_out", **into_out(GATHER))
+declare("scatter_tokens", **SCATTER, backward=scatter_backward(lambda *args: _ops.gather_tokens(*args)))
 for _backend in ("cpp", "cuda"):
     implement("gather_tokens", _backend, _gather)
     implement("gather_tokens_out", _backend, _gather_out)

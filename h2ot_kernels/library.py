@@ -7,10 +7,11 @@ import torch
 from torch.utils import _pytree
 from torch.utils.flop_counter import register_flop_formula
 
+from . import checks
+
 NAMESPACE = "h2ot_kernels"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_CPU, _CUDA = (torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA))
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_keys_of, _is_wrapped = torch._C._dispatch_keys, torch._C._functorch.is_functorch_wrapped_tensor
 _SCALARS = (int, bool, float, type(None))  # asking whether they are tensors is dear
 
 
@@ -30,11 +31,11 @@ def declare(
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified)(fake)
-    op = _counted(name, flops)
     if backward is None:
-        return op
+        return _counted(name, flops)
+    backward = _without_tangent(name, backward)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    return _direct(op, _kernel(op), backward, setup_context, is_custom=False)
+    return _recorded(_counted(name, flops), backward, setup_context)
 
 
 def declare_custom(
@@ -52,8 +53,9 @@ def declare_custom(
     op = torch.library.custom_op(qualified, function, mutates_args=written, schema=schema)
     op.register_fake(fake)
     if backward is not None:
+        backward = _without_tangent(name, backward)
         op.register_autograd(backward, setup_context=setup_context)
-    return _direct(_counted(name, flops), function, backward, setup_context, is_custom=True)
+    return _direct(_counted(name, flops), function, backward, setup_context)
 
 
 def into_out(returning: dict) -> dict:
@@ -83,53 +85,74 @@ def _counted(name: str, flops: Callable | None):
     return packet.default
 
 
-def _recording(run: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            output = run(*args)
-            if setup_context is not None:
-                setup_context(ctx, args, output)
-            return output
+def _without_tangent(name: str, backward: Callable) -> Callable:
+    """backward, which has no forward-mode derivative: it would silently give zero tangents."""
 
-        @staticmethod
-        def backward(ctx, *grads):
-            return backward(ctx, *grads)
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        checks.no_tangent(f"the gradient of {name}", *grads)
+        return backward(ctx, *grads)
 
-    return super(torch.autograd.Function, Recorded).apply  # what is left out looks for functorch's transforms: 2 us
+    return checked
 
 
-def _kernel(op: Callable) -> Callable:
-    """op's kernel for where its first argument is, without what a call of op looks for on the way to it: half the time
-    of a small one.
+def _recording(op: Callable, run: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    """run with its gradient recorded, in a node of op's name.
+
+    `torch.autograd.Function.apply` without what it does in Python, 2 us: it looks for functorch's transforms and takes
+    off what they left on tensors, which `_needs_grad` has done.
     """
-    redispatch = op._handle.redispatch_boxed
 
-    def run(*args):
-        first = args[0]
-        keys = _CPU if first.is_cpu else _CUDA if first.is_cuda else None
-        return op(*args) if keys is None else redispatch(keys, *args)
+    def forward(ctx, *args):
+        output = run(*args)
+        setup_context(ctx, args, output)
+        return output
 
-    return run
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    name = op.name().removeprefix(f"{NAMESPACE}::")
+    return super(torch.autograd.Function, type(name, (torch.autograd.Function,), methods)).apply
 
 
-def _direct(
-    op: Callable, function: Callable, backward: Callable | None, setup_context: Callable | None, *, is_custom: bool
-) -> Callable:
-    """op by `function`, its kernel, without the operator where nobody can see the difference.
+def _recorded(op: Callable, backward: Callable, setup_context: Callable) -> Callable:
+    """op with its registered gradient, recorded before the dispatcher is asked: half of an eager call's overhead.
 
-    The way there takes longer than a small kernel. The operator itself is for compiled code, tracing, functorch's
-    transforms and what they left, modes, the profiler, tensor subclasses, gradients of what has none, tensors on
-    several devices, and those whose memory holds their negative (`x.conj().imag`) or that are zeros without any: the
-    dispatcher hands over their values.
-    is_custom: a kernel in Python, whose operator is as slow in inference mode; there the way to others is short.
+    Compiled code, functorch's transforms and tensor subclasses see the operator itself.
     """
-    recorded = backward and _recording(function, backward, setup_context)
+
+    def below_autograd(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    recorded = _recording(op, below_autograd, backward, setup_context)
 
     def call(*args):
-        if torch.compiler.is_compiling() or (torch.is_inference_mode_enabled() and not is_custom) or _is_watched():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return op(*args)
         needs_grad = _needs_grad(args)
+        if needs_grad is None or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        if needs_grad and torch.is_grad_enabled():
+            return recorded(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def _direct(op: Callable, function: Callable, backward: Callable | None, setup_context: Callable | None) -> Callable:
+    """The kernel of a custom operator, called without the operator where nobody can see the difference.
+
+    The way through torch.library.custom_op takes longer than the kernel. The operator itself is for compiled code,
+    tracing, functorch's transforms, modes, the profiler, tensor subclasses, gradients of what has none, and tensors
+    that are not plain to the dispatcher: batched, functional, zeros without memory, those whose memory holds their
+    negative (`x.conj().imag`).
+    """
+    recorded = backward and _recording(op, function, backward, setup_context)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or _is_watched():
+            return op(*args)
+        needs_grad = _needs_grad(args, reads_memory=True)
         if needs_grad and torch.is_grad_enabled():
             return recorded(*args) if recorded else op(*args)
         return op(*args) if needs_grad is None else function(*args)
@@ -137,20 +160,32 @@ def _direct(
     return call
 
 
-def _needs_grad(args: tuple) -> bool | None:
-    """Whether a tensor among args requires a gradient; None where a kernel cannot read them all as they stand."""
-    needs_grad, on_cpu = False, None
+def _needs_grad(args: tuple, reads_memory: bool = False) -> bool | None:
+    """Whether a tensor among args requires a gradient; None where one wants the operator: it is of a subclass, or a
+    transform that is over has left something on it.
+
+    reads_memory: what would run instead of the operator does, so None where one is not plain, whatever makes it so.
+    """
+    needs_grad = False
     for x in args:
         kind = type(x)
         if kind in _PLAIN:
-            if on_cpu is None:
-                on_cpu = x.is_cpu
-            if x.is_cpu is not on_cpu or x.is_neg() or x._is_zerotensor() or _is_wrapped(x):
+            if _is_wrapped(x) or (reads_memory and _keys_of(x).raw_repr() not in _plain_keys(x.device.type)):
                 return None
             needs_grad = needs_grad or x.requires_grad
         elif kind not in _SCALARS and isinstance(x, torch.Tensor):
             return None
     return needs_grad
+
+
+@functools.cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """The dispatcher's keys of a tensor there that has memory and nothing else to it."""
+    made = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            made.append(_keys_of(torch.empty(0, device=device)).raw_repr())
+    return frozenset(made)
 
 
 def _is_watched() -> bool:
@@ -160,6 +195,7 @@ def _is_watched() -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         or torch.autograd.profiler._is_profiler_enabled
     )
 

@@ -27,7 +27,9 @@ class OneDnn:
 
     def _product(self, x: Tensor, activation: str, residual: Tensor | None, part: tuple) -> Tensor:
         if residual is None or activation != "none" or residual.dtype != x.dtype:
-            y = torch.ops.mkldnn._linear_pointwise(x, *part, activation, [], "none")
+            fused = "none" if activation == "relu" else activation  # whose own relu makes 0 of NaN
+            y = torch.ops.mkldnn._linear_pointwise(x, *part, fused, [], "none")
+            y = y.relu_() if activation == "relu" else y
             return y if residual is None else residual + y
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, *part, "add")
 

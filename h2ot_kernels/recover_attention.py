@@ -367,8 +367,16 @@ def reference_tail(token, projected, norm_weight, norm_bias, head_weight, head_b
 
 
 _ops = torch.ops.h2ot_kernels
-_gradient = declare("recover_attention_backward", **BACKWARD)
-implement("recover_attention", "cpp", declare("recover_attention", **FORWARD, backward=attention_gradient(_gradient)))
+implement(
+    "recover_attention",
+    "cpp",
+    declare(
+        "recover_attention",
+        **FORWARD,
+        backward=attention_gradient(lambda *args: _ops.recover_attention_backward(*args)),
+    ),
+)
+declare("recover_attention_backward", **BACKWARD)
 implement("recover_attention", "reference", _reference)
 implement("recover_attention_out", "cpp", declare("recover_attention_out", **into_out(FORWARD)))
 implement("recover_attention_out", "reference", copying(_reference))

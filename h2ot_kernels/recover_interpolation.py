@@ -106,9 +106,15 @@ def _reference(x, index, num_frames, nearest):
     return python_ref.recover_interpolate(x, index, num_frames, mode=mode, align=align)
 
 
-_forward = declare("recover_interpolate", **FORWARD, backward=transposed(lambda *args: _backward(*args)))
-_backward = declare("recover_interpolate_backward", **BACKWARD, backward=transposed(_forward))
-implement("recover_interpolate", "cpp", _forward)
+_ops = torch.ops.h2ot_kernels
+implement(
+    "recover_interpolate",
+    "cpp",
+    declare(
+        "recover_interpolate", **FORWARD, backward=transposed(lambda *args: _ops.recover_interpolate_backward(*args))
+    ),
+)
+declare("recover_interpolate_backward", **BACKWARD, backward=transposed(lambda *args: _ops.recover_interpolate(*args)))
 implement("recover_interpolate", "reference", _reference)
 implement("recover_interpolate_out", "cpp", declare("recover_interpolate_out", **into_out(FORWARD)))
 implement("recover_interpolate_out", "reference", copying(_reference))

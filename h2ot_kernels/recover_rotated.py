@@ -84,8 +84,9 @@ def _rotation(weight: Tensor, dtype: torch.dtype, tiles: bool) -> tuple[Tensor, 
     rotation, triangle = torch.linalg.qr(weight.double() - weight.double().mean(0))
     if tiles and dtype == torch.float32:
         above = triangle.triu(1)
-        largest = above.abs().amax(1, keepdim=True)  # of a row that centring has emptied only rounding is left
-        above = torch.where(largest < triangle.abs().max() * 2.0**-40, 0, above).float()
+        size = triangle.norm(dim=0)  # of a channel: they may be of any
+        largest = (above.abs() / size.where(size > 0, 1)).amax(1, keepdim=True)
+        above = torch.where(largest < 2.0**-40, 0, above).float()  # a row that centring has emptied is rounding
         if Tiles.take(above, 1):
             return _as_bytes(above, triangle.diagonal()), rotation
     C = weight.shape[0]

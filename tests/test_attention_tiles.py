@@ -107,9 +107,21 @@ def test_sharp_and_flat_weights(run):
 
 def test_weights_far_below_the_largest_vanish(run):
     query, key, value = (torch.ones(1, n, 32, dtype=BF16) for n in (16, 70, 70))
-    value[:, 1:] = 1e30
+    value[:, 1:] = 3e38
     key[:, 1:] = -100
     assert (run(query, key, value, 1, 1.0) == 1).all()
+
+
+@pytest.mark.parametrize("size", [2.0**31, 2.0**40, 2.0**100])
+def test_huge_logits(run, size):
+    """One is the largest by far, or all are equal: their multiples are rounded by more than exponents."""
+    query, key, value = (torch.zeros(1, n, 32, dtype=BF16) for n in (16, 70, 70))
+    query[..., 0] = size**0.5 * 1.07
+    key[:, 5, 0], value[:, 5] = size**0.5 * 1.3, 1
+    assert (run(query, key, value, 1, 1.0) == 1).all()
+    key[..., 0] = key[:, 5, 0]
+    given = query, key, made(1, 16, 70, 1, 32)[2], 1, 1.0
+    assert_within(run(*given), *(by_torch(*given, dtype) for dtype in (torch.float64, BF16)), 70)
 
 
 def test_on_average_as_accurate_as_pytorch(run):
@@ -209,6 +221,7 @@ MISTAKES = {
     "weights are cut": ("attention.cpp", "(as_words(first) + 0x8000u) >> 16", "as_words(first) >> 16"),
     "keys of the sample before": ("heads.h", "(task == begin || panel == 0)", "(task == begin)"),
     "every sample has the first one's query": ("attention.cpp", "a.query_rows == 1 ? 0 : b", "0"),
+    "the difference comes last": ("attention.cpp", "(logit - most) * rate", "logit * rate - most * rate"),
 }  # fmt: skip
 MISTAKES_OF_DOTS = {
     "the last pair of channels is left out": ("half_products.h", "pairs < kSide ? pairs", "pairs < kSide ? pairs - 1"),
@@ -226,6 +239,7 @@ def test_planted_mistakes_are_seen(target, mistake, tmp_path):
     wrong = Compiled(tmp_path, mistake, target=target)
     tests = [functools.partial(check, wrong, sizes, query_rows=rows) for sizes in SIZES for rows in (None, 1)]
     tests += [functools.partial(test, wrong) for test in (test_on_average_as_accurate_as_pytorch, test_large_logits)]
+    tests += [functools.partial(test_huge_logits, wrong, 2.0**40)]
     assert any(fails(test) for test in tests)
 
 

@@ -1,10 +1,16 @@
-"""An eager call of an operator runs its kernel directly; whoever watches operators still sees the operator."""
+"""An eager call runs a Triton kernel, or records an operator's gradient, before the dispatcher is asked; whoever
+watches operators still sees the operator.
+"""
+
+import json
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ExecutionTraceObserver
 from torch.utils.flop_counter import FlopCounterMode
 
 import h2ot_kernels as h2ot
@@ -34,7 +40,7 @@ DIFFERENTIABLE = ("gather_tokens", "merge_tokens", "recover_interpolate", "recov
 _HAS_TRITON, _WHY_NOT = backend.can_run("gather_tokens", "triton", DEVICE)
 needs_triton = pytest.mark.skipif(not _HAS_TRITON, reason=_WHY_NOT)
 TRITON = [pytest.param(name, "triton", marks=needs_triton, id=f"{name}-triton") for name in CALLS]
-DIRECT = [*TRITON, *((name, "cpp") for name in DIFFERENTIABLE)]  # others of C++ are their operators
+DIRECT = [*TRITON, *((name, "cpp") for name in DIFFERENTIABLE)]  # what has no gradient in C++ is its operator
 BY = [pytest.param("triton", marks=needs_triton), "cpp"]
 RECORDED = [*TRITON[: len(DIFFERENTIABLE)], *DIRECT[len(TRITON) :]]
 
@@ -67,13 +73,12 @@ def operators_called(monkeypatch):
     return met
 
 
-@pytest.mark.parametrize(("name", "by"), DIRECT)
+@pytest.mark.parametrize(("name", "by"), TRITON)
 def test_an_eager_call_is_the_operator_without_the_dispatcher(name, by, operators_called):
     direct, op, arguments = parts(name, by)
     wanted = op(*arguments)
     operators_called.clear()
-    short = [torch.inference_mode()] if by == "triton" else []  # there the way to others is short
-    for context in (torch.no_grad(), torch.enable_grad(), *short):
+    for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with context:
             found = direct(*arguments)
         both = (x if isinstance(x, tuple) else (x,) for x in (found, wanted))
@@ -96,7 +101,8 @@ def test_gradients_are_those_of_the_operator(name, by, operators_called):
         results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
-    assert f"h2ot_kernels::{named(name, by)}" not in operators_called
+    assert by == "cpp" or f"h2ot_kernels::{named(name, by)}" not in operators_called
+    assert type(first_of(direct(*arguments)).grad_fn).__name__ == f"{named(name, by)}Backward"
 
 
 def negated(x):
@@ -149,6 +155,39 @@ def test_second_order_gradients(by):
     assert torch.autograd.gradgradcheck(function, doubles, fast_mode=True)
 
 
+@pytest.mark.parametrize(("name", "by"), RECORDED)
+def test_batched_gradients(name, by):
+    """PyTorch's own `vmap` of many gradients (`jacobian(vectorize=True)`), whose tensors look plain."""
+    direct, _, (x, *rest) = parts(name, by)
+    out = first_of(direct(x.requires_grad_(), *rest))
+    many = rand(3, *out.shape)
+    together = torch.autograd.grad(out, x, many, is_grads_batched=True, retain_graph=True)[0]
+    apart = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in many]
+    torch.testing.assert_close(together, torch.stack(apart))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_functional_tensors(name):
+    """Those of functionalisation have no memory of their own; a null pointer would be an argument that is not given."""
+    direct, op, arguments = parts(name, "cpp")
+    wanted = first_of(op(*arguments))
+    for position, x in enumerate(arguments):
+        if isinstance(x, torch.Tensor):
+            given = [*arguments[:position], torch._to_functional_tensor(x), *arguments[position + 1 :]]
+            assert torch.equal(torch._from_functional_tensor(first_of(direct(*given))), wanted)
+
+
+@pytest.mark.parametrize(("name", "by"), RECORDED)
+def test_no_tangent_is_lost_in_a_backward_pass(name, by):
+    direct, _, (x, *rest) = parts(name, by)
+    out = first_of(direct(x.requires_grad_(), *rest))
+    one = torch.ones_like(out)
+    with pytest.raises(NotImplementedError, match=rf"the gradient of {named(name, by)} has no forward-mode"):
+        torch.func.jvp(lambda grad: torch.autograd.grad(out, x, grad, retain_graph=True)[0], (one,), (one,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.autograd.grad((out * forward_ad.make_dual(one, one)).sum(), x)
+
+
 @needs_triton
 def test_what_has_no_gradient_still_says_so():
     """score_tokens is not differentiable: the operator's own answer, when a gradient is asked of it."""
@@ -193,6 +232,29 @@ def test_tracing_sees_the_operator(by, options):
     graph = make_fx(lambda *tensors: direct(*tensors, dim, out_dim), **options)(*tensors)
     assert op in {node.target for node in graph.graph.nodes}
     assert torch.equal(graph(*tensors), direct(*tensors, dim, out_dim))
+
+
+@pytest.mark.parametrize("name", ["gather_tokens", "recover_interpolate", "recover_attention"])
+def test_tracing_before_dispatch_sees_the_operator_of_a_gradient(name):
+    direct, _, (x, *rest) = parts(name, "cpp")
+
+    def gradient(x, *rest):
+        return torch.autograd.grad(first_of(direct(x, *rest)).sum(), x)[0]
+
+    x.requires_grad_()
+    graph = make_fx(gradient, pre_dispatch=True)(x, *rest)
+    assert torch.equal(graph(x, *rest), gradient(x, *rest))
+
+
+def test_an_observer_alone_sees_the_operators(tmp_path):
+    direct, _, (x, *rest) = parts("gather_tokens", "cpp")
+    observer = ExecutionTraceObserver().register_callback(str(tmp_path / "trace.json"))
+    observer.start()
+    direct(x.requires_grad_(), *rest).sum().backward()
+    observer.stop()
+    observer.unregister_callback()
+    found = {node["name"] for node in json.loads((tmp_path / "trace.json").read_text())["nodes"]}
+    assert {"h2ot_kernels::gather_tokens", "h2ot_kernels::scatter_tokens"} <= found
 
 
 @pytest.mark.parametrize("by", BY)

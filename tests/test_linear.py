@@ -58,6 +58,18 @@ def test_without_instructions_for_it_a_product_is_float32s_rounded_once(monkeypa
     assert ((got.double() - exact).abs() <= 0.51 * step * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu", "tanh", "relu"])
+@pytest.mark.parametrize(("C", "M"), [(48, 40), (64, 3), (8, 40)])  # of these few are oneDNN's
+def test_a_row_that_holds_nan_is_nan_behind_an_activation(C, M, activation, dtype):
+    layer, x = Linear(C, M).to(dtype).eval(), torch.randn(5, C, dtype=dtype)
+    x[2, 1] = float("nan")
+    with torch.inference_mode():
+        got = layer(x, activation)
+    assert got.isnan().sum() == M
+    assert got[2].isnan().all()
+
+
 def test_packed_weights_follow_the_weights():
     ours, plain = pair()
     x = torch.randn(4, 48)

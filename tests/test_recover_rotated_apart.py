@@ -93,6 +93,16 @@ def test_weights_of_the_mean_alone(run):
         assert_within(run(tail, token, attended), tail.exactly(token, attended), tail(token, attended), 40)
 
 
+@pytest.mark.parametrize("span", [6, 14])
+def test_channels_that_differ_in_scale(run, span):
+    """Where weights make up for it, rows of the triangle that are small beside the others are no rounding."""
+    tail, token, attended = Tail(128), torch.randn(33, 128), torch.randn(2, 33, 128)
+    sizes = 10 ** (span * (torch.rand(128).sort().values - 0.5))
+    attended *= sizes
+    tail.proj.weight.div_(sizes)
+    assert_within(run(tail, token, attended), tail.exactly(token, attended), tail(token, attended), 128)
+
+
 @pytest.mark.parametrize("outlier", [1.0, 30.0, 1e4])
 def test_nearer_than_float32s_projection(run, outlier):
     """Of rows with a number that stands far above the others the lowest products are taken, too."""

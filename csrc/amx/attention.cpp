@@ -148,14 +148,15 @@ H2OT_INLINE Floats largest_of(const float* logits, int64_t K) {
   return larger(larger(most[0], most[1]), larger(most[2], most[3]));
 }
 
-// 2^(logit rate - most), NaN for NaN, not below 2^-126 (a subnormal result takes the machine 60 ns): 2^n, n the whole
-// number below, times a cubic in the rest, within 8e-5 of it.
+// 2^((logit - most) rate), NaN for NaN, 0 below 2^-125 (a subnormal result takes the machine 60 ns): 2^n, n the whole
+// number below, times a cubic in the rest, within 8e-5 of it. The difference comes first: of large logits a product is
+// rounded by more than whole numbers.
 H2OT_INLINE Floats weight_of(Floats logit, float rate, Floats most) {
-  const Floats lowest = splat<float>(-125.0f), given = logit * rate - most;
-  const __m512 x = reinterpret_cast<__m512>(lowest > given ? lowest : given);
+  const __m512 x = reinterpret_cast<__m512>((logit - most) * rate);
+  const __mmask16 counts = _mm512_cmp_ps_mask(x, reinterpret_cast<__m512>(splat<float>(-125.0f)), _CMP_NLT_UQ);
   const Floats f = reinterpret_cast<Floats>(_mm512_maskz_reduce_ps(kAll, x, _MM_FROUND_TO_NEG_INF));
   const Floats power = ((0x1.3f9662p-4f * f + 0x1.cefc5ap-3f) * f + 0x1.64444ep-1f) * f + 0x1.fff632p-1f;
-  return reinterpret_cast<Floats>(_mm512_maskz_scalef_ps(kAll, reinterpret_cast<__m512>(power), x));
+  return reinterpret_cast<Floats>(_mm512_maskz_scalef_ps(counts, reinterpret_cast<__m512>(power), x));
 }
 
 // Two vectors as pairs of bfloat16 numbers, to nearest; what is just between becomes the larger.
@@ -167,7 +168,7 @@ H2OT_INLINE Words rounded_pairs(Floats first, Floats second) {
 
 // The weights of sixteen lanes as tiles, two from one to the next, and their sums.
 H2OT_INLINE Floats soften(const float* logits, int64_t K, float rate, uint16_t* weights) {
-  const Floats most = largest_of(logits, K) * rate;
+  const Floats most = largest_of(logits, K);
   Floats sum = {};
   const auto put = [&](int64_t i, Floats first, Floats second) __attribute__((always_inline)) {
     sum += first + second;

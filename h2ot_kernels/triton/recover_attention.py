@@ -331,7 +331,7 @@ def recover_attention_backward(
     return grad_query, grad_key, grad_value
 
 
-_gradient = declare_custom("recover_attention_backward_triton", function=recover_attention_backward, **BACKWARD)
+_ops = torch.ops.h2ot_kernels
 implement(
     "recover_attention",
     "triton",
@@ -339,7 +339,7 @@ implement(
         "recover_attention_triton",
         function=recover_attention,
         **FORWARD,
-        backward=attention_gradient(_gradient),
+        backward=attention_gradient(lambda *args: _ops.recover_attention_backward_triton(*args)),
     ),
 )
 implement(
@@ -347,3 +347,4 @@ implement(
     "triton",
     declare_custom("recover_attention_out_triton", function=recover_attention_out, **into_out(FORWARD)),
 )
+declare_custom("recover_attention_backward_triton", function=recover_attention_backward, **BACKWARD)

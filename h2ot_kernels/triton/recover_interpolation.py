@@ -1,5 +1,6 @@
 """Interpolation in time, forward and backward: one kernel each, no atomics."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -172,21 +173,25 @@ recover_interpolate = allocating(FORWARD["fake"], recover_interpolate_out)
 recover_interpolate_backward = allocating(BACKWARD["fake"], recover_interpolate_backward_out)
 
 
-_forward = declare_custom(
-    "recover_interpolate_triton",
-    function=recover_interpolate,
-    **FORWARD,
-    backward=transposed(lambda *args: _backward(*args)),
+_ops = torch.ops.h2ot_kernels
+implement(
+    "recover_interpolate",
+    "triton",
+    declare_custom(
+        "recover_interpolate_triton",
+        function=recover_interpolate,
+        **FORWARD,
+        backward=transposed(lambda *args: _ops.recover_interpolate_backward_triton(*args)),
+    ),
 )
-_backward = declare_custom(
-    "recover_interpolate_backward_triton",
-    function=recover_interpolate_backward,
-    **BACKWARD,
-    backward=transposed(_forward),
-)
-implement("recover_interpolate", "triton", _forward)
 implement(
     "recover_interpolate_out",
     "triton",
     declare_custom("recover_interpolate_out_triton", function=recover_interpolate_out, **into_out(FORWARD)),
+)
+declare_custom(
+    "recover_interpolate_backward_triton",
+    function=recover_interpolate_backward,
+    **BACKWARD,
+    backward=transposed(lambda *args: _ops.recover_interpolate_triton(*args)),
 )
