@@ -14,7 +14,7 @@ from .inference import dots_run, floats_panel, tiles_run
 from .linear_floats import floats_run
 from .linear_halves import Halves, adds_to_float
 from .linear_products import HAS_ONEDNN, Product, Widened, is_widened, product_of
-from .packed import ACTIVATIONS, NO_NORM, Packed
+from .packed import ACTIVATIONS, NO_NORM, Packed, has_even_rows
 from .samples import Samples
 from .watched import in_turn, is_own, is_plain, is_silent
 
@@ -283,7 +283,7 @@ def attention_in_one_call(
         attended = layers.rounded(one.operators.attend(x, *given, *inside))
         return attended if out is None else out.copy_(attended)
     laid_out = residual is not None and out.shape == residual.shape and out.stride() == residual.stride()
-    if not laid_out or out.dtype != residual.dtype:
+    if not laid_out or out.dtype != residual.dtype or not has_even_rows(out):
         return None
     one.operators.attend_out(x, *given, *(inside or NO_NORM), out)
     return out

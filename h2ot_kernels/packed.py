@@ -85,7 +85,7 @@ class Packed:
         Returns False, with nothing written, where that is not for this operator.
         """
         fits = x.dtype in self.adds and residual.dtype in self.adds and residual.dtype == out.dtype
-        fits = fits and residual.stride() == out.stride()
+        fits = fits and residual.stride() == out.stride() and has_even_rows(out)
         if (
             not fits
             or self.chunks > 1
@@ -96,6 +96,18 @@ class Packed:
         given = self.packed, self.bias, residual, self.out_features, 1, False, *NO_NORM
         self.operators.linear_out(x, *given, out)
         return True
+
+
+def has_even_rows(x: Tensor) -> bool:
+    """Whether all rows of x [..., C] are equally far apart, in order, as those of a part of wider rows are."""
+    if x.is_contiguous():
+        return True
+    apart = None
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size > 1 and apart not in (None, stride):
+            return False
+        apart = size * stride if size > 1 else apart
+    return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
 def count_flops(x, packed, bias, residual, out_features, chunks, gelu, *norm) -> int:

@@ -1,5 +1,7 @@
 """Layers that read rows, and write rows, which stand apart: slices of wider tensors, as the streams of MHFormer are."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -135,6 +137,18 @@ def test_other_places_are_refused(kind):
         weights = packed if chunks == 1 else pack(torch.randn(C, C), 2)
         with pytest.raises(ValueError, match="wanted an out of the result's shape and dtype, of one chunk"):
             operators.linear_out(x, weights, None, residual, C, chunks, False, *NO_NORM, out)
+
+
+@needs_ours
+def test_rows_that_no_one_step_reaches_are_written_all_the_same():
+    layer, attention, x = Linear(C, C).eval(), Attention(C, 3).eval(), torch.randn(2, 9, C)
+    turned = torch.randn(9, 2, C).transpose(0, 1)
+    with torch.inference_mode():
+        attend = partial(attention, x, 1, with_query_key=False)
+        for update in (partial(layer, x), lambda **given: attend(**given)[0]):
+            out = turned.clone()
+            assert update(residual=turned, out=out) is out
+            torch.testing.assert_close(out, update(residual=turned.contiguous()))
 
 
 @needs_ours
