@@ -128,7 +128,7 @@ def test_memory_that_holds_the_negative(name, by):
 
 @pytest.mark.parametrize(("name", "by"), DIRECT)
 def test_zeros_without_memory(name, by):
-    """Autograd makes such tensors for what no gradient reaches; their address is null."""
+    """PyTorch makes such tensors for derivatives that are zero; their address is null."""
     direct, _, (x, *rest) = parts(name, by)
     zeros = torch._efficientzerotensor(x.shape, device=DEVICE)
     assert zeros._is_zerotensor()
