@@ -235,8 +235,9 @@ def test_tracing_sees_the_operator(by, options):
 
 
 @pytest.mark.parametrize("name", ["gather_tokens", "recover_interpolate", "recover_attention"])
-def test_tracing_before_dispatch_sees_the_operator_of_a_gradient(name):
-    direct, _, (x, *rest) = parts(name, "cpp")
+@pytest.mark.parametrize("by", BY)
+def test_tracing_before_dispatch_sees_the_operator_of_a_gradient(by, name):
+    direct, _, (x, *rest) = parts(name, by)
 
     def gradient(x, *rest):
         return torch.autograd.grad(first_of(direct(x, *rest)).sum(), x)[0]

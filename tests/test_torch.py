@@ -141,7 +141,7 @@ class Named(torch.Tensor):
 
 
 def test_a_tensor_subclass_meets_the_operator_and_has_its_gradient():
-    """Plain tensors are recorded before the dispatcher is asked (library._direct); these must not be."""
+    """Plain tensors are recorded before the dispatcher is asked (library._recorded); these must not be."""
     x, index = rand(2, 9, 4, grad=True), h2ot.prune_sample(9, 3)
     Named.met.clear()
     named = h2ot.gather_tokens(x.as_subclass(Named), index)
