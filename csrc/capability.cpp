@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "launch.h"
+#include "launch_cpu.h"
 
 #ifdef H2OT_AMX
 #include <sys/syscall.h>
@@ -128,6 +128,16 @@ Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
   if (fits && a.K >= kFewKeys && dots_run()) return bf16_dots::attend(a, pool);
 #endif
   return kernels().recover_attention(a, pool);
+}
+
+Status score_attention(const AttentionScoreArgs& a, const Parallel& pool) {
+#ifdef H2OT_AMX
+  constexpr int64_t kFewFrames = 24, kFewChannels = 8;  // below, the kernels of float32 are as fast
+  const bool fits = a.dtype == Dtype::bf16 && a.scale >= 0 && a.D >= kFewChannels && a.F >= kFewFrames &&
+                    a.query_stride[4] == 1 && a.key_stride[4] == 1;
+  if (fits && tiles_run()) return amx::attention_score(a, pool);
+#endif
+  return kernels().attention_score(a, pool);
 }
 
 #ifdef H2OT_BF16_DOTS

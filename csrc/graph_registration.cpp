@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "launch_cpu.h"
 #include "require.h"
 
 namespace h2ot {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "launch_cpu.h"
 #include "require.h"
 
 namespace h2ot {

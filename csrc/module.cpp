@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "cuda/plan.h"
-#include "launch.h"
+#include "launch_cpu.h"
 #include "samples.h"
 
 namespace {

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "launch_cpu.h"
 #include "recover_inputs.h"
 #include "require.h"
 

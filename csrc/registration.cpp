@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "launch_cpu.h"
 #include "require.h"
 
 namespace h2ot {
@@ -153,7 +154,7 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, double scale) {
     args.query_stride[axis] = !joints && axis == 1 ? 0 : query.stride(from);
     args.key_stride[axis] = !joints && axis == 1 ? 0 : key.stride(from);
   }
-  check(kernels().attention_score(args, pool()), "prune_attention");
+  check(score_attention(args, pool()), "prune_attention");
   return score;
 }
 

@@ -1,6 +1,7 @@
 // The torch-facing file of recovery with its tail in rotated channels. Only h2ot_kernels/recover_rotated.py calls it.
 #include <torch/csrc/stable/library.h>
 
+#include "launch_cpu.h"
 #include "recover_inputs.h"
 #include "require.h"
 

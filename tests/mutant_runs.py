@@ -27,7 +27,7 @@ BY_STEM = {
     **{stem: (FUZZ, f"tests/test_{stem}.py") for stem in STEMS},
     **dict.fromkeys((f"score_{part}" for part in ("state", "rows", "peaks", "matrix", "stored", "streamed")), SCORING),
     **dict.fromkeys(("score", "score_gaussian", "pack", "distance", "product", "quantise"), SCORING),
-    "attention_score": (FUZZ, "tests/test_select.py"),
+    **dict.fromkeys(("attention_score", "received"), (FUZZ, "tests/test_select.py")),
     "recover_attention": (FUZZ, "tests/test_recover_attention.py", "tests/test_dropin_head.py"),
     "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),
     "recover_rotated": ("tests/test_recover_rotated.py",),

@@ -37,6 +37,7 @@ def keys():
     ("bench/hosts.py", {ONNX}),
     ("tests/test_score.py", {TRITON, ARM, SANITIZE}),
     ("csrc/launch.h", {CUDA, ARM, SANITIZE}),
+    ("csrc/launch_cpu.h", {ARM, SANITIZE}),
     ("csrc/cuda/warp.cuh", {CUDA}),
     ("csrc/cuda/plan.cpp", {CUDA}),
     ("tests/simt/watch.cpp", {CUDA, TRITON}),

@@ -39,7 +39,7 @@ def main() -> int:
     jobs = [(file, flags) for file in kernels for flags in (AVX512, ["-DH2OT_ISA=portable"])]
     amx = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=amx", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
     halves = ("attention", "rotated_halves", "linear_halves")
-    tiles = ("linear_tiles", "rotated_tiles", "score_tiles")
+    tiles = ("attention_score", "linear_tiles", "rotated_tiles", "score_tiles")
     jobs += [(ROOT / "csrc" / "amx" / f"{stem}.cpp", amx) for stem in halves + tiles]
     dots = [*AVX512, "-UH2OT_ISA", "-DH2OT_ISA=bf16_dots", "-mavx512bf16"]
     jobs += [(ROOT / "csrc" / "amx" / f"{stem}.cpp", dots) for stem in halves]

@@ -27,13 +27,22 @@ CUDA, TRITON, ARM, SANITIZE, ONNX = "cuda source, simulated", "triton, its PTX",
 _KERNELS = ("score", "select", "cluster", "gather", "recover_attention", "recover_interpolation")
 _TRITON = ("triton", "triton_score", "triton_gather", "triton_pairs", "triton_forms", "triton_tiles", "ptx_barriers")
 _CPU = ("recover_rotated", "add_norm", "graph", "linear_floats")
-_MORE = ("recover_rotated_halves", "recover_rotated_tiles", "linear_halves", "linear_tiles", "linear_out", "samples")
+_MORE = (
+    "recover_rotated_halves",
+    "recover_rotated_tiles",
+    "linear_halves",
+    "linear_tiles",
+    "linear_out",
+    "samples",
+    "attention_tiles",
+    "attention_score_tiles",
+)
 # The tests of each, and what else decides how it ends (dev: versions). Python above kernels has tests of its own.
 TESTS = {
     CUDA: sorted(path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_cuda_simt*.py")),
     TRITON: [*_KERNELS, *_TRITON, "fuzz"],
     ARM: [*_KERNELS, *_CPU, "fuzz"],
-    SANITIZE: [*_KERNELS, *_CPU, *_MORE, "attend", "attention_tiles", "operators", "size", "fuzz"],
+    SANITIZE: [*_KERNELS, *_CPU, *_MORE, "attend", "operators", "size", "fuzz"],
     ONNX: [],
 }
 _SOURCES = {

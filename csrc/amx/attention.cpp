@@ -1,22 +1,19 @@
 // Attention in bfloat16 on the tile unit of recent x86 processors (AMX) or, compiled once more, by the vector units'
 // products of pairs (AVX512-BF16: Zen 4 and later): half_products.h.
 //
-// A task is one head of one sample and one panel of kPanel queries, which stand in the lanes. Logits [key][query] =
+// A task is one head of one sample and one panel of kQueries queries, which stand in the lanes. Logits [key][query] =
 // keys times the panel, whose pairs of channels stand in the rows of a tile; exact softmax down the lanes; out
 // [channel][query] = values, transposed once per head, times the weights, rounded to bfloat16, of which pairs of keys
 // (16 apart) stand in the rows of a tile. Counted per panel and 32 keys: D / 4 tile instructions of 16 cycles, 64
 // vectors of weights of about 13 instructions. Sums in float32; a weight is off by 8e-5 of itself before it is rounded
 // to 2^-9.
 #include "../cpu/heads.h"
-#include "../cpu/transpose.h"
-#include "half_products.h"
+#include "../cpu/softmax.h"
+#include "attention_logits.h"
 
 namespace h2ot {
 namespace H2OT_ISA {
 namespace {
-
-constexpr int64_t kPanel = 2 * kSide, kStepKeys = 2 * kSide, kStepChannels = 2 * kSide;
-static_assert(kSumsStep == kPanel);
 
 // Sizes of a head in tiles; everything is padded with zeros to whole steps.
 struct Head {
@@ -30,9 +27,9 @@ struct Head {
         depth(groups_of(D, kStepChannels)),
         tiles(groups_of(D, kSide)),
         steps(groups_of(a.K, kStepKeys)),
-        panels(groups_of(a.F, kPanel)),
+        panels(groups_of(a.F, kQueries)),
         panel_size(2 * depth * kTileHalves),
-        rate(float(a.scale * 1.4426950408889634)) {}
+        rate(float(a.scale * kLog2E)) {}
 };
 
 // What a thread works in. Tiles are contiguous.
@@ -40,49 +37,25 @@ struct Arrays {
   uint16_t* keys;     // [2 steps][depth][kSide keys][kStepChannels]
   uint16_t* values;   // [tiles][steps][kSide channels][kSide pairs of keys][2]
   uint16_t* queries;  // [2][depth][kSide pairs of channels][kSide queries][2]
-  float* logits;      // [steps kStepKeys][kPanel]
+  float* logits;      // [steps kStepKeys][kQueries]
   uint16_t* weights;  // [steps][2][kSide pairs of keys][kSide queries][2]
-  float* out;         // [tiles kSide, whole steps][kPanel]
+  float* out;         // [tiles kSide, whole steps][kQueries]
 
   Arrays(Carver& memory, const Head& head) {
     keys = memory.take<uint16_t>(2 * head.steps * head.depth * kTileHalves);
     values = memory.take<uint16_t>(head.tiles * head.steps * kTileHalves);
     queries = memory.take<uint16_t>(head.panel_size);
-    logits = memory.take<float>(head.steps * kStepKeys * kPanel);
+    logits = memory.take<float>(head.steps * kStepKeys * kQueries);
     weights = memory.take<uint16_t>(head.steps * 2 * kTileHalves);
-    out = memory.take<float>(head.depth * kStepChannels * kPanel);
+    out = memory.take<float>(head.depth * kStepChannels * kQueries);
   }
 };
 
-// The words of a row of bfloat16 numbers from channel c on, two in each, 0 behind channel D.
-H2OT_INLINE Words pairs_of(const uint16_t* row, int64_t c, int64_t D) {
-  Words words = {};
-  const int64_t left = D - c;
-  if (left >= kStepChannels) {
-    memcpy(&words, row + c, sizeof words);
-  } else {
-    memcpy(&words, row + c, size_t(left) * sizeof(uint16_t));
-  }
-  return words;
-}
-
-// The queries of a panel as two columns of tiles; zeros behind the last one.
+// The queries of a panel.
 void pack_queries(const RecoverAttentionArgs& a, const Head& head, int64_t b, int64_t h, int64_t panel, uint16_t* to) {
-  const int64_t first = panel * kPanel, count = a.F - first, stride = a.query_at.stride_n;
-  const uint16_t* const x = head_of<uint16_t>(a.query, a.query_at, b, h * head.D) + first * stride;
-  for (int64_t tile = 0; tile < 2; tile++) {
-    for (int64_t step = 0; step < head.depth; step++, to += kTileHalves) {
-      Words rows[kSide];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; i++) {
-        const int64_t row = tile * kSide + i;
-        rows[i] = row < count ? pairs_of(x + row * stride, step * kStepChannels, head.D) : Words{};
-      }
-      transpose(rows);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kSide; i++) memcpy(to + i * kStepChannels, &rows[i], sizeof rows[i]);
-    }
-  }
+  const int64_t first = panel * kQueries, apart = a.query_at.stride_n;
+  const uint16_t* const x = head_of<uint16_t>(a.query, a.query_at, b, h * head.D) + first * apart;
+  pack_queries(x, apart, a.F - first, head.D, to);
 }
 
 // Sixteen channels of a row of values from c on, widened; 0 behind channel D, and where there is no row.
@@ -111,41 +84,17 @@ void pack_values(const uint16_t* value, int64_t stride, int64_t K, const Head& h
   }
 }
 
-void multiply_keys(const Head& head, const Arrays& at, const uint16_t* queries) {
-  const int64_t next = head.depth * kTileHalves;
-  for (int64_t step = 0; step < head.steps; step++) {
-    multiply<2>(at.keys + 2 * step * next, next, queries, next, kTileHalves, groups_of(head.D, 2),
-                at.logits + step * kStepKeys * kPanel);
-  }
-}
-
 void multiply_values(const Head& head, const Arrays& at) {
   const int64_t next = head.steps * kTileHalves, pairs = head.steps * kSide;
   for (int64_t tile = 0; tile < head.tiles; tile += 2) {
     const uint16_t* const values = at.values + tile * next;
-    float* const out = at.out + tile * kSide * kPanel;
+    float* const out = at.out + tile * kSide * kQueries;
     if (tile + 1 < head.tiles) {
       multiply<2>(values, next, at.weights, kTileHalves, 2 * kTileHalves, pairs, out);
     } else {
       multiply<1>(values, next, at.weights, kTileHalves, 2 * kTileHalves, pairs, out);
     }
   }
-}
-
-H2OT_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-// Of the K logits of each lane, kPanel from one to the next.
-H2OT_INLINE Floats largest_of(const float* logits, int64_t K) {
-  Floats most[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) most[i] = load(logits);
-  int64_t k = 0;
-  for (; k + 4 <= K; k += 4, logits += 4 * kPanel) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) most[i] = larger(load(logits + i * kPanel), most[i]);
-  }
-  for (; k < K; k++, logits += kPanel) most[0] = larger(load(logits), most[0]);
-  return larger(larger(most[0], most[1]), larger(most[2], most[3]));
 }
 
 // 2^((logit - most) rate), NaN for NaN, 0 below 2^-125 (a subnormal result takes the machine 60 ns): 2^n, n the whole
@@ -168,7 +117,7 @@ H2OT_INLINE Words rounded_pairs(Floats first, Floats second) {
 
 // The weights of sixteen lanes as tiles, two from one to the next, and their sums.
 H2OT_INLINE Floats soften(const float* logits, int64_t K, float rate, uint16_t* weights) {
-  const Floats most = largest_of(logits, K);
+  const Floats most = largest_of<float>(logits, K);
   Floats sum = {};
   const auto put = [&](int64_t i, Floats first, Floats second) __attribute__((always_inline)) {
     sum += first + second;
@@ -176,9 +125,9 @@ H2OT_INLINE Floats soften(const float* logits, int64_t K, float rate, uint16_t* 
     memcpy(weights + i * kStepKeys, &pairs, sizeof pairs);
   };
   const auto weight = [&](int64_t i)
-                          __attribute__((always_inline)) { return weight_of(load(logits + i * kPanel), rate, most); };
+                          __attribute__((always_inline)) { return weight_of(load(logits + i * kQueries), rate, most); };
   int64_t k = 0;
-  for (; k + kStepKeys <= K; k += kStepKeys, logits += kStepKeys * kPanel, weights += 2 * kTileHalves) {
+  for (; k + kStepKeys <= K; k += kStepKeys, logits += kStepKeys * kQueries, weights += 2 * kTileHalves) {
 #pragma GCC unroll 2
     for (int64_t i = 0; i < kSide; i++) put(i, weight(i), weight(i + kSide));
   }
@@ -203,7 +152,7 @@ H2OT_INLINE void put_channels(const float* sums, Floats share, int64_t queries, 
   Words x[kSide];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kSide; i++) {
-    x[i] = nearest_pairs(load(sums + 2 * i * kPanel) * share, load(sums + (2 * i + 1) * kPanel) * share);
+    x[i] = nearest_pairs(load(sums + 2 * i * kQueries) * share, load(sums + (2 * i + 1) * kQueries) * share);
   }
   transpose(x);
   const auto wanted = __mmask32((uint64_t(1) << (channels < kStepChannels ? channels : kStepChannels)) - 1);
@@ -240,7 +189,7 @@ struct Forward {
     ask_for_rows(head_of<uint16_t>(a.value, a.value_at, b, h * head.D), a.value_at.stride_n, head.D, from, to);
   }
   void attend(int64_t b, int64_t h, int64_t panel, BFloat16* rows) const {
-    const int64_t first = panel * kPanel, count = a.F - first < kPanel ? a.F - first : kPanel;
+    const int64_t first = panel * kQueries, count = a.F - first < kQueries ? a.F - first : kQueries;
     const uint16_t* queries = at.queries;
     if (packed_queries) {
       queries = packed_queries + (h * head.panels + panel) * head.panel_size;
@@ -248,7 +197,7 @@ struct Forward {
       pack_queries(a, head, a.query_rows == 1 ? 0 : b, h, panel, at.queries);
     }
     ask_for_rows<true>(rows + h * head.D, a.C, head.D, 0, count);
-    multiply_keys(head, at, queries);
+    multiply_keys(at.keys, head.steps, queries, head.D, at.logits);
     Floats sums[2];
     for (int64_t half = 0; half < 2; half++) {
       sums[half] = soften(at.logits + half * kSide, a.K, head.rate, at.weights + half * kTileHalves);
@@ -258,7 +207,7 @@ struct Forward {
       const Floats share = 1 / sums[half];
       uint16_t* const to = reinterpret_cast<uint16_t*>(rows) + half * kSide * a.C + h * head.D;
       for (int64_t c = 0; c < head.D; c += kStepChannels) {
-        put_channels(at.out + c * kPanel + half * kSide, share, count - half * kSide, head.D - c, to + c, a.C);
+        put_channels(at.out + c * kQueries + half * kSide, share, count - half * kSide, head.D - c, to + c, a.C);
       }
     }
   }
@@ -268,7 +217,7 @@ struct Forward {
 
 Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
   const Head head(a);
-  const int64_t grain = 1 + 2000000 / (a.K * head.D * kPanel + 1);
+  const int64_t grain = 1 + 2000000 / (a.K * head.D * kQueries + 1);
   uint16_t* packed = nullptr;
   if (a.query_rows == 1 && a.B > 1) {
     const int64_t panels = a.H * head.panels;
@@ -280,7 +229,7 @@ Status attend(const RecoverAttentionArgs& a, const Parallel& pool) {
       }
     });
   }
-  return attend_heads<Forward>(a, pool, kPanel, grain,
+  return attend_heads<Forward>(a, pool, kQueries, grain,
                                [&](Carver& memory) { return Forward(memory, a, head, packed); });
 }
 

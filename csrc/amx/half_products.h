@@ -14,6 +14,17 @@ constexpr int64_t kStepHalves = kDepth / int64_t(sizeof(uint16_t));
 constexpr int64_t kTileHalves = kTile / int64_t(sizeof(uint16_t));
 constexpr int64_t kSumsStep = 2 * kSide;  // from one row of sums to the next
 
+// The first `count` of the kStepHalves numbers from x on, zeros behind them.
+H2OT_INLINE Words load_step(const uint16_t* x, int64_t count) {
+  if (count < kStepHalves) {
+    const auto wanted = __mmask32((uint64_t(1) << (count > 0 ? count : 0)) - 1);
+    return reinterpret_cast<Words>(_mm512_maskz_loadu_epi16(wanted, x));
+  }
+  Words words;
+  memcpy(&words, x, sizeof words);
+  return words;
+}
+
 // `count` rows of C numbers, `apart` from each other, as `groups` times kSide rows in tiles, zeros for the others and
 // behind channel C.
 static inline void pack_rows(const uint16_t* x, int64_t apart, int64_t count, int64_t C, int64_t groups, int64_t steps,
@@ -21,13 +32,8 @@ static inline void pack_rows(const uint16_t* x, int64_t apart, int64_t count, in
   for (int64_t r = 0; r < groups * kSide; r++) {
     for (int64_t s = 0; s < steps; s++) {
       uint16_t* const at = to + ((r / kSide * steps + s) * kSide + r % kSide) * kStepHalves;
-      const int64_t left = r < count ? C - s * kStepHalves : 0;
-      if (left >= kStepHalves) {
-        memcpy(at, x + r * apart + s * kStepHalves, kStepHalves * sizeof(uint16_t));
-      } else {
-        memset(at, 0, kStepHalves * sizeof(uint16_t));
-        if (left > 0) memcpy(at, x + r * apart + s * kStepHalves, size_t(left) * sizeof(uint16_t));
-      }
+      const Words words = r < count ? load_step(x + r * apart + s * kStepHalves, C - s * kStepHalves) : Words{};
+      memcpy(at, &words, sizeof words);
     }
   }
 }

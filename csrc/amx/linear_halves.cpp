@@ -1,8 +1,8 @@
-// Linear layers in bfloat16 (launch.h: LinearHalvesArgs) by the tile unit, or by products of pairs in vectors: a block
-// of rows, normed and packed as tiles, meets one panel of weights after the other, and the sums of one product become
-// results beside the next. Count: rows C M / 2 products of pairs; in vectors 16 an instruction, which on Zen 4 takes as
-// long as one of float32 multiply-adds; by the unit 4096 in 16 cycles, for 2 x 2 tiles four loads of 1 KB beside them,
-// of which two are rows from the second-level cache: the weights of a panel stay in the first.
+// Linear layers in bfloat16 (launch_linear.h: LinearHalvesArgs) by the tile unit, or by products of pairs in vectors: a
+// block of rows, normed and packed as tiles, meets one panel of weights after the other, and the sums of one product
+// become results beside the next. Count: rows C M / 2 products of pairs; in vectors 16 an instruction, which on Zen 4
+// takes as long as one of float32 multiply-adds; by the unit 4096 in 16 cycles, for 2 x 2 tiles four loads of 1 KB
+// beside them, of which two are rows from the second-level cache: the weights of a panel stay in the first.
 #include "../cpu/linear_blocks.h"
 #include "gelu_halves.h"
 #include "half_products.h"

@@ -1,7 +1,7 @@
-// The entry points that every instruction set defines; their contracts stand in launch.h.
+// The entry points that every instruction set defines; their contracts stand in launch.h and launch_linear.h.
 #pragma once
 
-#include "../launch.h"
+#include "../launch_cpu.h"
 
 namespace h2ot {
 namespace H2OT_ISA {

@@ -1,8 +1,7 @@
-// Linear layers in float32 (launch.h: LinearFloatsArgs): a block of rows, normed, meets one panel of weights after the
-// other, and sums become results in the first-level cache.
-// Count: rows C M multiply-adds; per step of a tile's channels kRows broadcasts and kFloatsVectors loads beside
-// kRows kFloatsVectors of them. Few rows a tile: those of 1024 channels begin in the same set of the first-level cache,
-// which has 8 places.
+// Linear layers in float32 (launch_linear.h: LinearFloatsArgs): a block of rows, normed, meets one panel of weights
+// after the other, and sums become results in the first-level cache. Count: rows C M multiply-adds; per step of a
+// tile's channels kRows broadcasts and kFloatsVectors loads beside kRows kFloatsVectors of them. Few rows a tile: those
+// of 1024 channels begin in the same set of the first-level cache, which has 8 places.
 #include "gelu.h"
 #include "kernels.h"
 #include "linear_blocks.h"

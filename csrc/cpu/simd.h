@@ -16,7 +16,7 @@
 #include <cstring>
 #include <utility>
 
-#include "../launch.h"
+#include "../launch_cpu.h"
 
 #define H2OT_INLINE static inline __attribute__((always_inline))
 

@@ -44,22 +44,32 @@ H2OT_INLINE Vector<E> exp2_negative(Vector<E> x) {
   return x < Of::kLowest ? Vector<E>{} : power * reinterpret_cast<Vector<E>>(exponent);
 }
 
+// Of the K logits of each lane, kPanel from one to the next: four at a time, for a maximum waits for the one before it.
+template <class E>
+H2OT_INLINE Vector<E> largest_of(const E* logits, int64_t K) {
+  const auto larger = [](Vector<E> a, Vector<E> b) __attribute__((always_inline)) { return a > b ? a : b; };
+  Vector<E> most[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) most[i] = load(logits);
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4, logits += 4 * kPanel<E>) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) most[i] = larger(load(logits + i * kPanel<E>), most[i]);
+  }
+  for (; k < K; k++, logits += kPanel<E>) most[0] = larger(load(logits), most[0]);
+  return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+}
+
 // Turns logits [K][kPanel], of which V vectors are in use, into exp(scale (logit - the lane's largest)), `rate` being
 // scale / ln 2, not negative. sum[v]: their sums.
 template <int V, class E>
 H2OT_INLINE void exponentiate(E* logits, int64_t K, E rate, Vector<E>* sum) {
   Vector<E> largest[V];
 #pragma GCC unroll 2
-  for (int v = 0; v < V; v++) largest[v] = load(logits + v * kLanes<E>);
-  for (int64_t k = 1; k < K; k++) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      const Vector<E> logit = load(logits + k * kPanel<E> + v * kLanes<E>);
-      largest[v] = logit > largest[v] ? logit : largest[v];
-    }
+  for (int v = 0; v < V; v++) {
+    largest[v] = largest_of<E>(logits + v * kLanes<E>, K);
+    sum[v] = Vector<E>{};
   }
-#pragma GCC unroll 2
-  for (int v = 0; v < V; v++) sum[v] = Vector<E>{};
   for (int64_t k = 0; k < K; k++) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {

@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "launch.h"
+#include "launch_cpu.h"
 
 namespace {
 
