@@ -159,6 +159,18 @@ def test_the_largest_numbers_are_scaled():
                 assert_scores(call.scores, python_ref.score_tokens(x.to(dtype).double()))
 
 
+@pytest.mark.parametrize("search", simt.SEARCHES)
+def test_tokens_whose_differences_vanish_beside_one(search):
+    """All bounds of the others are alike: a block's warps share the candidates of a row, and join what they found.
+
+    Without sanitizers, where g++ 12 once left that out (CMakeLists.txt).
+    """
+    x = torch.randint(-8, 9, (1, 40, 8)) / 4
+    x[0, 6] = 2.0**60
+    for call in run([simt.Call(x, k, 9, plan=(search, "direct")) for k in (2, 3)], simt.FAST):
+        assert_scores(call.scores, python_ref.score_tokens(x.double(), call.k))
+
+
 @pytest.mark.parametrize("distance", ["direct", "products"])
 def test_lists_too_long_to_stream_need_nothing_of_the_first_search(distance):
     case = TokenCase("random", B=1, N=400, C=2, k=31, K=30)  # several are the densest of their neighbours

@@ -35,7 +35,9 @@ SANITIZED_QUICK = ("-O0", *SANITIZED[2:])  # to build: a third of the time
 FAST = ("-O1",)
 WATCHED = ("-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")  # tests/simt/watch.h
 QUICK = ("-O0",)  # to build
-_COMPILER = ("g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{_HERE}")
+# The last flag: CMakeLists.txt.
+_COMPILER = ("g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{_HERE}",
+             "-fno-delete-null-pointer-checks")  # fmt: skip
 # What all drivers include, whatever the kernels are.
 _COMMON = '#include <fstream>\n#include <iostream>\n#include <string>\n#include <utility>\n#include "buffer.h"\n'
 
@@ -76,7 +78,8 @@ def _compile(source: Path, result: Path, *flags: str | Path) -> Path:
 
 def _common_header(flags) -> Path:
     """Compiled once per flags: a third to a half of the time that a small driver takes."""
-    header = ROOT / "build" / "simt" / f"common-{_digest(*flags, _COMMON, *sorted(_HERE.glob('*.h')))}" / "common.h"
+    made_from = _digest(*_COMPILER, *flags, _COMMON, *sorted(_HERE.glob("*.h")))
+    header = ROOT / "build" / "simt" / f"common-{made_from}" / "common.h"
     header.parent.mkdir(parents=True, exist_ok=True)
     if not header.exists():
         header.write_text(_COMMON)
@@ -87,7 +90,7 @@ def _common_header(flags) -> Path:
 def _optimized(name: str) -> Path:
     """What is the simulator's own, once for all drivers."""
     source = _HERE / name
-    folder = ROOT / "build" / "simt" / f"simulator-{_digest(source, *sorted(_HERE.glob('*.h')))}"
+    folder = ROOT / "build" / "simt" / f"simulator-{_digest(*_COMPILER, source, *sorted(_HERE.glob('*.h')))}"
     return _compile(source, folder / f"{name}.o", "-O2")
 
 
@@ -103,7 +106,7 @@ def build(
     watcher: "watch" or "traffic", what is told of every access where flags are WATCHED.
     """
     files = sorted([*(sources / "cuda").iterdir(), *sources.glob("*.h"), *_HERE.glob("*.h"), *_HERE.glob("*.cpp")])
-    folder = folder / _digest(*flags, *files)
+    folder = folder / _digest(*_COMPILER, *flags, *files)
     is_watched = "-fsanitize=thread" in flags
     driver = folder / (f"{name}-{watcher}" if is_watched else name)
     if driver.exists():
