@@ -205,6 +205,57 @@ def test_what_long_sequences_show(cls, width):
     assert left(handle, "attention")
 
 
+class AtLength(Masked):
+    """Of so many tokens some are left out."""
+
+    def mask(self, scores):
+        i = torch.arange(scores.shape[-1])
+        return scores.masked_fill(i[:, None] < i, -torch.inf) if len(i) == self.length else scores
+
+
+class WithTable(Masked):
+    """A table of positions, for the clips that it has the size of."""
+
+    def __init__(self, frames):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(frames, frames))
+
+    def mask(self, scores):
+        return scores + self.table if scores.shape[-1] == len(self.table) else scores
+
+
+@pytest.mark.parametrize("attention", [AtLength(length=17), AtLength(length=27), WithTable(81)])
+def test_lengths_that_a_forward_may_know_are_tried(attention):
+    for N in (17, 27, 81):
+        handle, _ = agrees(attention.double().eval(), torch.randn(2, N, C).double())
+        assert left(handle, "attention")
+
+
+class Shows(Masked):
+    """Its weights can be looked at, in some calls."""
+
+    def mask(self, scores):
+        if (self.training, scores.requires_grad)[self.which]:
+            self.seen = scores
+        return scores
+
+
+def test_what_is_stored_in_training_is_stored():
+    """In inference the fast form runs: nothing is stored there."""
+    attention, x = Shows(which=0), torch.randn(2, 5, C)
+    with dropin.patch(attention.eval()) as handle:
+        assert "attention" in replaced(handle)
+        attention(x)
+        assert not hasattr(attention, "seen")
+        attention.train()(x)
+        assert attention.seen.shape == (2, H, 5, 5)
+
+
+def test_what_is_stored_where_autograd_records_is_seen():
+    with dropin.patch(Shows(which=1).eval()) as handle:
+        assert "its forward stores seen where autograd records" in handle.report()
+
+
 class Shorter(Masked):
     def mask(self, scores):
         assert scores.shape[-1] < LONG

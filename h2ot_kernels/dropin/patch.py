@@ -53,8 +53,9 @@ def patch(target, **kernels: bool) -> "Patch":
     a subclass from elsewhere: its parts). Each replacement was first tried beside the original, in float64 on small
     random inputs; what gives another result, or is not known, is left as it is: see `report()`. Several patches of one
     thing are undone in any order: it is fast until the last of them is.
-    Modules are tried with short inputs and with 351 tokens (the longest clips of pose models), and in each number of
-    axes that they take: what only more tokens show is not seen, and calls with another number of axes run the original.
+    Modules are tried with short inputs, with 17 and 351 tokens (joints, the longest clips of pose models), with as many
+    as attention's attributes and tables have, and in each number of axes that they take: what only other numbers of
+    tokens show is not seen, and calls with another number of axes run the original.
     Those of one class, shapes and equal attributes (numbers, strings, functions and plain containers of such) share a
     trial; a module with an attribute of another kind is tried itself.
     In training and where autograd records, the differentiable forms run (first order); arguments are bound by the

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .trial import NotRecognised, NotTried, agree, trial, tried
 SMALLEST = 16  # features of a linear layer below which packing gains nothing
 CONTAINERS = (list, dict, set, deque)
 LONG = 351  # frames, the longest clips of pose models: a window, or the best few keys, show in what is longer than they
+JOINTS = 17
 # Sizes of tokens, channels aside: of each rank a short one with several samples, and LONG along each axis of tokens.
 TOKENS = ((6, 5), (1, LONG), (2, 3, 5), (1, LONG, 1), (1, 1, LONG))
 
@@ -40,10 +42,13 @@ class Attempt(NamedTuple):
     def numbers(self) -> int:
         return sum(map(math.prod, self.sizes))
 
-    def __call__(self, module: nn.Module):
+    def __call__(self, module: nn.Module, recorded: bool = False):
+        """recorded: with gradients to the inputs."""
         generator = torch.Generator().manual_seed(1)
         inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in self.sizes]
-        return module(*inputs, **self.beside)
+        with torch.set_grad_enabled(recorded):
+            inputs = [x.requires_grad_().clone() for x in inputs] if recorded else inputs  # may be written to
+            return module(*inputs, **self.beside)
 
 
 def linear_class(module: nn.Module) -> type:
@@ -83,11 +88,12 @@ def attention_class(module: nn.Module) -> type:
     C = module.proj.in_features
     frames = inspect.signature(type(module).forward).parameters.keys() & set(fast.FastAttentionInPlace.by_name)
     if frames:
-        sizes = (2, 3, 5), (1, 1, LONG), (1, LONG, 1)
+        sizes = [(2, 3, 5), (1, 1, LONG), (1, LONG, 1)]
+        sizes += [size for n in _known_lengths(module) for size in ((1, 2, n), (1, n, 2))]
         attempts = [Attempt(((B * F, J, C),), dict.fromkeys(frames, F)) for B, F, J in sizes]
         attempts.append(Attempt(((6, 5, C),)))
         return _that_agrees(module, (fast.FastAttentionInPlace, fast.FastAttentionAcross), attempts)
-    return _that_agrees(module, (fast.FastAttention, fast.FastAttentionFrames), _of_tokens(C, TOKENS))
+    return _that_agrees(module, (fast.FastAttention, fast.FastAttentionFrames), _of_tokens(C, _sizes(module)))
 
 
 def of_two_inputs(module: nn.Module) -> type:
@@ -104,7 +110,7 @@ def block_class(module: nn.Module) -> type:
                 raise NotRecognised(f"its {name} is {child}, not LayerNorm({C})")
         elif name not in ("attn", "mlp") and child is not None and (*child.parameters(), *child.buffers()):
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
-    return _that_agrees(module, (fast.FastBlock,), _of_tokens(C, TOKENS))
+    return _that_agrees(module, (fast.FastBlock,), _of_tokens(C, _sizes(module, module.attn)))
 
 
 def cross_attention_class(module: nn.Module) -> type:
@@ -115,7 +121,10 @@ def cross_attention_class(module: nn.Module) -> type:
     channels = [getattr(module, name).in_features for name in names]
     attempts = [
         Attempt(tuple((B, N, C) for N, C in zip((queries, keys, keys), channels, strict=True)))
-        for B, queries, keys in ((2, 5, 3), (2, 5, 5), (1, LONG, 9), (1, LONG, LONG))
+        for B, queries, keys in (
+            *((2, 5, 3), (2, 5, 5), (1, LONG, 9), (1, LONG, LONG)),
+            *((1, n, keys) for n in _known_lengths(module) for keys in (9, n)),
+        )
     ]
     return _that_agrees(module, (fast.FastCrossAttention,), attempts)
 
@@ -159,6 +168,22 @@ def _wants_passive(module: nn.Module, *names: str) -> None:
     for name, child in module._modules.items():
         if name not in names and not fast.is_passive(child):
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
+
+
+def _known_lengths(*modules: nn.Module) -> list[int]:
+    """Numbers of tokens that forwards may treat in a way of their own: 17 joints, whole numbers among the attributes of
+    these modules, sides of their own parameters and buffers.
+    """
+    known = {JOINTS}
+    for module in modules:
+        known |= {value for value in vars(module).values() if type(value) is int}
+        own = (*module._parameters.values(), *module._buffers.values())
+        known |= {side for x in own if x is not None and not is_lazy(x) for side in x.shape}
+    return sorted(n for n in known if 1 < n < LONG)
+
+
+def _sizes(*modules: nn.Module) -> tuple[tuple[int, ...], ...]:
+    return (*TOKENS, *(size for n in _known_lengths(*modules) for size in ((1, n), (1, n, 1), (1, 1, n))))
 
 
 def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
@@ -215,9 +240,13 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
             except NotTried as reason:
                 refused.append(attempt)
                 reasons.append(reason)
-        stored = [name for name, parts in _held(twin).items() if _differ(before.get(name), parts)]
-        if expected and stored:
-            raise NotRecognised(f"its forward stores {', '.join(stored)}")
+        if expected:
+            _wants_nothing_stored(before, twin, "")
+            attempt, own = expected[0]
+            with suppress(NotTried):  # where its own forward raises, nothing can differ
+                if not agree(own, tried(lambda: attempt(twin, recorded=True))):
+                    raise NotRecognised("its forward computes something else where autograd records")
+            _wants_nothing_stored(before, twin, " where autograd records")
         largest = {rank: max(a.numbers for a in attempts if a.rank == rank) for rank in (a.rank for a in attempts)}
         without = {a.rank for a in refused if a.numbers == largest[a.rank]}
         ranks = tuple(rank for rank in largest if rank not in without)
@@ -272,15 +301,31 @@ def _differ(before: list[tuple[object, int]] | None, after: list[tuple[object, i
     return any(a is not b or old != new for (a, old), (b, new) in zip(before, after, strict=True))
 
 
+def _stored(before: dict[str, list[tuple[object, int]]], module: nn.Module) -> list[str]:
+    return [name for name, parts in _held(module).items() if _differ(before.get(name), parts)]
+
+
+def _wants_nothing_stored(before: dict[str, list[tuple[object, int]]], module: nn.Module, when: str) -> None:
+    stored = _stored(before, module)
+    if stored:
+        raise NotRecognised(f"its forward stores {', '.join(stored)}{when}")
+
+
 def _trains(twin: nn.Module, expected: list[tuple[Attempt, object]]) -> bool:
-    """Whether the forward gives the same in training mode, the dropout of its child modules set to 0."""
+    """Whether the forward gives the same in training mode, recorded or not, the dropout of its child modules set to 0,
+    and stores nothing then.
+    """
     for module in twin.train().modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    before = _held(twin)
     try:
-        return all(agree(own, tried(lambda: attempt(twin))) for attempt, own in expected)
+        alike = all(agree(own, tried(lambda: attempt(twin))) for attempt, own in expected)
+        attempt, own = expected[0]
+        alike = alike and agree(own, tried(lambda: attempt(twin, recorded=True)))
     except NotTried:
         return False
+    return alike and not _stored(before, twin)
 
 
 class _Twice(nn.Module):
