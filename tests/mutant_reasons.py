@@ -291,11 +291,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "no pair is open at a bit that no column has",
     (
         "csrc/cuda/score_lists.cuh",
-        "const A bound = low[u] > 0 ? low[u] : A(0);",
-        "const A bound = low[u] >= 0 ? low[u] : A(0);",
-    ): "0 either way",
-    (
-        "csrc/cuda/score_lists.cuh",
         "if ((open >> u & 1) && bound < own) {",
         "if ((open >> u & 1) && bound <= own) {",
     ): "of a lane's equals the last is listed first, and gives way to the others",

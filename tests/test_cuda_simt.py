@@ -171,6 +171,18 @@ def test_tokens_whose_differences_vanish_beside_one(search):
         assert_scores(call.scores, python_ref.score_tokens(x.double(), call.k))
 
 
+@pytest.mark.parametrize("search", simt.SEARCHES)
+def test_equal_tokens_whose_products_vanish(search):
+    """Of their lower bounds none is 0, and those with nearer norms stand before them on the lists of their splits."""
+    x = (1 + torch.randint(0, 8, (1, 300, 8))) / 16
+    x[:, 256:] += 2
+    x[:, [10, 280, 290]] = 1
+    x = (x * 2.0**-92).to(torch.bfloat16)
+    x[0, 150] = 2.0**-30
+    (call,) = run([simt.Call(x, 2, 20, plan=(search, "exact_products"))], simt.FAST)
+    assert_scores(call.scores, python_ref.score_tokens(x.double(), 2))
+
+
 @pytest.mark.parametrize("distance", ["direct", "products"])
 def test_lists_too_long_to_stream_need_nothing_of_the_first_search(distance):
     case = TokenCase("random", B=1, N=400, C=2, k=31, K=30)  # several are the densest of their neighbours

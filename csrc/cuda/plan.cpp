@@ -205,6 +205,8 @@ Bound search_bound(const Problem& p, Distance distance) {
   bound.spread = float((mma + sums + norms + split + 4) * kUnit);
   // Of tokens as they are, float32 loses products below 2^-126, which is 2^-66 of the largest or less.
   if (!pairs) bound.eta = std::sqrt(C) * 0x1p-30;
+  const double vanishing = bound.eta / (1 - bound.beta);
+  bound.vanishing = float(vanishing * vanishing * (1 + 0x1p-20));
   return bound;
 }
 

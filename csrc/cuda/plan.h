@@ -118,6 +118,7 @@ struct Plan {
 struct Bound {
   double beta, eta;
   float spread;
+  float vanishing = 0;  // what v can be of equal tokens, its spread taken off, where products underflow
 
   // The least that s can be for v, v's spread taken off.
   H2OT_HOST_DEVICE double least(double v) const {

@@ -9,18 +9,19 @@ namespace cuda {
 
 constexpr int32_t kNoToken = 0x7fffffff;  // above every token
 
-// Puts the pairs that are open (bit u: lower bound low[u], or 0 if that is less, to token column[u * 32 + lane]) where
-// they are among the `room` least by (lower bound, token). A warp keeps the list, entry r in lane r; empty ones are
-// infinite, their token -1. Least first: as many steps as a list has room for, however many pairs are near.
+// Puts the pairs that are open (bit u: lower bound low[u], or 0 up to `vanishing`, to token column[u * 32 + lane])
+// where they are among the `room` least by (lower bound, token): equal tokens have the bound 0. A warp keeps the list,
+// entry r in lane r; empty ones are infinite, their token -1. Least first: as many steps as a list has room for,
+// however many pairs are near.
 template <class A, int kOwn>
-H2OT_DEVICE void list_nearest(A& listed, int32_t& listed_at, int32_t room, const A (&low)[kOwn], const int32_t* column,
-                              uint32_t open, int lane) {
+H2OT_DEVICE void list_nearest(A& listed, int32_t& listed_at, int32_t room, const A (&low)[kOwn], A vanishing,
+                              const int32_t* column, uint32_t open, int lane) {
   while (true) {
     A own = infinity_of(A());
     int own_u = -1;
 #pragma unroll
     for (int u = 0; u < kOwn; u++) {  // tokens ascend with u
-      const A bound = low[u] > 0 ? low[u] : A(0);
+      const A bound = low[u] > vanishing ? low[u] : A(0);
       if ((open >> u & 1) && bound < own) {
         own = bound;
         own_u = u;

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) stream_kernel(Job<typename Ti
       if (__ballot_sync(kAllLanes, near != 0) == 0) continue;
       A listed = lane < room ? shared.low[r][lane] : infinity_of(A());
       int32_t listed_at = lane < room ? shared.at[r][lane] : -1;
-      list_nearest(listed, listed_at, room, value, shared.tokens.column, near, lane);
+      list_nearest(listed, listed_at, room, value, A(0), shared.tokens.column, near, lane);
       __syncwarp();
       if (lane < room) {
         shared.low[r][lane] = listed;

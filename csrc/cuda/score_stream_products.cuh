@@ -18,7 +18,7 @@ struct StreamProductsShared {
   static constexpr int kSide = Tiles::kRows, kOwned = kSide / (Tiles::kThreads / kLanes);
   typename Tiles::Tokens tokens;
   float column_norm[kSide];  // infinite for no token
-  float worst[kSide];        // lower bounds above it are not listed
+  float worst[kSide];        // lower bounds above it are not listed: at least what equal tokens can have
   float furthest[kSide];     // upper bounds of the largest distances
   TileOrder order;           // here rather than in registers
   union {
@@ -46,13 +46,14 @@ H2OT_DEVICE void list_near(const Job<float>& job, int64_t b, int r, StreamProduc
   const int64_t at = SearchPart(job, b, blockIdx.x).list_of(job, b, r, i) * room + lane;
   float listed = lane < room ? job.listed[at] : infinity_of(0.0f);
   int32_t listed_at = lane < room ? job.listed_at[at] : -1;
-  list_nearest(listed, listed_at, room, low, shared.tokens.column, near, lane);
+  const float vanishing = job.bound.vanishing;
+  list_nearest(listed, listed_at, room, low, vanishing, shared.tokens.column, near, lane);
   __syncwarp();
   if (lane < room) {
     job.listed[at] = listed;
     job.listed_at[at] = listed_at;
   }
-  if (lane == room - 1) shared.worst[r] = listed < kLargest ? listed : kLargest;
+  if (lane == room - 1) shared.worst[r] = listed > kLargest ? kLargest : listed > vanishing ? listed : vanishing;
 }
 
 // The pairs of a warp's rows in one tile. Nearly all rows of nearly all tiles have none to list: what they take is what
