@@ -320,7 +320,11 @@ MISTAKES = {
         "high += load_wide(residual + kFloats)",
         "high += load_wide(residual)",
     ),
-    "channels behind the last are not 0": ("half_products.h", "memset(at, 0, kStepHalves * sizeof(uint16_t));", ""),
+    "channels behind the last are not 0": (
+        "half_products.h",
+        "_mm512_maskz_loadu_epi16(wanted, x)",
+        "_mm512_loadu_si512(x)",
+    ),
     "the next interval's cubic": ("gelu_halves.h", "_mm512_set1_ps(0x1p23f)", "_mm512_set1_ps(0x1.000002p23f)"),
     "a cubic is a parabola": ("gelu_halves.h", "kIntervals = 32, kTerms = 4", "kIntervals = 32, kTerms = 3"),
     "rows of x are adjacent": ("linear_halves.cpp", "    apart = x_row(a);\n", ""),

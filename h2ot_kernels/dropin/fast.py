@@ -57,6 +57,7 @@ class Known(NamedTuple):
     trains: bool = False  # in training it computes what it computes in eval mode, the children's dropout aside
     drops_last: bool = False  # it gives what `proj_drop` makes of the output projection
     softmaxes: tuple[tuple[str, int | None], ...] = ()  # of the children: (name, axis)
+    beside: tuple[tuple[str, type], ...] = ()  # a block's other children: (name, class)
 
 
 UNKNOWN = Known()
@@ -313,6 +314,8 @@ class FastBlock(Tried):
             return False
         if not (is_norm(self.norm1, x.shape[-1]) and is_norm(self.norm2, x.shape[-1])):
             return False
+        if beside(self) != type(self).known.beside or any([part.training for part in self.modules()]):
+            return False
         _, *inside = self.modules()
         return is_silent(*inside)
 
@@ -331,13 +334,19 @@ class FastBlock(Tried):
         return x + mlp(normed.contiguous(), feed.fc1, feed.fc2)
 
 
+def beside(block: nn.Module) -> tuple[tuple[str, type], ...]:
+    """(name, class) of what a block holds beside its norms, attention and MLP: of a drop path."""
+    own = ("norm1", "attn", "norm2", "mlp")
+    return tuple([(name, type(part)) for name, part in block._modules.items() if name not in own])
+
+
 def is_fusible(block: nn.Module) -> bool:
     """Whether its attention and MLP, which may be patched and unpatched on their own, are fast and of packed layers."""
     attention, feed = block.attn, block.mlp
     if not (isinstance(attention, FastAttention) and isinstance(feed, FastMlp)):
         return False
     packed = all(map(is_packed, (attention.qkv, attention.proj, feed.fc2)))
-    return packed and is_plain_mlp(feed) and are_passive(attention, "qkv", "proj")
+    return packed and is_plain_mlp(feed) and are_passive(attention, "qkv", "proj") and has_numbers(attention)
 
 
 def is_norm(module: nn.Module | None, C: int) -> bool:
@@ -357,8 +366,13 @@ def stores_nothing(attention: Fast, *inputs: Tensor, project: tuple[str, ...] = 
     known = type(attention).known
     called = (*project, "proj", "proj_drop") if known.drops_last else (*project, "proj")
     skipped = [part for name, part in attention._modules.items() if name not in called]
-    same = (known.trains or not attention.training) and are_passive(attention, *called)
+    same = (known.trains or not attention.training) and are_passive(attention, *called) and has_numbers(attention)
     return same and all(x.numel() for x in inputs) and is_silent(*skipped)
+
+
+def has_numbers(attention: Fast) -> bool:
+    """Whether its heads and scale are plain numbers, not what a gradient goes to."""
+    return isinstance(attention.num_heads, int) and isinstance(attention.scale, float)
 
 
 def attend(attention: Fast, qkv: Tensor, frame_dim: int = -2, residual: Tensor | None = None) -> Tensor:

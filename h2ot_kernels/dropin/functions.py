@@ -24,12 +24,13 @@ Arguments = Callable[[torch.Generator], tuple]
 class Form(NamedTuple):
     """compute: the replacement, or, where names are to be arranged, what gives the values by their names. Its required
     parameters are a function's first ones, its optional ones those of their own names.
-    arguments: make arguments that tell whether it may replace; the last ones only for functions with a token_mask.
+    arguments: make arguments that tell whether it may replace; masked: the same for functions with a token_mask.
     """
 
     compute: Callable
     arguments: tuple[Arguments, ...]
     is_arranged: bool = True
+    masked: Arguments | None = None
 
 
 def function_for(function: FunctionType, owner: type | None = None) -> Callable:
@@ -40,7 +41,7 @@ def function_for(function: FunctionType, owner: type | None = None) -> Callable:
     takes_mask = "token_mask" in inspect.signature(own).parameters
     reasons = []
     for form in FUNCTIONS[function.__name__][1]:
-        arguments = form.arguments[: 1 + takes_mask]
+        arguments = (*form.arguments, form.masked) if takes_mask and form.masked else form.arguments
         try:
             shared = _shared(function, form.compute, owner)
             with trial():
@@ -209,9 +210,17 @@ def _tokens(generator: torch.Generator) -> Tensor:
     return torch.randn(2, 12, 4, generator=generator, dtype=torch.float64)
 
 
-def _token_dict(generator: torch.Generator) -> dict:
-    x = _tokens(generator)
-    return {"x": x, "token_num": 12, "idx_token": torch.arange(12).repeat(2, 1), "agg_weight": x.new_ones(2, 12, 1)}
+def _more_tokens(generator: torch.Generator) -> Tensor:
+    """With two that are zeros, as padding is, and channels whose root is no whole number."""
+    x = torch.randn(2, 24, 7, generator=generator, dtype=torch.float64)
+    x[0, -2:] = 0
+    return x
+
+
+def _token_dict(generator: torch.Generator, tokens: Callable = _tokens) -> dict:
+    x = tokens(generator)
+    B, N, _ = x.shape
+    return {"x": x, "token_num": N, "idx_token": torch.arange(N).repeat(B, 1), "agg_weight": x.new_ones(B, N, 1)}
 
 
 def _assignment(generator: torch.Generator) -> tuple:
@@ -223,9 +232,13 @@ def _mask(generator: torch.Generator) -> Tensor:
     return torch.rand(2, 12, generator=generator, dtype=torch.float64).argsort() < torch.tensor([[12], [8]])
 
 
-def _of(tokens: Callable, *rest: int) -> tuple[Arguments, Arguments]:
-    """Arguments of clustering, without and with a mask."""
-    return lambda g: (tokens(g), *rest), lambda g: (tokens(g), *rest, _mask(g))
+def _of(tokens: Callable, more_tokens: Callable, *rest: int) -> tuple[Arguments, ...]:
+    """Arguments of clustering; of more tokens, clusters and neighbours."""
+    return lambda g: (tokens(g), *rest), lambda g: (more_tokens(g), 9, 11, *rest[2:])
+
+
+def _masked(tokens: Callable, *rest: int) -> Arguments:
+    return lambda g: (tokens(g), *rest, _mask(g))
 
 
 def _dict_to_merge(**beside) -> tuple[Arguments]:
@@ -247,12 +260,22 @@ FUNCTIONS: dict[str, tuple[str, tuple[Form, ...]]] = {
     "cluster_dpc_knn": (
         "cluster",
         tuple(
-            Form(functools.partial(compute, noise_dtype=noise_dtype), _of(tokens, 5, 3))
-            for compute, tokens in ((_clusters, _tokens), (_clusters_of_dict, _token_dict))
+            Form(
+                functools.partial(compute, noise_dtype=noise_dtype),
+                _of(tokens, more, 5, 3),
+                masked=_masked(tokens, 5, 3),
+            )
+            for compute, tokens, more in (
+                (_clusters, _tokens, _more_tokens),
+                (_clusters_of_dict, _token_dict, functools.partial(_token_dict, tokens=_more_tokens)),
+            )
             for noise_dtype in (None, torch.float32)
         ),
     ),
-    "cluster_dpc_knn_center": ("cluster", (Form(_clusters_without, _of(_tokens, 5, 2, 6)),)),
+    "cluster_dpc_knn_center": (
+        "cluster",
+        (Form(_clusters_without, _of(_tokens, _more_tokens, 5, 2, 6), masked=_masked(_tokens, 5, 2, 6)),),
+    ),
     "merge_tokens": (
         "merge",
         (

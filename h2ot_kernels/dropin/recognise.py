@@ -5,11 +5,13 @@ computes what this module's own forward computes, whatever else stands in that f
 """
 
 import copy
+import functools
 import inspect
 import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from types import FunctionType, MethodType, ModuleType
 from typing import NamedTuple
 
 import torch
@@ -24,15 +26,20 @@ SMALLEST = 16  # features of a linear layer below which packing gains nothing
 CONTAINERS = (list, dict, set, deque)
 LONG = 351  # frames, the longest clips of pose models: a window, or the best few keys, show in what is longer than they
 JOINTS = 17
+LARGE = 100.0  # times the inputs: logits of some 1e4, in which float64 still shows what trials compare
 # Sizes of tokens, channels aside: of each rank a short one with several samples, and LONG along each axis of tokens.
 TOKENS = ((6, 5), (1, LONG), (2, 3, 5), (1, LONG, 1), (1, 1, LONG))
 
 
 class Attempt(NamedTuple):
-    """Sizes of the inputs, random numbers, and further arguments."""
+    """Sizes of the inputs, random numbers times a factor but for the first sample's last token (zeros are padding to
+    some), and further arguments.
+    """
 
     sizes: tuple[tuple[int, ...], ...]
     beside: dict = {}  # noqa: RUF012
+    factor: float = 1.0
+    last: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -45,7 +52,10 @@ class Attempt(NamedTuple):
     def __call__(self, module: nn.Module, recorded: bool = False):
         """recorded: with gradients to the inputs."""
         generator = torch.Generator().manual_seed(1)
-        inputs = [torch.randn(size, generator=generator, dtype=torch.float64) for size in self.sizes]
+        inputs = [torch.randn(size, generator=generator, dtype=torch.float64) * self.factor for size in self.sizes]
+        for x in inputs:
+            if x.dim() > 2:
+                x[0, ..., -1, :] = self.last
         with torch.set_grad_enabled(recorded):
             inputs = [x.requires_grad_().clone() for x in inputs] if recorded else inputs  # may be written to
             return module(*inputs, **self.beside)
@@ -193,12 +203,8 @@ def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Mod
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     twin = type(module).__new__(type(module))
 
-    def apart(x):
-        if isinstance(x, Tensor):
-            return x.detach().to("cpu", copy=True)
-        return copy.copy(x) if isinstance(x, CONTAINERS) else x
-
-    twin.__dict__.update((name, apart(x)) for name, x in module.__dict__.items() if name != "forward")
+    known: dict[int, object] = {}
+    twin.__dict__.update((name, _apart(x, known)) for name, x in module.__dict__.items() if name != "forward")
     for name in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
         twin.__dict__[name] = type(module.__dict__[name])()
 
@@ -230,6 +236,13 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
     for name, buffer in module.named_buffers():
         if not (is_lazy(buffer) or buffer.is_floating_point()):
             raise NotRecognised(f"its buffer {name} of {buffer.dtype} may be a switch: no random value stands for it")
+    # Of each rank values that clamps would show, and a token that is not a number.
+    smallest = {a.rank: a for a in sorted(attempts, key=lambda a: -a.numbers)}.values()
+    attempts = [
+        *attempts,
+        *(a._replace(factor=LARGE) for a in smallest),
+        *(a._replace(last=math.nan) for a in smallest),
+    ]
     with trial():
         twin = tried(lambda: _bare(module))
         before = _held(twin)
@@ -256,7 +269,7 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
         mixin = max(mixins, key=lambda mixin: len(agreeing[mixin]))
         if not agreeing[mixin]:
             raise NotRecognised("its forward computes something else than its structure says")
-        ranks, known = agreeing[mixin], fast.Known(softmaxes=fast.softmaxes(twin))
+        ranks, known = agreeing[mixin], fast.Known(softmaxes=fast.softmaxes(twin), beside=fast.beside(twin))
         if mixin.in_training:
             alike = [(attempt, own) for attempt, own in expected if attempt.rank in ranks]
             known = known._replace(trains=_trains(_bare(module), alike), drops_last=_drops_last(twin, alike))
@@ -267,7 +280,8 @@ def _ranks_that_agree(
     twin: nn.Module, mixin: type, ranks: tuple[int, ...], expected: list[tuple[Attempt, object]]
 ) -> tuple[int, ...]:
     original = type(twin)
-    twin.__class__ = fast.fast_class(mixin, original, ranks, fast.Known(softmaxes=fast.softmaxes(twin)))
+    known = fast.Known(softmaxes=fast.softmaxes(twin), beside=fast.beside(twin))
+    twin.__class__ = fast.fast_class(mixin, original, ranks, known)
     try:
         differ = {a.rank for a, own in expected if a.rank in ranks and not agree(own, tried(lambda: a(twin)))}
     finally:
@@ -282,17 +296,58 @@ def _held(module: nn.Module) -> dict[str, list[tuple[object, int]]]:
 
 
 def _contents(value) -> list[tuple[object, int]]:
-    """What tells whether an attribute was set, or a container or a tensor, in one or not, changed: its parts, which are
-    held so that no other object gets their place in memory, and versions.
+    """What tells whether an attribute was set, or something in it, however deep, changed: its parts, which are held so
+    that no other object gets their place in memory, and versions of tensors.
     """
+    parts, ahead = [], [value]
+    seen = set()
+    while ahead:
+        part = ahead.pop()
+        parts.append((part, part._version if isinstance(part, Tensor) and not part.is_inference() else 0))
+        if id(part) not in seen:
+            seen.add(id(part))
+            ahead += _held_by(part)
+    return parts
 
-    def version(part) -> int:
-        return part._version if isinstance(part, Tensor) and not part.is_inference() else 0
 
-    parts = [value]
+def _held_by(value) -> list:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
     if isinstance(value, CONTAINERS):
-        parts += [*value, *(value.values() if isinstance(value, dict) else ())]
-    return [(part, version(part)) for part in parts]
+        return [*value]
+    return [*vars(value).values()] if _is_record(value) else []
+
+
+def _is_record(value) -> bool:
+    """Whether it is an object with attributes of somebody's own class: one that keeps what a forward shows it, say."""
+    others = (type, nn.Module, Tensor, ModuleType, FunctionType, MethodType, functools.partial)
+    return type(getattr(value, "__dict__", None)) is dict and not isinstance(value, others)
+
+
+def _apart(value, known: dict[int, object]):
+    """A copy of what a forward may change: tensors, containers and records, with what is in them; else the value.
+
+    known: what was copied already, by the identity of the original. A record that cannot be copied stays itself.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if not (isinstance(value, CONTAINERS) or _is_record(value)):
+        return value
+    if id(value) not in known:
+        try:
+            twin = known[id(value)] = copy.copy(value)
+        except Exception:  # whatever its class says
+            return value
+        if twin is value:  # one of a kind, as members of an Enum are
+            return value
+        if isinstance(value, dict):
+            twin.update((name, _apart(part, known)) for name, part in value.items())
+        elif isinstance(value, (list, deque)):
+            for i, part in enumerate(value):
+                twin[i] = _apart(part, known)
+        elif not isinstance(value, set):
+            vars(twin).update((name, _apart(part, known)) for name, part in vars(value).items())
+    return known[id(value)]
 
 
 def _differ(before: list[tuple[object, int]] | None, after: list[tuple[object, int]]) -> bool:

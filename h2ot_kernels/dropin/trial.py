@@ -38,7 +38,9 @@ def agree(expected, got) -> bool:
     if isinstance(expected, Tensor):
         if not isinstance(got, Tensor) or expected.shape != got.shape or expected.dtype != got.dtype:
             return False
-        return torch.equal(expected, got) if not expected.is_floating_point() else torch.allclose(expected, got, 1e-9)
+        if not expected.is_floating_point():
+            return torch.equal(expected, got)
+        return torch.allclose(expected, got, 1e-9, equal_nan=True)
     if isinstance(expected, dict):
         return isinstance(got, dict) and expected.keys() == got.keys() and all(agree(expected[n], got[n]) for n in got)
     if isinstance(expected, (tuple, list)):

@@ -15,7 +15,6 @@ from h2ot_kernels.inference import tiles_run
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "-std=gnu++20 -O2 -fPIC -shared -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti -w"
-FLAGS += " -fno-delete-null-pointer-checks"  # as in CMakeLists.txt
 WIDE = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 UNIT = f"{WIDE} -mamx-tile -mamx-int8 -mamx-bf16 -DH2OT_ISA=amx"
 UNIT_AND_PAIRS = f"{UNIT} -mavx512bf16"
