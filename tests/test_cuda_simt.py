@@ -163,7 +163,7 @@ def test_the_largest_numbers_are_scaled():
 def test_tokens_whose_differences_vanish_beside_one(search):
     """All bounds of the others are alike: a block's warps share the candidates of a row, and join what they found.
 
-    Without sanitizers, where g++ 12 once left that out (simt/__init__.py).
+    Without sanitizers, where g++ 12 once left that out (CMakeLists.txt).
     """
     x = torch.randint(-8, 9, (1, 40, 8)) / 4
     x[0, 6] = 2.0**60

@@ -35,8 +35,7 @@ SANITIZED_QUICK = ("-O0", *SANITIZED[2:])  # to build: a third of the time
 FAST = ("-O1",)
 WATCHED = ("-O1", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")  # tests/simt/watch.h
 QUICK = ("-O0",)  # to build
-# The last flag: g++ 12 takes addresses that its loops make of differences for null, then a function that stores behind
-# them for one without effects, and leaves out calls of it. It does not where null is valid.
+# The last flag: CMakeLists.txt.
 _COMPILER = ("g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{_HERE}",
              "-fno-delete-null-pointer-checks")  # fmt: skip
 # What all drivers include, whatever the kernels are.
