@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from h2ot_kernels import dropin
+from h2ot_kernels.dropin.functions import function_for
+from h2ot_kernels.dropin.trial import NotRecognised
 
-from .official_code import mixste
+from .official_code import clustering, mixste
 from .test_dropin_patch import C, H, replaced
 from .test_dropin_trial import Masked, agrees, left
 
@@ -140,3 +142,23 @@ def test_a_scale_that_learns_gets_its_gradient():
         attention.scale = nn.Parameter(torch.tensor(0.25))
         attention(torch.randn(2, 5, C)).sum().backward()
     assert attention.scale.grad is not None
+
+
+def clusters_of(change):
+    """Official clustering of what `change` makes of its arguments."""
+
+    def cluster_dpc_knn(x, cluster_num, k, token_mask=None):
+        return clustering.cluster_dpc_knn(*change(x, cluster_num, k), token_mask)
+
+    return cluster_dpc_knn
+
+
+def test_clustering_that_more_tokens_show():
+    function_for(clusters_of(lambda x, cluster_num, k: (x, cluster_num, k)))
+    for change in (
+        lambda x, cluster_num, k: (x, cluster_num, min(k, 5)),
+        lambda x, cluster_num, k: (x * x.shape[-1] ** 0.5 / 2, cluster_num, k),
+        lambda x, cluster_num, k: (x + 9 * (x == 0).all(-1, keepdim=True), cluster_num, k),
+    ):
+        with pytest.raises(NotRecognised):
+            function_for(clusters_of(change))
