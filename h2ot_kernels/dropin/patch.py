@@ -55,8 +55,8 @@ def patch(target, **kernels: bool) -> "Patch":
     thing are undone in any order: it is fast until the last of them is.
     Modules are tried with short inputs, with 17 and 351 tokens (joints, the longest clips of pose models), with as many
     as attention's attributes and tables have, with zeros, NaN and large numbers, and in each number of axes that they
-    take: what only other inputs (numbers of tokens, batches, 16-bit dtypes) show is not seen, nor what a forward hands to
-    functions or globals of its own; calls with another number of axes run the original.
+    take: what only other inputs (numbers of tokens, batches, 16-bit dtypes) show is not seen, nor what a forward hands
+    to functions or globals of its own; calls with another number of axes run the original.
     Those of one class, shapes and equal attributes (numbers, strings, functions and plain containers of such) share a
     trial; a module with an attribute of another kind is tried itself.
     In training and where autograd records, the differentiable forms run (first order); arguments are bound by the
