@@ -314,9 +314,9 @@ class FastBlock(Tried):
             return False
         if not (is_norm(self.norm1, x.shape[-1]) and is_norm(self.norm2, x.shape[-1])):
             return False
-        if beside(self) != type(self).known.beside or any([part.training for part in self.modules()]):
-            return False
         _, *inside = self.modules()
+        if beside(self) != type(self).known.beside or any([part.training for part in inside]):
+            return False
         return is_silent(*inside)
 
     def _fast_forward(self, x: Tensor) -> Tensor:

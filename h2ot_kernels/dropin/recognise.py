@@ -204,7 +204,8 @@ def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Mod
     twin = type(module).__new__(type(module))
 
     known: dict[int, object] = {}
-    twin.__dict__.update((name, _apart(x, known)) for name, x in module.__dict__.items() if name != "forward")
+    others = [name for name in module.__dict__ if name not in ("forward", "_parameters", "_buffers", "_modules")]
+    twin.__dict__.update((name, _apart(module.__dict__[name], known)) for name in others)
     for name in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
         twin.__dict__[name] = type(module.__dict__[name])()
 
