@@ -14,6 +14,7 @@ import h2ot_kernels as h2ot
 import python_ref
 
 from .compare import assert_within
+from .test_attention_tiles import MISTAKES_OF_LOGITS
 from .tiles import RUNS, at, between_bands, build, fails, guarded, needs_emulation, needs_unit
 
 BF16 = torch.bfloat16
@@ -154,11 +155,7 @@ def test_what_is_kept():
     assert torch.equal(kept, python_ref.prune_attention(query.double(), key.double(), 25, scale=0.3))
 
 
-MISTAKES = {
-    "a step of channels is left out": ("half_products.h", "p < pairs; p += kSide", "p + kSide < pairs; p += kSide"),
-    "the halves of a panel are the same": ("half_products.h", "columns + columns_apart, kDepth", "columns, kDepth"),
-    "a pair of channels is left out": ("attention_logits.h", "groups_of(D, 2)", "D / 2 / kSide * kSide"),
-    "tokens are not transposed": ("attention_logits.h", "      transpose(rows);", ""),
+MISTAKES = MISTAKES_OF_LOGITS | {
     "keys of one step twice": ("attention_logits.h", "keys + 2 * step * next, next", "keys, next"),
     "every panel has the first one's queries": ("attention_score.cpp", "(query) + first * a", "(query) + 0 * a"),
     "padded queries count": ("received.h", "used ? weight : Vector<E>{}", "weight"),

@@ -204,14 +204,16 @@ def test_when_they_are_used():
         assert_within(results[0], exact, by_torch(*given, BF16), K)
 
 
-MISTAKES = {
-    "the unit itself": ("emulated.h", "to += sum[0] + sum[1];", "to += sum[0];"),
+MISTAKES_OF_LOGITS = {  # of attention scores, too
     "a step of channels is left out": ("half_products.h", "p < pairs; p += kSide", "p + kSide < pairs; p += kSide"),
     "the halves of a panel are the same": ("half_products.h", "columns + columns_apart, kDepth", "columns, kDepth"),
     "a pair of channels is left out": ("attention_logits.h", "groups_of(D, 2)", "D / 2 / kSide * kSide"),
+    "tokens are not transposed": ("attention_logits.h", "      transpose(rows);", ""),
+}  # fmt: skip
+MISTAKES = MISTAKES_OF_LOGITS | {
+    "the unit itself": ("emulated.h", "to += sum[0] + sum[1];", "to += sum[0];"),
     "padded keys count": ("attention.cpp", "k + i + kSide < K ? weight", "k < K ? weight"),
     "values of a pair are neighbours": ("attention.cpp", "other = k + kSide, c", "other = k + 1, c"),
-    "tokens are not transposed": ("attention_logits.h", "      transpose(rows);", ""),
     "queries beyond the last are written": ("attention.cpp", "if (q >= queries) break;", ""),
     "channels beyond the last are written": ("attention.cpp", "if (channels >= kStepChannels) {", "if (true) {"),
     "channels are not in turn": ("attention.cpp", "lane % 2 * kFloats + lane / 2", "lane"),
