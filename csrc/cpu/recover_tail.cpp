@@ -82,6 +82,14 @@ H2OT_INLINE void project_rows(const E* x, int64_t C, int64_t width, const E* mea
   }
 }
 
+// One compilation for every row: inlined, two could round in different places, and a row's bits depend on its partner.
+template <class T, class E>
+__attribute__((noinline)) void put_row(const RecoverTailArgs& a, E squares, const E* dots, const E* bias, int64_t count,
+                                       T* out) {
+  const E scale = E(1) / E(__builtin_sqrt(double(squares) / double(a.C) + a.eps));
+  for (int64_t i = 0; i < count; i++) narrow(dots[i] * scale + bias[i], out[i]);
+}
+
 template <int R, class T, class E>
 H2OT_INLINE void finish_rows(const RecoverTailArgs& a, int64_t first, int64_t width, const E* weight, const E* bias,
                              E* x) {
@@ -93,13 +101,9 @@ H2OT_INLINE void finish_rows(const RecoverTailArgs& a, int64_t first, int64_t wi
   }
   T* const out = static_cast<T*>(a.out) + first * a.M;
   for (int64_t m = 0; m < a.M; m += kOutputs) {
+    const int64_t count = a.M - m < kOutputs ? a.M - m : kOutputs;
     project_rows<R>(x, a.C, width, mean, weight + m * width, squares, dots);
-    for (int r = 0; r < R; r++) {
-      const E scale = E(1) / E(__builtin_sqrt(double(squares[r]) / double(a.C) + a.eps));
-      for (int i = 0; i < kOutputs && m + i < a.M; i++) {
-        narrow(dots[r][i] * scale + bias[m + i], out[r * a.M + m + i]);
-      }
-    }
+    for (int r = 0; r < R; r++) put_row(a, squares[r], dots[r], bias + m, count, out + r * a.M + m);
   }
 }
 
