@@ -170,6 +170,7 @@ def test_what_would_see_or_change_a_launch_takes_the_ordinary_way(made, monkeypa
     for place, name, value in (
         (knobs.runtime, "launch_enter_hook", print),
         (knobs.runtime, "debug", True),
+        (knobs.runtime, "add_stages_inspection_hook", lambda *given: ("key", "hash")),
         (knobs.compilation, "instrumentation_mode", "consan"),
         (made.kernel, "debug", True),
         (made.kernel, "pre_run_hooks", [lambda *given, **named: None]),

@@ -93,7 +93,8 @@ def merge_kernel(
     mean = divide(total, tl.zeros_like(total) + tl.where(mass == 0, 1, mass))
     mean = tl.where(mass == 0, 0, mean)
     tl.store(out + (b * K + cluster) * C + channel, narrow(mean, out.dtype.element_ty), channel < C)
-    tl.store(total_out + b * K + cluster + tl.arange(0, 1), mass, part == 0)
+    lane = tl.arange(0, 1)
+    tl.store(total_out + b * K + cluster + lane, mass, part + lane == 0)
 
 
 def assign_tile(double: bool) -> dict[str, int]:

@@ -204,14 +204,14 @@ def query_gradient_kernel(
         query_at = b * query_b + frame.to(tl.int64) * query_f + head.to(tl.int64) * D * query_c
         grad_at = b * grad_b + frame.to(tl.int64) * grad_f + head.to(tl.int64) * D * grad_c
         at = (b * H + head) * F + frame
-        asked = (frame < F) & (b < B)
+        asked = frame < tl.where(b < B, F, 0)
         own_level = tl.load(level + at, asked, 0)
         own_delta = tl.load(delta + at, asked, 0)
         for first in range(0, K, KEYS):
             kept = first + tl.arange(0, KEYS)
             key_at = b * key_b + kept.to(tl.int64) * key_k + head.to(tl.int64) * D * key_c
             value_at = b * value_b + kept.to(tl.int64) * value_k + head.to(tl.int64) * D * value_c
-            there = (kept < K) & (b < B)
+            there = kept < tl.where(b < B, K, 0)
             logit = _logits(query, query_at, asked, query_c, key, key_at, there, key_c, D, scale, like, STEP)
             gain = _logits(grad, grad_at, asked, grad_c, value, value_at, there, value_c, D, 1.0, like, STEP)
             both = asked[:, None] & there[None, :]

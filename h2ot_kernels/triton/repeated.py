@@ -5,10 +5,10 @@ way, and what it returns, the compiled kernel, is kept under the form: kernel, d
 of every argument what triton.runtime.jit.native_specialize_impl tells apart (or more, where a parameter is annotated).
 Later ones call its launcher as JITFunction.run does, with all arguments in the order of the signature.
 
-Only what was read and tested: Triton 3.6, its own JITFunction.run and its CUDA launcher, no hooks, no debugging, no
-instrumentation, and the globals that the kernel reads still the same objects. All else takes the ordinary way, as does
-everything with H2OT_KERNELS_TRITON_LAUNCH=ordinary (read once). A kernel whose caches were emptied by hand
-(JITFunction.device_caches) is not compiled again.
+Only what was read and tested: Triton 3.6 (on GPUs) to 3.9 (without one), its own JITFunction.run and its CUDA launcher,
+no hooks, no debugging, no instrumentation, and the globals that the kernel reads still the same objects. All else takes
+the ordinary way, as does everything with H2OT_KERNELS_TRITON_LAUNCH=ordinary (read once). A kernel whose caches were
+emptied by hand (JITFunction.device_caches) is not compiled again.
 """
 
 import os
@@ -26,7 +26,7 @@ try:
     from triton.runtime.jit import JITFunction
 
     _RUN = JITFunction.run
-    TESTED = triton.__version__.startswith("3.6.")
+    TESTED = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 except (ImportError, AttributeError):
     TESTED = False
 
@@ -79,7 +79,9 @@ def _plain(kernel) -> bool:
     runtime = knobs.runtime
     if type(kernel) is not JITFunction or JITFunction.run is not _RUN or kernel.pre_run_hooks or kernel.debug:
         return False
-    if runtime.debug or knobs.compilation.instrumentation_mode or driver.active.launcher_cls is not CudaLauncher:
+    if runtime.debug or knobs.compilation.instrumentation_mode or runtime.add_stages_inspection_hook is not None:
+        return False
+    if driver.active.launcher_cls is not CudaLauncher:
         return False
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if hook is not None and (type(hook) is not HookChain or hook.calls):

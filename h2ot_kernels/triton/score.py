@@ -54,8 +54,8 @@ def pool_kernel(
     tl.store(valid + b * N + row, finite, inside)
     if counters is not None:
         counter = tl.arange(0, COUNTERS)
-        first_block = tl.program_id(0) % blocks == 0
-        tl.store(counters + b * counters_per_sample + counter, 0, first_block & (counter < counters_per_sample))
+        mine = tl.where(tl.program_id(0) % blocks == 0, counters_per_sample, 0)
+        tl.store(counters + b * counters_per_sample + counter, 0, counter < mine)
 
 
 @triton.jit
