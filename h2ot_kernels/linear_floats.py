@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .inference import capability, floats_panel, tiles_run
+from .linear_tiles import CHANNELS
 from .packed import Packed, declare_layers, fits
 
 
@@ -19,16 +20,22 @@ class Floats(Packed):
 
     @staticmethod
     def take(weight: Tensor, chunks: int) -> bool:
-        """Whether such a product is about as fast as oneDNN's alone (bench/notes_linear.md)."""
-        return fits(weight, chunks) and weight.dtype == torch.float32 and floats_run()
+        """Whether such a product is about as fast as oneDNN's alone, or faster (bench/notes_linear.md)."""
+        few = weight.shape[1] < CHANNELS[0] and has_floats()  # a tile unit leaves them
+        return fits(weight, chunks) and weight.dtype == torch.float32 and (few or floats_run())
 
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
         super().__init__(OPERATORS, pack(weight, chunks), bias, weight.shape[0], chunks, (torch.float32,))
 
 
+def has_floats() -> bool:
+    """Whether the CPU has them: nothing is known of their time on other instruction sets."""
+    return capability() in ("avx2", "avx512")
+
+
 def floats_run() -> bool:
-    """Whether products of float32 are `Floats`: nothing is known of their time on other instruction sets."""
-    return capability() in ("avx2", "avx512") and not tiles_run()
+    """Whether products of float32 are `Floats`: no tile unit takes them."""
+    return has_floats() and not tiles_run()
 
 
 def pack(weight: Tensor, chunks: int, panel: int | None = None) -> Tensor:

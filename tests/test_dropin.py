@@ -253,7 +253,7 @@ def test_chat_univi_merge_is_recognised(monkeypatch):
     original = tcformer.merge_tokens
     monkeypatch.setattr(tcformer, "merge_tokens", merge_tokens)
     with dropin.patch(tcformer) as handle:
-        assert tcformer.merge_tokens is dropin.tcformer.merge_tokens
+        assert tcformer.merge_tokens is not merge_tokens
     assert "replaced 1 merge" in handle.report()
     assert tcformer.merge_tokens is merge_tokens
 

@@ -192,6 +192,63 @@ def test_merging_without_dictionaries(form, weighted, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+def with_sizes(token_dict, idx_cluster, cluster_num, token_weight=None):
+    return tcformer.merge_tokens(token_dict, idx_cluster, cluster_num, token_weight)
+
+
+def dictionaries(token_dict, idx_cluster, cluster_num, token_weight=None):
+    """Chat-UniVi's, which never looks at the mask."""
+    sizes = {"map_size": None, "init_grid_size": None}
+    out = tcformer.merge_tokens({**token_dict, **sizes}, idx_cluster, cluster_num, token_weight)
+    return {name: value for name, value in out.items() if name not in sizes} | {"mask": None}
+
+
+def merged_masks(token_dict, idx_cluster, cluster_num, token_weight=None):
+    out = dictionaries(token_dict, idx_cluster, cluster_num, token_weight)
+    if token_dict["mask"] is not None:
+        sums = token_dict["mask"].new_zeros(len(idx_cluster), cluster_num)
+        out["mask"] = (sums.scatter_add(1, idx_cluster, token_dict["mask"]) > 0).float()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("form", "beside", "fast"),
+    [
+        (with_sizes, {}, True),
+        (with_sizes, {"token_score": torch.zeros(2, 12, 1)}, True),
+        (with_sizes, {"mask": torch.ones(2, 12)}, False),
+        (dictionaries, {"mask": None}, True),
+        (dictionaries, {"mask": torch.ones(2, 12).tril(5)}, True),
+        (merged_masks, {"mask": None}, True),
+        (merged_masks, {"mask": torch.ones(2, 12).tril(5)}, False),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_merging_dictionaries_with_what_they_hold_beside(form, beside, fast, weighted, monkeypatch):
+    """Masked tokens are merged where the official code merges them, and no name comes out that does not there."""
+    module, x = code(form, monkeypatch, "merge_tokens"), torch.randn(2, 12, 8).double()
+    names = ("map_size", "init_grid_size") if form is not with_sizes else ()
+    given = {name: value for name, value in tcformer.token_dict(x).items() if name not in names} | beside
+    labels, weight = torch.arange(12).remainder(5).repeat(2, 1), torch.rand(2, 12, 1).double()
+    before = module.merge_tokens(given, labels, 5, weight if weighted else None)
+    with dropin.patch(module) as handle, Recorder() as called:
+        after = module.merge_tokens(given, labels, 5, weight if weighted else None)
+    assert "merge" in replaced(handle)
+    assert ("h2ot_kernels::merge_tokens" in called.names) == fast
+    assert after.keys() == before.keys()
+    for name in ("idx_token", "mask"):
+        assert_same(after.get(name), before.get(name))
+    for name in ("x", "agg_weight"):
+        torch.testing.assert_close(after[name], before[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_trial_warns_of_nothing(recwarn):
+    """It gives dictionary code a tensor first, of which `x["x"]` is deprecated in torch."""
+    with dropin.patch(tcformer):
+        pass
+    assert not recwarn.list
+
+
 class Clusters(nn.Module):
     """The clustering as methods, as vision-language models have it."""
 

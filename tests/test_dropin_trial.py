@@ -6,6 +6,7 @@ from torch import nn
 
 from h2ot_kernels import dropin
 from h2ot_kernels.dropin.recognise import LONG, _contents, _differ
+from h2ot_kernels.dropin.settings import settings_of
 
 from .official_code import mixste
 from .runners import Recorder
@@ -132,6 +133,17 @@ def test_equal_attributes_share_a_trial(monkeypatch):
         counts.append(len(tried))
         tried.clear()
     assert counts[0] == counts[1] > 0
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+
+@pytest.mark.parametrize(("chances", "trials"), [((0.1, 0.2), 1), ((0.0, 0.2), 2), ((0.2, 1.0), 2), ((0, 0.0), 2)])
+def test_blocks_that_drop_some_share_a_trial(chances, trials):
+    assert len({settings_of(DropPath(chance)) for chance in chances}) == trials
 
 
 class Counts(mixste.Attention):

@@ -101,8 +101,9 @@ class Mine(tcformer.CTM):
 
 
 def test_the_functions_of_a_base_class_are_replaced():
+    original = tcformer.merge_tokens
     with dropin.patch(Mine(0.4, C)) as handle:
-        assert tcformer.merge_tokens is dropin.tcformer.merge_tokens
+        assert tcformer.merge_tokens is not original
     assert {"cluster", "merge", "gather"} <= replaced(handle)
 
 

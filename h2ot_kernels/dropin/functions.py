@@ -25,12 +25,14 @@ class Form(NamedTuple):
     """compute: the replacement, or, where names are to be arranged, what gives the values by their names. Its required
     parameters are a function's first ones, its optional ones those of their own names.
     arguments: make arguments that tell whether it may replace; masked: the same for functions with a token_mask.
+    tried: whether what was tried stands for this token dictionary; calls with another stay the function's.
     """
 
     compute: Callable
     arguments: tuple[Arguments, ...]
     is_arranged: bool = True
     masked: Arguments | None = None
+    tried: Callable[[dict], bool] | None = None
 
 
 def function_for(function: FunctionType, owner: type | None = None) -> Callable:
@@ -46,8 +48,10 @@ def function_for(function: FunctionType, owner: type | None = None) -> Callable:
             shared = _shared(function, form.compute, owner)
             with trial():
                 compute = _arranged(form, own) if form.is_arranged else form.compute
-                as_it_is = not (form.is_arranged or owner) and _takes_the_same(function, compute)
-                replacement = compute if as_it_is else _with_the_parameters_of(function, compute, shared, owner)
+                as_it_is = not (form.is_arranged or owner or form.tried) and _takes_the_same(function, compute)
+                replacement = (
+                    compute if as_it_is else _with_the_parameters_of(function, compute, shared, owner, form.tried)
+                )
                 called = replacement if owner is None else functools.partial(replacement, _blank(owner))
                 if all(agree(_result(own, given), _result(called, given)) for given in arguments):
                     return replacement
@@ -123,15 +127,20 @@ def _takes_the_same(function: FunctionType, form: Callable) -> bool:
 
 
 def _with_the_parameters_of(
-    function: FunctionType, form: Callable, shared: dict[str, str], owner: type | None
+    function: FunctionType,
+    form: Callable,
+    shared: dict[str, str],
+    owner: type | None,
+    is_tried: Callable[[dict], bool] | None,
 ) -> Callable:
     """form with function's parameters and defaults; calls that use further, optional arguments of function stay
-    function's, and those of instances and subclasses of the owner that exchange what the function calls.
+    function's, as do those with a token dictionary that was not tried, and those of instances and subclasses of the
+    owner that exchange what the function calls.
     """
     theirs = _parameters(function, owner)
     defaults = {p.name: p.default for p in theirs if p.name in shared and p.default is not p.empty}
     wanted, its_own = shared.keys() - defaults.keys(), _exchangeable(function, owner) if owner else ()
-    instance = 0 if owner is None else 1
+    instance, first = 0 if owner is None else 1, next(iter(shared))
 
     @functools.wraps(function)
     def with_its_parameters(*args, **kwargs):
@@ -140,6 +149,8 @@ def _with_the_parameters_of(
         is_usual = len(taken) == len(given) + len(kwargs)  # by `in`: torch 2.10 compiles no comparison of sets
         is_usual = is_usual and all(name in taken for name in wanted) and all(name in shared for name in taken)
         if not is_usual or any(_is_exchanged(args[0], owner, name) for name in its_own):
+            return function(*args, **kwargs)
+        if is_tried is not None and not is_tried(taken[first]):
             return function(*args, **kwargs)
         return form(**{shared[name]: value for name, value in (defaults | taken).items()})
 
@@ -186,6 +197,25 @@ def _clusters_without(
 ) -> dict[str, object]:
     index_down, idx_cluster = select_and_assign(x, cluster_num, k, token_mask, without=(center,), masked_label=0)
     return {"index_down": index_down, "idx_cluster": idx_cluster, "cluster_num": cluster_num}
+
+
+def _merged_dict(
+    token_dict: dict, idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None
+) -> dict[str, object]:
+    """As in official code the labels alone say where a token goes: there masked ones have one."""
+    if "mask" in token_dict:
+        token_dict = {**token_dict, "mask": None}
+    return tcformer.merge_tokens(token_dict, idx_cluster, cluster_num, token_weight)
+
+
+def _of_these(*names: str, masked: bool = True) -> Callable[[dict], bool]:
+    """Whether a token dictionary has of what a merge may read or hand on only these, and a mask only if masked."""
+
+    def tried(token_dict: dict) -> bool:
+        others = [name for name in (*tcformer.KEPT, "mask") if name in token_dict and name not in names]
+        return not others and (masked or token_dict.get("mask") is None)
+
+    return tried
 
 
 def _merged(x: Tensor, idx_cluster: Tensor, cluster_num: int, token_weight: Tensor | None = None) -> dict[str, object]:
@@ -241,8 +271,12 @@ def _masked(tokens: Callable, *rest: int) -> Arguments:
     return lambda g: (tokens(g), *rest, _mask(g))
 
 
-def _dict_to_merge(**beside) -> tuple[Arguments]:
-    return (lambda g: (_token_dict(g) | beside, *_assignment(g)),)
+def _dicts_to_merge(*beside: dict) -> tuple[Arguments, ...]:
+    """With the scores, too, that TCFormer's blocks leave there, and no merge hands on."""
+    return tuple(
+        lambda g, more=more: (_token_dict(g) | {"token_score": torch.ones(2, 12, 1)} | more, *_assignment(g))
+        for more in beside
+    )
 
 
 def _points(generator: torch.Generator) -> tuple:
@@ -254,6 +288,8 @@ def _origins(generator: torch.Generator) -> tuple:
     x, first = _tokens(generator), torch.arange(15).remainder(12).repeat(2, 1)
     return x, first, torch.rand(2, 15, 1, generator=generator, dtype=torch.float64), *_assignment(generator)
 
+
+_MASK = torch.tensor([[1.0] * 12, [1.0] * 7 + [0.0] * 5])
 
 # name in public code -> the switch, and the forms, of which the first that gives the same is taken
 FUNCTIONS: dict[str, tuple[str, tuple[Form, ...]]] = {
@@ -279,8 +315,14 @@ FUNCTIONS: dict[str, tuple[str, tuple[Form, ...]]] = {
     "merge_tokens": (
         "merge",
         (
-            Form(tcformer.merge_tokens, _dict_to_merge(map_size=[3, 4], init_grid_size=[3, 4]), is_arranged=False),
-            Form(tcformer.merge_tokens, _dict_to_merge(mask=None), is_arranged=False),
+            *(
+                Form(_merged_dict, _dicts_to_merge(*beside), is_arranged=False, tried=tried)
+                for beside, tried in (
+                    (({"map_size": [3, 4], "init_grid_size": [3, 4]},), _of_these("map_size", "init_grid_size")),
+                    (({"mask": None}, {"mask": _MASK}), _of_these("mask")),
+                    (({"mask": None},), _of_these("mask", masked=False)),
+                )
+            ),
             Form(_merged, (lambda g: (_tokens(g), *_assignment(g)),)),
             Form(_merged_with_origins, (_origins,)),
         ),

@@ -117,7 +117,7 @@ def block_class(module: nn.Module) -> type:
     for name, child in module._modules.items():
         if name in ("norm1", "norm2"):
             if not fast.is_norm(child, C):
-                raise NotRecognised(f"its {name} is {child}, not LayerNorm({C})")
+                raise NotRecognised(f"its {name} is {child} of {type(child).__module__}, not torch's LayerNorm({C})")
         elif name not in ("attn", "mlp") and child is not None and (*child.parameters(), *child.buffers()):
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
     return _that_agrees(module, (fast.FastBlock,), _of_tokens(C, _sizes(module, module.attn)))

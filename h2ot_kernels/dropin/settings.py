@@ -19,11 +19,17 @@ class NotComparable(Exception):
 
 def settings_of(module: nn.Module) -> tuple:
     """What decides how a module computes, weights aside: its class, attributes, shapes, and its children's."""
-    attributes = tuple((n, _value(v)) for n, v in module.__dict__.items() if n not in BESIDE)
+    own = ((n, v) for n, v in module.__dict__.items() if n not in BESIDE)
+    attributes = tuple((n, _chance(v) if n == "drop_prob" else _value(v)) for n, v in own)
     tensors = (*module._parameters.items(), *module._buffers.items())
     shapes = tuple((n, None if x is None or is_lazy(x) else x.shape) for n, x in tensors)
     children = tuple((n, None if child is None else settings_of(child)) for n, child in module._modules.items())
     return type(module), attributes, shapes, children
+
+
+def _chance(attribute) -> tuple:
+    """Of dropping: one between none and all is like another. A model's blocks differ in it, and compute the same."""
+    return (float, "some") if type(attribute) is float and 0 < attribute < 1 else _value(attribute)
 
 
 def _value(attribute) -> tuple:

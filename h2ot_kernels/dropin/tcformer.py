@@ -8,7 +8,7 @@ from . import prunevid
 from .clusters import INTEGERS, integer, per_token, tokens_in
 from .hot import index_points
 
-# What stands beside the tokens and is handed on unchanged, and what a merge makes None: no merged token is padding.
+# What stands beside the tokens and is handed on unchanged; a mask becomes None: no merged token is padding.
 KEPT = ("map_size", "init_grid_size")
 
 

@@ -1,5 +1,6 @@
 """How a replacement is tried beside what it would replace, and why something is left as it is."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,11 +18,12 @@ class NotTried(NotRecognised):
 
 @contextmanager
 def trial() -> Iterator[None]:
-    """On the CPU, without gradients, autocast and inference mode (whose tensors do not say when they change), and the
-    random state as before at the end.
+    """On the CPU, without gradients, autocast and inference mode (whose tensors do not say when they change), without
+    warnings (of inputs that nobody gave), and the random state as before at the end.
     """
     plain = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), plain[0], plain[1], plain[2]:
+    quiet = warnings.catch_warnings(action="ignore")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), quiet, plain[0], plain[1], plain[2]:
         yield
 
 
