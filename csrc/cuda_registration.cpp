@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t num_t
 Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& mask) {
   constexpr Require require = {"assign_clusters"};
   require_tokens(require, x, mask);
-  require_index(require, index, x.size(0));
+  require_centres(require, index, x.size(0));
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
   const Tensor dense_index = dense(index), labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);

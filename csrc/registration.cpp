@@ -228,7 +228,7 @@ Tensor assign(const Tensor& x, const Tensor& index, const MaybeTensor& parent, c
   constexpr Require require = {"assign_clusters"};
   require_tokens(require, x, mask);
   require(!parent || has_size(*parent, {x.size(0), x.size(1)}), "parent [B, N]");
-  require_index(require, index, x.size(0));
+  require_centres(require, index, x.size(0));
   const Tensor dense_index = dense(index);
   const MaybeTensor dense_mask = dense(mask, ScalarType::Bool), dense_parent = dense(parent, ScalarType::Long);
   const Tensor labels = make(x, {x.size(0), x.size(1)}, ScalarType::Long);

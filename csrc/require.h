@@ -75,6 +75,10 @@ inline void require_index(Require require, const Tensor& index, int64_t B) {
   require(size.size() == 2 && index.scalar_type() == ScalarType::Long && shares(size[0], B),
           "index int64 [B, K], or rows that B is a multiple of");
 }
+inline void require_centres(Require require, const Tensor& index, int64_t B) {
+  require_index(require, index, B);
+  require(index.size(0) == 1 || index.size(0) == B, "index int64 [B, K], or [1, K] for all samples");
+}
 
 // out takes what make_moved() makes room for.
 inline void require_out(Require require, const Tensor& out, const Tensor& x, int64_t from, int64_t to, int64_t length) {

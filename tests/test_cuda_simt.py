@@ -160,6 +160,16 @@ def test_the_largest_numbers_are_scaled():
 
 
 @pytest.mark.parametrize("search", simt.SEARCHES)
+def test_very_many_channels_of_large_numbers(search):
+    """Their squares are summed as they are while no sum leaves float32's range."""
+    x = torch.randn(1, 5, 20000).sign() * 1.99 * 2.0**55
+    x[0, 1], x[0, 2] = -x[0, 0], x[0, 0]
+    x[0, 2, :9] /= 2
+    (call,) = run([simt.Call(x, 2, 2, plan=(search, "direct"))])
+    assert_scores(call.scores, python_ref.score_tokens(x.double(), 2))
+
+
+@pytest.mark.parametrize("search", simt.SEARCHES)
 def test_tokens_whose_differences_vanish_beside_one(search):
     """All bounds of the others are alike: a block's warps share the candidates of a row, and join what they found.
 

@@ -33,6 +33,13 @@ def first(value: float, channels: slice = slice(None)) -> torch.Tensor:
     return x
 
 
+def first_far_above(x: torch.Tensor, value: float) -> torch.Tensor:
+    """No number in one channel, numbers far above the tokens in the others: no scale is made for them."""
+    x[:, 0] = 1e22 * x[:, 0].sign()
+    x[:, 0, 0] = value
+    return x
+
+
 def without(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first ones are masked."""
     return x, (torch.arange(x.shape[1]) >= count).expand(x.shape[:2]).contiguous()
@@ -82,6 +89,10 @@ TOKENS = {
     "all masked": without(first(1.0), 40),
     "first not a number": first(float("nan")),
     "first infinite in parts": first(float("inf"), slice(3, 7)),
+    "first no number, far above": first_far_above(drawn(1, 40, 8), float("nan")),
+    "first infinite, far above": first_far_above(1e-30 * drawn(2, 40, 20), float("-inf")),
+    "first of those not masked, far above": without(first_far_above(drawn(1, 40, 8), float("nan")).roll(1, 1), 1),
+    "first no number, far above, read again": first_far_above(read_again(), float("nan")),
     "first large in parts": first(3e38, slice(3, 7)),
     "first large": first(-1e20),
     "all alike": first(30.0)[:, :1].expand(1, 40, 20).contiguous(),
@@ -144,9 +155,15 @@ def test_any_tokens_get_their_labels(tmp_path):
 # Others of scales and of reading again leave sums of 0 or NaN, which are lower bounds of 0: float64 then decides all.
 MISTAKES = {
     "no quarter of the largest": ("score_pairs.cuh", "? 1.0f : 0.25f;", "? 1.0f : 1.0f;"),
+    "an origin that is no token": (
+        "score_pairs.cuh",
+        "if (warp_max(size) < pattern(infinity_of(0.0f))) break;",
+        "break;",
+    ),
 }
 # Which of TOKENS show them, in several orders of threads.
-HUNTED = list(itertools.product(("beyond the largest", "largest of a block's last warp"), simt.SEARCHES, range(8)))
+SHOWING = ("beyond the largest", "largest of a block's last warp", "first no number, far above")
+HUNTED = list(itertools.product(SHOWING, simt.SEARCHES, range(8)))
 
 
 def test_mistakes_are_caught(tmp_path, drawn_mistakes):

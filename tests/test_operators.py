@@ -30,6 +30,8 @@ REFUSED = {
     "a key of another dtype": (OPS.attention_scores, (HEADS, HEADS.half(), 1.0), "query and key"),
     "an int32 index": (OPS.gather_tokens, (X, INDEX.int(), None, 1, 1), "index int64"),
     "an index of three samples": (OPS.assign_clusters, (X, INDEX[[0, 0, 0]], None), "index int64"),
+    "an index of half the samples": (OPS.assign_clusters, (X[[0, 1, 0, 1]], INDEX, None), r"index int64 .*\[1, K\]"),
+    "the same of parents": (OPS.assign_by_parent, (X[[0, 1, 0, 1]], INDEX, MASK.long()[[0, 1, 0, 1]], None), "index"),
     "the batch as frames": (OPS.gather_tokens, (X, INDEX, None, 0, 1), "frames on one behind the batch"),
     "nine axes": (OPS.gather_tokens, (X[(...,) + (None,) * 6], INDEX, None, 1, 1), "at most 8 axes"),
     "an embedding of fewer": (OPS.gather_tokens, (X, INDEX, torch.randn(2, 4), 1, 1), r"pos_embed \[K, C\]"),

@@ -48,8 +48,10 @@ H2OT_DEVICE uint32_t largest_of(const PairPart& part, uint32_t most) {
   }
   return most;
 }
-// Less the origin, both scaled; where the origin is no number, or so large that a difference may not be one, it is 0.
-H2OT_DEVICE void subtract_origin(const float* origin, int32_t c, int32_t channels, float scale, PairPart& part) {
+// Less the origin, both scaled; where it is so large that a difference may not be a number, or there is none, it is 0.
+// Returns the pattern of the origin's largest value.
+H2OT_DEVICE uint32_t subtract_origin(const float* origin, int32_t c, int32_t channels, float scale, PairPart& part) {
+  uint32_t most = 0;
 #pragma unroll
   for (int first = 0; first < kPairQuads; first += kOriginQuads) {
     Quad<float> less[kOriginQuads];
@@ -57,17 +59,20 @@ H2OT_DEVICE void subtract_origin(const float* origin, int32_t c, int32_t channel
     for (int n = 0; n < kOriginQuads; n++) {
       const int32_t at = c + (first + n) * 4 * kLanes;
       less[n] = Quad<float>{};
-      if (at < channels) less[n] = *reinterpret_cast<const Quad<float>*>(origin + at);
+      if (origin != nullptr && at < channels) less[n] = *reinterpret_cast<const Quad<float>*>(origin + at);
     }
 #pragma unroll
     for (int n = 0; n < kOriginQuads; n++) {
       for (int u = 0; u < 4; u++) {
-        const float o = pattern(less[n].v[u]) < pattern(kLargePair) ? less[n].v[u] : 0;
+        const uint32_t size = pattern(less[n].v[u]);
+        most = size > most ? size : most;
+        const float o = size < pattern(kLargePair) ? less[n].v[u] : 0;
         float& v = part[first + n].v[u];
         v = fma(v, scale, -(o * scale));
       }
     }
   }
+  return most;
 }
 
 // Writes token i as pairs, its norm, its power of two; returns its exponent, kNoExponent where it is not valid. For a
@@ -99,14 +104,22 @@ H2OT_DEVICE int32_t enter_pairs(const Job<float>& job, int64_t b, int64_t i, int
   }
 
   const float scale = most < pattern(kLargePair) ? 1.0f : 0.25f;
-  uint32_t furthest = 0;
+  uint32_t furthest;
 #pragma unroll 1
-  for (int32_t from = 0; from < length; from += kPairPart) {
-    if (!held) read_part(row, from + 4 * lane, channels, part);
-    subtract_origin(origin, from + 4 * lane, channels, scale, part);
-    furthest = largest_of(part, furthest);
+  while (true) {
+    uint32_t size = 0;
+    furthest = 0;
+#pragma unroll 1
+    for (int32_t from = 0; from < length; from += kPairPart) {
+      if (!held || origin == nullptr) read_part(row, from + 4 * lane, channels, part);
+      const uint32_t other = subtract_origin(origin, from + 4 * lane, channels, scale, part);
+      size = other > size ? other : size;
+      furthest = largest_of(part, furthest);
+    }
+    furthest = warp_max(furthest);
+    if (warp_max(size) < pattern(infinity_of(0.0f))) break;
+    origin = nullptr;  // it is no token: its numbers may be far above those that the sample's scale is made for
   }
-  furthest = warp_max(furthest);
   // Two steps where one power of two may not be a number, or differences are below 2^-126.
   const float lift = furthest < pattern(kTinyPair) ? 0x1p64f : 1.0f;
   const int32_t power = furthest == 0 ? 0 : kPairTop - exponent_of(pattern(value_of(furthest) * lift));

@@ -140,8 +140,8 @@ struct DirectTile {
     copy(lines[0]);
     commit_copies();
     const A scale = sample_scale(job, b, threadIdx.x % kLanes);
-    // Sums of squares of what is not scaled stay in range, and what they lose is within the bound.
-    const bool plain = scale <= A(0x1p12) && scale >= A(0x1p-56);
+    // Sums of squares of what is not scaled stay in range (to 2^27 channels), and what they lose is within the bound.
+    const bool plain = scale <= A(0x1p12) && scale >= A(0x1p-48);
     factor = plain ? scale * scale : A(1);
     for (int u = 0; u < 4; u++) {
       for (int w = 0; w < 4; w++) total[u][w] = 0;

@@ -29,7 +29,7 @@ MUTANTS = {
         ".v[place_of(column, v)]",
         ".v[place_of(column, v ^ 1)]",
     ),
-    "squares that leave the range": ("score_tiles.cuh", " && scale >= A(0x1p-56);", ";"),
+    "squares that leave the range": ("score_tiles.cuh", " && scale >= A(0x1p-48);", ";"),
     "a tile edge one too early": ("score_tiles.cuh", "if (j < N && j > i)", "if (j < N - 1 && j > i)"),
     "the mirrored edge one too far": ("score_tiles.cuh", "if (j < N && j > i)", "if (j <= N && j > i)"),
     # score_stored.cuh
