@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = Path(torch.__file__).parent
 COMMON = ["-std=gnu++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", "-Wno-everything",
-          "-isystem", str(TORCH / "include"), "-include", str(ROOT / "tests" / "tidy.h")]  # fmt: skip
+          "-isystem", str(TORCH / "include")]  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-DH2OT_ISA=avx512"]
 PLANTED = "double half(int n) { return n / 2; }\n"
 

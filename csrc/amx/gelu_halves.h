@@ -8,6 +8,7 @@
 
 namespace h2ot {
 namespace H2OT_ISA {
+namespace {
 
 // max(x, 0) - t Phi(-t), t = |x|; Phi(-t) by the cubic of the interval whose middle is nearest to t. Off by at most
 // 4.3e-7, and above x = -4 by 2.7e-4 of itself (half a step of bfloat16 is up to 3.9e-3); 0 from -5.72 on, where it
@@ -64,5 +65,6 @@ class GeluOfHalves {
   alignas(64) float table_[kTerms][kIntervals];
 };
 
+}  // namespace
 }  // namespace H2OT_ISA
 }  // namespace h2ot

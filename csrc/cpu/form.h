@@ -48,17 +48,14 @@ struct Packing {
 
 // Four words of four rows, turned.
 typedef float Quad __attribute__((vector_size(16)));
-typedef int32_t QuadIndex __attribute__((vector_size(16)));
 
 H2OT_INLINE void store_turned(const Quad (&in)[4], float* out) {
-  const Quad ab_low = __builtin_shuffle(in[0], in[1], QuadIndex{0, 4, 1, 5});
-  const Quad ab_high = __builtin_shuffle(in[0], in[1], QuadIndex{2, 6, 3, 7});
-  const Quad cd_low = __builtin_shuffle(in[2], in[3], QuadIndex{0, 4, 1, 5});
-  const Quad cd_high = __builtin_shuffle(in[2], in[3], QuadIndex{2, 6, 3, 7});
-  const Quad turned[4] = {__builtin_shuffle(ab_low, cd_low, QuadIndex{0, 1, 4, 5}),
-                          __builtin_shuffle(ab_low, cd_low, QuadIndex{2, 3, 6, 7}),
-                          __builtin_shuffle(ab_high, cd_high, QuadIndex{0, 1, 4, 5}),
-                          __builtin_shuffle(ab_high, cd_high, QuadIndex{2, 3, 6, 7})};
+  const Quad ab_low = shuffle<0, 4, 1, 5>(in[0], in[1]);
+  const Quad ab_high = shuffle<2, 6, 3, 7>(in[0], in[1]);
+  const Quad cd_low = shuffle<0, 4, 1, 5>(in[2], in[3]);
+  const Quad cd_high = shuffle<2, 6, 3, 7>(in[2], in[3]);
+  const Quad turned[4] = {shuffle<0, 1, 4, 5>(ab_low, cd_low), shuffle<2, 3, 6, 7>(ab_low, cd_low),
+                          shuffle<0, 1, 4, 5>(ab_high, cd_high), shuffle<2, 3, 6, 7>(ab_high, cd_high)};
   for (int u = 0; u < 4; u++) memcpy(out + u * kPanel, &turned[u], 16);
 }
 

@@ -29,7 +29,7 @@ template <class T>
 H2OT_INLINE Vector<T> between(Vector<T> v, int first, int end) {
   if (first == 0 && end == kLanes<T>) return v;
   constexpr auto lane = lanes_of<typename VectorOf<T>::bits>([](int i) { return i; });
-  return (lane >= unsigned(first)) & (lane < unsigned(end)) ? v : Vector<T>{};
+  return ((lane >= unsigned(first)) & (lane < unsigned(end))) ? v : Vector<T>{};
 }
 
 // A row's result is ((x - mean) * scale + shift) * weight + bias. The shift is for what rounding took from the mean.

@@ -69,6 +69,8 @@ H2OT_INLINE void ask_for_lines(const Args& a, const Place<kPanel>& place, int64_
   }
 }
 
+namespace {
+
 // LayerNorm's weight and bias, of any dtype or null, in whole vectors, for all threads.
 struct Affine {
   float *weight = nullptr, *bias = nullptr;
@@ -84,5 +86,6 @@ struct Affine {
   }
 };
 
+}  // namespace
 }  // namespace H2OT_ISA
 }  // namespace h2ot

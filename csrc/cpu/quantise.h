@@ -64,7 +64,7 @@ H2OT_INLINE Ints add_products(Ints sum, [[maybe_unused]] Ints column, [[maybe_un
   memcpy(&pair, row, 4);
   const Ints pairs = pair - Ints{};
 #if defined(__AVX512F__)
-  return sum + Ints(__builtin_ia32_pmaddwd512_mask(Shorts(column), Shorts(pairs), Ints{}, -1));
+  return sum + Ints(_mm512_madd_epi16(__m512i(column), __m512i(pairs)));
 #elif defined(__AVX2__)
   return sum + Ints(__builtin_ia32_pmaddwd256(Shorts(column), Shorts(pairs)));
 #else

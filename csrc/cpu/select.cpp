@@ -124,14 +124,14 @@ H2OT_INLINE Four load_four(const T* p) {
 
 // Four frames' steps in four coordinates, from columns to lanes, and added in the order of the coordinates.
 H2OT_INLINE Four add_turned(Four total, const Four (&step)[4]) {
-  const Four ab_even = __builtin_shuffle(step[0], step[1], FourWords{0, 4, 2, 6});
-  const Four ab_odd = __builtin_shuffle(step[0], step[1], FourWords{1, 5, 3, 7});
-  const Four cd_even = __builtin_shuffle(step[2], step[3], FourWords{0, 4, 2, 6});
-  const Four cd_odd = __builtin_shuffle(step[2], step[3], FourWords{1, 5, 3, 7});
-  total += __builtin_shuffle(ab_even, cd_even, FourWords{0, 1, 4, 5});
-  total += __builtin_shuffle(ab_odd, cd_odd, FourWords{0, 1, 4, 5});
-  total += __builtin_shuffle(ab_even, cd_even, FourWords{2, 3, 6, 7});
-  return total + __builtin_shuffle(ab_odd, cd_odd, FourWords{2, 3, 6, 7});
+  const Four ab_even = shuffle<0, 4, 2, 6>(step[0], step[1]);
+  const Four ab_odd = shuffle<1, 5, 3, 7>(step[0], step[1]);
+  const Four cd_even = shuffle<0, 4, 2, 6>(step[2], step[3]);
+  const Four cd_odd = shuffle<1, 5, 3, 7>(step[2], step[3]);
+  total += shuffle<0, 1, 4, 5>(ab_even, cd_even);
+  total += shuffle<0, 1, 4, 5>(ab_odd, cd_odd);
+  total += shuffle<2, 3, 6, 7>(ab_even, cd_even);
+  return total + shuffle<2, 3, 6, 7>(ab_odd, cd_odd);
 }
 
 // The same of frames whose coordinates lie side by side (at least four), four at a time. The last four may overlap

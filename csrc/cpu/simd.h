@@ -57,6 +57,24 @@ H2OT_INLINE constexpr V lanes_of(F f) {
   return lanes_of<V>(f, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>());
 }
 
+// Lanes of a, then of b, by their numbers: written out, or as f(0), f(1), ... (f captures nothing).
+template <int... lane, class V>
+H2OT_INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lane...);
+#else  // g++ 11 has no other
+  return __builtin_shuffle(a, b, decltype(V{} < V{}){lane...});
+#endif
+}
+template <class V, class F, int... lane>
+H2OT_INLINE V shuffle(V a, V b, F, std::integer_sequence<int, lane...>) {
+  return shuffle<F{}(lane)...>(a, b);
+}
+template <class V, class F>
+H2OT_INLINE V shuffle(V a, V b, F f) {
+  return shuffle(a, b, f, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>());
+}
+
 H2OT_INLINE Floats load(const float* p) {
   Floats v;
   memcpy(&v, p, sizeof v);
@@ -85,12 +103,7 @@ struct Half {
 
 H2OT_INLINE float widen(float v) { return v; }
 H2OT_INLINE double widen(double v) { return v; }
-H2OT_INLINE float widen(BFloat16 v) {
-  const uint32_t bits = uint32_t(v.bits) << 16;
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
+H2OT_INLINE float widen(BFloat16 v) { return __builtin_bit_cast(float, uint32_t(v.bits) << 16); }
 #if defined(__F16C__)
 H2OT_INLINE float widen(Half v) { return _cvtsh_ss(v.bits); }
 #else

@@ -98,7 +98,6 @@ H2OT_INLINE void transpose_quad(const T* x, int64_t row_stride, Accumulator<T> s
                                 int64_t out_stride) {
   typedef Accumulator<T> E;
   typedef E Quad __attribute__((vector_size(4 * sizeof(E))));
-  typedef decltype(Quad{} < Quad{}) Mask;
   Quad row[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
@@ -109,13 +108,12 @@ H2OT_INLINE void transpose_quad(const T* x, int64_t row_stride, Accumulator<T> s
       row[i] = Quad{widen(at[0]), widen(at[1]), widen(at[2]), widen(at[3])} * sign;
     }
   }
-  const Quad low02 = __builtin_shuffle(row[0], row[2], Mask{0, 4, 1, 5});
-  const Quad low13 = __builtin_shuffle(row[1], row[3], Mask{0, 4, 1, 5});
-  const Quad high02 = __builtin_shuffle(row[0], row[2], Mask{2, 6, 3, 7});
-  const Quad high13 = __builtin_shuffle(row[1], row[3], Mask{2, 6, 3, 7});
-  const Quad column[4] = {
-      __builtin_shuffle(low02, low13, Mask{0, 4, 1, 5}), __builtin_shuffle(low02, low13, Mask{2, 6, 3, 7}),
-      __builtin_shuffle(high02, high13, Mask{0, 4, 1, 5}), __builtin_shuffle(high02, high13, Mask{2, 6, 3, 7})};
+  const Quad low02 = shuffle<0, 4, 1, 5>(row[0], row[2]);
+  const Quad low13 = shuffle<0, 4, 1, 5>(row[1], row[3]);
+  const Quad high02 = shuffle<2, 6, 3, 7>(row[0], row[2]);
+  const Quad high13 = shuffle<2, 6, 3, 7>(row[1], row[3]);
+  const Quad column[4] = {shuffle<0, 4, 1, 5>(low02, low13), shuffle<2, 6, 3, 7>(low02, low13),
+                          shuffle<0, 4, 1, 5>(high02, high13), shuffle<2, 6, 3, 7>(high02, high13)};
   for (int d = 0; d < 4; d++) memcpy(out + d * out_stride, &column[d], sizeof(Quad));
 }
 

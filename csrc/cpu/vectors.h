@@ -137,8 +137,7 @@ H2OT_INLINE Accumulator<T> fold_lanes(Vector<T> v, const F& f) {
   if constexpr (kStep == 0) {
     return v[0];
   } else {
-    constexpr auto kSwapped = lanes_of<typename VectorOf<T>::bits>([](int lane) { return lane ^ kStep; });
-    return fold_lanes<T, kStep / 2>(f(v, __builtin_shuffle(v, kSwapped)), f);
+    return fold_lanes<T, kStep / 2>(f(v, shuffle(v, v, [](int lane) { return lane ^ kStep; })), f);
   }
 }
 template <class T>
