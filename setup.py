@@ -23,6 +23,11 @@ def wants_cuda() -> bool:
     return given == "1"
 
 
+def compiler() -> str:
+    """What tells builds by $CXX apart: CMake asks for it once for each folder."""
+    return "".join(f"-{Path(part).name}" for part in os.environ.get("CXX", "").split())
+
+
 class CMakeBuild(build_ext):
     def run(self):
         cuda = wants_cuda()
@@ -31,7 +36,7 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath("h2ot_kernels._C")).resolve().parent
         if not cuda:  # that of an earlier build would be loaded, or packed, beside what it was not built with
             (package / "libh2ot_kernels_cuda.so").unlink(missing_ok=True)
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}{compiler()}"
         options = {
             "TORCH_DIR": Path(torch.__file__).parent,
             "Python_EXECUTABLE": sys.executable,

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_a_build_refuses_what_is_no_answer_to_whether_cuda_is_wanted(build_ext, 
     assert not ran
 
 
+def test_each_compiler_has_a_folder_of_its_own(build_ext, monkeypatch):
+    command, ran = build_ext
+    folders = []
+    for compiler in ("", "/usr/bin/clang++-19", "ccache g++"):
+        monkeypatch.setenv("CXX", compiler)
+        command.run()
+        folders.append(
+            ran[ran.index("-B") + 1].name.removeprefix(f"{sys.implementation.cache_tag}-torch{version('torch')}")
+        )
+        ran.clear()
+    assert folders == ["", "-clang++-19", "-ccache-g++"]
+
+
 def test_a_strict_editable_install_links_every_library(build_ext, tmp_path):
     command, _ = build_ext
     libraries = [tmp_path / "h2ot_kernels" / name for name in ("_C.so", "libh2ot_kernels_cpu.so")]
@@ -87,7 +101,7 @@ def test_a_strict_editable_install_links_every_library(build_ext, tmp_path):
 
 
 def test_dev_builds_again_where_a_source_or_the_version_differs(tmp_path):
-    """With a Python that does nothing, in a tree of one file of each kind."""
+    """Or the compiler. With a Python that does nothing, in a tree of one file of each kind."""
     python = tmp_path / ".venv" / "bin" / "python"
     package = tmp_path / "h2ot_kernels"
     for folder in (python.parent, package, tmp_path / "csrc" / "cpu"):
@@ -98,8 +112,9 @@ def test_dev_builds_again_where_a_source_or_the_version_differs(tmp_path):
         (tmp_path / name).touch()
     shutil.copy(ROOT / "dev", tmp_path)
 
-    def builds():
-        done = subprocess.run([tmp_path / "dev", "setup"], capture_output=True, text=True, check=True)
+    def builds(**environment):
+        own = os.environ | environment
+        done = subprocess.run([tmp_path / "dev", "setup"], capture_output=True, text=True, check=True, env=own)
         return "dev: building" in done.stdout
 
     (package / "__init__.py").write_text('__version__ = "0.1.0"\n')
@@ -110,6 +125,7 @@ def test_dev_builds_again_where_a_source_or_the_version_differs(tmp_path):
     assert [builds(), builds()] == [True, False]
     (tmp_path / "csrc" / "a.h").write_text("int x;")
     assert [builds(), builds()] == [True, False]
+    assert [builds(CXX="g++"), builds(CXX="g++"), builds(CXX="")] == [True, False, True]
 
 
 def test_another_compiler_than_gxx_and_clang_is_refused(tmp_path):
