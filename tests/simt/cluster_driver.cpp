@@ -26,7 +26,7 @@ enum Field {
   kStrideJ,
   kStrideC,
   kBytes,
-  kOffset,  // elements before the first
+  kOffset,  // bytes before the first token
   kMasked,
   kIndexRows,
   kKept,
