@@ -49,9 +49,7 @@ H2OT_DEVICE uint32_t largest_of(const PairPart& part, uint32_t most) {
   return most;
 }
 // Less the origin, both scaled; where it is so large that a difference may not be a number, or there is none, it is 0.
-// Returns the pattern of the origin's largest value.
-H2OT_DEVICE uint32_t subtract_origin(const float* origin, int32_t c, int32_t channels, float scale, PairPart& part) {
-  uint32_t most = 0;
+H2OT_DEVICE void subtract_origin(const float* origin, int32_t c, int32_t channels, float scale, PairPart& part) {
 #pragma unroll
   for (int first = 0; first < kPairQuads; first += kOriginQuads) {
     Quad<float> less[kOriginQuads];
@@ -64,15 +62,25 @@ H2OT_DEVICE uint32_t subtract_origin(const float* origin, int32_t c, int32_t cha
 #pragma unroll
     for (int n = 0; n < kOriginQuads; n++) {
       for (int u = 0; u < 4; u++) {
-        const uint32_t size = pattern(less[n].v[u]);
-        most = size > most ? size : most;
-        const float o = size < pattern(kLargePair) ? less[n].v[u] : 0;
+        const float o = pattern(less[n].v[u]) < pattern(kLargePair) ? less[n].v[u] : 0;
         float& v = part[first + n].v[u];
         v = fma(v, scale, -(o * scale));
       }
     }
   }
-  return most;
+}
+
+// The origin of a sample's tokens; null where that token is none: its numbers may be far above those that the sample's
+// scale is made for. For a warp.
+H2OT_DEVICE const float* find_origin(const Job<float>& job, int64_t b, int lane) {
+  const float* const row = job.row(b, origin_of(job, b, lane));
+  uint32_t most = 0;
+#pragma unroll 4
+  for (int32_t c = 4 * lane; c < job.channels; c += 4 * kLanes) {
+    const Quad<float> read = *reinterpret_cast<const Quad<float>*>(row + c);
+    for (int u = 0; u < 4; u++) most = pattern(read.v[u]) > most ? pattern(read.v[u]) : most;
+  }
+  return warp_max(most) < pattern(infinity_of(0.0f)) ? row : nullptr;
 }
 
 // Writes token i as pairs, its norm, its power of two; returns its exponent, kNoExponent where it is not valid. For a
@@ -90,7 +98,6 @@ H2OT_DEVICE int32_t enter_pairs(const Job<float>& job, int64_t b, int64_t i, int
     read_part(row, from + 4 * lane, channels, part);
     most = largest_of(part, most);
   }
-  const float* origin = job.row(b, origin_of(job, b, lane));
   most = warp_max(most);
   const bool valid = (job.mask == nullptr || job.mask[token]) && most < pattern(infinity_of(0.0f));
   if (lane == 0) job.valid[token] = valid;
@@ -104,22 +111,15 @@ H2OT_DEVICE int32_t enter_pairs(const Job<float>& job, int64_t b, int64_t i, int
   }
 
   const float scale = most < pattern(kLargePair) ? 1.0f : 0.25f;
-  uint32_t furthest;
+  const float* const origin = find_origin(job, b, lane);
+  uint32_t furthest = 0;
 #pragma unroll 1
-  while (true) {
-    uint32_t size = 0;
-    furthest = 0;
-#pragma unroll 1
-    for (int32_t from = 0; from < length; from += kPairPart) {
-      if (!held || origin == nullptr) read_part(row, from + 4 * lane, channels, part);
-      const uint32_t other = subtract_origin(origin, from + 4 * lane, channels, scale, part);
-      size = other > size ? other : size;
-      furthest = largest_of(part, furthest);
-    }
-    furthest = warp_max(furthest);
-    if (warp_max(size) < pattern(infinity_of(0.0f))) break;
-    origin = nullptr;  // it is no token: its numbers may be far above those that the sample's scale is made for
+  for (int32_t from = 0; from < length; from += kPairPart) {
+    if (!held) read_part(row, from + 4 * lane, channels, part);
+    subtract_origin(origin, from + 4 * lane, channels, scale, part);
+    furthest = largest_of(part, furthest);
   }
+  furthest = warp_max(furthest);
   // Two steps where one power of two may not be a number, or differences are below 2^-126.
   const float lift = furthest < pattern(kTinyPair) ? 0x1p64f : 1.0f;
   const int32_t power = furthest == 0 ? 0 : kPairTop - exponent_of(pattern(value_of(furthest) * lift));
