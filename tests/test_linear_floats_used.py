@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from h2ot_kernels import _C
 from h2ot_kernels.hosts.blocks import Mlp
 from h2ot_kernels.linear import Linear, mlp
-from h2ot_kernels.linear_floats import OPERATORS, Floats, floats_run, pack
+from h2ot_kernels.linear_floats import OPERATORS, Floats, floats_run, has_floats, pack
 from h2ot_kernels.linear_products import OneDnn
 
 from .linear_layers import made
@@ -59,6 +59,13 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match="^linear_floats: wanted"):
             mlp_floats(*wrong)
+
+
+@pytest.mark.skipif(not has_floats(), reason="this CPU has no AVX2")
+def test_few_channels_are_multiplied_by_vectors_beside_a_tile_unit():
+    layer, x = Linear(24, 96).eval(), torch.randn(5, 24)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert isinstance(layer._kept["packed"][2], Floats)
 
 
 @needs_floats
