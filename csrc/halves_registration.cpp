@@ -11,6 +11,7 @@ bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; 
 bool is_mixed(const Tensor& x) { return is_half(x) || is_float(x); }
 bool fits(const MaybeTensor& x, int64_t count) { return !x || (x->numel() == count && is_mixed(*x)); }
 
+constexpr int64_t kMostFeatures = int64_t(1) << 28;  // on either side: the size below stays in 64 bits
 int64_t packed_size(int64_t chunks, int64_t M, int64_t C) {
   return chunks * ((M + kLinearPanel - 1) / kLinearPanel) * kLinearPanel * ((C + 31) / 32 * 32);
 }
@@ -24,8 +25,8 @@ struct Layer {
   Layer(int64_t rows, int64_t C, const Tensor& packed, const MaybeTensor& any_bias, const MaybeTensor& any_residual,
         int64_t out_features, int64_t chunks, bool gelu) {
     const int64_t M = chunks > 0 ? out_features / chunks : 0;
-    require(M > 0 && M * chunks == out_features && is_half(packed) && packed.is_contiguous() &&
-                packed.numel() == packed_size(chunks, M, C),
+    require(M > 0 && M * chunks == out_features && out_features <= kMostFeatures && C <= kMostFeatures &&
+                is_half(packed) && packed.is_contiguous() && packed.numel() == packed_size(chunks, M, C),
             "what `pack` makes of a weight of these sizes");
     require(fits(any_bias, out_features), "a bias [out_features]");
     require(fits(any_residual, rows * out_features), "a residual of the result's shape, of bfloat16 or float32");

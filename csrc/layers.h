@@ -31,7 +31,7 @@ inline Tensor readable_rows(const Tensor& x) { return rows_apart(x) > 0 ? x : de
 inline bool takes_results(const Tensor& out, const MaybeTensor& residual, int64_t rows, int64_t M, ScalarType dtype) {
   const int64_t apart = rows_apart(out);
   return apart >= M && out.scalar_type() == dtype && out.size(-1) == M && out.numel() == rows * M &&
-         (!residual || (residual->numel() == rows * M && rows_apart(*residual) == apart));
+         (!residual || (residual->numel() == rows * M && rows_apart(*residual) == apart && residual->size(-1) == M));
 }
 constexpr const char* kOutWanted =
     "an out of the result's shape and dtype, of one chunk, and a residual whose rows are as far apart";

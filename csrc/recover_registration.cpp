@@ -137,9 +137,11 @@ void recover_interpolate_out(const Tensor& x, const MaybeTensor& index, int64_t 
 
 Tensor recover_interpolate_backward(const Tensor& grad, const MaybeTensor& index, int64_t num_kept, bool nearest) {
   require_kept({"recover_interpolate"}, index, grad.size(0), num_kept);
+  check_token_limit(num_kept, "num_kept");
   const Tensor dense_grad = dense(grad);
   const MaybeTensor dense_index = dense(index, ScalarType::Long);
   const Tensor grad_x = make_moved(grad, 1, 1, num_kept);
+  if (grad_x.numel() == 0) return grad_x;
   const InterpolateBackwardArgs args = {interpolate_args(dense_grad, dense_index, num_kept, grad.size(1), nearest),
                                         dense_grad.const_data_ptr(), grad_x.mutable_data_ptr()};
   check(kernels().interpolate_backward(args, pool()), "recover_interpolate");

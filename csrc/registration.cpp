@@ -203,9 +203,11 @@ void gather_tokens_out(const Tensor& x, const Tensor& index, const MaybeTensor& 
 
 Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frames, int64_t dim, int64_t out_dim) {
   require_scattered({"scatter_tokens"}, grad, index, out_dim);
+  check_token_limit(num_frames, "num_frames");
   const Tensor dense_index = dense(index);
   const Moved moved(grad, out_dim, dim);
   const Tensor out = make_moved(grad, out_dim, dim, num_frames);
+  if (out.numel() == 0) return out;  // no room for frames that hold nothing, however many they are
   ScatterArgs args = {grad.const_data_ptr(),
                       dtype_of(grad),
                       static_cast<int32_t>(grad.dim()),

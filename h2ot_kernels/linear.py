@@ -384,8 +384,9 @@ def _inside(
 
 def normed(norm: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
     """norm(x), in the dtype of the product where that takes one pass; contiguous, for the product."""
-    one_pass = is_silent(norm) and takes(x, None, norm, dtype)
-    return add_norm(x, None, norm, dtype)[1].contiguous() if one_pass else norm(x)
+    rows = x if x.stride(-1) == 1 else x.contiguous()  # with the bits of contiguous ones
+    one_pass = is_silent(norm) and takes(rows, None, norm, dtype)
+    return add_norm(rows, None, norm, dtype)[1].contiguous() if one_pass else norm(x)
 
 
 def _casts(*tensors: Tensor) -> bool:

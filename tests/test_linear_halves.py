@@ -260,6 +260,7 @@ def test_the_operator_refuses_other_sizes():
         (x, packed, bias, 40, second, bias, added, 24),
         (x, packed, bias, 40, second, None, residual, 24),
         (x, packed, bias, 40, second, None, added, 0),
+        (x, packed[:0], None, 2**58, packed[:0], None, None, 24),
         (x, packed, bias, 40, second, None, added, 24, x[0, 1:], None, 1e-5),
     ):
         with pytest.raises(ValueError, match="linear_halves: wanted"):

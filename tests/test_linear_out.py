@@ -132,11 +132,20 @@ def test_other_places_are_refused(kind):
         (None, x.flatten()[: 35 * 20 + C].unfold(0, C, 20), 1),
         (x, apart, 1),
         (apart, x.clone(), 1),
+        (x.flatten()[: 19 * C].as_strided((18, 2 * C), (C, 1)), x.clone(), 1),
         (None, x.clone(), 2),
     ):
         weights = packed if chunks == 1 else pack(torch.randn(C, C), 2)
         with pytest.raises(ValueError, match="wanted an out of the result's shape and dtype, of one chunk"):
             operators.linear_out(x, weights, None, residual, C, chunks, False, *NO_NORM, out)
+
+
+def test_norms_of_strided_rows_have_the_bits_of_contiguous_ones():
+    """Of any product: 7 and 16 channels are oneDNN's here."""
+    for channels in (7, 16, C):
+        norm, layer = nn.LayerNorm(channels), Linear(channels, 4).eval()
+        x = torch.randn(2, channels, 9).mT
+        assert torch.equal(layer(x, norm=norm), layer(x.contiguous(), norm=norm))
 
 
 @needs_ours

@@ -63,6 +63,22 @@ def test_refuses(name):
         operator(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        (OPS.scatter_tokens, (torch.zeros(0, 1, 4), torch.tensor([[5]]), 2**61 - 1, 1, 1)),
+        (OPS.recover_interpolate_backward, (torch.zeros(1, 9, 0), None, 2**61, False)),
+    ],
+)
+def test_refuses_more_frames_than_kernels_number(operator, arguments):
+    with pytest.raises(ValueError, match=r"num_\w+: got 2305843\d+ tokens a sample, wanted at most 2147483647"):
+        operator(*arguments)
+    none = operator(
+        *(2**31 - 1 if value is arguments[-3 if len(arguments) == 5 else 2] else value for value in arguments)
+    )
+    assert none.numel() == 0
+
+
 def misfits(value) -> Iterator[torch.Tensor | int]:
     """Other sizes, ranks and dtypes; other numbers."""
     if isinstance(value, torch.Tensor):
