@@ -44,7 +44,7 @@ def gaussian_steps(x, rows, rows_inside, columns, columns_inside, low, pairs, st
     of reach is left out.
     """
     steps = tl.zeros(low.shape, tl.int64)
-    reached = pairs & (low.to(tl.float64) <= REACH * width)
+    reached = pairs & (low.to(tl.float64) <= width * REACH)
     if tl.max(tl.max(reached.to(tl.int32), 1), 0) > 0:
         square = tl.zeros(low.shape, tl.float64)
         row, column = x + rows, x + columns
