@@ -102,10 +102,10 @@ def examine_triton(release: str, jobs: int) -> dict:
     install = run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), named], ROOT)
     if install.returncode:
         sys.exit(f"{install.stdout[-4000:]}\nversions: {release} could not be installed")
-    first = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "TRITON_CACHE_DIR": str(folder / "cache")}
+    own = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "TRITON_CACHE_DIR": str(folder / "cache")}
     options = ["-p", "no:cacheprovider", "-n", str(jobs), "--dist", "loadfile", "-k", "triton and not mutants"]
-    tests = run([sys.executable, "-P", "-m", "pytest", *options, "tests"], ROOT, **first)
-    gate = run([sys.executable, "-P", "-m", "tests.aot", "--jobs", str(jobs), "--arch", ARCHITECTURE], ROOT, **first)
+    tests = run([sys.executable, "-P", "-m", "pytest", *options, "tests"], ROOT, **own)
+    gate = run([sys.executable, "-P", "-m", "tests.aot", "--jobs", str(jobs), "--arch", ARCHITECTURE], ROOT, **own)
     built = re.search(r"aot: (\d+) rows.* (\d+) failed", gate.stdout)
     row = {"triton": release.removeprefix("triton-"), **counted(tests.stdout)}
     row |= {"builds": int(built[1]), "builds_failed": int(built[2])} if built else {}

@@ -46,18 +46,8 @@ struct Packing {
   double scale;
 };
 
-// Four words of four rows, turned.
+// Four words of a row.
 typedef float Quad __attribute__((vector_size(16)));
-
-H2OT_INLINE void store_turned(const Quad (&in)[4], float* out) {
-  const Quad ab_low = shuffle<0, 4, 1, 5>(in[0], in[1]);
-  const Quad ab_high = shuffle<2, 6, 3, 7>(in[0], in[1]);
-  const Quad cd_low = shuffle<0, 4, 1, 5>(in[2], in[3]);
-  const Quad cd_high = shuffle<2, 6, 3, 7>(in[2], in[3]);
-  const Quad turned[4] = {shuffle<0, 1, 4, 5>(ab_low, cd_low), shuffle<2, 3, 6, 7>(ab_low, cd_low),
-                          shuffle<0, 1, 4, 5>(ab_high, cd_high), shuffle<2, 3, 6, 7>(ab_high, cd_high)};
-  for (int u = 0; u < 4; u++) memcpy(out + u * kPanel, &turned[u], 16);
-}
 
 // panel[c][p] = packed channel c of token[p]; infinity for p >= count, which no comparison takes for a neighbour.
 H2OT_INLINE void pack_floats(const TokenRows<float>& rows, const Packing<float>& packing, const int32_t* token,
@@ -74,7 +64,7 @@ H2OT_INLINE void pack_floats(const TokenRows<float>& rows, const Packing<float>&
         memcpy(&in[t], row[t] + c, 16);
         in[t] *= scale;
       }
-      store_turned(in, panel + c * kPanel + p);
+      store_columns(in, panel + c * kPanel + p, kPanel);
     }
     for (; c < C; c++) {
       for (int t = 0; t < 4; t++) panel[c * kPanel + p + t] = row[t] ? row[t][c] * scale : __builtin_inff();
@@ -118,7 +108,7 @@ void pack_integers(const TokenRows<A>& rows, const Packing<A>& packing, const in
       for (; c + 4 <= pairs; c += 4) {
         Quad in[4];
         for (int t = 0; t < 4; t++) memcpy(&in[t], q[t] + 2 * c, 16);
-        store_turned(in, out + c * kPanel);
+        store_columns(in, out + c * kPanel, kPanel);
       }
       for (; c < pairs; c++) {
         for (int t = 0; t < 4; t++) memcpy(out + c * kPanel + t, q[t] + 2 * c, 4);

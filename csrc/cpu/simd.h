@@ -75,6 +75,16 @@ H2OT_INLINE V shuffle(V a, V b, F f) {
   return shuffle(a, b, f, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>());
 }
 
+// Four rows of four, as columns; out: the first of them, `apart` numbers before the next.
+template <class Quad, class E>
+H2OT_INLINE void store_columns(const Quad (&row)[4], E* out, int64_t apart) {
+  const Quad low02 = shuffle<0, 4, 1, 5>(row[0], row[2]), low13 = shuffle<0, 4, 1, 5>(row[1], row[3]);
+  const Quad high02 = shuffle<2, 6, 3, 7>(row[0], row[2]), high13 = shuffle<2, 6, 3, 7>(row[1], row[3]);
+  const Quad column[4] = {shuffle<0, 4, 1, 5>(low02, low13), shuffle<2, 6, 3, 7>(low02, low13),
+                          shuffle<0, 4, 1, 5>(high02, high13), shuffle<2, 6, 3, 7>(high02, high13)};
+  for (int i = 0; i < 4; i++) memcpy(out + i * apart, &column[i], sizeof(Quad));
+}
+
 H2OT_INLINE Floats load(const float* p) {
   Floats v;
   memcpy(&v, p, sizeof v);

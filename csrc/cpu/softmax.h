@@ -108,13 +108,7 @@ H2OT_INLINE void transpose_quad(const T* x, int64_t row_stride, Accumulator<T> s
       row[i] = Quad{widen(at[0]), widen(at[1]), widen(at[2]), widen(at[3])} * sign;
     }
   }
-  const Quad low02 = shuffle<0, 4, 1, 5>(row[0], row[2]);
-  const Quad low13 = shuffle<0, 4, 1, 5>(row[1], row[3]);
-  const Quad high02 = shuffle<2, 6, 3, 7>(row[0], row[2]);
-  const Quad high13 = shuffle<2, 6, 3, 7>(row[1], row[3]);
-  const Quad column[4] = {shuffle<0, 4, 1, 5>(low02, low13), shuffle<2, 6, 3, 7>(low02, low13),
-                          shuffle<0, 4, 1, 5>(high02, high13), shuffle<2, 6, 3, 7>(high02, high13)};
-  for (int d = 0; d < 4; d++) memcpy(out + d * out_stride, &column[d], sizeof(Quad));
+  store_columns(row, out, out_stride);
 }
 
 // Rows of x, `count` of them, as columns: panel[d][kPanel], times `sign`; missing columns are 0.
