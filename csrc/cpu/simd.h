@@ -120,26 +120,16 @@ H2OT_INLINE float widen(Half v) { return _cvtsh_ss(v.bits); }
 H2OT_INLINE float widen(Half v) {
   // The exponent is moved by a multiplication, which also makes subnormals exact; infinity and NaN stay as they are.
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
-  uint32_t bits = rest << 13;
-  float f;
-  memcpy(&f, &bits, 4);
-  f *= 0x1p112f;
-  if (rest >= 0x7c00u) {
-    bits = 0x7f800000u | (rest & 0x3ffu) << 13;
-    memcpy(&f, &bits, 4);
-  }
-  memcpy(&bits, &f, 4);
-  bits |= sign;
-  memcpy(&f, &bits, 4);
-  return f;
+  uint32_t bits = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest << 13) * 0x1p112f);
+  if (rest >= 0x7c00u) bits = 0x7f800000u | (rest & 0x3ffu) << 13;
+  return __builtin_bit_cast(float, bits | sign);
 }
 #endif
 
 H2OT_INLINE void narrow(float v, float& out) { out = v; }
 H2OT_INLINE void narrow(double v, double& out) { out = v; }
 H2OT_INLINE void narrow(float v, BFloat16& out) {  // round to nearest even
-  uint32_t bits;
-  memcpy(&bits, &v, 4);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
     out.bits = uint16_t(bits >> 16 | 0x40u);
   } else {
@@ -152,8 +142,7 @@ H2OT_INLINE void narrow(float v, Half& out) {  // to nearest even; NaN keeps onl
 }
 #else
 H2OT_INLINE void narrow(float v, Half& out) {  // round to nearest even
-  uint32_t bits;
-  memcpy(&bits, &v, 4);
+  uint32_t bits = __builtin_bit_cast(uint32_t, v);
   const uint32_t sign = bits >> 16 & 0x8000u;
   bits &= 0x7fffffffu;
   uint32_t half;
@@ -162,12 +151,7 @@ H2OT_INLINE void narrow(float v, Half& out) {  // round to nearest even
   } else if (bits >= 0x47800000u) {  // 65536 and more
     half = 0x7c00u;
   } else if (bits < 0x38800000u) {  // below the smallest normal: let an addition round
-    float f;
-    memcpy(&f, &bits, 4);
-    f += 0.5f;
-    uint32_t sum;
-    memcpy(&sum, &f, 4);
-    half = sum - 0x3f000000u;
+    half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, bits) + 0.5f) - 0x3f000000u;
   } else {
     bits += 0xfffu + (bits >> 13 & 1u);
     half = (bits - 0x38000000u) >> 13;
