@@ -37,6 +37,10 @@ LEFT_OUT = (
 )  # fmt: skip
 
 
+class NotInstalledError(Exception):
+    """No such release for this machine: what was seen before stands."""
+
+
 def run(command: list, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHONPATH"))}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -51,7 +55,7 @@ def environment_of(release: str) -> Path:
         venv.create(folder, with_pip=True, clear=True)
         done = run([python, "-m", "pip", "install", "-q", f"torch=={release}", *PACKAGES], ROOT)
         if done.returncode:
-            sys.exit(f"{done.stdout[-4000:]}\nversions: torch {release} could not be installed")
+            raise NotInstalledError(f"{done.stdout[-4000:]}\nversions: torch {release} could not be installed")
     return python
 
 
@@ -101,7 +105,7 @@ def examine_triton(release: str, jobs: int) -> dict:
     named = release.replace("-", "==")
     install = run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), named], ROOT)
     if install.returncode:
-        sys.exit(f"{install.stdout[-4000:]}\nversions: {release} could not be installed")
+        raise NotInstalledError(f"{install.stdout[-4000:]}\nversions: {release} could not be installed")
     own = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "TRITON_CACHE_DIR": str(folder / "cache")}
     options = ["-p", "no:cacheprovider", "-n", str(jobs), "--dist", "loadfile", "-k", "triton and not mutants"]
     tests = run([sys.executable, "-P", "-m", "pytest", *options, "tests"], ROOT, **own)
@@ -123,7 +127,12 @@ def main(arguments: list[str] | None = None) -> int:
     known = {row.get("torch") or f"triton-{row['triton']}": row for row in seen}
     green = True
     for release in given.release:
-        row = (examine_triton if release.startswith("triton-") else examine)(release, given.jobs)
+        try:
+            row = (examine_triton if release.startswith("triton-") else examine)(release, given.jobs)
+        except NotInstalledError as error:
+            print(error, flush=True)
+            green = False
+            continue
         print(row.pop("output", ""), end="")
         green &= row.get("tests", False)
         known[release] = row | {"python": sys.version.split()[0], "date": datetime.date.today().isoformat()}
