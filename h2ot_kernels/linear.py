@@ -66,8 +66,11 @@ class Linear(nn.Linear):
         out: where the result is written, in one chunk, best laid out as the residual; without gradients.
         """
         x = input  # nn.Linear's name, which callers may give
-        if out is not None and chunks > 1:
-            raise ValueError(f"chunks: got {chunks}, wanted 1 where out is given")
+        if chunks > 1 and not (out is None and residual is None and scale is None):
+            given = [name for name, v in (("out", out), ("residual", residual), ("scale", scale)) if v is not None]
+            raise ValueError(f"chunks: got {chunks}, wanted 1 where {given[0]} is given")
+        if scale is not None and activation != "none":
+            raise ValueError(f"activation: got {activation!r}, wanted 'none' where scale is given")
         if out is not None:
             return self._write(x, activation, residual, out, scale=scale, norm=norm)
         product = self._ready(x, scale, chunks) if x.is_cpu else None  # nothing is packed elsewhere

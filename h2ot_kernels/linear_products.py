@@ -61,6 +61,8 @@ def product_of(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> P
         return Halves(weight, bias, chunks)
     if Floats.take(weight, chunks):
         return Floats(weight, bias, chunks)
+    if weight.dtype == torch.bfloat16 and weight.shape[1] % 2:
+        return Widened(weight, bias, rows, chunks)  # oneDNN on a tile unit lets a NaN reach the row before its own
     return OneDnn(weight, bias, rows, chunks)
 
 

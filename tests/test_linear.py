@@ -202,6 +202,34 @@ def test_residual_scale_and_chunks(dtype):
             torch.testing.assert_close(part, expected)
 
 
+@pytest.mark.parametrize(("C", "M"), [(15, 40), (49, 3), (1, 1), (48, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_reach_no_other_row(C, M, dtype):
+    """As they do in oneDNN's bfloat16 products on a tile unit, of an odd number of channels."""
+    layer, x = Linear(C, M).to(dtype).eval(), torch.randn(17, C).to(dtype)
+    with torch.inference_mode():
+        expected = layer(x)
+        x[4, 0], x[9, -1] = float("inf"), float("nan")
+        got = layer(x)
+    others = [row for row in range(17) if row not in (4, 9)]
+    assert torch.equal(got[others], expected[others])
+    assert not got[[4, 9]].isfinite().any()
+
+
+@pytest.mark.parametrize("scale", [None, torch.ones(40)])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_what_would_be_left_out_is_refused(scale, mode):
+    """A scale goes without an activation, an addition and a scale with one chunk: wherever the layer runs."""
+    layer, x = Linear(48, 40).eval(), torch.randn(3, 48)
+    with mode():
+        if scale is not None:
+            with pytest.raises(ValueError, match="activation: got 'gelu', wanted 'none' where scale is given"):
+                layer(x, "gelu", scale=scale)
+        around = {"residual": torch.zeros(3, 40)} if scale is None else {"scale": scale}
+        with pytest.raises(ValueError, match=f"chunks: got 2, wanted 1 where {next(iter(around))} is given"):
+            layer(x, chunks=2, **around)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_norm_inside_a_product_has_an_eps_of_its_own(dtype):
     ours, plain = pair()

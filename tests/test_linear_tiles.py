@@ -185,6 +185,17 @@ def test_normed_tokens(run, sizes, affine):
     assert_within(got, expected(torch.float64), expected(torch.float32), C)
 
 
+@pytest.mark.parametrize("C", [33, 72, 512])
+def test_tokens_far_from_zero_are_normed_as_in_float64(run, C):
+    """What rounding takes from their mean neither counts as a deviation nor shifts those that there are."""
+    x, weight, bias, _ = made(16, C, 40)
+    x[:8] = 0
+    x += 12.345678 * 10.0 ** torch.arange(8).repeat(2)[:, None]
+    exact = functional.layer_norm(x.double(), (C,), eps=1e-6)
+    expected = (by_torch(exact.to(dtype), weight, bias, None, 1, False, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within(run(x, weight, bias, None, 1, False, (None, None, 1e-6)), *expected, C)
+
+
 @pytest.mark.parametrize("sizes", MLPS, ids=str)
 @pytest.mark.parametrize("added", [True, False])
 def test_an_mlp_is_two_layers(run, sizes, added):

@@ -48,6 +48,14 @@ H2OT_INLINE Moments<E> moments_of(E about, E sum, E squares, int64_t C, double e
   return {mean, E(scale), E(-rest * scale)};
 }
 
+// Whether C deviations with this sum of squares are small beside their mean, so that what rounding took from it counts
+// among them. Also where that is not known (NaN).
+template <class E>
+H2OT_INLINE bool is_far(E mean, E squares, int64_t C) {
+  const E near = mean / 64;
+  return !(squares >= E(C) * near * near);
+}
+
 // sum = x + y; the sum over the channels of what is stored. y null: of x.
 template <class T, class Y>
 H2OT_INLINE Accumulator<T> add_row(const T* x, const Y* y, int64_t C, T* sum) {

@@ -1,7 +1,7 @@
 // The end of a recovery module whose result goes straight into a pose head: residual, LayerNorm and linear layer in
 // one read of the projected tokens. Bound by that read: about 3 + M operations for each of its elements.
 #include "kernels.h"
-#include "vectors.h"
+#include "layer_norm.h"
 #include "worker.h"
 
 namespace h2ot {
@@ -31,7 +31,7 @@ void fold_head(const RecoverTailArgs& a, int64_t width, int64_t outputs, E* weig
 // x = token + projected, and its sum over the channels; zero beyond C. Asks for the rows after these: memory would rest
 // while they are projected.
 template <class T, class E>
-H2OT_INLINE E add_row(const T* token, const T* projected, int64_t C, E* x) {
+H2OT_INLINE E add_projected(const T* token, const T* projected, int64_t C, E* x) {
   constexpr int L = kLanes<T>;
   Vector<E> sum[2] = {};
   int64_t c = 0;
@@ -51,6 +51,20 @@ H2OT_INLINE E add_row(const T* token, const T* projected, int64_t C, E* x) {
     sum[0] += value;
   }
   return sum_lanes<T>(sum[0] + sum[1]);
+}
+
+// The mean of x [C, then zeros], which rounded sums gave as `about`, without what rounding took from it.
+template <class E>
+H2OT_INLINE E mean_of(const E* x, int64_t C, E about) {
+  constexpr int L = kLanes<E>;
+  Vector<E> off[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * L <= C; c += 2 * L) {
+    off[0] += load(x + c) - about;
+    off[1] += load(x + c + L) - about;
+  }
+  for (; c < C; c += L) off[0] += between<E>(load(x + c) - about, 0, int(C - c < L ? C - c : L));
+  return about + sum_lanes<E>(off[0] + off[1]) / E(C);
 }
 
 // For rows x[R][width] with their means: the sums of squared deviations, and of deviations times kOutputs weight rows.
@@ -97,12 +111,17 @@ H2OT_INLINE void finish_rows(const RecoverTailArgs& a, int64_t first, int64_t wi
   for (int r = 0; r < R; r++) {
     const T* const token = static_cast<const T*>(a.token) + (first + r) % a.F * a.C;
     const T* const projected = static_cast<const T*>(a.projected) + (first + r) * a.C;
-    mean[r] = add_row(token, projected, a.C, x + r * width) / E(a.C);
+    mean[r] = add_projected(token, projected, a.C, x + r * width) / E(a.C);
   }
   T* const out = static_cast<T*>(a.out) + first * a.M;
   for (int64_t m = 0; m < a.M; m += kOutputs) {
     const int64_t count = a.M - m < kOutputs ? a.M - m : kOutputs;
     project_rows<R>(x, a.C, width, mean, weight + m * width, squares, dots);
+    for (int r = 0; r < R; r++) {
+      if (!is_far(mean[r], squares[r], a.C)) continue;
+      mean[r] = mean_of(x + r * width, a.C, mean[r]);
+      project_rows<1>(x + r * width, a.C, width, mean + r, weight + m * width, squares + r, dots + r);
+    }
     for (int r = 0; r < R; r++) put_row(a, squares[r], dots[r], bias + m, count, out + r * a.M + m);
   }
 }

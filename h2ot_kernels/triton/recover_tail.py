@@ -110,6 +110,9 @@ def projected_tail_kernel(
         count = tl.zeros_like(mean) + tl.minimum(C - first, COLUMNS)
         own_mean = divide(tl.sum(y, 1), count)
         y = tl.where(inside[None, :], y - own_mean[:, None], 0)
+        off = divide(tl.sum(y, 1), count)  # what rounding took from it: of channels next to equal, all of y
+        own_mean += off
+        y = tl.where(inside[None, :], y - off[:, None], 0)
         share = divide(count, before + count)
         gap = own_mean - mean
         mean += gap * share
