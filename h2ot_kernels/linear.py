@@ -62,7 +62,8 @@ class Linear(nn.Linear):
         """x = input [..., in_features] -> residual + scale * activation(product of norm(x)) [..., out_features].
 
         activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
-        output features in that many tensors of their own, a tuple (no residual then). norm: what is done to x first.
+        output features in that many tensors of their own, a tuple (no residual or scale then). norm: what is done to x
+        first.
         out: where the result is written, in one chunk, best laid out as the residual; without gradients.
         """
         x = input  # nn.Linear's name, which callers may give
