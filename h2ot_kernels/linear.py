@@ -61,15 +61,15 @@ class Linear(nn.Linear):
     ) -> Tensor | tuple[Tensor, ...]:
         """x = input [..., in_features] -> residual + scale * activation(product of norm(x)) [..., out_features].
 
-        activation: "none", "gelu" (exact), "tanh" or "relu"; scale [out_features] goes without one. chunks: give the
-        output features in that many tensors of their own, a tuple (no residual or scale then). norm: what is done to x
-        first.
-        out: where the result is written, in one chunk, best laid out as the residual; without gradients.
+        activation: "none", "gelu" (exact), "tanh" or "relu"; a scale [out_features] goes with "none". chunks: give the
+        output features in that many tensors of their own, a tuple; residual, scale and out go with one. norm: what is
+        done to x first. out: where the result is written, best laid out as the residual; without gradients.
         """
         x = input  # nn.Linear's name, which callers may give
-        if chunks > 1 and not (out is None and residual is None and scale is None):
-            given = [name for name, v in (("out", out), ("residual", residual), ("scale", scale)) if v is not None]
-            raise ValueError(f"chunks: got {chunks}, wanted 1 where {given[0]} is given")
+        if chunks > 1:
+            for name, given in (("out", out), ("residual", residual), ("scale", scale)):
+                if given is not None:
+                    raise ValueError(f"chunks: got {chunks}, wanted 1 where {name} is given")
         if scale is not None and activation != "none":
             raise ValueError(f"activation: got {activation!r}, wanted 'none' where scale is given")
         if out is not None:

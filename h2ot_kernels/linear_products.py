@@ -36,7 +36,8 @@ class OneDnn:
 
 class Widened:
     """16-bit weights as float32 ones: one rounding, of the result. Without instructions for float16 PyTorch's product
-    takes five times as long as this (Zen 4), with bfloat16 on AVX2 a MixSTE eight times (Zen 3).
+    takes five times as long as this (Zen 4), with bfloat16 on AVX2 a MixSTE eight times (Zen 3). Also in place of a
+    product that mixes rows.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, chunks: int):
@@ -61,9 +62,16 @@ def product_of(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> P
         return Halves(weight, bias, chunks)
     if Floats.take(weight, chunks):
         return Floats(weight, bias, chunks)
-    if weight.dtype == torch.bfloat16 and weight.shape[1] % 2:
-        return Widened(weight, bias, rows, chunks)  # oneDNN on a tile unit lets a NaN reach the row before its own
+    if _mixes_rows(weight):
+        return Widened(weight, bias, rows, chunks)
     return OneDnn(weight, bias, rows, chunks)
+
+
+def _mixes_rows(weight: Tensor) -> bool:
+    """Whether oneDNN's product lets a NaN reach the row before its own: on a tile unit it takes channels in pairs, the
+    last of an odd number with the first of the next row.
+    """
+    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 1 and torch.cpu._is_amx_tile_supported()
 
 
 def is_widened(dtype: torch.dtype) -> bool:

@@ -216,18 +216,21 @@ def test_nan_and_infinity_reach_no_other_row(C, M, dtype):
     assert not got[[4, 9]].isfinite().any()
 
 
-@pytest.mark.parametrize("scale", [None, torch.ones(40)])
+@pytest.mark.parametrize(
+    ("around", "refused"),
+    [
+        ({"activation": "gelu", "scale": torch.ones(40)}, "activation: got 'gelu', wanted 'none' where scale is given"),
+        ({"chunks": 2, "scale": torch.ones(40)}, "chunks: got 2, wanted 1 where scale is given"),
+        ({"chunks": 2, "residual": torch.zeros(3, 40)}, "chunks: got 2, wanted 1 where residual is given"),
+    ],
+    ids=["activation and scale", "chunks and scale", "chunks and residual"],
+)
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
-def test_what_would_be_left_out_is_refused(scale, mode):
-    """A scale goes without an activation, an addition and a scale with one chunk: wherever the layer runs."""
-    layer, x = Linear(48, 40).eval(), torch.randn(3, 48)
-    with mode():
-        if scale is not None:
-            with pytest.raises(ValueError, match="activation: got 'gelu', wanted 'none' where scale is given"):
-                layer(x, "gelu", scale=scale)
-        around = {"residual": torch.zeros(3, 40)} if scale is None else {"scale": scale}
-        with pytest.raises(ValueError, match=f"chunks: got 2, wanted 1 where {next(iter(around))} is given"):
-            layer(x, chunks=2, **around)
+def test_what_does_not_go_together_is_refused(around, refused, mode):
+    """Wherever the layer runs: packed, and as nn.Linear, which would do something else or leave it out."""
+    layer = Linear(48, 40).eval()
+    with mode(), pytest.raises(ValueError, match=refused):
+        layer(torch.randn(3, 48), **around)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

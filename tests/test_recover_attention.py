@@ -250,11 +250,13 @@ def test_tail_of_channels_far_from_zero(C, runner):
 def test_tail_of_equal_channels_is_that_of_no_deviation(C, runner):
     """What rounding takes from their mean is no deviation, which a small eps would make large."""
     token, attended = 12.345678 * 10.0 ** torch.arange(9)[:, None].expand(9, C), torch.zeros(2, 9, C)
-    modules = tail_of(C, 3, (False, True, True, True), torch.float32)
+    modules = tail_of(C, 5, (False, True, True, True), torch.float32)
     modules[1].eps = 1e-6
     doubled = [copy.deepcopy(module).double() for module in modules]
     exact = tail_exactly(token.double(), attended.double(), doubled)
-    assert_within(tail_by(runner, token, attended, modules), exact, tail_exactly(token, attended, modules), C)
+    ours = tail_by(runner, token, attended, modules)
+    assert_within(ours, exact, tail_exactly(token, attended, modules), C)
+    assert torch.equal(tail_by(runner, token, attended[:1], modules), ours[:1])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf - inf in the interpreter

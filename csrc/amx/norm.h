@@ -1,4 +1,5 @@
-// LayerNorm of a row, in float32: the mean, then the mean of squares about it.
+// LayerNorm of a row, in float32: the mean, then the mean of squares about it; where that is far below the mean, both
+// once more about what the deviations say the mean is.
 #pragma once
 
 #include "../cpu/layer_norm.h"

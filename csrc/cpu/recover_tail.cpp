@@ -117,7 +117,7 @@ H2OT_INLINE void finish_rows(const RecoverTailArgs& a, int64_t first, int64_t wi
   for (int64_t m = 0; m < a.M; m += kOutputs) {
     const int64_t count = a.M - m < kOutputs ? a.M - m : kOutputs;
     project_rows<R>(x, a.C, width, mean, weight + m * width, squares, dots);
-    for (int r = 0; r < R; r++) {
+    for (int r = 0; m == 0 && r < R; r++) {
       if (!is_far(mean[r], squares[r], a.C)) continue;
       mean[r] = mean_of(x + r * width, a.C, mean[r]);
       project_rows<1>(x + r * width, a.C, width, mean + r, weight + m * width, squares + r, dots + r);
