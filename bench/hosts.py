@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from h2ot_kernels import hosts
 from h2ot_kernels.demo.skeleton import walking_clip
 
-# Those that lift keypoints; bench_ftp_pose measures the one that reads images.
-LIFTING = [name for name, (host, _) in hosts.HOSTS.items() if "num_frames" in inspect.signature(host).parameters]
+LIFTING = hosts.LIFTING  # bench_ftp_pose measures the one that reads images
 REDUCED = {"num_frames": 27, "channels": 32, "hidden": 64, "representation": 64, "num_heads": 4}
 
 

@@ -26,11 +26,11 @@ void* current_stream(int32_t device) {
 }
 
 // Facts of each device, asked once (a driver call each; the same answer from every thread).
-const cuda::Machine& machine_of(int32_t device) {
+const cuda::Machine& machine_of(int32_t device, const char* op) {
   static thread_local std::vector<cuda::Machine> known;
   if (static_cast<size_t>(device) >= known.size()) known.resize(static_cast<size_t>(device) + 1);
   cuda::Machine& machine = known[static_cast<size_t>(device)];
-  if (machine.multiprocessors == 0) check_cuda(cuda::read_machine(device, &machine), "score_tokens");
+  if (machine.multiprocessors == 0) check_cuda(cuda::read_machine(device, &machine), op);
   return machine;
 }
 
@@ -45,7 +45,7 @@ void run(const Tensor& x, const cuda::CudaScoreArgs& args, const char* op) {
   if (args.score.x.B == 0) return;
   const cuda::Problem problem = problem_of(args.score.x, args.score.k, args.labels ? args.K : 0);
   const int32_t device = x.get_device_index();
-  const cuda::Plan plan = cuda::plan_score(problem, machine_of(device));
+  const cuda::Plan plan = cuda::plan_score(problem, machine_of(device, op));
   const Tensor workspace = make(x, {plan.at.bytes}, ScalarType::Byte);
   check_cuda(cuda::launch_score(args, plan, workspace.mutable_data_ptr(), current_stream(device)), op);
 }
@@ -132,7 +132,7 @@ Tensor assign_clusters(const Tensor& x, const Tensor& index, const MaybeTensor& 
   const AssignArgs args = {tokens_of(x),           static_cast<const int64_t*>(dense_index.const_data_ptr()),
                            index.size(0),          index.size(1),
                            read<bool>(dense_mask), write<int64_t>(labels)};
-  const cuda::Plan plan = cuda::plan_assign(problem_of(args.x, 0, args.K), machine_of(device));
+  const cuda::Plan plan = cuda::plan_assign(problem_of(args.x, 0, args.K), machine_of(device, "assign_clusters"));
   const Tensor workspace = make(x, {plan.at.bytes}, ScalarType::Byte);
   check_cuda(cuda::launch_assign(args, plan, workspace.mutable_data_ptr(), current_stream(device)), "assign_clusters");
   return labels;
@@ -187,7 +187,8 @@ void gather_into(const Tensor& out, const Tensor& x, const Tensor& index, const 
   args.F = x.size(dim);
   args.pos_embed = read<void>(embed);
   set_layout(args, x, dim, out_dim, dense_index, out);
-  check_cuda(cuda::launch_gather(args, current_stream(device), cuda::can_overlap(machine_of(device))), "gather_tokens");
+  const bool overlap = cuda::can_overlap(machine_of(device, "gather_tokens"));
+  check_cuda(cuda::launch_gather(args, current_stream(device), overlap), "gather_tokens");
 }
 
 Tensor gather_tokens(const Tensor& x, const Tensor& index, const MaybeTensor& pos_embed, int64_t dim, int64_t out_dim) {
@@ -212,8 +213,8 @@ Tensor scatter_tokens(const Tensor& grad, const Tensor& index, int64_t num_frame
   args.grad = grad.const_data_ptr();
   args.K = index.size(1);
   set_layout(args, grad, out_dim, dim, dense_index, out);
-  check_cuda(cuda::launch_scatter(args, current_stream(device), cuda::can_overlap(machine_of(device))),
-             "scatter_tokens");
+  const bool overlap = cuda::can_overlap(machine_of(device, "scatter_tokens"));
+  check_cuda(cuda::launch_scatter(args, current_stream(device), overlap), "scatter_tokens");
   return out;
 }
 

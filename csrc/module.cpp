@@ -109,11 +109,11 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       pybind11::arg("name"), "Choose the instruction set for the whole process (for tests and comparisons).");
-  m.def(
-      "tiles_run", &h2ot::tiles_run,
-      "Whether kernels run on the tile unit (AMX): the search of scoring and labels, linear layers, attention in "
-      "bfloat16 and recovery in rotated channels. So where one was found, H2OT_KERNELS_TILES is not 0 and the kernels "
-      "in use are 'avx512'.");
+  m.def("tiles_run", &h2ot::tiles_run,
+        "Whether kernels run on the tile unit (AMX): the search of scoring and labels, linear layers, MLPs, "
+        "recovery in rotated channels and, in bfloat16, attention and its scores. So where one was found, "
+        "H2OT_KERNELS_TILES is not 0 and the kernels "
+        "in use are 'avx512'.");
   m.def("dots_run", &h2ot::dots_run,
         "Whether linear layers, attention and recovery in bfloat16 may run by products of pairs (AVX512-BF16): those "
         "were found, and the kernels in use are 'avx512'. Where tiles_run, too, the tile unit does the work.");

@@ -9,7 +9,8 @@ from .score import TokenScores, score_tokens  # isort: skip
 from .select import prune_attention, prune_cluster, prune_motion, prune_sample, select_tokens  # isort: skip
 from .gather import gather_tokens  # isort: skip
 from .cluster import TokenClusters, assign_clusters, cluster_tokens, merge_tokens  # isort: skip
-from .recover_attention import recover_attention, recover_pose  # isort: skip
+from .recover_attention import recover_attention  # isort: skip
+from .recover_pose import recover_pose  # isort: skip
 from .recover_interpolation import recover_interpolate  # isort: skip
 from . import nn  # isort: skip
 from .hourglass import Hourglass  # isort: skip

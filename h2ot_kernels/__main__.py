@@ -102,7 +102,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: this torch sees no GPU")
-    seq2frame = {"pipeline": "seq2frame"} if options.model.startswith("tpc") else {}
+    seq2frame = {"pipeline": "seq2frame"} if options.model in hosts.SEQ2FRAME else {}
     try:
         if options.model not in hosts.HOSTS:
             raise ValueError(f"--model: got {options.model!r}, wanted one of {', '.join(hosts.LIFTING)}")

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .backend import is_cpp
-from .linear import Linear, attention_in_one_call
+from .linear import Linear
+from .linear_fused import attention_in_one_call
 from .recover_attention import recover_attention
 
 MOST_ROWS = 65535  # blocks on a grid's second axis

@@ -27,6 +27,13 @@ BACKENDS = ("cpp", "cuda", "triton", "reference")
 _DEFAULT_ORDER = {"cpu": ("cpp",), "cuda": ("cuda", "triton", "reference")}
 # A public function that has no operator of its own -> the one that decides what it runs on.
 _RUNS_AS = {"recover_pose": "recover_tail"}
+# A public function -> the operator that it runs with certain options, and those.
+_VARIANT = ("score_variant", "scale, exclude_self or the Gaussian density")
+_RUNS_WITH = {
+    "score_tokens": _VARIANT,
+    "prune_cluster": _VARIANT,
+    "assign_clusters": ("assign_by_parent", "parent"),
+}
 _implementations: dict[str, dict[str, Callable]] = {}
 # (op, device, named backend) -> what runs
 _resolved: dict[tuple[str, str, str | None], Callable] = {}
@@ -290,6 +297,7 @@ def _change(how: Callable[[_Entry], None], entry: _Entry) -> None:
 def explain(op: str, *tensors: Tensor) -> str:
     """Which backend `op` would use for these tensors (none: the CPU), and why not the others: one line each.
 
+    Where some options are another operator, a last line says what that uses.
     Raises TypeError for what is no tensor, ValueError for an unknown op, RuntimeError where the backend that is named
     cannot run it.
 
@@ -307,6 +315,12 @@ def explain(op: str, *tensors: Tensor) -> str:
     for backend in BACKENDS:
         ok, reason = can_run(op, backend, device)
         lines.append(f"  {backend:9} {'can run' if ok else 'cannot run'}: {reason}")
+    if op in _RUNS_WITH:
+        operator, options = _RUNS_WITH[op]
+        try:
+            lines.append(f"  with {options}: {chosen_backend(operator, device)}")
+        except RuntimeError as error:
+            lines.append(f"  with {options}: {error}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from . import constants
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MOST_TOKENS = 2**31 - 1  # of a sample: kernels number them in 32 bits
+MOST_TOKENS = 2**31 - 1  # of a sample: kernels number them in 32 bits (of CUDA C++ those that score in 30)
 
 
 def shape(x: Tensor) -> str:
@@ -154,7 +154,7 @@ def index(name: str, value: Tensor, x: Tensor) -> None:
     same_device(name, value, "x", x)
     rows, B = value.shape[0], x.shape[0]
     if value.shape[1] == 0 or (rows != B and (rows == 0 or B % rows)):
-        raise ValueError(f"{name}: got shape {shape(value)}, wanted [1, K] or [B, K], K at least 1, B dividing {B}")
+        raise ValueError(f"{name}: got shape {shape(value)}, wanted rows that divide {B}, x's samples, and a column")
 
 
 def signal(name: str, value: Tensor, frames: int, axis: int = 1) -> None:

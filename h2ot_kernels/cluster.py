@@ -1,5 +1,6 @@
 """Clusters around the kept tokens, and their means (TCFormer)."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ def cluster_tokens(
     *,
     keep=None,
     mask: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     noise: Tensor | None = None,
     metric: str = "euclidean",
     backend: str | None = None,
@@ -65,7 +66,7 @@ def assign_clusters(
     index: Tensor,
     *,
     mask: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     metric: str = "euclidean",
     parent: Tensor | None = None,
     backend: str | None = None,
@@ -82,7 +83,8 @@ def assign_clusters(
     so do all tokens of a sample with no valid selected token, those whose chain meets none, and float64 tokens whose
     squared distances overflow.
     Returns int64 [B, N]. Raises TypeError or ValueError that name the argument, IndexError for an index or parent
-    outside -1 .. N - 1. Cost: B N K C differences (parent: B N steps), memory O(N C); decided as in float64.
+    outside -1 .. N - 1 (a GPU cannot raise: such an index attracts nobody there).
+    Cost: B N K C differences (parent: B N steps), memory O(N C); decided as in float64.
     Source: TCFormer section 3: labels[b, i] = argmin over c of |x[b, i] - x[b, index[b, c]]|; with parent
     Rodriguez & Laio 2014: labels[b, i] = labels[b, parent[b, i]]; `python_ref.cluster`.
 
@@ -114,7 +116,8 @@ def merge_tokens(
     -1 for tokens of no cluster. weight: float [B, N] or [B, N, 1].
     Returns [B, num_clusters, C] of x's dtype, summed in float32 (float64 for float64) in ascending token order; 0 for
     an empty cluster or one whose weights sum to 0. Gradients to x and weight, first and second order.
-    Raises TypeError or ValueError that name the argument, IndexError for a label outside its range.
+    Raises TypeError or ValueError that name the argument, IndexError for a label outside its range
+    (a GPU cannot raise: such a token is of no cluster there).
     Cost: one read of x. Source: TCFormer section 3; `python_ref.cluster`.
 
     >>> import torch, h2ot_kernels as h2ot

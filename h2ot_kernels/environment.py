@@ -1,5 +1,5 @@
-"""What is read from the environment when the package is imported; a name that is not one of these raises ValueError,
-and ends `python -m h2ot_kernels` in one line:
+"""What is read from the environment when the package is imported. A value that is none of those named here raises
+ValueError, and ends `python -m h2ot_kernels` in one line:
 H2OT_KERNELS_BACKEND: the backend of calls that name none.
 H2OT_KERNELS_CAPABILITY: the instruction set of the CPU kernels ("portable", "avx2", "avx512", "neon"), one that this
 machine can run; without it the best of them.

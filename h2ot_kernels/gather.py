@@ -34,9 +34,9 @@ def gather_tokens(
     Returns a contiguous tensor of x's dtype. Gradients to x and pos_embed, first and second order, deterministic.
 
     Raises TypeError or ValueError for a wrong type, shape, dtype or device, IndexError for an index outside 0 .. F - 1
-    that is no padding (on a GPU the row is NaN), IndexError in the backward pass for an index that is not ascending.
-    Cost: reads and writes B K ... elements once. Source: HoT section 3 (token pruning);
-    `python_ref.gather`.
+    that is no padding (on a GPU the row is NaN), IndexError in the backward pass for an index that is not ascending
+    (on a GPU the gradient is then undefined). Cost: reads and writes B K ... elements once.
+    Source: HoT section 3 (token pruning); `python_ref.gather`.
 
     >>> import torch, h2ot_kernels as h2ot
     >>> h2ot.gather_tokens(torch.arange(6.0).reshape(1, 3, 2), torch.tensor([[0, 2]]))

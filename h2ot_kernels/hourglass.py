@@ -20,7 +20,8 @@ class Hourglass(nn.Module):
     """Turns a transformer over frames into an hourglass, in the model's own loop over its blocks.
 
     num_frames: F, the frames that enter the model.
-    stages: {block: tokens}: just before 0-based `block` only `tokens` frames are kept. One stage is HoT, several H2OT.
+    stages: {block: tokens}: just before 0-based `block` only `tokens` frames are kept. One stage is HoT, several H2OT;
+        by default {1: 121, 2: 81}, those of H2OT on MixSTE.
     pruner: "cluster" (TPC), "sampler" (TPS), "motion" (TPMo), "attention" (TPA) or "scores" (the caller's).
     recover: "attention" (TRA, on features, before the head), "interpolation" (TRI, on poses, after it), None (the kept
         frames are the result).
@@ -108,7 +109,7 @@ class Hourglass(nn.Module):
         index: frames to keep instead of choosing: the `kept` of an earlier call (test-time flip), or of one stage the
             tensor alone; [1, K] or one row a sample. pos_embed: [1, K, C], added to the kept tokens.
         The rest is what a pruner reads; what it does not read is not looked at, so a model can pass all that it has:
-        pose [B, F, J, 2] (motion); query and key [B, J, H, N, D] of the block before (attention); scores [B, F]
+        pose [B, F, J, D] (motion); query and key [B, J, H, N, D] of the block before (attention); scores [B, F]
         (scores); mask [B, F] (cluster, scores); noise [B, F] or a generator (cluster). F may be the input frames or
         those still there.
         """

@@ -1,7 +1,7 @@
 """Linear layers whose CPU inference runs with weights packed once: our kernels where they are faster, else oneDNN."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,9 @@ from torch.nn import functional
 from .add_norm import add_norm, takes
 from .backend import is_reference
 from .inference import dots_run, floats_panel, tiles_run
-from .linear_floats import floats_run
-from .linear_halves import Halves, adds_to_float
-from .linear_products import HAS_ONEDNN, Product, Widened, is_widened, product_of
-from .packed import ACTIVATIONS, NO_NORM, Packed, has_even_rows
+from .linear_halves import Halves
+from .linear_products import HAS_ONEDNN, Product, is_widened, product_of
+from .packed import ACTIVATIONS, Packed
 from .samples import Samples
 from .watched import in_turn, is_own, is_plain, is_silent
 
@@ -77,9 +76,9 @@ class Linear(nn.Linear):
         product = self._ready(x, scale, chunks) if x.is_cpu else None  # nothing is packed elsewhere
         if product is None:
             return self._plain(x, activation, residual, scale, chunks, norm)
-        dtype, fused = _product_dtype(x), {}
+        dtype, fused = product_dtype(x), {}
         if norm is not None:
-            inside = _inside(norm, x) if isinstance(product, Packed) else None
+            inside = inside_product(norm, x) if isinstance(product, Packed) else None
             if inside is None:
                 x = normed(norm, x, dtype)
             else:
@@ -121,17 +120,17 @@ class Linear(nn.Linear):
 
     def _ready(self, x: Tensor, scale: Tensor | None, chunks: int) -> Product | None:
         """What multiplies x; None: nn.Linear does."""
-        dtype = _product_dtype(x)
-        return self._packed(x, x.shape[-1], dtype, scale, chunks) if _takes_packed(x, dtype) else None
+        dtype = product_dtype(x)
+        return self.packed_for(x, x.shape[-1], dtype, scale, chunks) if takes_packed(x, dtype) else None
 
-    def _packed(
+    def packed_for(
         self, x: Tensor, features: int, dtype: torch.dtype, scale: Tensor | None, chunks: int
     ) -> Product | None:
-        """The same for rows of `features` that are made of x's, which `_takes_packed` has looked at."""
+        """The same for rows of `features` that are made of x's, which `takes_packed` has looked at."""
         weight = self.weight  # nn.Module looks it up in Python: once
         if (
             not self.training
-            and (dtype == weight.dtype or (torch.is_autocast_enabled("cpu") and _casts(x, weight)))
+            and (x.dtype == dtype == weight.dtype or (torch.is_autocast_enabled("cpu") and _casts(x, weight)))
             and weight.is_cpu
             and weight.layout is torch.strided
             and features == weight.shape[1]
@@ -220,136 +219,7 @@ def call(layer: nn.Module, x: Tensor, activation: str = "none", **around) -> Ten
     return in_turn(layer, x, activation, **around)
 
 
-def mlp(
-    x: Tensor,
-    fc1: Linear,
-    fc2: nn.Linear,
-    *,
-    norm: nn.LayerNorm | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> Tensor:
-    """residual + scale * fc2(gelu(fc1(norm(x)))), as two calls of them give it; in one pass where an operator can.
-
-    Where 16-bit weights are `Widened`, what is between them is not rounded in one pass.
-    """
-    fused = None
-    if x.is_cpu and not torch.compiler.is_compiling():
-        dtype = _product_dtype(x)
-        in_floats = (floats_run() or tiles_run()) and (dtype == torch.float32 or is_widened(dtype))
-        if in_floats or adds_to_float(dtype):
-            fused = mlp_in_one_call(x, fc1, fc2, norm, residual, scale)
-    if fused is not None:
-        return fused
-    return call(fc2, call(fc1, x, "gelu", norm=norm), residual=residual, scale=scale)
-
-
-def mlp_in_one_call(
-    x: Tensor,
-    first: Linear,
-    last: nn.Linear,
-    norm: nn.LayerNorm | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-) -> Tensor | None:
-    """residual + scale * last(gelu(first(norm(x)))); None where no operator does that."""
-    layers = _both_packed(x, first, last, (1, None), norm, residual, scale)
-    if layers is None:
-        return None
-    one, other = layers.first, layers.last
-    given = one.packed, one.bias, one.out_features, other.packed, other.bias, layers.residual, other.out_features
-    return layers.rounded(one.operators.mlp(layers.x, *given, *layers.norm))
-
-
-def attention_in_one_call(
-    x: Tensor,
-    first: Linear,
-    last: nn.Linear,
-    dim: int,
-    num_heads: int,
-    *,
-    norm: nn.LayerNorm | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor | None:
-    """residual + scale * last(self-attention over axis dim of first(norm(x))), first making query, key and value; None
-    where no operator does that.
-
-    out: where it is written, laid out as the residual.
-    """
-    layers = _both_packed(x, first, last, (3, x.shape[-1]), norm, residual, scale)
-    if layers is None or layers.last.out_features != x.shape[-1]:
-        return None
-    one, other, x, inside = layers.first, layers.last, layers.x, layers.norm
-    given = one.packed, one.bias, dim, num_heads, other.packed, other.bias, layers.residual
-    if out is None or layers.dtype is not None:
-        attended = layers.rounded(one.operators.attend(x, *given, *inside))
-        return attended if out is None else out.copy_(attended)
-    laid_out = residual is not None and out.shape == residual.shape and out.stride() == residual.stride()
-    if not laid_out or out.dtype != residual.dtype or not has_even_rows(out):
-        return None
-    one.operators.attend_out(x, *given, *(inside or NO_NORM), out)
-    return out
-
-
-class _Both(NamedTuple):
-    """Two layers of one kind, and what their operator takes: x, of its norm () where x is normed already, the residual.
-
-    dtype: what the result is rounded to where the operator gives another; else None.
-    """
-
-    first: Packed
-    last: Packed
-    x: Tensor
-    norm: tuple
-    residual: Tensor | None
-    dtype: torch.dtype | None = None
-
-    def rounded(self, y: Tensor) -> Tensor:
-        return y if self.dtype is None else y.to(self.dtype)
-
-
-def _both_packed(
-    x: Tensor,
-    first: Linear,
-    last: nn.Linear,
-    outputs: tuple[int, int | None],
-    norm: nn.LayerNorm | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-) -> _Both | None:
-    """None where nothing of one kind multiplies both unseen.
-
-    outputs: of the first, how many times as many as the last takes, and these (None: as many as it has).
-    """
-    if not (is_own(first, Linear) and is_own(last, Linear)):
-        return None
-    chunks, features = outputs
-    features = first.out_features if features is None else features
-    dtype = _product_dtype(x)
-    one = first._packed(x, x.shape[-1], dtype, None, chunks) if _takes_packed(x, dtype) else None
-    widened = isinstance(one, Widened) and x.dtype == dtype
-    one = one.product if widened else one
-    if not isinstance(one, Packed):
-        return None
-    other = last._packed(x, features, dtype, scale, 1)
-    other = other.product if widened and isinstance(other, Widened) else other
-    adds = (dtype,) if widened else one.adds
-    if type(other) is not type(one) or x.dtype not in adds or one.out_features != chunks * features:
-        return None
-    if residual is not None and not (residual.dtype in adds and residual.shape == (*x.shape[:-1], other.out_features)):
-        return None
-    inside = () if norm is None else _inside(norm, x, PACKABLE if widened else FUSED)
-    if inside is None:
-        x, inside = normed(norm, x, dtype), ()
-    if not widened:
-        return _Both(one, other, x, inside, residual)
-    inside = tuple(v.float() if isinstance(v, Tensor) else v for v in inside)
-    return _Both(one, other, x.float(), inside, None if residual is None else residual.float(), dtype)
-
-
-def _takes_packed(x: Tensor, dtype: torch.dtype) -> bool:
+def takes_packed(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether packed weights of this dtype may multiply x, here and now."""
     return (
         not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -367,12 +237,12 @@ def _takes_packed(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer multiplies x in."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _inside(
+def inside_product(
     norm: nn.LayerNorm, x: Tensor, fused: tuple[torch.dtype, ...] = FUSED
 ) -> tuple[Tensor | None, Tensor | None, float] | None:
     """(weight, bias, eps) of a LayerNorm over x's last axis that a product takes, unheard; else None."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from . import checks
 from .gather import gather_tokens
 from .linear import Linear
-from .recover_attention import project, recover_attention, recover_pose
+from .recover_attention import recover_attention
 from .recover_interpolation import recover_interpolate
+from .recover_pose import project, recover_pose
 from .select import prune_attention, prune_cluster, prune_motion, prune_sample, select_tokens
 from .watched import is_own, is_plain, is_silent
 
@@ -121,7 +122,7 @@ class TokenPruningMotion(TokenPruning):
     needed = ("pose",)
 
     def select(self, x: Tensor, *, pose: Tensor, keep=None) -> Tensor:
-        """pose: [B, F, J, 2], of the frames that x holds."""
+        """pose: [B, F, J, D], of the frames that x holds."""
         checks.signal("pose", pose, x.shape[self.frame_dim])
         return prune_motion(pose, self.num_tokens, keep=keep)
 

@@ -18,7 +18,6 @@ from python_ref.score import GAUSSIAN_STEPS, rank_tokens
 
 from .backend import use_backend
 from .modes import in_eval_mode
-from .recover_attention import reference_tail
 
 CHUNK = 32  # channels whose differences are held at once: [B, N, N, CHUNK] float64
 
@@ -95,7 +94,7 @@ def decompositions() -> dict[Callable, Callable]:
         ops.assign_by_parent.default: _assign_by_parent,
         ops.merge_tokens.default: _merge_tokens,
         ops.recover_attention.default: _recover_attention,
-        ops.recover_tail.default: reference_tail,
+        ops.recover_tail.default: python_ref.recover_tail,
         ops.recover_interpolate.default: _recover_interpolate,
     }
 

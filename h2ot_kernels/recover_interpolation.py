@@ -32,7 +32,7 @@ def recover_interpolate(
     Returns [B, F, ...] of x's dtype, weights and sums in float32 (float64 for float64). Gradients to x of any order,
     deterministic. Raises TypeError or ValueError that name the argument, IndexError for an index outside 0 .. F - 1
     or not ascending (a GPU cannot raise: frames beside a wrong entry are NaN there).
-    Cost: reads x and writes the result once. Source: H2OT section 3: out[t] = x[i] + w (x[i + 1] - x[i]), with
+    Cost: reads x and writes the result once. Source: H2OT section 3: out[t] = (1 - w) x[i] + w x[i + 1], with
     w = (t - index[i]) / (index[i + 1] - index[i]) between the kept frames i and i + 1 around t;
     `python_ref.recover_interpolation`.
 

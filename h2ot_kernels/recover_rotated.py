@@ -44,7 +44,7 @@ def recover_rotated(
     """
     vectors = token, proj.bias, norm_weight, norm_bias, head_weight, head_bias
     sources = [tensor for tensor in (proj.weight, *vectors) if tensor is not None]
-    dtype = _product_dtype(value.dtype)
+    dtype = _rotated_dtype(value.dtype)
     form = dtype, tiles_run()
     triangle, rotation = proj.kept("rotation", form, [proj.weight], lambda: _rotation(proj.weight.detach(), *form))
     sizes = (*token.shape, *(vector is None for vector in vectors))
@@ -65,14 +65,14 @@ def takes(inputs: tuple[Tensor, ...], proj: torch.nn.Module, *vectors: Tensor | 
     return (
         torch._C.has_lapack
         and not torch.is_autocast_enabled("cpu")
-        and _product_dtype(value.dtype) is not None
+        and _rotated_dtype(value.dtype) is not None
         and all(tensor is None or tensor.dtype == value.dtype for tensor in kept)
         and not any(tensor is not None and tensor.is_inference() for tensor in kept)  # such do not say when they change
         and min(value.numel(), token.numel(), vectors[-2].numel()) > 0
     )
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype | None:
+def _rotated_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """What the triangle is multiplied in: as `Linear` does, in float32 where the CPU has nothing for a 16-bit dtype."""
     if dtype == torch.bfloat16 and dots_run():
         return dtype

@@ -1,5 +1,6 @@
 """Density-peak scoring (DPC-kNN): how dense each token is, and how far the next denser one."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ def score_tokens(
     k: int = 2,
     *,
     mask: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     noise: Tensor | None = None,
     metric: str = "euclidean",
     exclude_self: bool = False,

@@ -22,7 +22,7 @@ def select_tokens(
     *,
     keep=None,
     mask: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The num_tokens = K largest scores of each sample, ties to the lowest index, as ascending index.
@@ -82,7 +82,7 @@ def prune_cluster(
     *,
     keep=None,
     mask: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     noise: Tensor | None = None,
     metric: str = "euclidean",
     exclude_self: bool = False,
@@ -180,7 +180,7 @@ def prune_motion(pose: Tensor, num_tokens: int, *, keep=None, backend: str | Non
     >>> h2ot.prune_motion(pose, 2)
     tensor([[2, 4]])
     """
-    checks.tensor("pose", pose, (4,), "[B, F, J, 2]")
+    checks.tensor("pose", pose, (4,), "[B, F, J, D]")
     B, F = pose.shape[:2]
     checks.integer("num_tokens", num_tokens, 1, F, "the number of frames")
     keep = checks.kept(keep, B, F, num_tokens, pose.device)

@@ -6,8 +6,9 @@ Every backend is held to these functions. They also run as the backend "referenc
 
 from .cluster import assign_clusters, merge_tokens
 from .gather import gather_tokens
-from .recover_attention import recover_attention, recover_pose
+from .recover_attention import recover_attention
 from .recover_interpolation import recover_interpolate
+from .recover_pose import recover_pose, recover_tail
 from .score import TokenScores, metric_tokens, pool_joints, score_tokens, squared_distances
 from .select import (
     attention_scores,
@@ -36,6 +37,7 @@ __all__ = [
     "recover_attention",
     "recover_interpolate",
     "recover_pose",
+    "recover_tail",
     "score_tokens",
     "select_ragged",
     "select_tokens",

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def recover_attention(
@@ -22,12 +21,3 @@ def recover_attention(
     scale = (C // num_heads) ** -0.5 if scale is None else scale
     weights = (heads(query) @ heads(key).mT * scale).softmax(-1)
     return (weights @ heads(value)).transpose(1, 2).reshape(B, query.shape[1], C).to(value.dtype)
-
-
-def recover_pose(token, query, key, value, proj, norm, head, num_heads: int, *, num_joints: int = 17) -> Tensor:
-    """head(norm(token + proj(attention))): key, value [B * J, K, C] -> [B, J, F, out_features of head]."""
-    attended = recover_attention(query, key, value, num_heads)
-    projected = functional.linear(attended, proj.weight, proj.bias)
-    normed = functional.layer_norm(token + projected, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    pose = functional.linear(normed, head.weight, head.bias)
-    return pose.unflatten(0, (-1, num_joints))

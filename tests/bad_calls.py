@@ -195,6 +195,11 @@ BAD = {
     "projected width": (lambda: tail(WIDE), ValueError, "proj: got 4 to 8 features, wanted C = 4 to 4"),
     "projection dtype": (lambda: tail(DOUBLE), TypeError, "proj.weight: got dtype torch.float64"),
     "projection elsewhere": (lambda: tail(ELSEWHERE), ValueError, "proj.weight: got device meta"),
+    "no tensor where gradients are recorded": (
+        lambda: h2ot.recover_pose(X[0], [1.0], KEPT, KEPT, LINEAR, NORM, HEAD, 2, num_joints=1),
+        TypeError,
+        "query: got list, wanted a tensor",
+    ),
     "not a module": (lambda: h2ot.recover_pose(X[0], X[0], KEPT, KEPT, 1, NORM, HEAD, 2), TypeError, "proj: got int"),
     "mode": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 9, mode="cubic"), ValueError, "mode: got 'cubic'"),
     "align": (lambda: h2ot.recover_interpolate(KEPT, INDEX, 9, align="left"), ValueError, "align: got 'left'"),

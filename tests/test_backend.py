@@ -214,7 +214,11 @@ def test_words_of_the_environment(name, value, said):
 def test_explain_and_report(monkeypatch):
     text = h2ot.explain("prune_cluster", torch.zeros(1))
     assert text.splitlines()[0] == "prune_cluster on cpu: cpp"
-    assert len(text.splitlines()) == 1 + len(backend.BACKENDS)
+    assert len(text.splitlines()) == 2 + len(backend.BACKENDS)
+    assert text.endswith("  with scale, exclude_self or the Gaussian density: cpp")
+    assert h2ot.explain("assign_clusters").endswith("  with parent: cpp")
+    monkeypatch.delitem(backend._implementations["assign_by_parent"], "cpp")
+    assert "\n  with parent: assign_by_parent cannot run on cpu (cpp: " in h2ot.explain("assign_clusters")
     assert h2ot.explain("recover_pose").splitlines()[0] == "recover_pose on cpu: cpp"
     monkeypatch.setenv("H2OT_KERNELS_TILES", "0")
     report = h2ot.env_report()

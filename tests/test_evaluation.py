@@ -116,7 +116,7 @@ def test_a_window_of_an_even_number_of_frames_has_its_own_at_the_centre():
 
 @pytest.mark.parametrize("name", ["hot_mixste", "h2ot_motionagformer", "tpc_mhformer"])
 def test_the_mirrored_pass_keeps_the_same_frames(name):
-    model = small(name, **({"pipeline": "seq2frame"} if name.startswith("tpc") else {})).float().eval()
+    model = small(name, **({"pipeline": "seq2frame"} if name in hosts.SEQ2FRAME else {})).float().eval()
     keypoints = torch.randn(27, 17, 2, generator=torch.Generator().manual_seed(0))
     asked = []
     choose = model.hourglass._select

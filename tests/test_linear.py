@@ -257,3 +257,18 @@ def test_made_plain_a_host_is_quantized_whole():
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     assert {type(quantized.get_submodule(name)) for name in layers} == {torch.ao.nn.quantized.dynamic.Linear}
     assert (quantized(x) - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("cast_to", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_autocast_refuses_what_it_refuses_of_pytorch(weights, cast_to):
+    layers = [cls(32, 32).to(weights).eval() for cls in (nn.Linear, Linear)]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64):
+        given, said = torch.ones(4, 32).to(dtype), []
+        for layer in layers:
+            with torch.no_grad(), torch.autocast("cpu", cast_to):
+                try:
+                    said.append(layer(given).dtype)
+                except RuntimeError as error:
+                    said.append(str(error))
+        assert said[0] == said[1], dtype

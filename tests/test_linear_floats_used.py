@@ -7,8 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from h2ot_kernels import _C
 from h2ot_kernels.hosts.blocks import Mlp
-from h2ot_kernels.linear import Linear, mlp
+from h2ot_kernels.linear import Linear
 from h2ot_kernels.linear_floats import OPERATORS, Floats, floats_run, has_floats, pack
+from h2ot_kernels.linear_fused import mlp
 from h2ot_kernels.linear_products import OneDnn
 
 from .linear_layers import made

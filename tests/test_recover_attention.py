@@ -14,7 +14,7 @@ import h2ot_kernels as h2ot
 import python_ref
 from h2ot_kernels.backend import dispatch
 from h2ot_kernels.linear import Linear
-from h2ot_kernels.recover_attention import project
+from h2ot_kernels.recover_pose import project
 
 from .cases import DTYPES
 from .compare import assert_within
@@ -339,7 +339,7 @@ def test_projects_in_one_launch_only_what_fits_together(monkeypatch, change, cal
 
 FITS_TOGETHER = """
 import torch
-from h2ot_kernels.recover_attention import _fits_together
+from h2ot_kernels.recover_pose import _fits_together
 {}
 layers = [torch.nn.Linear(8, 8).requires_grad_(False) for _ in range(3)]
 with torch.no_grad():

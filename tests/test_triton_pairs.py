@@ -8,7 +8,7 @@ from torch import nn
 
 import h2ot_kernels as h2ot
 from h2ot_kernels.nn import TokenRecoveringAttention
-from h2ot_kernels.recover_attention import project
+from h2ot_kernels.recover_pose import project
 from h2ot_kernels.triton import common, pairs
 
 from .compare import assert_within

@@ -1,5 +1,5 @@
-// What scoring keeps per sample, and the decisions that its searches (score_stored.h, score_streamed.h, score_nearby.h)
-// share.
+// What scoring keeps per sample, and the decisions that its searches (score_stored.h, score_streamed.h, score_nearby.h,
+// score_exact.h) share.
 //
 // Slots 0 .. n - 1 are the valid tokens in ascending order.
 #pragma once

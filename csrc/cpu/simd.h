@@ -1,9 +1,9 @@
 // Vectors of the instruction set that this file is compiled for, and conversions of the four element types.
 //
 // Each csrc/cpu/*.cpp is compiled once per instruction set, with H2OT_ISA naming the namespace (portable, avx2, avx512,
-// neon) and the compiler flags deciding the width. Only always-inline or static functions here, and no std:: templates
-// in the kernels: a weak symbol compiled with AVX-512 must never be the copy that the linker keeps for an older
-// machine.
+// neon) and the compiler flags deciding the width. Only always-inline or static functions here, and no std:: function
+// templates in the kernels: a weak symbol compiled with AVX-512 must never be the copy that the linker keeps for an
+// older machine.
 #pragma once
 
 #if defined(__aarch64__)

@@ -16,9 +16,10 @@ from ..add_norm import add_norm, takes
 from ..attention import attend_rows
 from ..checks import FLOATS
 from ..inference import is_transformed
-from ..linear import Linear, mlp
+from ..linear import Linear
+from ..linear_fused import mlp
 from ..linear_halves import adds_to_float
-from ..recover_attention import has_plain_tail, norm_and_head
+from ..recover_tail import has_plain_tail, norm_and_head
 from ..watched import is_silent
 from .hot import shared_rows
 from .trial import NotRecognised

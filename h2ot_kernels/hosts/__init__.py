@@ -45,6 +45,8 @@ HOSTS = {
     "ftp_pose": (FTPPose, {}),
 }
 LIFTING = tuple(name for name, (host, _) in HOSTS.items() if issubclass(host, Host))  # keypoints in, 3D poses out
+# Without recovery they give their kept frames; what is published of them is the centre (pipeline="seq2frame").
+SEQ2FRAME = tuple(name for name, (_, preset) in HOSTS.items() if preset.get("recover", "") is None)
 
 
 def require_lifting(argument: str, name: str) -> None:

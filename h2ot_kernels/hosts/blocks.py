@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from ..attention import attend_in_one_call, attend_packed, attend_rows, takes_one_product
 from ..checks import integer, size_of
-from ..linear import Linear, call, mlp
+from ..linear import Linear, call
+from ..linear_fused import mlp
 from ..watched import is_own, is_plain
 
 QueryKey = tuple[Tensor, Tensor]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..backend import implement
 from ..library import declare_custom
-from ..recover_attention import POSE, project_inside
+from ..recover_pose import POSE
+from ..recover_tail import project_inside
 from .common import launch
 from .distance import load_tokens
 from .pairs import largest_exponent, put_pairs, unit_of

@@ -1,11 +1,11 @@
-"""The query, key and value of a recovery in float32 inference, projected in one launch."""
+"""The query, key and value of a recovery in float32 inference, in two launches: the pairs, all products."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..library import declare_custom
-from ..recover_attention import PROJECT
+from ..recover_pose import PROJECT
 from .common import launch, modulo
 from .pairs import in_units, pair_products, pairs_of
 

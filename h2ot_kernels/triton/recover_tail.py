@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..library import declare_custom
-from ..recover_attention import PROJECTED_TAIL
+from ..recover_tail import PROJECTED_TAIL
 from .common import divide, launch, modulo, narrow, number, pow2, product, widen
 from .distance import load_tokens
 from .pairs import grouped_products, in_units, pair_products, pairs_of
