@@ -79,6 +79,9 @@ class Hourglass(nn.Module):
 
         layout = {"frame_dim": frame_dim, "num_joints": num_joints}
         if pruner == "cluster":
+            if self.stages:
+                entering = [num_frames, *self.stages.values()][-2]
+                checks.integer("k", k, 1, entering, "the frames that enter the last stage")
             layout["k"] = k
         self.pruners = nn.ModuleList(PRUNERS[pruner](tokens, **layout) for tokens in self.stages.values())
         self._sampled_keep = self._keep_in_samples() if pruner == "sampler" else None

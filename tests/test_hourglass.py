@@ -296,6 +296,11 @@ BAD = {  # rows of the table in bad_calls.py
     "keep": (lambda: h2ot.Hourglass(F, {}, keep=F), ValueError, "keep: got 21, wanted 0 to 20"),
     "keep word": (lambda: h2ot.Hourglass(F, {}, keep="first"), ValueError, "keep: got 'first'"),
     "keep too many": (lambda: h2ot.Hourglass(F, {1: 2}, keep=[1, 2, 3]), ValueError, "keep: got 3 frames"),
+    "k of a stage": (
+        lambda: h2ot.Hourglass(F, {1: 3, 2: 1}, "cluster", k=4),
+        ValueError,
+        "k: got 4, wanted 1 to 3 .the frames that enter the last stage",
+    ),
     "x frames": (lambda: prune(frames=20), ValueError, r"x: got shape \[2, 20, 8\], wanted 21 frames on axis 1"),
     "kept missing": (lambda: prune(3, 11), ValueError, "kept: got the indices of 0 stages, wanted 1"),
     "kept twice": (lambda: prune(1, 11, (ELEVEN,)), ValueError, "kept: got the indices of 1 stages, wanted 0"),
