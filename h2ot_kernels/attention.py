@@ -29,7 +29,7 @@ def attend_rows(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale
 
 
 def attend_in_one_call(
-    x: Tensor, qkv: Linear, proj: nn.Linear, dim: int, num_heads: int, norm: nn.LayerNorm | None, **update
+    x: Tensor, qkv: Linear, proj: nn.Linear, dim: int, num_heads: int, norm: nn.LayerNorm | None = None, **update
 ) -> Tensor | None:
     """Self-attention along axis dim of x [..., C], from norm to residual, in CPU inference; None: by its parts.
 

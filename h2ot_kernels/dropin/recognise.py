@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from ..watched import HOOKS
 from . import fast
+from . import fast_attention as attending
 from .trial import NotRecognised, NotTried, agree, trial, tried
 
 SMALLEST = 16  # features of a linear layer below which packing gains nothing
@@ -96,14 +97,14 @@ def attention_class(module: nn.Module) -> type:
     _wants_heads(module)
     _wants_passive(module, "qkv", "proj")
     C = module.proj.in_features
-    frames = inspect.signature(type(module).forward).parameters.keys() & set(fast.FastAttentionInPlace.by_name)
+    frames = inspect.signature(type(module).forward).parameters.keys() & set(attending.FastAttentionInPlace.by_name)
     if frames:
         sizes = [(2, 3, 5), (1, 1, LONG), (1, LONG, 1)]
         sizes += [size for n in _known_lengths(module) for size in ((1, 2, n), (1, n, 2))]
         attempts = [Attempt(((B * F, J, C),), dict.fromkeys(frames, F)) for B, F, J in sizes]
         attempts.append(Attempt(((6, 5, C),)))
-        return _that_agrees(module, (fast.FastAttentionInPlace, fast.FastAttentionAcross), attempts)
-    return _that_agrees(module, (fast.FastAttention, fast.FastAttentionFrames), _of_tokens(C, _sizes(module)))
+        return _that_agrees(module, (attending.FastAttentionInPlace, attending.FastAttentionAcross), attempts)
+    return _that_agrees(module, (attending.FastAttention, attending.FastAttentionFrames), _of_tokens(C, _sizes(module)))
 
 
 def of_two_inputs(module: nn.Module) -> type:
@@ -111,20 +112,20 @@ def of_two_inputs(module: nn.Module) -> type:
 
 
 def block_class(module: nn.Module) -> type:
-    if not fast.is_fusible(module):
+    if not attending.is_fusible(module):
         raise NotRecognised("its attention or its MLP is not fast, or of layers without packed weights")
     C = module.attn.proj.in_features
     for name, child in module._modules.items():
         if name in ("norm1", "norm2"):
-            if not fast.is_norm(child, C):
+            if not attending.is_norm(child, C):
                 raise NotRecognised(f"its {name} is {child} of {type(child).__module__}, not torch's LayerNorm({C})")
         elif name not in ("attn", "mlp") and child is not None and (*child.parameters(), *child.buffers()):
             raise NotRecognised(f"it holds {name}, a {type(child).__name__}, which the fast form does not know")
-    return _that_agrees(module, (fast.FastBlock,), _of_tokens(C, _sizes(module, module.attn)))
+    return _that_agrees(module, (attending.FastBlock,), _of_tokens(C, _sizes(module, module.attn)))
 
 
 def cross_attention_class(module: nn.Module) -> type:
-    names = fast.projections(module)
+    names = attending.projections(module)
     _wants_linears(module, *names, "proj")
     _wants_heads(module)
     _wants_passive(module, *names, "proj")
@@ -136,7 +137,7 @@ def cross_attention_class(module: nn.Module) -> type:
             *((1, n, keys) for n in _known_lengths(module) for keys in (9, n)),
         )
     ]
-    return _that_agrees(module, (fast.FastCrossAttention,), attempts)
+    return _that_agrees(module, (attending.FastCrossAttention,), attempts)
 
 
 def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
@@ -150,7 +151,7 @@ def kind_of(module: nn.Module) -> tuple[str, Callable] | None:
         return "attention", attention_class
     if has("q") and has("kv") and has("proj"):
         return "attention", of_two_inputs
-    if fast.projections(module) and has("proj"):
+    if attending.projections(module) and has("proj"):
         return "cross_attention", cross_attention_class
     if has("fc1") and has("act") and has("fc2"):
         return "mlp", mlp_class
@@ -270,18 +271,16 @@ def _that_agrees(module: nn.Module, mixins: tuple[type, ...], attempts: list[Att
         mixin = max(mixins, key=lambda mixin: len(agreeing[mixin]))
         if not agreeing[mixin]:
             raise NotRecognised("its forward computes something else than its structure says")
-        ranks, known = agreeing[mixin], fast.Known(softmaxes=fast.softmaxes(twin), beside=fast.beside(twin))
+        ranks, known = agreeing[mixin], fast.Known(softmaxes=fast.softmaxes(twin), beside=attending.beside(twin))
         if mixin.in_training:
             alike = [(attempt, own) for attempt, own in expected if attempt.rank in ranks]
             known = known._replace(trains=_trains(_bare(module), alike), drops_last=_drops_last(twin, alike))
         return fast.fast_class(mixin, type(module), ranks, known)
 
 
-def _ranks_that_agree(
-    twin: nn.Module, mixin: type, ranks: tuple[int, ...], expected: list[tuple[Attempt, object]]
-) -> tuple[int, ...]:
+def _ranks_that_agree(twin: nn.Module, mixin: type, ranks: tuple[int, ...], expected: list) -> tuple[int, ...]:
     original = type(twin)
-    known = fast.Known(softmaxes=fast.softmaxes(twin), beside=fast.beside(twin))
+    known = fast.Known(softmaxes=fast.softmaxes(twin), beside=attending.beside(twin))
     twin.__class__ = fast.fast_class(mixin, original, ranks, known)
     try:
         differ = {a.rank for a, own in expected if a.rank in ranks and not agree(own, tried(lambda: a(twin)))}
