@@ -10,9 +10,9 @@ from torch.utils.flop_counter import register_flop_formula
 from . import checks
 
 NAMESPACE = "h2ot_kernels"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _keys_of, _is_wrapped = torch._C._dispatch_keys, torch._C._functorch.is_functorch_wrapped_tensor
-_SCALARS = (int, bool, float, type(None))  # asking whether they are tensors is dear
+_SCALARS = frozenset((int, bool, float, type(None)))  # asking whether they are tensors is dear
 
 
 def declare(
@@ -169,11 +169,13 @@ def _needs_grad(args: tuple, reads_memory: bool = False) -> bool | None:
     needs_grad = False
     for x in args:
         kind = type(x)
+        if kind in _SCALARS:
+            continue
         if kind in _PLAIN:
             if _is_wrapped(x) or (reads_memory and _keys_of(x).raw_repr() not in _plain_keys(x.device.type)):
                 return None
             needs_grad = needs_grad or x.requires_grad
-        elif kind not in _SCALARS and isinstance(x, torch.Tensor):
+        elif isinstance(x, torch.Tensor):
             return None
     return needs_grad
 

@@ -73,23 +73,25 @@ class Linear(nn.Linear):
             raise ValueError(f"activation: got {activation!r}, wanted 'none' where scale is given")
         if out is not None:
             return self._write(x, activation, residual, out, scale=scale, norm=norm)
-        product = self._ready(x, scale, chunks) if x.is_cpu else None  # nothing is packed elsewhere
+        dtype = product_dtype(x) if x.is_cpu else None
+        product = dtype and self._ready(x, dtype, scale, chunks)  # nothing is packed elsewhere
         if product is None:
             return self._plain(x, activation, residual, scale, chunks, norm)
-        dtype, fused = product_dtype(x), {}
+        fused = {}
         if norm is not None:
             inside = inside_product(norm, x) if isinstance(product, Packed) else None
             if inside is None:
                 x = normed(norm, x, dtype)
             else:
                 fused = {"norm": inside}
-        rounds = isinstance(product, Halves) and x.dtype in FUSED
-        products = product(x if rounds or x.dtype == dtype else x.to(dtype), activation, residual, **fused)
+        if x.dtype != dtype and not (isinstance(product, Halves) and x.dtype in FUSED):
+            x = x.to(dtype)
+        products = product(x, activation, residual, **fused)
         return products[0] if chunks == 1 else products
 
     def _write(self, x: Tensor, activation: str, residual: Tensor | None, out: Tensor, **given) -> Tensor:
         plain = activation == "none" and residual is not None and given["norm"] is None and x.is_cpu
-        product = self._ready(x, given["scale"], 1) if plain else None
+        product = self._ready(x, product_dtype(x), given["scale"], 1) if plain else None
         if isinstance(product, Packed) and product.write(x, residual, out):
             return out
         return out.copy_(self.forward(x, activation, residual=residual, **given))
@@ -118,26 +120,27 @@ class Linear(nn.Linear):
             return scale * y if residual is None else torch.addcmul(residual, y.to(residual.dtype), scale)
         return y if residual is None else residual + y
 
-    def _ready(self, x: Tensor, scale: Tensor | None, chunks: int) -> Product | None:
-        """What multiplies x; None: nn.Linear does."""
-        dtype = product_dtype(x)
+    def _ready(self, x: Tensor, dtype: torch.dtype, scale: Tensor | None, chunks: int) -> Product | None:
+        """What multiplies x in this dtype; None: nn.Linear does."""
         return self.packed_for(x, x.shape[-1], dtype, scale, chunks) if takes_packed(x, dtype) else None
 
     def packed_for(
         self, x: Tensor, features: int, dtype: torch.dtype, scale: Tensor | None, chunks: int
     ) -> Product | None:
         """The same for rows of `features` that are made of x's, which `takes_packed` has looked at."""
-        weight = self.weight  # nn.Module looks it up in Python: once
+        own = self._parameters  # nn.Module looks attributes of these names up in Python
+        weight, bias = own.get("weight"), own.get("bias", self)
+        bias = self.bias if bias is self else bias  # no parameter
         if (
-            not self.training
+            type(weight) is nn.Parameter
+            and not self.training
             and (x.dtype == dtype == weight.dtype or (torch.is_autocast_enabled("cpu") and _casts(x, weight)))
             and weight.is_cpu
             and weight.layout is torch.strided
             and features == weight.shape[1]
-            and type(weight) is nn.Parameter
             and not weight.is_inference()  # such a tensor does not say when it changes
             and (scale is None or not scale.is_inference())
-            and ((bias := self.bias) is None or not bias.is_inference())
+            and (bias is None or not bias.is_inference())
         ):
             return self._pack(x.numel() // x.shape[-1], weight, bias, dtype, scale, chunks)
         return None
@@ -248,7 +251,8 @@ def inside_product(
     """(weight, bias, eps) of a LayerNorm over x's last axis that a product takes, unheard; else None."""
     if type(norm) is not nn.LayerNorm or x.dtype not in fused or norm.normalized_shape != x.shape[-1:]:
         return None
-    weight, bias = norm.weight, norm.bias  # nn.Module looks them up in Python: once
+    own = norm._parameters
+    weight, bias = own.get("weight", norm), own.get("bias", norm)  # norm: there is one, which is no parameter
     for v in (weight, bias):
         if v is not None and not (type(v) is nn.Parameter and v.is_cpu and v.dtype in (torch.float32, x.dtype)):
             return None

@@ -67,10 +67,9 @@ class Packed:
 
         norm: a LayerNorm's (weight, bias, eps).
         """
-        inside = activation in ("none", "gelu")
-        size = (*x.shape[:-1], self.out_features)
-        fits = residual is not None and residual.dtype in self.adds and residual.shape == size
-        added = residual if inside and fits else None
+        inside, added = activation in ("none", "gelu"), None
+        if residual is not None and inside and residual.dtype in self.adds:
+            added = residual if residual.shape == (*x.shape[:-1], self.out_features) else None
         given = self.packed, self.bias, added, self.out_features, self.chunks, activation == "gelu"
         y = self.operators.linear(x, *given, *norm)
         if not inside:

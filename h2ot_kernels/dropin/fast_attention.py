@@ -97,7 +97,7 @@ class FastBlock(Tried):
             return False
         if not (is_norm(self.norm1, x.shape[-1]) and is_norm(self.norm2, x.shape[-1])):
             return False
-        _, *inside = self.modules()
+        inside = parts_of(self)
         if beside(self) != type(self).known.beside or any([part.training for part in inside]):
             return False
         return is_silent(*inside)
@@ -118,6 +118,17 @@ class FastBlock(Tried):
             x = x + y
             normed = self.norm2(x)
         return x + mlp(normed.contiguous(), feed.fc1, feed.fc2)
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """All modules in it, as `modules()` finds them, one that is there twice twice: in half the time."""
+    found = []
+    for part in module._modules.values():
+        if part is not None:
+            found.append(part)
+            if part._modules:
+                found += parts_of(part)
+    return found
 
 
 def beside(block: nn.Module) -> tuple[tuple[str, type], ...]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..watched import HOOKS
 from . import fast
 from . import fast_attention as attending
 from .trial import NotRecognised, NotTried, agree, trial, tried
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 SMALLEST = 16  # features of a linear layer below which packing gains nothing
 CONTAINERS = (list, dict, set, deque)
 LONG = 351  # frames, the longest clips of pose models: a window, or the best few keys, show in what is longer than they
@@ -207,7 +207,7 @@ def _bare(module: nn.Module, generator: torch.Generator | None = None) -> nn.Mod
     known: dict[int, object] = {}
     others = [name for name in module.__dict__ if name not in ("forward", "_parameters", "_buffers", "_modules")]
     twin.__dict__.update((name, _apart(module.__dict__[name], known)) for name in others)
-    for name in (*HOOKS, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    for name in (*HOOKS, "_backward_hooks", "_backward_pre_hooks"):
         twin.__dict__[name] = type(module.__dict__[name])()
 
     def random(x: Tensor | None) -> Tensor | None:
