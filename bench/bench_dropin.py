@@ -4,8 +4,8 @@ dtype: float32, or bfloat16 for float32 weights under autocast; default both. Ev
 patched model gives the unpatched one's poses to 1e-9 of their scale, in float32 to 1e-4 (given the same kept frames),
 under autocast it is as near to float32 as the unpatched one. Then both are timed in turn in this process; a row per
 batch and dtype is appended to FILE (default bench/results/<device>.jsonl). linear_share: of the patched time, what its
-linear layers took (torch.profiler): they run at what the machine's products can, so the rest is all that could still
-be won.
+linear layers took, with the attention that is one operator with its projections (torch.profiler): they run at what the
+machine's products can, so the rest is all that could still be won.
 """
 
 import argparse
@@ -143,7 +143,9 @@ def share_of_linear(call: Callable, device: str) -> float | None:
     of = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     operators = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
     times = {event.key: getattr(event, of) for event in operators}
-    ours = tuple(f"h2ot_kernels::{kind}_{of}" for kind in ("linear", "mlp") for of in ("tiles", "halves", "floats"))
+    ours = tuple(
+        f"h2ot_kernels::{kind}_{of}" for kind in ("linear", "mlp", "attend") for of in ("tiles", "halves", "floats")
+    )
     linear = (*ours, "mkldnn::_linear_pointwise", "aten::addmm", "aten::mm")
     total = sum(times.values())
     return sum(times.get(name, 0.0) for name in linear) / total if total else None
