@@ -28,8 +28,8 @@ class Linear(nn.Linear):
     In eval mode without gradients, where the reference backend is not chosen, in float32, bfloat16 or float16 (autocast
     included), the weight is packed at the first call and again after it changed, and the activation or the addition is
     part of the product; everywhere else this is nn.Linear. Products are this package's, with a LayerNorm before and an
-    activation or an addition behind them in the same pass: in float32 by AVX2 or AVX-512, or by a tile unit (AMX),
-    which makes whole numbers of three or four bytes of each row: about float32's accuracy, faster, as if each number
+    activation or an addition behind them in the same pass: in float32 by AVX2 or AVX-512, or, if not narrow, by
+    a tile unit (AMX), in whole numbers of three or four bytes: about float32's accuracy, faster, as if each number
     were off by 2^-25 of the largest of its row or output, with scaled channels (csrc/amx/digits.h, packed_tiles.h);
     in bfloat16 by such a unit or by AVX512-BF16. Elsewhere they are oneDNN's. Where the CPU has no instructions for a
     16-bit dtype they are products in float32, whose weights take twice the memory. Packed weights are neither in the

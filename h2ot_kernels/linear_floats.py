@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from .inference import capability, floats_panel, tiles_run
-from .linear_tiles import CHANNELS
 from .packed import Packed, declare_layers, fits
 
 
@@ -21,11 +20,19 @@ class Floats(Packed):
     @staticmethod
     def take(weight: Tensor, chunks: int) -> bool:
         """Whether such a product is about as fast as oneDNN's alone, or faster (bench/notes_linear.md)."""
-        few = weight.shape[1] < CHANNELS[0] and has_floats()  # a tile unit leaves them
-        return fits(weight, chunks) and weight.dtype == torch.float32 and (few or floats_run())
+        runs = floats_run() or (has_floats() and is_narrow(weight.shape[0] // chunks, weight.shape[1]))
+        return fits(weight, chunks) and weight.dtype == torch.float32 and runs
 
     def __init__(self, weight: Tensor, bias: Tensor | None, chunks: int):
         super().__init__(OPERATORS, pack(weight, chunks), bias, weight.shape[0], chunks, (torch.float32,))
+
+
+def is_narrow(outputs: int, channels: int) -> bool:
+    """Whether vectors are faster than a tile unit, which takes 64 channels and 16 outputs at once: of both layers of an
+    MLP or of none (bench/notes_linear.md).
+    """
+    least, most = sorted((outputs, channels))
+    return least < 32 or (least < 64 and most <= 256)
 
 
 def has_floats() -> bool:
@@ -34,7 +41,7 @@ def has_floats() -> bool:
 
 
 def floats_run() -> bool:
-    """Whether products of float32 are `Floats`: no tile unit takes them."""
+    """Whether products of float32 are `Floats`, narrow or not: no tile unit takes them."""
     return has_floats() and not tiles_run()
 
 

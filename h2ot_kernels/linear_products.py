@@ -56,12 +56,9 @@ def product_of(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> P
     """The fastest one of this dtype on this CPU."""
     if is_widened(weight.dtype):
         return Widened(weight, bias, rows, chunks)
-    if Tiles.take(weight, chunks):
-        return Tiles(weight, bias, chunks)
-    if Halves.take(weight, chunks):
-        return Halves(weight, bias, chunks)
-    if Floats.take(weight, chunks):
-        return Floats(weight, bias, chunks)
+    for kind in (Floats, Tiles, Halves):
+        if kind.take(weight, chunks):
+            return kind(weight, bias, chunks)
     if _mixes_rows(weight):
         return Widened(weight, bias, rows, chunks)
     return OneDnn(weight, bias, rows, chunks)

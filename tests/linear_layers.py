@@ -8,13 +8,12 @@ from torch.nn import functional
 
 from h2ot_kernels import linear_halves
 from h2ot_kernels.inference import dots_run, tiles_run
-from h2ot_kernels.linear_floats import floats_run
+from h2ot_kernels.linear_floats import has_floats
 from h2ot_kernels.linear_products import is_widened
 
 OPS = torch.ops.h2ot_kernels
-# The operator of a packed linear layer in float32.
-FLOAT_PRODUCTS = "h2ot_kernels::linear_floats" if floats_run() else "mkldnn::_linear_pointwise"
-FLOAT_PRODUCTS = "h2ot_kernels::linear_tiles" if tiles_run() else FLOAT_PRODUCTS
+# The operator of a packed linear layer in float32, of few channels (a tile unit leaves them).
+FLOAT_PRODUCTS = "h2ot_kernels::linear_floats" if has_floats() else "mkldnn::_linear_pointwise"
 # The same in bfloat16.
 HALF_PRODUCTS = FLOAT_PRODUCTS if is_widened(torch.bfloat16) else "mkldnn::_linear_pointwise"
 HALF_PRODUCTS = "h2ot_kernels::linear_halves" if linear_halves.adds_to_float(torch.bfloat16) else HALF_PRODUCTS
