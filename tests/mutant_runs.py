@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "mutants"
 TORCH = Path(torch.__file__).parent
 STEMS = ("score", "select", "gather", "cluster", "recover_attention", "recover_interpolation")
+PYTHON_STEMS = (*STEMS, "recover_pose")
 PATIENCE = 3  # times what the unchanged source takes, and a minute: a mutant that runs longer counts as killed
 # File stem -> (test files, which of their tests): the shortest that know the file.
 FUZZ = "tests/test_fuzz.py"
@@ -29,7 +30,7 @@ BY_STEM = {
     **dict.fromkeys(("score", "score_gaussian", "pack", "distance", "product", "quantise"), SCORING),
     **dict.fromkeys(("attention_score", "received"), (FUZZ, "tests/test_select.py")),
     "recover_attention": (FUZZ, "tests/test_recover_attention.py", "tests/test_dropin_head.py"),
-    "recover_tail": ("tests/test_recover_attention.py", "tests/test_nn.py"),
+    **dict.fromkeys(("recover_pose", "recover_tail"), ("tests/test_recover_attention.py", "tests/test_nn.py")),
     "recover_rotated": ("tests/test_recover_rotated.py",),
     "graph": ("tests/test_graph.py", "tests/test_graph_refuses.py"),
     **dict.fromkeys(("linear_floats", "linear_blocks", "gelu"), FLOATS),

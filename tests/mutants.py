@@ -36,7 +36,10 @@ FILES = {
     "cpp": ["csrc/cpu/*.cpp", "csrc/cpu/*.h", "csrc/registration.cpp", "csrc/recover_registration.cpp"],
     "cuda": [f"csrc/cuda/{name}" for name in ("score*", "select*", "cluster*", "device.cuh", "warp.cuh")],
     "triton": ["h2ot_kernels/triton/*.py"],
-    "python": [f"{package}/{stem}.py" for package in ("h2ot_kernels", "python_ref") for stem in mutant_runs.STEMS],
+    "python": [
+        *[f"{package}/{stem}.py" for package in ("h2ot_kernels", "python_ref") for stem in mutant_runs.PYTHON_STEMS],
+        "h2ot_kernels/recover_tail.py",
+    ],
 }
 # Lines on which a change alters speed or a message, not a result.
 SPEED = re.compile(

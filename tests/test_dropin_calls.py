@@ -160,3 +160,14 @@ def test_a_deepcopy_of_its_own_makes_the_copy():
     assert twin[0].is_copied
     assert type(twin[0]) is Copied
     assert type(twin[1]) is not mixste.Mlp
+
+
+@pytest.mark.parametrize("width", [2, C - 1, C + H])
+def test_a_wrong_number_of_channels_is_refused_in_the_original_words(width):
+    attention, x, said = mixste.Attention(C, H).eval(), torch.zeros(2, 5, width), []
+    with torch.no_grad():
+        for patched in (False, True):
+            with pytest.raises(RuntimeError) as error, dropin.patch(attention, attention=patched, linear=patched):
+                attention(x)
+            said.append(str(error.value))
+    assert said[0] == said[1]

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "reliability" / "last.json"
 CUDA, TRITON, ARM, SANITIZE, ONNX = "cuda source, simulated", "triton, its PTX", "arm", "sanitize", "onnx"
 _KERNELS = ("score", "select", "cluster", "gather", "recover_attention", "recover_interpolation")
+_POSE = ("recover_pose", "recover_tail")
 _TRITON = ("triton", "triton_score", "triton_gather", "triton_pairs", "triton_forms", "triton_tiles", "ptx_barriers")
 _CPU = ("recover_rotated", "add_norm", "graph", "linear_floats")
 _MORE = (
@@ -47,12 +48,15 @@ TESTS = {
 }
 _SOURCES = {
     CUDA: ("csrc/cuda/*",),
-    TRITON: ("h2ot_kernels/triton/*.py", *(f"h2ot_kernels/{stem}.py" for stem in (*_KERNELS, "checks", "library"))),
+    TRITON: (
+        "h2ot_kernels/triton/*.py",
+        *(f"h2ot_kernels/{stem}.py" for stem in (*_KERNELS, *_POSE, "checks", "library")),
+    ),
     ARM: ("csrc/*.*", "csrc/cpu/*", "tests/arm.py", "tests/driver/*", "CMakeLists.txt"),
     SANITIZE: ("csrc/*.*", "csrc/cpu/*", "csrc/amx/*", "tests/sanitize.py", "tests/every_op.py", "CMakeLists.txt"),
     ONNX: ("h2ot_kernels/*.py", "h2ot_kernels/hosts/*.py", "bench/bench_onnx.py", "bench/hosts.py", "dev"),
 }
-_DEFINITIONS = [f"python_ref/{stem}.py" for stem in ("__init__", "graph", *_KERNELS)]
+_DEFINITIONS = [f"python_ref/{stem}.py" for stem in ("__init__", "graph", *_KERNELS, "recover_pose")]
 _CHOICE = {"sample.py", "unchanged.py"}  # which tests run, not how they end; of conftest.py a share shows a fault, too
 _COMPILERS = {CUDA: "g++", TRITON: "g++", ARM: "aarch64-linux-gnu-g++", SANITIZE: "g++"}
 

@@ -178,7 +178,7 @@ def attend_whole(attention: Fast, x: Tensor, frame_dim: int = -2, **around) -> T
     around: norm and residual.
     """
     heads = attention.num_heads
-    if attention.scale != (x.shape[-1] // heads) ** -0.5:
+    if x.shape[-1] % heads or attention.scale != (x.shape[-1] // heads) ** -0.5:
         return None
     return attend_in_one_call(x, attention.qkv, attention.proj, frame_dim % x.dim(), heads, **around)
 
