@@ -65,10 +65,12 @@ def product_of(weight: Tensor, bias: Tensor | None, rows: int, chunks: int) -> P
 
 
 def _mixes_rows(weight: Tensor) -> bool:
-    """Whether oneDNN's product lets a NaN reach the row before its own: on a tile unit it takes channels in pairs, the
-    last of an odd number with the first of the next row.
+    """Whether oneDNN's product may let a NaN reach the row before its own: on a tile unit it takes channels in pairs,
+    more than 32 in whole blocks, the last with the first channels of the next row (not of every such number).
     """
-    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 1 and torch.cpu._is_amx_tile_supported()
+    C = weight.shape[1]
+    in_part = C % 2 == 1 or (C > 32 and C % 32 != 0)
+    return weight.dtype == torch.bfloat16 and in_part and torch.cpu._is_amx_tile_supported()
 
 
 def is_widened(dtype: torch.dtype) -> bool:

@@ -202,10 +202,10 @@ def test_residual_scale_and_chunks(dtype):
             torch.testing.assert_close(part, expected)
 
 
-@pytest.mark.parametrize(("C", "M"), [(15, 40), (49, 3), (1, 1), (48, 40)])
+@pytest.mark.parametrize(("C", "M"), [(15, 40), (49, 3), (1, 1), (48, 40), (100, 1), (34, 3), (96, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_and_infinity_reach_no_other_row(C, M, dtype):
-    """As they do in oneDNN's bfloat16 products on a tile unit, of an odd number of channels."""
+    """As they do in oneDNN's bfloat16 products on a tile unit, of channels that are no whole pairs or blocks."""
     layer, x = Linear(C, M).to(dtype).eval(), torch.randn(17, C).to(dtype)
     with torch.inference_mode():
         expected = layer(x)

@@ -273,8 +273,8 @@ def test_the_operator_refuses_other_sizes():
 
 @needs_pairs
 def test_when_they_are_used():
-    layer, x = Linear(48, 40).eval(), torch.randn(5, 48)
-    norm, added, small = nn.LayerNorm(48), torch.randn(5, 40), Linear(8, 40).eval()
+    layer, x = Linear(64, 40).eval(), torch.randn(5, 64)
+    norm, added, small = nn.LayerNorm(64), torch.randn(5, 40), Linear(8, 40).eval()
     with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
         y = layer(x, norm=norm, residual=added)
         assert isinstance(layer._kept["packed"][2], Halves)
