@@ -121,7 +121,7 @@ class FastBlock(Tried):
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """All modules in it, as `modules()` finds them, one that is there twice twice: in half the time."""
+    """All modules in it, in half the time that `modules()` takes; one that is there twice comes twice."""
     found = []
     for part in module._modules.values():
         if part is not None:
